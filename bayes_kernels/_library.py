@@ -1,0 +1,275 @@
+"""Loads the compiled ops, registers their fake kernels, and holds the shared argument checks.
+
+The library is looked for beside this file, then in the folder named by the environment variable
+BAYES_KERNELS_LIBRARY. A failure is kept and raised, with advice, when an op is first used, so that
+importing the package never fails because of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_FUSED_RANK = 64
+
+_ADVICE = (
+    "reinstall with `pip install --no-build-isolation .` in the source tree, or set "
+    "BAYES_KERNELS_LIBRARY to the folder that holds libbayes_kernels.so; "
+    "`python -m bayes_kernels` prints a diagnosis"
+)
+
+
+def _folders() -> list[Path]:
+    """Where libraries are looked for: a named folder, else every folder of this package.
+
+    In editable installs the Python files and the built library lie in different folders, both of
+    which are in the package's `__path__`.
+    """
+    named = os.environ.get("BAYES_KERNELS_LIBRARY")
+    if named:
+        return [Path(named)]
+    import bayes_kernels
+
+    return [Path(p) for p in bayes_kernels.__path__]
+
+
+def find_library(name: str) -> Path | None:
+    """The path of `name` (a file name) in the searched folders, or None."""
+    for folder in _folders():
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _load(name: str) -> str | None:
+    """Load one library; the text of the problem, or None when it is loaded."""
+    path = find_library(name)
+    if path is None:
+        return f"{name} was not found in {', '.join(str(f) for f in _folders())}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} could not be loaded: {error}"
+    return None
+
+
+class _Missing:
+    """Stands for the op namespace when the library is not loaded: raises at first use."""
+
+    def __init__(self, problem: str) -> None:
+        self._problem = problem
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"bayes_kernels: the compiled ops are not available: {self._problem}; {_ADVICE}")
+
+
+problem: str | None = None
+ops: Any = None
+
+
+def _int(x: int | torch.SymInt) -> int:
+    return x  # type: ignore[return-value]
+
+
+def _register_fakes(namespace: str) -> None:
+    """Shape logic of every op; the counterpart of the schemas in csrc/ops.cpp."""
+    fake = torch.library.register_fake
+
+    def acc(t: Tensor) -> torch.dtype:
+        return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+    @fake(f"{namespace}::fold_in")
+    def _(key: Tensor, data: int) -> Tensor:
+        return key.new_empty((2,))
+
+    @fake(f"{namespace}::normal")
+    def _(key: Tensor, stream: int, size: Sequence[int]) -> Tensor:
+        return key.new_empty(size, dtype=torch.float32)
+
+    @fake(f"{namespace}::sign_bits")
+    def _(
+        key: Tensor,
+        stream: int,
+        output: bool,
+        rows: int,
+        columns: int,
+        row0: int,
+        rows_per_id: int,
+        ids: Tensor | None,
+    ) -> Tensor:
+        return key.new_empty((rows, columns), dtype=torch.int8)
+
+    @fake(f"{namespace}::dropout_mask")
+    def _(key: Tensor, stream: int, rows: int, columns: int, row0: int, p: float) -> Tensor:
+        return key.new_empty((rows, columns), dtype=torch.bool)
+
+    @fake(f"{namespace}::scaled_normal")
+    def _(rho: Tensor, n: int, key: Tensor, stream: int, std: str) -> Tensor:
+        return rho.new_empty((rho.shape[0], n))
+
+    @fake(f"{namespace}::scaled_normal_backward")
+    def _(de: Tensor, rho: Tensor, key: Tensor, stream: int, std: str) -> Tensor:
+        return rho.new_empty(rho.shape)
+
+    @fake(f"{namespace}::adapter_shrink")
+    def _(
+        x: Tensor,
+        a: Tensor,
+        e: Tensor | None,
+        key: Tensor | None,
+        stream: int,
+        row0: int,
+        rows_per_id: int,
+        ids: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        torch._check(x.dim() == 2 and a.dim() == 2, lambda: "adapter_shrink: x and a must be 2-D")
+        return x.new_empty((x.shape[0], a.shape[0]), dtype=acc(x))
+
+    @fake(f"{namespace}::adapter_shrink_backward")
+    def _(
+        dh: Tensor,
+        x: Tensor,
+        a: Tensor,
+        e: Tensor | None,
+        key: Tensor | None,
+        stream: int,
+        row0: int,
+        rows_per_id: int,
+        ids: Tensor | None,
+        dropout: float,
+        need_dx: bool,
+        need_da: bool,
+        need_de: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_de = need_de and e is not None
+        return (
+            x.new_empty(tuple(x.shape) if need_dx else (0, 0)),
+            x.new_empty(tuple(a.shape) if need_da else (0, 0), dtype=acc(x)),
+            x.new_empty(tuple(a.shape) if need_de else (0, 0), dtype=acc(x)),
+        )
+
+    @fake(f"{namespace}::adapter_expand")
+    def _(h: Tensor, b: Tensor, base: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+        return h.new_empty((h.shape[0], b.shape[0]), dtype=dtype)
+
+    @fake(f"{namespace}::adapter_expand_backward")
+    def _(
+        dy: Tensor, h: Tensor, b: Tensor, scaling: float, need_dh: bool, need_db: bool
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            h.new_empty(tuple(h.shape) if need_dh else (0, 0)),
+            h.new_empty(tuple(b.shape) if need_db else (0, 0)),
+        )
+
+    @fake(f"{namespace}::gaussian_kl")
+    def _(
+        means: Sequence[Tensor],
+        rhos: Sequence[Tensor],
+        prior_std: Sequence[float],
+        std: str,
+        direction: str,
+    ) -> Tensor:
+        return means[0].new_empty((), dtype=torch.float64)
+
+    @fake(f"{namespace}::gaussian_kl_backward")
+    def _(
+        weight: Tensor,
+        means: Sequence[Tensor],
+        rhos: Sequence[Tensor],
+        prior_std: Sequence[float],
+        std: str,
+        direction: str,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.empty_like(m) for m in means], [torch.empty_like(r) for r in rhos]
+
+    @fake(f"{namespace}::gaussian_kl_step_")
+    def _(
+        means: Sequence[Tensor],
+        rhos: Sequence[Tensor],
+        weight: Tensor,
+        prior_std: Sequence[float],
+        std: str,
+        direction: str,
+    ) -> None:
+        return None
+
+
+def _initialise() -> None:
+    global ops, problem
+    problem = _load("libbayes_kernels.so")
+    if problem is None:
+        _register_fakes("bayes_kernels")
+        ops = torch.ops.bayes_kernels
+    else:
+        ops = _Missing(problem)
+
+
+@lru_cache(maxsize=1)
+def load_simulator() -> Any:
+    """The ops compiled against the host emulator of CUDA, or None where that was not built."""
+    if _load("libbayes_kernels_sim.so") is not None:
+        return None
+    _register_fakes("bayes_kernels_sim")
+    return torch.ops.bayes_kernels_sim
+
+
+@contextlib.contextmanager
+def simulator() -> Iterator[None]:
+    """Route `bayes_kernels.functional` through the emulated CUDA kernels (tests only)."""
+    global ops
+    simulated = load_simulator()
+    if simulated is None:
+        raise ImportError("the emulator library is not built; build with BAYES_KERNELS_TESTS=ON")
+    previous, ops = ops, simulated
+    try:
+        yield
+    finally:
+        ops = previous
+
+
+def build_info() -> dict[str, str]:
+    """What was compiled into the library: version, CUDA version and architectures, CPU path.
+
+    Raises:
+        ImportError: the library is not loaded; the text says why and what to do.
+    """
+    return json.loads(ops.build_info())
+
+
+def require(condition: bool, op: str, text: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error` with `op: text` unless the condition holds."""
+    if not condition:
+        raise error(f"{op}: {text}")
+
+
+def require_device(op: str, t: Tensor) -> None:
+    """Refuse devices for which no kernel exists, with one clear line."""
+    if t.device.type == "cpu":
+        return
+    if t.device.type != "cuda":
+        raise ValueError(
+            f"{op}: tensors must be on the CPU or a CUDA device, got {t.device}; "
+            "bayes_kernels.reference has the same functions for any device"
+        )
+    if not _has_cuda():
+        raise ValueError(
+            f"{op}: bayes_kernels was built without CUDA kernels; reinstall with BAYES_KERNELS_CUDA=ON "
+            "and nvcc on the PATH"
+        )
+
+
+@lru_cache(maxsize=1)
+def _has_cuda() -> bool:
+    return bool(build_info()["cuda"])
+
+
+_initialise()

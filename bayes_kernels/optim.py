@@ -1,0 +1,1 @@
+"""Optimiser pieces: the decoupled KL step."""

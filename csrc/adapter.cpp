@@ -1,0 +1,253 @@
+// Host side of the adapter family, shared by all devices: checks, allocation, launch.
+#include "adapter.h"
+
+#include "torch_stable.h"
+
+namespace bayes_kernels {
+namespace {
+
+#if !defined(BAYES_KERNELS_SIM)
+struct Cpu {
+  static constexpr auto shrink_workspace = shrink_workspace_cpu;
+  static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cpu;
+  static constexpr auto expand_workspace = expand_workspace_cpu;
+  static constexpr auto expand_backward_workspace = expand_backward_workspace_cpu;
+  static constexpr auto shrink = shrink_cpu;
+  static constexpr auto shrink_backward = shrink_backward_cpu;
+  static constexpr auto expand = expand_cpu;
+  static constexpr auto expand_backward = expand_backward_cpu;
+};
+#endif
+
+#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
+struct Cuda {
+  static constexpr auto shrink_workspace = shrink_workspace_cuda;
+  static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cuda;
+  static constexpr auto expand_workspace = expand_workspace_cuda;
+  static constexpr auto expand_backward_workspace = expand_backward_workspace_cuda;
+  static constexpr auto shrink = shrink_cuda;
+  static constexpr auto shrink_backward = shrink_backward_cuda;
+  static constexpr auto expand = expand_cuda;
+  static constexpr auto expand_backward = expand_backward_cuda;
+};
+#endif
+
+// Rows of a matrix must be contiguous; any row stride is taken as it is.
+Tensor unit_column_stride(const Tensor& t) {
+  return t.size(0) <= 1 || t.size(1) <= 1 || t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
+}
+
+int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
+
+Tensor factor(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  BK_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions, got ", t.dim());
+  BK_CHECK(t.scalar_type() == accumulate_type(like), op, ": ", name,
+           " must be float32 (float64 beside float64 activations); convert it");
+  return torch::stable::contiguous(t);
+}
+
+int rank_of(const char* op, const Tensor& a) {
+  const int64_t r = a.size(0);
+  BK_CHECK(r >= 1 && r <= kMaxFusedRank, op, ": rank must be 1 to ", kMaxFusedRank, ", got ", r,
+           "; use bayes_kernels.functional, which has a slower path for larger ranks");
+  return static_cast<int>(r);
+}
+
+AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t stream, int64_t row0,
+                      int64_t rows_per_id, const std::optional<Tensor>& ids, double dropout,
+                      bool has_noise, int64_t tokens) {
+  BK_CHECK(dropout >= 0.0 && dropout < 1.0, op, ": dropout must be in [0, 1), got ", dropout);
+  BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
+  AdapterNoise noise{nullptr, stream, RowIds{nullptr, row0, rows_per_id}, dropout};
+  if (has_noise || dropout > 0.0) {
+    BK_CHECK(key.has_value(), op, ": key is needed with noise or dropout; make it with random.key(seed)");
+    noise.key = key_pointer(op, *key);
+  }
+  if (ids.has_value()) {
+    BK_CHECK(ids->dim() == 1 && ids->size(0) == tokens && ids->scalar_type() == ScalarType::Long &&
+                 ids->is_contiguous(),
+             op, ": ids must be a contiguous int64 tensor of ", tokens, " elements");
+    noise.rows.ids = ids->const_data_ptr<int64_t>();
+  }
+  return noise;
+}
+
+template <class Device>
+Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor> key, int64_t stream,
+              int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids, double dropout) {
+  constexpr const char* op = "adapter_shrink";
+  BK_CHECK(x.dim() == 2, op, ": x must have two dimensions, got ", x.dim());
+  OptionalDeviceGuard guard(x);
+  x = unit_column_stride(x);
+  a = factor(op, "a", a, x);
+  BK_CHECK(a.size(1) == x.size(1), op, ": a must have ", x.size(1), " columns, got ", a.size(1));
+  ShrinkParams p{};
+  p.dtype = dtype_of(op, x);
+  p.tokens = x.size(0);
+  p.n = x.size(1);
+  p.r = rank_of(op, a);
+  p.x = x.data_ptr();
+  p.x_stride = row_stride(x);
+  p.a = a.data_ptr();
+  if (e.has_value()) {
+    e = factor(op, "e", *e, x);
+    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op, ": e must have the shape of a");
+    p.e = e->data_ptr();
+  }
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), p.tokens);
+  Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
+  if (p.tokens == 0) return h;
+  p.h = h.mutable_data_ptr();
+  Tensor workspace = workspace_for(x, p, Device::shrink_workspace);
+  raise_if(op, Device::shrink(p, current_stream(x)));
+  return h;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a,
+                                                   std::optional<Tensor> e, std::optional<Tensor> key,
+                                                   int64_t stream, int64_t row0, int64_t rows_per_id,
+                                                   std::optional<Tensor> ids, double dropout,
+                                                   bool need_dx, bool need_da, bool need_de) {
+  constexpr const char* op = "adapter_shrink_backward";
+  BK_CHECK(x.dim() == 2 && dh.dim() == 2, op, ": x and dh must have two dimensions");
+  OptionalDeviceGuard guard(x);
+  x = unit_column_stride(x);
+  a = factor(op, "a", a, x);
+  dh = factor(op, "dh", dh, x);
+  BK_CHECK(a.size(1) == x.size(1), op, ": a must have ", x.size(1), " columns, got ", a.size(1));
+  BK_CHECK(dh.size(0) == x.size(0) && dh.size(1) == a.size(0), op, ": dh must have shape (",
+           x.size(0), ", ", a.size(0), ")");
+  ShrinkBackwardParams p{};
+  p.dtype = dtype_of(op, x);
+  p.tokens = x.size(0);
+  p.n = x.size(1);
+  p.r = rank_of(op, a);
+  p.dh = dh.data_ptr();
+  p.x = x.data_ptr();
+  p.x_stride = row_stride(x);
+  p.a = a.data_ptr();
+  if (e.has_value()) {
+    e = factor(op, "e", *e, x);
+    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op, ": e must have the shape of a");
+    p.e = e->data_ptr();
+  }
+  need_de = need_de && e.has_value();
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), p.tokens);
+  const ScalarType acc = accumulate_type(x);
+  Tensor dx = empty_like_shape(x, {need_dx ? p.tokens : 0, need_dx ? p.n : 0}, x.scalar_type());
+  Tensor da = empty_like_shape(x, {need_da ? p.r : 0, need_da ? p.n : 0}, acc);
+  Tensor de = empty_like_shape(x, {need_de ? p.r : 0, need_de ? p.n : 0}, acc);
+  if (p.tokens == 0) {
+    torch::stable::zero_(da);
+    torch::stable::zero_(de);
+    return {dx, da, de};
+  }
+  p.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  p.da = need_da ? da.mutable_data_ptr() : nullptr;
+  p.de = need_de ? de.mutable_data_ptr() : nullptr;
+  if ((need_dx || need_da || need_de) && p.n > 0) {
+    Tensor workspace = workspace_for(x, p, Device::shrink_backward_workspace);
+    raise_if(op, Device::shrink_backward(p, current_stream(x)));
+  }
+  return {dx, da, de};
+}
+
+template <class Device>
+Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, ScalarType dtype) {
+  constexpr const char* op = "adapter_expand";
+  BK_CHECK(h.dim() == 2 && b.dim() == 2, op, ": h and b must have two dimensions");
+  OptionalDeviceGuard guard(h);
+  h = torch::stable::contiguous(h);
+  b = torch::stable::contiguous(b);
+  BK_CHECK(b.size(1) == h.size(1), op, ": b must have ", h.size(1), " columns, got ", b.size(1));
+  BK_CHECK(b.scalar_type() == h.scalar_type(), op, ": h and b must have the same dtype");
+  ExpandParams p{};
+  p.tokens = h.size(0);
+  p.m = b.size(0);
+  BK_CHECK(h.size(1) >= 1 && h.size(1) <= kMaxFusedRank, op, ": rank must be 1 to ", kMaxFusedRank,
+           ", got ", h.size(1));
+  p.r = static_cast<int>(h.size(1));
+  p.h = h.data_ptr();
+  p.b = b.data_ptr();
+  p.scaling = scaling;
+  Tensor y = empty_like_shape(h, {p.tokens, p.m}, dtype);
+  p.dtype = dtype_of(op, y);
+  BK_CHECK(accumulate_type(y) == h.scalar_type(), op,
+           ": h and b must be float32 (float64 beside float64 outputs)");
+  if (base.has_value()) {
+    BK_CHECK(base->dim() == 2 && base->size(0) == p.tokens && base->size(1) == p.m, op,
+             ": base must have shape (", p.tokens, ", ", p.m, ")");
+    BK_CHECK(base->scalar_type() == dtype, op, ": base must have the output's dtype");
+    base = unit_column_stride(*base);
+    p.base = base->data_ptr();
+    p.base_stride = row_stride(*base);
+  }
+  if (p.tokens == 0 || p.m == 0) return y;
+  p.y = y.mutable_data_ptr();
+  Tensor workspace = workspace_for(h, p, Device::expand_workspace);
+  raise_if(op, Device::expand(p, current_stream(h)));
+  return y;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double scaling, bool need_dh,
+                                           bool need_db) {
+  constexpr const char* op = "adapter_expand_backward";
+  BK_CHECK(dy.dim() == 2 && h.dim() == 2, op, ": dy and h must have two dimensions");
+  OptionalDeviceGuard guard(dy);
+  dy = unit_column_stride(dy);
+  h = factor(op, "h", h, dy);
+  b = factor(op, "b", b, dy);
+  BK_CHECK(h.size(0) == dy.size(0) && b.size(0) == dy.size(1) && h.size(1) == b.size(1), op,
+           ": shapes of dy (tokens, m), h (tokens, r) and b (m, r) do not fit");
+  ExpandBackwardParams p{};
+  p.dtype = dtype_of(op, dy);
+  p.tokens = dy.size(0);
+  p.m = dy.size(1);
+  BK_CHECK(h.size(1) >= 1 && h.size(1) <= kMaxFusedRank, op, ": rank must be 1 to ", kMaxFusedRank,
+           ", got ", h.size(1));
+  p.r = static_cast<int>(h.size(1));
+  p.dy = dy.data_ptr();
+  p.dy_stride = row_stride(dy);
+  p.h = h.data_ptr();
+  p.b = b.data_ptr();
+  p.scaling = scaling;
+  const ScalarType acc = accumulate_type(dy);
+  Tensor dh = empty_like_shape(dy, {need_dh ? p.tokens : 0, need_dh ? p.r : 0}, acc);
+  Tensor db = empty_like_shape(dy, {need_db ? p.m : 0, need_db ? p.r : 0}, acc);
+  if (p.tokens == 0 || p.m == 0) {
+    torch::stable::zero_(dh);
+    torch::stable::zero_(db);
+    return {dh, db};
+  }
+  p.dh = need_dh ? dh.mutable_data_ptr() : nullptr;
+  p.db = need_db ? db.mutable_data_ptr() : nullptr;
+  if (need_dh || need_db) {
+    Tensor workspace = workspace_for(dy, p, Device::expand_backward_workspace);
+    raise_if(op, Device::expand_backward(p, current_stream(dy)));
+  }
+  return {dh, db};
+}
+
+}  // namespace
+}  // namespace bayes_kernels
+
+#define BK_REGISTER_ADAPTER(key, Device)                                                          \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                                 \
+    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>));           \
+    m.impl("adapter_shrink_backward",                                                             \
+           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));                    \
+    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>));           \
+    m.impl("adapter_expand_backward",                                                             \
+           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));                    \
+  }
+
+#if defined(BAYES_KERNELS_SIM)
+BK_REGISTER_ADAPTER(CPU, Cuda)
+#else
+BK_REGISTER_ADAPTER(CPU, Cpu)
+#if defined(BAYES_KERNELS_CUDA)
+BK_REGISTER_ADAPTER(CUDA, Cuda)
+#endif
+#endif

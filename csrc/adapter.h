@@ -1,0 +1,98 @@
+// Low-rank adapter family: shrink (activations to rank space), expand (rank space to output) and
+// their derivatives. Torch-free: one params struct and one launch declaration per device.
+#pragma once
+
+#include "core/philox.h"
+#include "core/portable.h"
+
+namespace bayes_kernels {
+
+constexpr int kMaxFusedRank = 64;
+
+// Flipped-sign noise and dropout of one call. Without noise `e` is null; without dropout the
+// probability is 0; `key` may be null only where both are absent.
+struct AdapterNoise {
+  const int64_t* key;  // (seed, offset), on the op's device
+  int64_t stream;
+  RowIds rows;
+  double dropout;
+};
+
+// h = x' a^T + ((x' . R_in) e^T) . R_out with x' = dropout(x)
+struct ShrinkParams {
+  DType dtype;        // of x
+  const void* x;      // (tokens, n), unit column stride
+  int64_t x_stride;   // elements between rows
+  const void* a;      // (r, n) contiguous, fp32 (fp64 beside fp64 x)
+  const void* e;      // (r, n) like a, or null
+  AdapterNoise noise;
+  void* h;            // (tokens, r) contiguous, fp32 (fp64)
+  void* workspace;    // shrink_workspace bytes
+  int64_t tokens, n;
+  int r;
+};
+
+// dx = (dh a + ((dh . R_out) e) . R_in) . dropout', da = dh^T x', de = (dh . R_out)^T (x' . R_in)
+struct ShrinkBackwardParams {
+  DType dtype;
+  const void* dh;     // (tokens, r) contiguous, fp32 (fp64)
+  const void* x;
+  int64_t x_stride;
+  const void* a;
+  const void* e;
+  AdapterNoise noise;
+  void* dx;           // (tokens, n) contiguous, or null
+  void* da;           // (r, n), or null
+  void* de;           // (r, n), or null
+  void* workspace;    // shrink_backward_workspace bytes
+  int64_t tokens, n;
+  int r;
+};
+
+// y = base + scaling * h b^T
+struct ExpandParams {
+  DType dtype;        // of base and y
+  const void* h;      // (tokens, r) contiguous, fp32 (fp64)
+  const void* b;      // (m, r) contiguous, fp32 (fp64)
+  const void* base;   // (tokens, m), unit column stride, or null
+  int64_t base_stride;
+  void* y;            // (tokens, m) contiguous
+  void* workspace;    // expand_workspace bytes
+  double scaling;
+  int64_t tokens, m;
+  int r;
+};
+
+// dh = scaling * dy b, db = scaling * dy^T h
+struct ExpandBackwardParams {
+  DType dtype;        // of dy
+  const void* dy;     // (tokens, m), unit column stride
+  int64_t dy_stride;
+  const void* h;
+  const void* b;
+  void* dh;           // (tokens, r), or null
+  void* db;           // (m, r), or null
+  void* workspace;    // expand_backward_workspace bytes
+  double scaling;
+  int64_t tokens, m;
+  int r;
+};
+
+// Each returns null on success or the text of an error. Zero tokens are handled by the caller.
+#define BK_DECLARE_ADAPTER(device)                                                          \
+  int64_t shrink_workspace_##device(const ShrinkParams& p);                                 \
+  int64_t shrink_backward_workspace_##device(const ShrinkBackwardParams& p);                \
+  int64_t expand_workspace_##device(const ExpandParams& p);                                 \
+  int64_t expand_backward_workspace_##device(const ExpandBackwardParams& p);                \
+  const char* shrink_##device(const ShrinkParams& p, void* stream);                         \
+  const char* shrink_backward_##device(const ShrinkBackwardParams& p, void* stream);        \
+  const char* expand_##device(const ExpandParams& p, void* stream);                         \
+  const char* expand_backward_##device(const ExpandBackwardParams& p, void* stream)
+
+BK_DECLARE_ADAPTER(cpu);
+BK_DECLARE_ADAPTER(baseline);
+BK_DECLARE_ADAPTER(avx2);
+BK_DECLARE_ADAPTER(avx512);
+BK_DECLARE_ADAPTER(cuda);
+
+}  // namespace bayes_kernels

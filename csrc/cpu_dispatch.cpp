@@ -1,0 +1,90 @@
+// Picks the instruction set of the CPU kernels at run time.
+#include "cpu_isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "adapter.h"
+#include "divergence.h"
+#include "noise.h"
+
+namespace bayes_kernels {
+namespace {
+
+Isa detect() {
+  Isa isa = Isa::kBaseline;
+#if defined(BK_HAVE_X86_PATHS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    isa = Isa::kAvx2;
+  if (isa == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    isa = Isa::kAvx512;
+#endif
+  const char* wanted = std::getenv("BAYES_KERNELS_CPU");
+  if (wanted != nullptr) {
+    if (std::strcmp(wanted, "baseline") == 0) isa = Isa::kBaseline;
+    if (std::strcmp(wanted, "avx2") == 0 && isa == Isa::kAvx512) isa = Isa::kAvx2;
+  }
+  return isa;
+}
+
+}  // namespace
+
+Isa cpu_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+const char* cpu_path_name() {
+  switch (cpu_isa()) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+#if defined(BK_HAVE_X86_PATHS)
+#define BK_DISPATCH(function, ...)                     \
+  switch (cpu_isa()) {                                 \
+    case Isa::kAvx512:                                 \
+      return function##_avx512(__VA_ARGS__);           \
+    case Isa::kAvx2:                                   \
+      return function##_avx2(__VA_ARGS__);             \
+    default:                                           \
+      return function##_baseline(__VA_ARGS__);         \
+  }
+#else
+#define BK_DISPATCH(function, ...) return function##_baseline(__VA_ARGS__);
+#endif
+
+#define BK_LAUNCHER(function, Params) \
+  const char* function##_cpu(const Params& p, void* stream) { BK_DISPATCH(function, p, stream) }
+#define BK_SIZER(function, Params) \
+  int64_t function##_cpu(const Params& p) { BK_DISPATCH(function, p) }
+
+BK_SIZER(shrink_workspace, ShrinkParams)
+BK_SIZER(shrink_backward_workspace, ShrinkBackwardParams)
+BK_SIZER(expand_workspace, ExpandParams)
+BK_SIZER(expand_backward_workspace, ExpandBackwardParams)
+BK_LAUNCHER(shrink, ShrinkParams)
+BK_LAUNCHER(shrink_backward, ShrinkBackwardParams)
+BK_LAUNCHER(expand, ExpandParams)
+BK_LAUNCHER(expand_backward, ExpandBackwardParams)
+
+BK_LAUNCHER(normal, NormalParams)
+BK_LAUNCHER(sign_bits, SignParams)
+BK_LAUNCHER(dropout_mask, DropoutParams)
+BK_LAUNCHER(scaled_normal, ScaledNormalParams)
+BK_LAUNCHER(scaled_normal_backward, ScaledNormalParams)
+BK_LAUNCHER(fold_in, FoldInParams)
+
+BK_SIZER(divergence_workspace, DivergenceParams)
+BK_LAUNCHER(gaussian_kl, DivergenceParams)
+BK_LAUNCHER(gaussian_kl_gradient, DivergenceParams)
+BK_LAUNCHER(gaussian_kl_step, DivergenceParams)
+
+}  // namespace bayes_kernels

@@ -1,0 +1,157 @@
+// Host side of the noise family, shared by all devices: checks, allocation, launch.
+#include "noise.h"
+
+#include "torch_stable.h"
+
+namespace bayes_kernels {
+namespace {
+
+#if !defined(BAYES_KERNELS_SIM)
+struct Cpu {
+  static constexpr auto normal = normal_cpu;
+  static constexpr auto sign_bits = sign_bits_cpu;
+  static constexpr auto dropout_mask = dropout_mask_cpu;
+  static constexpr auto scaled_normal = scaled_normal_cpu;
+  static constexpr auto scaled_normal_backward = scaled_normal_backward_cpu;
+  static constexpr auto fold_in = fold_in_cpu;
+};
+#endif
+#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
+struct Cuda {
+  static constexpr auto normal = normal_cuda;
+  static constexpr auto sign_bits = sign_bits_cuda;
+  static constexpr auto dropout_mask = dropout_mask_cuda;
+  static constexpr auto scaled_normal = scaled_normal_cuda;
+  static constexpr auto scaled_normal_backward = scaled_normal_backward_cuda;
+  static constexpr auto fold_in = fold_in_cuda;
+};
+#endif
+
+template <class Device>
+Tensor fold_key(Tensor key, int64_t data) {
+  constexpr const char* op = "fold_in";
+  OptionalDeviceGuard guard(key);
+  Tensor out = empty_like_shape(key, {2}, ScalarType::Long);
+  FoldInParams p{key_pointer(op, key), data, out.mutable_data_ptr<int64_t>()};
+  raise_if(op, Device::fold_in(p, current_stream(key)));
+  return out;
+}
+
+template <class Device>
+Tensor normal(Tensor key, int64_t stream, std::vector<int64_t> size) {
+  constexpr const char* op = "normal";
+  OptionalDeviceGuard guard(key);
+  Tensor out = empty_like_shape(key, size, ScalarType::Float);
+  NormalParams p{key_pointer(op, key), stream, out.mutable_data_ptr<float>(), out.numel()};
+  if (p.count > 0) raise_if(op, Device::normal(p, current_stream(key)));
+  return out;
+}
+
+template <class Device>
+Tensor sign_bits(Tensor key, int64_t stream, bool output, int64_t rows, int64_t columns, int64_t row0,
+                 int64_t rows_per_id, std::optional<Tensor> ids) {
+  constexpr const char* op = "sign_bits";
+  BK_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative");
+  BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
+  OptionalDeviceGuard guard(key);
+  Tensor out = empty_like_shape(key, {rows, columns}, ScalarType::Char);
+  SignParams p{};
+  p.key = key_pointer(op, key);
+  p.stream = stream;
+  p.purpose = output ? kSignOut : kSignIn;
+  p.rows = RowIds{nullptr, row0, rows_per_id};
+  if (ids.has_value()) {
+    BK_CHECK(ids->dim() == 1 && ids->size(0) == rows && ids->scalar_type() == ScalarType::Long &&
+                 ids->is_contiguous(),
+             op, ": ids must be a contiguous int64 tensor of ", rows, " elements");
+    p.rows.ids = ids->const_data_ptr<int64_t>();
+  }
+  p.out = out.mutable_data_ptr<int8_t>();
+  p.count = rows;
+  p.columns = columns;
+  if (rows > 0 && columns > 0) raise_if(op, Device::sign_bits(p, current_stream(key)));
+  return out;
+}
+
+template <class Device>
+Tensor dropout_mask(Tensor key, int64_t stream, int64_t rows, int64_t columns, int64_t row0,
+                    double probability) {
+  constexpr const char* op = "dropout_mask";
+  BK_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative");
+  BK_CHECK(probability >= 0.0 && probability < 1.0, op, ": p must be in [0, 1), got ", probability);
+  OptionalDeviceGuard guard(key);
+  Tensor out = empty_like_shape(key, {rows, columns}, ScalarType::Bool);
+  DropoutParams p{key_pointer(op, key), stream,  row0,   probability,
+                  static_cast<bool*>(out.mutable_data_ptr()), rows, columns};
+  if (rows > 0 && columns > 0) raise_if(op, Device::dropout_mask(p, current_stream(key)));
+  return out;
+}
+
+ScaledNormalParams scaled_params(const char* op, const Tensor& rho, int64_t n, const Tensor& key,
+                                 int64_t stream, const std::string& std) {
+  BK_CHECK(rho.dim() == 2 && (rho.size(1) == n || rho.size(1) == 1), op, ": rho must have shape (r, ",
+           n, ") or (r, 1)");
+  BK_CHECK(rho.scalar_type() == ScalarType::Float || rho.scalar_type() == ScalarType::Double, op,
+           ": rho must be float32 or float64; convert it");
+  ScaledNormalParams p{};
+  p.key = key_pointer(op, key);
+  p.stream = stream;
+  p.std = std_of_name(op, std);
+  p.f64 = rho.scalar_type() == ScalarType::Double;
+  p.row_constant = rho.size(1) == 1 && n != 1;
+  p.rho = rho.data_ptr();
+  p.r = rho.size(0);
+  p.n = n;
+  return p;
+}
+
+template <class Device>
+Tensor scaled_normal(Tensor rho, int64_t n, Tensor key, int64_t stream, std::string std) {
+  constexpr const char* op = "scaled_normal";
+  OptionalDeviceGuard guard(rho);
+  rho = torch::stable::contiguous(rho);
+  ScaledNormalParams p = scaled_params(op, rho, n, key, stream, std);
+  Tensor out = empty_like_shape(rho, {p.r, n}, rho.scalar_type());
+  p.out = out.mutable_data_ptr();
+  if (p.r > 0 && n > 0) raise_if(op, Device::scaled_normal(p, current_stream(rho)));
+  return out;
+}
+
+template <class Device>
+Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream, std::string std) {
+  constexpr const char* op = "scaled_normal_backward";
+  BK_CHECK(de.dim() == 2 && de.size(0) == rho.size(0), op, ": de must have shape (r, n)");
+  BK_CHECK(de.scalar_type() == rho.scalar_type(), op, ": de and rho must have the same dtype");
+  OptionalDeviceGuard guard(rho);
+  rho = torch::stable::contiguous(rho);
+  de = torch::stable::contiguous(de);
+  ScaledNormalParams p = scaled_params(op, rho, de.size(1), key, stream, std);
+  p.de = de.data_ptr();
+  Tensor out = empty_like_shape(rho, {rho.size(0), rho.size(1)}, rho.scalar_type());
+  p.out = out.mutable_data_ptr();
+  if (p.r > 0) raise_if(op, Device::scaled_normal_backward(p, current_stream(rho)));
+  return out;
+}
+
+}  // namespace
+}  // namespace bayes_kernels
+
+#define BK_REGISTER_NOISE(key, Device)                                                          \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                               \
+    m.impl("fold_in", TORCH_BOX(&bayes_kernels::fold_key<bayes_kernels::Device>));               \
+    m.impl("normal", TORCH_BOX(&bayes_kernels::normal<bayes_kernels::Device>));                 \
+    m.impl("sign_bits", TORCH_BOX(&bayes_kernels::sign_bits<bayes_kernels::Device>));           \
+    m.impl("dropout_mask", TORCH_BOX(&bayes_kernels::dropout_mask<bayes_kernels::Device>));     \
+    m.impl("scaled_normal", TORCH_BOX(&bayes_kernels::scaled_normal<bayes_kernels::Device>));   \
+    m.impl("scaled_normal_backward",                                                            \
+           TORCH_BOX(&bayes_kernels::scaled_normal_backward<bayes_kernels::Device>));           \
+  }
+
+#if defined(BAYES_KERNELS_SIM)
+BK_REGISTER_NOISE(CPU, Cuda)
+#else
+BK_REGISTER_NOISE(CPU, Cpu)
+#if defined(BAYES_KERNELS_CUDA)
+BK_REGISTER_NOISE(CUDA, Cuda)
+#endif
+#endif

@@ -1,0 +1,69 @@
+// Noise family: the numbers that the fused ops use, and the scaled noise matrix E = std(rho) . eps.
+// Torch-free.
+#pragma once
+
+#include "core/philox.h"
+#include "core/portable.h"
+#include "core/posterior.h"
+
+namespace bayes_kernels {
+
+struct NormalParams {
+  const int64_t* key;
+  int64_t stream;
+  float* out;
+  int64_t count;
+};
+
+struct SignParams {
+  const int64_t* key;
+  int64_t stream;
+  int purpose;  // kSignIn or kSignOut
+  RowIds rows;
+  int8_t* out;  // (count, columns), +1 or -1
+  int64_t count, columns;
+};
+
+struct DropoutParams {
+  const int64_t* key;
+  int64_t stream;
+  int64_t row0;
+  double probability;
+  bool* out;  // (rows, columns), true where kept
+  int64_t rows, columns;
+};
+
+// e = std(rho) . eps, or drho = reduce(de . eps) . std'(rho)
+struct ScaledNormalParams {
+  const int64_t* key;
+  int64_t stream;
+  Std std;
+  bool f64;
+  bool row_constant;  // rho is (r, 1)
+  const void* rho;
+  const void* de;  // backward only
+  void* out;       // (r, n), or shape of rho in backward
+  int64_t r, n;
+};
+
+struct FoldInParams {
+  const int64_t* key;
+  int64_t data;
+  int64_t* out;
+};
+
+#define BK_DECLARE_NOISE(device)                                                         \
+  const char* normal_##device(const NormalParams& p, void* stream);                      \
+  const char* sign_bits_##device(const SignParams& p, void* stream);                     \
+  const char* dropout_mask_##device(const DropoutParams& p, void* stream);               \
+  const char* scaled_normal_##device(const ScaledNormalParams& p, void* stream);         \
+  const char* scaled_normal_backward_##device(const ScaledNormalParams& p, void* stream); \
+  const char* fold_in_##device(const FoldInParams& p, void* stream)
+
+BK_DECLARE_NOISE(cpu);
+BK_DECLARE_NOISE(baseline);
+BK_DECLARE_NOISE(avx2);
+BK_DECLARE_NOISE(avx512);
+BK_DECLARE_NOISE(cuda);
+
+}  // namespace bayes_kernels

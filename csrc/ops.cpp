@@ -1,0 +1,43 @@
+// Every schema of the library, and nothing else. Kernels register themselves in <family>.cpp; fake
+// kernels are in bayes_kernels/_library.py, definitions in bayes_kernels/reference.py.
+#include "torch_stable.h"
+
+STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
+  // noise
+  m.def("fold_in(Tensor key, SymInt data) -> Tensor");
+  m.def("normal(Tensor key, SymInt stream, SymInt[] size) -> Tensor");
+  m.def(
+      "sign_bits(Tensor key, SymInt stream, bool output, SymInt rows, SymInt columns, SymInt row0, "
+      "SymInt rows_per_id, Tensor? ids) -> Tensor");
+  m.def(
+      "dropout_mask(Tensor key, SymInt stream, SymInt rows, SymInt columns, SymInt row0, float p) "
+      "-> Tensor");
+  m.def("scaled_normal(Tensor rho, SymInt n, Tensor key, SymInt stream, str std) -> Tensor");
+  m.def(
+      "scaled_normal_backward(Tensor de, Tensor rho, Tensor key, SymInt stream, str std) -> Tensor");
+
+  // adapter
+  m.def(
+      "adapter_shrink(Tensor x, Tensor a, Tensor? e, Tensor? key, SymInt stream, SymInt row0, "
+      "SymInt rows_per_id, Tensor? ids, float dropout) -> Tensor");
+  m.def(
+      "adapter_shrink_backward(Tensor dh, Tensor x, Tensor a, Tensor? e, Tensor? key, SymInt stream, "
+      "SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, bool need_dx, bool need_da, "
+      "bool need_de) -> (Tensor, Tensor, Tensor)");
+  m.def("adapter_expand(Tensor h, Tensor b, Tensor? base, float scaling, ScalarType dtype) -> Tensor");
+  m.def(
+      "adapter_expand_backward(Tensor dy, Tensor h, Tensor b, float scaling, bool need_dh, "
+      "bool need_db) -> (Tensor, Tensor)");
+
+  // divergence
+  m.def(
+      "gaussian_kl(Tensor[] means, Tensor[] rhos, float[] prior_std, str std, str direction) -> Tensor");
+  m.def(
+      "gaussian_kl_backward(Tensor weight, Tensor[] means, Tensor[] rhos, float[] prior_std, str std, "
+      "str direction) -> (Tensor[], Tensor[])");
+  m.def(
+      "gaussian_kl_step_(Tensor(a!)[] means, Tensor(b!)[] rhos, Tensor weight, float[] prior_std, "
+      "str std, str direction) -> ()");
+
+  m.def("build_info() -> str");
+}

@@ -1,0 +1,142 @@
+// The only file that includes torch/csrc/stable/*: aliases, checks and the CUDA stream.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/portable.h"
+#include "core/posterior.h"
+
+// Emulator builds register the same schemas under a second name, with CUDA kernels that run on the
+// host and take CPU tensors.
+#if defined(BAYES_KERNELS_SIM)
+#define BK_LIBRARY bayes_kernels_sim
+#else
+#define BK_LIBRARY bayes_kernels
+#endif
+
+// Shape and type errors are raised by Python before an op is called (functional.py); these checks
+// protect direct calls of torch.ops. `op: argument must be ..., got ...`.
+#define BK_CHECK(condition, ...)                                                     \
+  do {                                                                               \
+    if (!(condition)) throw std::runtime_error(::bayes_kernels::message(__VA_ARGS__)); \
+  } while (0)
+
+namespace bayes_kernels {
+
+using Tensor = torch::stable::Tensor;
+using ScalarType = torch::headeronly::ScalarType;
+
+template <class... Args>
+std::string message(const Args&... args) {
+  std::ostringstream stream;
+  stream << "bayes_kernels::";
+  (stream << ... << args);
+  return stream.str();
+}
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::Double:
+      return DType::kF64;
+    default:
+      throw std::runtime_error(
+          message(op, ": dtype must be float32, bfloat16, float16 or float64; convert the tensor"));
+  }
+}
+
+inline ScalarType scalar_type_of(DType t) {
+  switch (t) {
+    case DType::kBF16:
+      return ScalarType::BFloat16;
+    case DType::kF16:
+      return ScalarType::Half;
+    case DType::kF64:
+      return ScalarType::Double;
+    default:
+      return ScalarType::Float;
+  }
+}
+
+// fp32, or fp64 beside fp64 activations.
+inline ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty_like_shape(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+}
+
+inline Std std_of_name(const char* op, const std::string& name) {
+  if (name == "square") return Std::kSquare;
+  if (name == "softplus") return Std::kSoftplus;
+  if (name == "direct") return Std::kDirect;
+  throw std::runtime_error(message(op, ": std must be 'square', 'softplus' or 'direct', got '", name, "'"));
+}
+
+inline Direction direction_of_name(const char* op, const std::string& name) {
+  if (name == "elbo") return Direction::kElbo;
+  if (name == "code") return Direction::kCode;
+  throw std::runtime_error(message(op, ": direction must be 'elbo' or 'code', got '", name, "'"));
+}
+
+inline const int64_t* key_pointer(const char* op, const Tensor& key) {
+  BK_CHECK(key.dim() == 1 && key.numel() == 2 && key.scalar_type() == ScalarType::Long &&
+               key.is_contiguous(),
+           op, ": key must be a contiguous int64 tensor of two elements; make it with random.key(seed)");
+  return key.const_data_ptr<int64_t>();
+}
+
+// Launch functions return null or the text of an error.
+inline void raise_if(const char* op, const char* error) { BK_CHECK(error == nullptr, op, ": ", error); }
+
+// Allocates size(p) bytes on the device of `like` and stores the address in p.workspace.
+template <class Params, class Size>
+Tensor workspace_for(const Tensor& like, Params& p, Size size) {
+  const int64_t bytes = size(p);
+  Tensor workspace = empty_like_shape(like, {bytes}, ScalarType::Byte);
+  p.workspace = bytes == 0 ? nullptr : workspace.mutable_data_ptr();
+  return workspace;
+}
+
+// The current stream of the device, or null on the host (and in the emulator).
+void* current_stream(const Tensor& t);
+
+// Runs body(begin, end) over chunks of [0, end) on torch's intra-op threads.
+template <class F>
+void parallel_for(int64_t end, int64_t grain, const F& body) {
+  if (end <= grain || end <= 1) {
+    if (end > 0) body(int64_t{0}, end);
+    return;
+  }
+  torch::stable::parallel_for(0, end, grain, body);
+}
+
+// Device guard that does nothing for CPU tensors.
+class OptionalDeviceGuard {
+ public:
+  explicit OptionalDeviceGuard(const Tensor& t) {
+    if (t.is_cuda()) guard_.emplace(t.get_device_index());
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+}  // namespace bayes_kernels
