@@ -342,6 +342,8 @@ def _acc(x: Tensor) -> torch.dtype:
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
+    if device not in ("cpu", "cuda"):
+        return x  # refused below, with a clear line
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x

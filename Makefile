@@ -1,0 +1,75 @@
+# Every target sets up what it needs in .venv: Python 3.10+, a C++17 compiler and pip are enough.
+# nvcc is used where it is found, and never needed.
+#
+#   make demo    fine-tune a real language model with BLoB on real text, and compare it with plain LoRA
+#   make test    build everything, the CUDA emulator included, and run the test suite
+#   make setup   only the environment
+#   make bench   CPU benchmarks;   make lint   style and types;   make docs   the site, in site/
+#
+# TORCH=torch==2.11.0 or the like chooses another torch (2.11 or later).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
+
+.PHONY: demo test setup bench lint docs clean
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools and torch first: the package is built without isolation, against the installed torch.
+$(VENV)/.tools: pyproject.toml | $(PY)
+	@echo "== installing torch and build tools (about a minute)"
+	$(PIP) '$(TORCH)' numpy 'scikit-build-core>=0.10' 'pybind11>=2.12' ninja cmake
+	@touch $@
+
+# The library for users, and the one for tests, which adds the emulator and turns warnings into errors.
+$(VENV)/.library: $(SOURCES) | $(VENV)/.tools
+	@echo "== building bayes_kernels (about a minute)"
+	$(PIP) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.testing: $(SOURCES) $(VENV)/.tools
+	@echo "== building bayes_kernels, its emulator and its tests' needs (about two minutes)"
+	BAYES_KERNELS_TESTS=ON BAYES_KERNELS_WERROR=ON $(PIP) --no-build-isolation -e '.[test]'
+	@touch $@ $(VENV)/.library
+
+setup: $(VENV)/.library
+	$(PY) -m bayes_kernels
+
+demo: $(VENV)/.library
+	$(PY) -m bayes_kernels demo
+
+# One thread for each worker: the machine's cores are used by running test files side by side.
+test: $(VENV)/.testing
+	$(PY) -m bayes_kernels
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+bench: $(VENV)/.library
+	OMP_NUM_THREADS=1 $(PY) cuda_benchmarks/bench_adapter.py --device cpu $(ARGS)
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.library
+	$(PIP) 'ruff==0.17.6' 'clang-format==23.1.5' 'mypy>=1.11'
+	@touch $@
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/mypy
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.library
+	$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache

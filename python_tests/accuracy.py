@@ -1,0 +1,27 @@
+"""The accuracy rule: an op may err at most twice as much as same-dtype PyTorch, against fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_no_worse_than_torch(
+    ours: Tensor, same_dtype: Tensor, truth: Tensor, *, factor: float = 2.0, what: str = ""
+) -> None:
+    """Compare errors against the fp64 truth, by maximum and by Frobenius norm.
+
+    The floor, a few units in the last place of the largest entry, avoids 0 <= 2 * 0.
+    """
+    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    a, b, t = (v.detach().double().cpu() for v in (ours, same_dtype, truth))
+    assert torch.isfinite(a).all(), f"{what}: not finite"
+    scale = t.abs().max().item()
+    eps = torch.finfo(ours.dtype).eps
+    floor = 2 * eps * scale
+    error, allowed = (a - t).abs().max().item(), factor * (b - t).abs().max().item() + floor
+    assert error <= allowed, f"{what}: max error {error:.3g} > {allowed:.3g} (largest entry {scale:.3g})"
+    error, allowed = (a - t).norm().item(), factor * (b - t).norm().item() + floor
+    assert error <= allowed, f"{what}: Frobenius error {error:.3g} > {allowed:.3g}"

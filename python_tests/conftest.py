@@ -1,0 +1,97 @@
+"""Devices, data folders and the accuracy rule, shared by all tests.
+
+`device` runs a test on the CPU kernels, on the emulated CUDA kernels ("sim", where the emulator
+library is built) and on a real GPU ("cuda", where there is one). FAIL_WITHOUT_CUDA=1 turns a skip for
+lack of a GPU into a failure. BAYES_KERNELS_DATA and BAYES_KERNELS_MODELS name folders with real data
+sets and small real models; tests that need them skip where they are absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import bayes_kernels as bk
+from bayes_kernels import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_report_header() -> list[str]:
+    info = bk.build_info() if _library.problem is None else _library.problem
+    return [
+        f"bayes_kernels: {info}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"cuda {torch.cuda.is_available()}, emulator {_library.load_simulator() is not None}",
+    ]
+
+
+def _no_cuda(reason: str) -> None:
+    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+        pytest.fail(f"{reason}, and FAIL_WITHOUT_CUDA=1")
+    pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("needs_cuda") and not torch.cuda.is_available():
+        _no_cuda("no GPU")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place to run kernels: `name` is cpu, sim or cuda; `torch` is the tensors' device."""
+
+    name: str
+    torch: torch.device
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Activation types supported there."""
+        half = (torch.float32, torch.bfloat16, torch.float16)
+        return (*half, torch.float64) if self.name == "cpu" else half
+
+
+def _device(name: str) -> Iterator[Device]:
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            _no_cuda("no GPU")
+        if not bk.build_info()["cuda"]:
+            _no_cuda("built without CUDA kernels")
+        yield Device("cuda", torch.device("cuda"))
+    elif name == "sim":
+        if _library.load_simulator() is None:
+            pytest.skip("the emulator library is not built")
+        with _library.simulator():
+            yield Device("sim", torch.device("cpu"))
+    else:
+        yield Device("cpu", torch.device("cpu"))
+
+
+@pytest.fixture(params=["cpu", "sim", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    yield from _device(request.param)
+
+
+def _folder(variable: str, default: str) -> Path:
+    path = Path(os.environ.get(variable) or ROOT.parent / "shared" / default)
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there; name the folder in {variable}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real data sets in JSONL form."""
+    return _folder("BAYES_KERNELS_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """Folder of small real causal language models."""
+    return _folder("BAYES_KERNELS_MODELS", "models")

@@ -1,0 +1,566 @@
+"""Adapter ops against their definitions: accuracy rule, gradients, noise statistics, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_no_worse_than_torch
+
+from bayes_kernels import _library, random, reference
+from bayes_kernels import functional as F
+
+# tokens, n, m, r: odd sizes, both sides of the 128-column sign block, every padded rank
+SHAPES = [
+    (1, 1, 1, 1),
+    (7, 33, 5, 3),
+    (16, 128, 64, 8),
+    (5, 129, 130, 17),
+    (33, 257, 31, 16),
+    (3, 40, 24, 64),
+    (70, 65, 72, 33),
+]
+SMALL = [(7, 33, 5, 3), (16, 128, 64, 8), (5, 129, 130, 17)]
+
+
+def make(device, shape, dtype, *, seed=0, grad=True, batch=None):
+    """x, mean, rho, b, base, dy on the device; factors fp32 (fp64 beside fp64)."""
+    tokens, n, m, r = shape
+    g = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*size, scale=1.0):
+        return torch.randn(*size, generator=g, dtype=torch.float64) * scale
+
+    lead = batch or (tokens,)
+    parts = {
+        "x": (normal(*lead, n), dtype),
+        "mean": (normal(r, n, scale=1 / math.sqrt(n)), acc),
+        "rho": (torch.rand(r, n, generator=g, dtype=torch.float64) * 0.3 + 0.05, acc),
+        "b": (normal(m, r, scale=1 / math.sqrt(r)), acc),
+        "base": (normal(*lead, m), dtype),
+        "dy": (normal(*lead, m), dtype),
+    }
+    out = {k: v.to(t).to(device.torch) for k, (v, t) in parts.items()}
+    for name in ("x", "mean", "rho", "b", "base"):
+        out[name].requires_grad_(grad)
+    return out
+
+
+def clone_as(parts, dtype):
+    """The same numbers in another dtype, as new leaves."""
+    return {k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in parts.items()}
+
+
+def gradients(y, parts, names):
+    return torch.autograd.grad(y, [parts[k] for k in names], parts["dy"].to(y.dtype))
+
+
+def compare(device, dtype, ours, run_reference, parts, names, what, factor=2.0):
+    """Value and gradients by the accuracy rule; run_reference(parts) in the dtype and in fp64."""
+    same_parts, truth_parts = clone_as(parts, dtype), clone_as(parts, torch.float64)
+    same, truth = run_reference(same_parts), run_reference(truth_parts)
+    assert_no_worse_than_torch(ours, same, truth, factor=factor, what=f"{what} value")
+    for name, a, b, t in zip(
+        names,
+        gradients(ours, parts, names),
+        gradients(same, same_parts, names),
+        gradients(truth, truth_parts, names),
+        strict=True,
+    ):
+        assert a.dtype == parts[name].dtype
+        assert_no_worse_than_torch(a, b, t, factor=factor, what=f"{what} d{name}")
+
+
+def half_or_single(device):
+    return [d for d in device.dtypes if d != torch.float64]
+
+
+# --- against the definition ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_flipout_lora(device, shape, dtype):
+    parts = make(device, shape, dtype)
+    key = random.key(11, device.torch)
+    tokens, n, _, r = shape
+    names = ["x", "mean", "rho", "b", "base"]
+    y = F.flipout_lora(*(parts[k] for k in names), scaling=0.7, key=key, stream=3)
+
+    def run(p):
+        noise = reference.dense_noise(key.cpu(), tokens, n, r, stream=3, dtype=p["x"].dtype)
+        for field in ("eps", "r_in", "r_out"):
+            setattr(noise, field, getattr(noise, field).to(device.torch))
+        return reference.flipout_lora(*(p[k] for k in names), scaling=0.7, noise=noise)
+
+    compare(device, dtype, y, run, parts, names, "flipout_lora")
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("std", ["square", "softplus", "direct"])
+@pytest.mark.parametrize("row_constant", [False, True])
+def test_flipout_parameterisations(device, shape, std, row_constant):
+    parts = make(device, shape, torch.float32)
+    if row_constant:
+        parts["rho"] = parts["rho"][:, :1].detach().contiguous().requires_grad_()
+    key = random.key(1, device.torch)
+    tokens, n, _, r = shape
+    names = ["x", "mean", "rho", "b"]
+    y = F.flipout_lora(*(parts[k] for k in names), key=key, std=std)
+
+    def run(p):
+        noise = reference.dense_noise(key.cpu(), tokens, n, r, dtype=p["x"].dtype)
+        for field in ("eps", "r_in", "r_out"):
+            setattr(noise, field, getattr(noise, field).to(device.torch))
+        return reference.flipout_lora(*(p[k] for k in names), noise=noise, std=std)
+
+    compare(device, torch.float32, y, run, parts, names, std, factor=3.0)
+
+
+@pytest.mark.parametrize("scope", ["token", "example", "none", "groups", "rows_per_group"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_scopes_and_dropout(device, scope, dropout):
+    batch, n, m, r = (4, 6), 150, 20, 5
+    tokens = 24
+    parts = make(device, (tokens, n, m, r), torch.float32, batch=batch)
+    key = random.key(5, device.torch)
+    options: dict = {"scope": scope if scope in F.SCOPES else "token"}
+    where: dict = {"rows_per_id": 1}
+    if scope == "example":
+        where = {"rows_per_id": 6}
+    elif scope == "groups":
+        options["groups"] = torch.tensor([[9], [2], [9], [0]], device=device.torch)
+        where = {"ids": options["groups"].expand(batch).reshape(-1).cpu()}
+    elif scope == "rows_per_group":
+        options |= {"rows_per_group": 12, "row0": 3}
+        where = {"rows_per_id": 12, "row0": 3}
+    names = ["x", "mean", "rho", "b", "base"]
+    y = F.flipout_lora(*(parts[k] for k in names), key=key, dropout=dropout, **options)
+
+    def run(p):
+        noise = reference.dense_noise(key.cpu(), tokens, n, r, dtype=p["x"].dtype, **where)
+        if scope == "none":
+            noise.r_in, noise.r_out = torch.ones_like(noise.r_in), torch.ones_like(noise.r_out)
+        if dropout:
+            first = where.get("row0", 0) * where.get("rows_per_id", 1)
+            noise.keep = reference.dropout_mask(key.cpu(), tokens, n, dropout, row0=first)
+            noise.keep = noise.keep.to(device.torch)
+        for field in ("eps", "r_in", "r_out"):
+            setattr(noise, field, getattr(noise, field).to(device.torch))
+        return reference.flipout_lora(*(p[k] for k in names), noise=noise, dropout=dropout)
+
+    compare(device, torch.float32, y, run, parts, names, scope, factor=3.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_lora(device, shape, dtype, with_base):
+    parts = make(device, shape, dtype)
+    names = ["x", "mean", "b", "base"] if with_base else ["x", "mean", "b"]
+    y = F.lora(*(parts[k] for k in names), scaling=2.0)
+    compare(
+        device, dtype, y, lambda p: reference.lora(*(p[k] for k in names), scaling=2.0),
+        parts, names, "lora",
+    )
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_scaled_lora(device, shape, grouped):
+    parts = make(device, shape, torch.float32)
+    tokens, r = shape[0], shape[3]
+    groups = torch.arange(tokens, device=device.torch) % 3 if grouped else None
+    parts["d"] = torch.randn((3, r) if grouped else (r,), device=device.torch).requires_grad_()
+    names = ["x", "mean", "d", "b", "base"]
+    y = F.scaled_lora(*(parts[k] for k in names), scaling=0.5, groups=groups)
+
+    def run(p):
+        return reference.scaled_lora(*(p[k] for k in names), scaling=0.5, groups=groups)
+
+    compare(device, torch.float32, y, run, parts, names, "scaled_lora")
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_core_lora(device, shape):
+    parts = make(device, shape, torch.float32)
+    parts["core"] = torch.randn(shape[3], shape[3], device=device.torch).requires_grad_()
+    names = ["x", "mean", "core", "b", "base"]
+    y = F.core_lora(*(parts[k] for k in names), scaling=0.5)
+    compare(
+        device, torch.float32, y,
+        lambda p: reference.core_lora(*(p[k] for k in names), scaling=0.5),
+        parts, names, "core_lora",
+    )
+
+
+@pytest.mark.parametrize("rank", [65, 100])
+def test_large_ranks_take_the_documented_path(rank):
+    class Cpu:
+        torch = torch.device("cpu")
+
+    parts = make(Cpu, (6, 140, 30, rank), torch.float32)
+    key = random.key(2)
+    names = ["x", "mean", "rho", "b", "base"]
+    y = F.flipout_lora(*(parts[k] for k in names), key=key, scope="example")
+
+    def run(p):
+        noise = reference.dense_noise(key, 6, 140, rank, dtype=p["x"].dtype)
+        return reference.flipout_lora(*(p[k] for k in names), noise=noise)
+
+    compare(Cpu, torch.float32, y, run, parts, names, "rank > 64", factor=3.0)
+    plain = F.lora(parts["x"], parts["mean"], parts["b"], dropout=0.5, key=key)
+    assert plain.shape == (6, 30)
+    core = torch.eye(rank)
+    torch.testing.assert_close(
+        F.core_lora(parts["x"], parts["mean"], core, parts["b"]),
+        F.scaled_lora(parts["x"], parts["mean"], torch.ones(rank), parts["b"]),
+    )
+
+
+# --- layouts and sizes --------------------------------------------------------------------------
+
+
+def test_strides_and_offsets(device):
+    tokens, n, m, r = 9, 70, 40, 8
+    parts = make(device, (tokens, n, m, r), torch.float32, grad=False)
+    key = random.key(0, device.torch)
+    expected = F.flipout_lora(*(parts[k] for k in ("x", "mean", "rho", "b", "base")), key=key)
+    wide = torch.zeros(tokens, 2 * n + 3, device=device.torch)
+    wide[:, 3 : n + 3] = parts["x"]
+    transposed = parts["x"].T.contiguous().T
+    base = torch.zeros(tokens, m + 5, device=device.torch)
+    base[:, 5:] = parts["base"]
+    for x in (wide[:, 3 : n + 3], transposed):
+        y = F.flipout_lora(x, parts["mean"], parts["rho"], parts["b"], base[:, 5:], key=key)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    y = F.flipout_lora(
+        parts["x"], parts["mean"].T.contiguous().T, parts["rho"], parts["b"].T.contiguous().T,
+        parts["base"], key=key,
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2), (4, 5, 0, 2), (2, 0, 3, 2)])
+def test_zero_sizes(device, shape):
+    tokens, n, m, r = shape
+    x = torch.ones(tokens, n, device=device.torch, requires_grad=True)
+    mean = torch.ones(r, n, device=device.torch, requires_grad=True)
+    rho = torch.ones(r, n, device=device.torch, requires_grad=True)
+    b = torch.ones(m, r, device=device.torch, requires_grad=True)
+    y = F.flipout_lora(x, mean, rho, b, key=random.key(0, device.torch))
+    assert y.shape == (tokens, m)
+    y.sum().backward()
+    for t in (x, mean, rho, b):
+        assert t.grad is not None and t.grad.shape == t.shape and not t.grad.any()
+
+
+def test_leading_dimensions(device):
+    parts = make(device, (12, 33, 9, 4), torch.float32, grad=False)
+    key = random.key(0, device.torch)
+    flat = F.flipout_lora(*(parts[k] for k in ("x", "mean", "rho", "b", "base")), key=key)
+    for lead in ((3, 4), (2, 3, 2), (12, 1)):
+        y = F.flipout_lora(
+            parts["x"].reshape(*lead, 33), parts["mean"], parts["rho"], parts["b"],
+            parts["base"].reshape(*lead, 9), key=key,
+        )
+        assert torch.equal(y.reshape(12, 9), flat)
+    single = F.flipout_lora(parts["x"][0], parts["mean"], parts["rho"], parts["b"],
+                            parts["base"][0], key=key)
+    torch.testing.assert_close(single, flat[0], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_only_where_needed(device):
+    parts = make(device, (6, 20, 7, 3), torch.float32, grad=False)
+    key = random.key(0, device.torch)
+    names = ["x", "mean", "rho", "b", "base"]
+    every = {k: parts[k].clone().requires_grad_() for k in names}
+    full = torch.autograd.grad(
+        F.flipout_lora(*every.values(), key=key), list(every.values()), parts["dy"]
+    )
+    for i, name in enumerate(names):
+        some = {k: parts[k].clone().requires_grad_(k == name) for k in names}
+        (grad,) = torch.autograd.grad(
+            F.flipout_lora(*some.values(), key=key), [some[name]], parts["dy"]
+        )
+        assert torch.equal(grad, full[i]), name
+
+
+# --- properties ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["token", "example", "none"])
+def test_zero_deviation_is_plain_lora_bit_for_bit(device, scope):
+    for dtype in half_or_single(device):
+        parts = make(device, (8, 130, 20, 8), dtype, grad=False, batch=(2, 4))
+        rho = torch.zeros_like(parts["rho"])
+        y = F.flipout_lora(parts["x"], parts["mean"], rho, parts["b"], parts["base"], scaling=2.0,
+                           key=random.key(0, device.torch), scope=scope)
+        assert torch.equal(y, F.lora(parts["x"], parts["mean"], parts["b"], parts["base"], scaling=2.0))
+
+
+def test_batch_split_does_not_change_the_noise(device):
+    parts = make(device, (20, 140, 30, 8), torch.float32, grad=False)
+    key = random.key(0, device.torch)
+    args = [parts[k] for k in ("mean", "rho", "b")]
+    whole = F.flipout_lora(parts["x"], *args, key=key, dropout=0.2)
+    halves = [
+        F.flipout_lora(parts["x"][:13], *args, key=key, dropout=0.2),
+        F.flipout_lora(parts["x"][13:], *args, key=key, row0=13, dropout=0.2),
+    ]
+    assert torch.equal(torch.cat(halves), whole)
+    grouped = F.flipout_lora(parts["x"], *args, key=key, rows_per_group=5)
+    tail = F.flipout_lora(parts["x"][10:], *args, key=key, rows_per_group=5, row0=2)
+    assert torch.equal(grouped[10:], tail)
+
+
+def test_same_bits_for_any_number_of_threads():
+    class Cpu:
+        torch = torch.device("cpu")
+
+    before = torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        results = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                parts = make(Cpu, (300, 520, 390, 8), dtype)
+                names = ["x", "mean", "rho", "b", "base"]
+                y = F.flipout_lora(*(parts[k] for k in names), key=random.key(1), dropout=0.1)
+                results.append([y, *gradients(y, parts, names)])
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scope", ["token", "example", "none"])
+def test_mean_and_covariance_of_samples(scope):
+    """E[h] is the mean path; cov(h_t, h_t') is sum_j x_tj x_t'j Omega_j^2 where signs are shared."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 12, generator=generator, dtype=torch.float64)  # two examples, two tokens
+    mean = torch.randn(1, 12, generator=generator, dtype=torch.float64)
+    rho = torch.rand(1, 12, generator=generator, dtype=torch.float64) * 0.5 + 0.5
+    one = torch.ones(1, 1, dtype=torch.float64)
+    draws = torch.stack([
+        F.flipout_lora(x, mean, rho, one, key=random.key(s), scope=scope).reshape(4)
+        for s in range(6000)
+    ])
+    rows = x.reshape(4, 12)
+    covariance = (rows * rho**4) @ rows.T
+    same_example = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
+    covariance = covariance * {
+        "token": torch.eye(4), "example": same_example, "none": torch.ones(4, 4)
+    }[scope]
+    scale = covariance.diagonal().max().item()
+    bound = 4.5 * scale / math.sqrt(len(draws))
+    assert (draws.mean(0) - (rows @ mean.T).reshape(4)).abs().max() < 4.5 * math.sqrt(scale / len(draws))
+    assert (torch.cov(draws.T) - covariance).abs().max() < 2 * bound
+
+
+def test_streams_keys_and_draws_differ(device):
+    parts = make(device, (4, 40, 9, 4), torch.float32, grad=False)
+    args = [parts[k] for k in ("x", "mean", "rho", "b")]
+    key = random.key(0, device.torch)
+    base = F.flipout_lora(*args, key=key, stream=0)
+    assert torch.equal(base, F.flipout_lora(*args, key=key.clone(), stream=0))
+    assert not torch.allclose(base, F.flipout_lora(*args, key=key, stream=1))
+    assert not torch.allclose(base, F.flipout_lora(*args, key=random.key(1, device.torch)))
+
+
+# --- autograd, autocast, compile ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["token", "example", "none"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck_flipout(scope, dropout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    mean = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    rho = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    base = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    for std in ("square", "softplus", "direct"):
+        assert torch.autograd.gradcheck(
+            lambda *t, std=std: F.flipout_lora(
+                *t, scaling=1.5, key=random.key(3), scope=scope, dropout=dropout, std=std
+            ),
+            (x, mean, rho, b, base),
+        )
+    row = torch.rand(2, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: F.flipout_lora(*t, key=random.key(3), scope=scope), (x, mean, row, b, base)
+    )
+
+
+def test_gradcheck_scaled_and_core():
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    base = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    d = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    grouped = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    core = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    groups = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert torch.autograd.gradcheck(F.lora, (x, a, b, base))
+    assert torch.autograd.gradcheck(F.scaled_lora, (x, a, d, b, base))
+    assert torch.autograd.gradcheck(
+        lambda *t: F.scaled_lora(*t, groups=groups), (x, a, grouped, b, base)
+    )
+    assert torch.autograd.gradcheck(F.core_lora, (x, a, core, b, base))
+
+
+def test_changed_key_is_refused_in_backward(device):
+    parts = make(device, (4, 8, 3, 2), torch.float32)
+    key = random.key(0, device.torch)
+    y = F.flipout_lora(*(parts[k] for k in ("x", "mean", "rho", "b")), key=key)
+    key.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_autocast_takes_x_in_the_autocast_dtype():
+    class Cpu:
+        torch = torch.device("cpu")
+
+    parts = make(Cpu, (6, 40, 12, 4), torch.float32)
+    key = random.key(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = F.flipout_lora(parts["x"], parts["mean"], parts["rho"], parts["b"], key=key)
+        with_base = F.lora(parts["x"], parts["mean"], parts["b"], parts["base"])
+    assert y.dtype == torch.bfloat16 and with_base.dtype == torch.float32
+    expected = F.flipout_lora(
+        parts["x"].bfloat16(), parts["mean"], parts["rho"], parts["b"], key=key
+    )
+    assert torch.equal(y, expected)
+    y.float().sum().backward()
+    assert parts["mean"].grad.dtype == torch.float32 and parts["x"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_gives_the_same_gradients_without_recompiling(dynamic):
+    class Cpu:
+        torch = torch.device("cpu")
+
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    parts = make(Cpu, (10, 33, 9, 4), torch.float32, batch=(2, 5))
+    names = ["x", "mean", "rho", "b", "base"]
+
+    def run(x, mean, rho, b, base, key):
+        y = F.flipout_lora(x, mean, rho, b, base, key=key, stream=2, scope="example", dropout=0.1)
+        return torch.tanh(y)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
+    for seed in range(6):
+        key = random.key(seed)
+        eager, fast = run(*(parts[k] for k in names), key), compiled(*(parts[k] for k in names), key)
+        torch.testing.assert_close(fast, eager)
+        for a, b in zip(gradients(fast, parts, names), gradients(eager, parts, names), strict=True):
+            torch.testing.assert_close(a, b)
+        if seed == 0:
+            first = counter.frame_count
+    assert counter.frame_count == first
+
+
+def test_checkpoint_replays_the_noise():
+    from torch.utils.checkpoint import checkpoint
+
+    class Cpu:
+        torch = torch.device("cpu")
+
+    parts = make(Cpu, (6, 20, 20, 4), torch.float32)
+    names = ["x", "mean", "rho", "b", "base"]
+    key = random.key(9)
+
+    def run(*tensors):
+        return torch.tanh(F.flipout_lora(*tensors, key=key, stream=1, dropout=0.2))
+
+    plain = run(*(parts[k] for k in names))
+    for reentrant in (False, True):
+        again = checkpoint(run, *(parts[k] for k in names), use_reentrant=reentrant)
+        assert torch.equal(again, plain)
+        if reentrant:  # reentrant checkpoints refuse torch.autograd.grad
+            fresh = {k: parts[k].detach().clone().requires_grad_() for k in names}
+            checkpoint(run, *fresh.values(), use_reentrant=True).backward(parts["dy"])
+            grads = [fresh[k].grad for k in names]
+        else:
+            grads = list(gradients(again, parts, names))
+        expected = gradients(run(*(parts[k] for k in names)), parts, names)
+        for a, b in zip(grads, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_bytes_kept_for_backward():
+    """x is shared with the base layer; beyond it only h (tokens, r) and the key are kept."""
+
+    class Cpu:
+        torch = torch.device("cpu")
+
+    parts = make(Cpu, (256, 512, 512, 8), torch.float32)
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    names = ["x", "mean", "rho", "b", "base"]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        F.flipout_lora(*(parts[k] for k in names), key=random.key(0))
+    for name in ("x", "mean", "rho", "b"):
+        kept.pop(parts[name].untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) == 256 * 8 * 4 + 16
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def ones(*shape, **options):
+    return torch.ones(*shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda k: F.lora(ones(2, 3), ones(3, 2), ones(4, 2)), ValueError, "transposed"),
+        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(2, 4)), ValueError, r"b must have shape \(m, r = 2\)"),
+        (lambda k: F.lora(ones(2, 3).int(), ones(2, 3), ones(4, 2)), TypeError, "x must be float32"),
+        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), ones(2, 5)), ValueError, r"base must have shape \(2, 4\)"),
+        (lambda k: F.lora(ones(2, 3), ones(0, 3), ones(4, 0)), ValueError, "rank must be at least 1"),
+        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), dropout=0.1), ValueError, "key is needed"),
+        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), dropout=1.5, key=k), ValueError, r"in \[0, 1\)"),
+        (lambda k: F.lora(ones(2, 3, dtype=torch.float64), ones(2, 3), ones(4, 2), ones(2, 4)), TypeError, "base must have a dtype"),
+        (lambda k: F.lora(ones(2, 3, device="meta"), ones(2, 3), ones(4, 2)), ValueError, "on the CPU or a CUDA device"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 2), ones(4, 2), key=k), ValueError, "rho must have shape"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=ones(2)), ValueError, "key must be an int64"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, scope="batch"), ValueError, "scope must be one of"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, std="exp"), ValueError, "std must be one of"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(5).long()), ValueError, "groups must have shape"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(2)), TypeError, "groups must be int64"),
+        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, rows_per_group=0), ValueError, "rows_per_group must be"),
+        (lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(3), ones(4, 2)), ValueError, "d must have shape"),
+        (lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(5, 2), ones(4, 2)), ValueError, "groups must be given"),
+        (lambda k: F.core_lora(ones(2, 3), ones(2, 3), ones(3, 3), ones(4, 2)), ValueError, r"core must have shape \(2, 2\)"),
+    ],
+)
+def test_errors_are_one_clear_line(call, error, text):
+    with pytest.raises(error, match=text) as caught:
+        call(random.key(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_raw_ops_check_what_python_would():
+    ops = _library.ops
+    x, a = torch.ones(2, 3), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="a must have 3 columns"):
+        ops.adapter_shrink(x, torch.ones(2, 4), None, None, 0, 0, 1, None, 0.0)
+    with pytest.raises(RuntimeError, match="key is needed"):
+        ops.adapter_shrink(x, a, a, None, 0, 0, 1, None, 0.0)
+    with pytest.raises(RuntimeError, match="rank must be 1 to 64"):
+        ops.adapter_shrink(x, torch.ones(65, 3), None, None, 0, 0, 1, None, 0.0)

@@ -1,0 +1,120 @@
+"""The installed package: what importing it costs and needs, what the binary depends on, diagnosis."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import bayes_kernels as bk
+from bayes_kernels import _library
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def tool(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def library() -> str:
+    path = _library.find_library("libbayes_kernels.so")
+    assert path is not None
+    return str(path)
+
+
+def test_import_loads_neither_transformers_nor_peft_nor_plots():
+    code = (
+        "import sys, bayes_kernels\n"
+        "heavy = ['transformers', 'peft', 'accelerate', 'matplotlib', 'torchmetrics', 'datasets', 'typer']\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_binary_uses_the_stable_abi_only():
+    """Undefined symbols: C shims of libtorch and the C/C++ runtime; nothing unstable, no Python."""
+    symbols = [line.split()[-1] for line in tool("nm", "-D", "--undefined-only", library()).splitlines()]
+    ours = {s.split("@")[0] for s in symbols}
+    assert any(s.startswith("aoti_torch_") for s in ours)
+    unstable = [s for s in ours if re.match(r"_Z\w*(2at|3c10|5torch|5caffe2)", s)]
+    assert unstable == []
+    assert [s for s in ours if s.startswith(("Py", "_Py"))] == []
+    assert [s for s in ours if "cuda_stream" in s or s.startswith("torch_c10_cuda")] == []
+
+
+def test_binary_needs_no_cuda_and_no_python_library():
+    dynamic = tool("readelf", "-d", library())
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+    assert "libtorch_cpu.so" in needed
+    forbidden = ("libtorch_cuda", "libcudart", "libpython", "libc10", "libtorch_python", "libtorch.so")
+    assert [n for n in needed if n.startswith(forbidden)] == []
+    assert "RUNPATH" not in dynamic and "RPATH" not in dynamic
+
+
+def test_binary_exports_no_symbol_of_ours():
+    exported = tool("nm", "-D", "--defined-only", "-C", library())
+    assert "bayes_kernels::shrink" not in exported
+
+
+def test_missing_library_is_reported_at_first_use_with_advice(tmp_path):
+    result = python(
+        "import bayes_kernels as bk\n"
+        "try:\n    bk.random.fold_in(bk.random.key(0), 1)\n"
+        "except ImportError as e:\n    print(e)",
+        BAYES_KERNELS_LIBRARY=str(tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "libbayes_kernels.so was not found" in result.stdout
+    assert "reinstall with" in result.stdout and "python -m bayes_kernels" in result.stdout
+    assert result.stdout.count("\n") == 1
+
+
+def test_broken_library_is_reported(tmp_path):
+    (tmp_path / "libbayes_kernels.so").write_bytes(b"not a library")
+    result = python(
+        "from bayes_kernels.__main__ import diagnosis; print(diagnosis())",
+        BAYES_KERNELS_LIBRARY=str(tmp_path),
+    )
+    assert "NOT LOADED" in result.stdout and "could not be loaded" in result.stdout
+
+
+def test_diagnosis_names_versions_and_paths():
+    run = subprocess.run(
+        [sys.executable, "-m", "bayes_kernels"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert f"bayes_kernels {bk.__version__}" in run.stdout
+    assert "torch " in run.stdout and "cpu :" in run.stdout and "cuda:" in run.stdout
+
+
+def test_build_info():
+    info = bk.build_info()
+    assert info["torch_target"] == "2.11"
+    assert info["cpu_path"] in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("wanted", ["baseline", "avx2"])
+def test_cpu_path_can_be_lowered(wanted: str):
+    result = python(
+        "import bayes_kernels as bk; print(bk.build_info()['cpu_path'])", BAYES_KERNELS_CPU=wanted
+    )
+    order = ["baseline", "avx2", "avx512"]
+    assert order.index(result.stdout.strip()) <= order.index(wanted)
+
+
+def test_unknown_names_raise_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bk.nothing  # noqa: B018

@@ -1,0 +1,115 @@
+"""Every registered op: schema, fake kernel and tracing by opcheck. An op without a row here fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bayes_kernels import _library, random
+
+OPS = torch.ops.bayes_kernels
+
+
+def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
+    """Argument lists for every op, odd sizes and empty batches among them."""
+    torch.manual_seed(0)
+    key = random.key(3)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, a, e = torch.randn(7, 33).to(dtype), torch.randn(5, 33).to(acc), torch.randn(5, 33).to(acc)
+    h, b = torch.randn(7, 5).to(acc), torch.randn(9, 5).to(acc)
+    base, dy = torch.randn(7, 9).to(dtype), torch.randn(7, 9).to(dtype)
+    ids = torch.tensor([3, 1, 1, 0, 9, 2, 2])
+    means, rhos = [torch.randn(3, 4).to(acc), torch.randn(6).to(acc)], [
+        torch.rand(3, 1).to(acc) + 0.1,
+        torch.rand(6).to(acc) + 0.1,
+    ]
+    weight = torch.tensor(0.1, dtype=acc)
+    return {
+        "fold_in": [(key, 5)],
+        "normal": [(key, 2, [3, 5]), (key, 0, [0])],
+        "sign_bits": [(key, 1, False, 4, 130, 2, 3, None), (key, 1, True, 7, 5, 0, 1, ids)],
+        "dropout_mask": [(key, 1, 4, 13, 2, 0.5)],
+        "scaled_normal": [(torch.rand(5, 33).to(acc), 33, key, 1, "square"),
+                          (torch.rand(5, 1).to(acc), 33, key, 1, "softplus")],
+        "scaled_normal_backward": [(e, torch.rand(5, 33).to(acc), key, 1, "square"),
+                                   (e, torch.rand(5, 1).to(acc), key, 1, "direct")],
+        "adapter_shrink": [
+            (x, a, None, None, 0, 0, 1, None, 0.0),
+            (x, a, e, key, 4, 2, 3, None, 0.25),
+            (x[:0], a, e, key, 4, 0, 1, None, 0.0),
+            (x, a, e, key, 4, 0, 1, ids, 0.0),
+        ],
+        "adapter_shrink_backward": [
+            (h, x, a, e, key, 4, 2, 3, None, 0.25, True, True, True),
+            (h, x, a, None, None, 0, 0, 1, None, 0.0, False, True, True),
+            (h[:0], x[:0], a, e, key, 0, 0, 1, None, 0.0, True, True, False),
+        ],
+        "adapter_expand": [(h, b, base, 2.0, dtype), (h, b, None, 1.0, dtype), (h[:0], b, None, 1.0, dtype)],
+        "adapter_expand_backward": [(dy, h, b, 2.0, True, True), (dy, h, b, 1.0, False, True)],
+        "gaussian_kl": [(means, rhos, [0.2, 0.3], "square", "elbo")],
+        "gaussian_kl_backward": [(weight, means, rhos, [0.2], "softplus", "code")],
+        "gaussian_kl_step_": [(means, rhos, weight, [0.2], "square", "elbo")],
+        "build_info": [()],
+    }
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {n.split("::")[1] for n in names if n.startswith("bayes_kernels::")}
+
+
+def test_every_op_has_a_row():
+    assert registered() == set(samples())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", sorted(set(samples()) - {"build_info"}))
+def test_opcheck(name: str, dtype: torch.dtype):
+    for args in samples(dtype)[name]:
+        torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+def test_every_op_has_cpu_and_fake_kernels_and_the_emulator_the_same_schemas():
+    simulated = _library.load_simulator()
+    for name in registered() - {"build_info"}:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bayes_kernels::{name}", "CPU"), name
+        if simulated is not None:
+            ours = str(getattr(OPS, name).default._schema).split("::")[1]
+            assert ours == str(getattr(simulated, name).default._schema).split("::")[1]
+
+
+@pytest.mark.needs_cuda
+def test_cuda_kernels_are_registered():
+    for name in registered() - {"build_info"}:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bayes_kernels::{name}", "CUDA"), name
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_cpu_path_gives_the_same_noise(isa: str):
+    """The narrower instruction sets run in a process of their own."""
+    code = (
+        "import torch\n"
+        "from bayes_kernels import functional as F, random, build_info\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "x = torch.randn(9, 150, generator=g)\n"
+        "a, r = torch.randn(8, 150, generator=g), torch.rand(8, 150, generator=g)\n"
+        "b = torch.randn(33, 8, generator=g)\n"
+        "y = F.flipout_lora(x, a, r, b, key=random.key(3), dropout=0.1)\n"
+        "print(build_info()['cpu_path'], y.double().sum().item(), (y.double() ** 2).sum().item())\n"
+    )
+    import os
+
+    outputs = {}
+    for name in ("baseline", isa):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "BAYES_KERNELS_CPU": name},
+            capture_output=True, text=True, check=True,
+        )
+        path, *values = run.stdout.split()
+        outputs[name] = (path, torch.tensor([float(v) for v in values], dtype=torch.float64))
+    if outputs[isa][0] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    torch.testing.assert_close(outputs[isa][1], outputs["baseline"][1], rtol=1e-5, atol=1e-3)
