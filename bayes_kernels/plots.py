@@ -1,0 +1,301 @@
+"""Pictures of calibration, selective prediction and out-of-distribution detection.
+
+Each function takes what ``bayes_kernels.metrics`` computes and returns a
+``matplotlib.figure.Figure`` of its own: no pyplot, no display, no global state, so the functions
+are safe in servers, threads and notebooks. ``save`` writes a PNG atomically.
+
+Needs matplotlib: ``pip install bayes-kernels[plots]``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from bayes_kernels import metrics
+from bayes_kernels.metrics import ArrayLike, ReliabilityBins, RiskCoverageCurve
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+except ImportError as error:
+    raise ImportError(
+        f"plots need matplotlib ({error}): pip install bayes-kernels[plots]"
+    ) from None
+
+__all__ = ["entropy_histogram", "reliability_diagram", "risk_coverage", "save"]
+
+# Okabe and Ito's palette, told apart under every common colour blindness; markers and line styles
+# keep the methods apart in grey print.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)), ":")
+_OVER, _UNDER = "#F2C3A0", "#9CC9E8"  # lighter than the bars they lie on
+
+
+_Curve = TypeVar("_Curve", ReliabilityBins, RiskCoverageCurve)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+
+
+def _by_name(
+    where: str, methods: _Curve | Mapping[str, _Curve], wanted: type[_Curve], maker: str
+) -> dict[str, _Curve]:
+    if isinstance(methods, wanted):
+        return {"": methods}
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError(
+            f"{where}: methods must be a {wanted.__name__} or a non-empty mapping from name to "
+            f"{wanted.__name__}, got {type(methods).__name__}; make them with metrics.{maker}"
+        )
+    for name, value in methods.items():
+        if not isinstance(value, wanted):
+            raise ValueError(
+                f"{where}: methods[{name!r}] must be a {wanted.__name__}, "
+                f"got {type(value).__name__}; make it with metrics.{maker}"
+            )
+    return {str(name): value for name, value in methods.items()}
+
+
+def _without_extra_bin(bins: ReliabilityBins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count, mean confidence, accuracy of B bins: the extra bin of confidence one has no width."""
+    count = bins.count.numpy().astype(float)
+    sums = np.stack([bins.confidence.numpy(), bins.accuracy.numpy()])
+    sums = np.where(count > 0, sums, 0.0) * count
+    for column in (count, *sums):
+        column[-2] += column[-1]
+    count, sums = count[:-1], sums[:, :-1]
+    means = np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0)
+    return count, means[0], means[1]
+
+
+def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]) -> Figure:
+    """Accuracy against confidence, with the number of examples in each bin below.
+
+    One method is drawn as bars, the gap between accuracy and mean confidence shaded, the ECE in the
+    title and the count over each bin; several methods as lines through (mean confidence,
+    accuracy), each ECE in the legend. The dotted diagonal is perfect calibration. Predictions of
+    confidence exactly one, a bin of their own in the ECE, are drawn together with the last bin.
+
+    Args:
+        methods: the result of ``metrics.reliability_bins``, or several by name.
+
+    Raises:
+        ValueError: no method, or something else than ``ReliabilityBins``.
+    """
+    named = _by_name("reliability_diagram", methods, ReliabilityBins, "reliability_bins")
+    figure = _figure(4.2, 5.0)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color="0.45", linewidth=1, linestyle=":", zorder=3)
+    if len(named) == 1:
+        ((name, bins),) = named.items()
+        _reliability_bars(top, bottom, bins)
+        top.set_title(
+            f"{name + ': ' if name else ''}ECE {bins.ece:.1%} (n = {bins.n:,})", fontsize=10
+        )
+    else:
+        styles = zip(cycle(_COLORS), cycle(_MARKERS), cycle(_DASHES), strict=False)
+        for (name, bins), (color, marker, dash) in zip(named.items(), styles, strict=False):
+            count, confidence, accuracy = _without_extra_bin(bins)
+            full = count > 0
+            top.plot(
+                confidence[full],
+                accuracy[full],
+                color=color,
+                marker=marker,
+                markersize=4,
+                linewidth=1.4,
+                linestyle=dash,
+                label=f"{name} (ECE {bins.ece:.1%})",
+            )
+            bottom.stairs(count, bins.edges.numpy(), color=color, linewidth=1.4, linestyle=dash)
+        sizes = sorted({bins.n for bins in named.values()})
+        top.set_title(
+            "Reliability (n = " + "–".join(f"{n:,}" for n in sorted({sizes[0], sizes[-1]})) + ")",
+            fontsize=10,
+        )
+    top.legend(loc="upper left", fontsize=8, frameon=False, handlelength=2.6)
+    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    bottom.set(xlabel="confidence", ylabel="examples")
+    fullest = max(_without_extra_bin(bins)[0].max() for bins in named.values())
+    bottom.set_ylim(0, 1.25 * fullest)
+    bottom.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    for axes in (top, bottom):
+        _tidy(axes)
+    return figure
+
+
+def _reliability_bars(top: Axes, bottom: Axes, bins: ReliabilityBins) -> None:
+    count, confidence, accuracy = _without_extra_bin(bins)
+    full = count > 0
+    edges = bins.edges.numpy()
+    left, width = edges[:-1][full], np.diff(edges)[full]
+    accuracy, confidence = accuracy[full], confidence[full]
+    top.bar(
+        left,
+        accuracy,
+        width,
+        align="edge",
+        color=_COLORS[0],
+        edgecolor="white",
+        linewidth=0.6,
+        label="accuracy",
+    )
+    for color, label, side in (
+        (_OVER, "over-confident by", confidence > accuracy),
+        (_UNDER, "under-confident by", confidence < accuracy),
+    ):
+        if side.any():
+            top.bar(
+                left[side],
+                (confidence - accuracy)[side],
+                width[side],
+                bottom=accuracy[side],
+                align="edge",
+                color=color,
+                edgecolor="white",
+                linewidth=0.6,
+                label=label,
+            )
+    bars = bottom.bar(
+        left, count[full], width, align="edge", color="0.6", edgecolor="white", linewidth=0.6
+    )
+    bottom.bar_label(bars, labels=[f"{int(c):,}" for c in count[full]], fontsize=6, padding=1)
+
+
+def risk_coverage(methods: RiskCoverageCurve | Mapping[str, RiskCoverageCurve]) -> Figure:
+    """Error rate among the kept predictions against the share kept, lower is better.
+
+    Args:
+        methods: the result of ``metrics.risk_coverage_curve``, or several by name.
+
+    Raises:
+        ValueError: no method, or something else than ``RiskCoverageCurve``.
+    """
+    named = _by_name("risk_coverage", methods, RiskCoverageCurve, "risk_coverage_curve")
+    figure = _figure(4.6, 3.4)
+    axes = figure.subplots()
+    highest = 0.0
+    for (name, curve), color, dash in zip(
+        named.items(), cycle(_COLORS), cycle(_DASHES), strict=False
+    ):
+        coverage, risk = curve.coverage.numpy(), curve.risk.numpy()
+        label = f"{name + ' ' if name else ''}(AURC {curve.aurc:.3f})"
+        axes.plot(coverage, risk, color=color, linestyle=dash, linewidth=1.5, label=label)
+        # The end of each curve is the error rate without rejection.
+        axes.plot(
+            coverage[-1:], risk[-1:], color=color, marker="o", markersize=4, clip_on=False, zorder=3
+        )
+        # The first few points are rates over a handful of examples: one early error there must not
+        # flatten the rest of the picture.
+        settled = risk[coverage >= min(0.05, coverage[-1])]
+        highest = max(highest, float(settled.max()))
+    axes.set(xlim=(0, 1), ylim=(0, min(1.0, highest * 1.15) or 0.05))
+    axes.set(xlabel="coverage", ylabel="risk (error rate)", title="Selective prediction")
+    axes.title.set_fontsize(10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(loc="best", fontsize=8, frameon=False, handlelength=2.6)
+    _tidy(axes)
+    return figure
+
+
+def entropy_histogram(
+    score_in: ArrayLike,
+    score_out: ArrayLike,
+    *,
+    names: tuple[str, str] = ("in-distribution", "out-of-distribution"),
+    xlabel: str = "predictive entropy (nats)",
+    n_bins: int = 30,
+) -> Figure:
+    """Uncertainty of in- and out-of-distribution inputs in common bins, each with unit area.
+
+    The title gives ``metrics.ood_auroc`` and ``metrics.fpr95``, out-of-distribution positive.
+
+    Args:
+        score_in: (n,) finite scores of in-distribution inputs, higher is more uncertain.
+        score_out: (m,) finite scores of out-of-distribution inputs.
+        names: legend entries.
+        xlabel: what the score is.
+        n_bins: number of bins over the common range.
+
+    Raises:
+        ValueError: empty, NaN or infinite scores, or a bad number of bins.
+    """
+    auroc = metrics.ood_auroc(score_in, score_out)
+    fpr = metrics.fpr95(score_in, score_out)
+    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
+        raise ValueError(f"entropy_histogram: n_bins must be an integer >= 1, got {n_bins!r}")
+    groups = [
+        metrics._as_scores("entropy_histogram", side, scores).cpu().numpy()
+        for side, scores in (("score_in", score_in), ("score_out", score_out))
+    ]
+    everything = np.concatenate(groups)
+    if not np.isfinite(everything).all():
+        raise ValueError("entropy_histogram: scores must be finite, got infinity; drop those rows")
+    edges = np.histogram_bin_edges(everything, bins=n_bins)
+    figure = _figure(4.6, 3.2)
+    axes = figure.subplots()
+    for scores, name, color, dash in zip(groups, names, _COLORS[:2], _DASHES[:2], strict=True):
+        density, _ = np.histogram(scores, bins=edges, density=True)
+        axes.stairs(density, edges, fill=True, color=color, alpha=0.25)
+        label = f"{name} (n = {len(scores):,})"
+        axes.stairs(density, edges, color=color, linewidth=1.5, linestyle=dash, label=label)
+    axes.set(xlabel=xlabel, ylabel="density", title=f"AUROC {auroc:.3f}, FPR95 {fpr:.1%}")
+    axes.title.set_fontsize(10)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", fontsize=8, frameon=False, handlelength=2.6)
+    _tidy(axes)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Path:
+    """Write a figure as PNG; readers see the old file or the whole new one, never a part.
+
+    Missing folders are made. The same figure gives the same bytes.
+
+    Args:
+        figure: what one of the functions above returned.
+        path: ends in ``.png``.
+        dpi: dots per inch.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: the name does not end in ``.png``.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"save: path must end in .png, got {str(target)!r}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            figure.savefig(stream, format="png", dpi=dpi)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
