@@ -1,0 +1,50 @@
+// What the emulator tells the access check (access_check.cpp), when that is linked in.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#pragma GCC visibility push(hidden)
+
+namespace simt {
+
+struct SharedRegion {
+  std::string name;
+  const void* site;  // null for the dynamic shared memory
+  char* base;
+  std::size_t bytes;
+};
+
+// The memory in which all shared arrays of a block lie, guard bytes between them.
+struct SharedArena {
+  char* base;
+  std::size_t bytes;
+  const std::vector<SharedRegion>* regions;
+};
+const SharedArena& shared_arena();
+
+// Linear index in its block of the thread that runs, or -1 outside kernels.
+extern int running_thread;
+
+// Ends the launch with a fault of the running thread, without unwinding its stack: for calls the
+// compiler believes not to throw.
+[[noreturn]] void stop_kernel(const std::string& text);
+
+struct AccessHooks {
+  void (*block_begins)();
+  void (*block_barrier)();
+  void (*warp_barrier)(unsigned warp);
+  // `thread` accesses shared memory.
+  void (*read)(const void* address, std::size_t bytes, unsigned thread);
+  void (*write)(const void* address, std::size_t bytes, unsigned thread);
+  // The content becomes undefined: a cp.async is in flight.
+  void (*forget)(const void* address, std::size_t bytes);
+};
+// Null unless the access check is linked in.
+extern const AccessHooks* access_hooks;
+
+}  // namespace simt
+
+#pragma GCC visibility pop
