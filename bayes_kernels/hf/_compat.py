@@ -1,0 +1,101 @@
+"""Everything that depends on the version of PEFT or transformers, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import transformers
+from packaging.version import Version
+from peft.utils.peft_types import PeftType, register_peft_method
+from torch import nn
+
+PEFT_RANGE = ("0.20", "0.23")
+TRANSFORMERS_RANGE = ("5.19", "6")
+PEFT_TYPE_NAME = "BAYES_LORA"
+
+# PEFT layer classes that call a LoraVariant in `forward` with the arguments of `Linear`. Subclasses
+# of `Linear` (torchao, Intel Neural Compressor) qualify too.
+_LAYERS_WITH_VARIANTS = frozenset(
+    {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+)
+
+
+def check_versions() -> None:
+    """Raise ImportError, in one line, where an installed version is outside the tested range."""
+    for package, (low, high) in ((peft, PEFT_RANGE), (transformers, TRANSFORMERS_RANGE)):
+        found = Version(Version(package.__version__).base_version)
+        if not Version(low) <= found < Version(high):
+            raise ImportError(
+                f"bayes_kernels.hf: {package.__name__} must be >={low},<{high}, got "
+                f"{package.__version__}; run `pip install '{package.__name__}>={low},<{high}'`"
+            )
+
+
+def _add_peft_type(name: str) -> PeftType:
+    """A true member of the PeftType enum: transformers calls `.value` on it."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+BAYES_LORA: PeftType = _add_peft_type(PEFT_TYPE_NAME)
+
+
+def register(config_class: type, model_class: type) -> None:
+    """Make `get_peft_model` and `from_pretrained` know BAYES_LORA. May be called again."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if BAYES_LORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=PEFT_TYPE_NAME.lower(),
+            config_cls=config_class,
+            model_cls=model_class,
+            prefix="lora_",
+        )
+
+
+def unsupported_layer(layer: nn.Module) -> str | None:
+    """Why a layer cannot carry a Bayesian adapter, or None where it can."""
+    from peft.tuners.lora import layer as lora_layers
+
+    name = type(layer).__name__
+    if not isinstance(layer, lora_layers.LoraLayer):
+        return f"it became {name}, not a LoRA layer"
+    if not (type(layer) is lora_layers.Linear or isinstance(layer, lora_layers.Linear)):
+        if name not in _LAYERS_WITH_VARIANTS:
+            return f"PEFT handles it with {name}"
+    if getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
+        return "its weight is split by tensor parallelism"
+    return None
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether `compute_loss` is already normalised over the whole accumulation window."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is not None:
+        return bool(scaled)
+    accepts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return bool(accepts or trainer.compute_loss_func is not None)
+
+
+# Stock heads whose loss is a mean over the batch although their `forward` takes
+# `num_items_in_batch` with its keyword arguments. The Trainer then leaves out the division by the
+# accumulation steps.
+_MEAN_LOSS_HEADS = ("ForSequenceClassification", "ForMultipleChoice")
+
+
+def ignores_item_count(model: nn.Module) -> bool:
+    """Whether a model's loss is the mean of its batch, whatever `num_items_in_batch` says."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    if getattr(base, "accepts_loss_kwargs", None) is not None:
+        return False
+    return any(cls.__name__.endswith(_MEAN_LOSS_HEADS) for cls in type(base).__mro__)

@@ -1,0 +1,261 @@
+"""Plain LoRA folders in and out, and checkpoints of the published BLoB code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import random, reference
+from .config import BAYES_FIELDS, BayesLoraConfig
+from .posterior import BayesLayer, bayes_layers
+from .variants import RHO
+
+CONFIG_NAME = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def import_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = True,
+    **options: Any,
+) -> PeftModel:
+    """Read a plain LoRA adapter, or one of the published BLoB code, as a Bayesian adapter.
+
+    * A folder that PEFT wrote for `LoraConfig`: A becomes the posterior mean, rho starts as in a
+      new adapter.
+    * A folder of bayesian-peft: its keys carry the prefix base_model.model twice, which PEFT would
+      silently ignore; rho is read from `lora_A_rho`.
+
+    Args:
+        model: the base model, or a PeftModel with Bayesian adapters that gets one more.
+        path: folder with adapter_config.json and adapter_model.safetensors, or the latter file.
+        adapter_name: name of the new adapter.
+        is_trainable: whether it can be trained.
+        options: fields of `BayesLoraConfig` that the file does not have (prior_std, init_rho, ...).
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        FileNotFoundError: there is no configuration or no weight file.
+        ValueError: weights are pickled (.bin), the adapter is not LoRA, or tensors do not fit.
+    """
+    folder = Path(path)
+    if folder.suffix == ".safetensors":
+        folder = folder.parent
+    config = _read_config(folder, options)
+    config.inference_mode = not is_trainable
+    tensors = {_single_prefix(k): v for k, v in load_file(_weights(folder, Path(path))).items()}
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        wrapped = model
+    else:
+        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    _copy_tensors(wrapped, adapter_name, tensors)
+    return wrapped
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    which: str | int = "mean",
+    *,
+    seed: int = 0,
+    adapter: str | None = None,
+) -> Path:
+    """Write a plain LoRA folder, which stock PEFT and servers load: the mean or one draw.
+
+    Draw s is the one that `posterior(model, "sample", seed=seed)` and `predict` use as number s:
+
+        A_s[i, j] = M[i, j] + out_s[i] Omega[i, j] eps[i, j] in_s[j]
+
+    The folder appears whole or not at all; one that exists is replaced.
+
+    Args:
+        model: a PeftModel with a Bayesian adapter.
+        directory: the folder to write.
+        which: "mean", or the number of a draw.
+        seed: seed of the draw.
+        adapter: name of the adapter; None for the active one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: which is neither, several adapters are active, or the model has none.
+    """
+    sample = which if isinstance(which, int) and not isinstance(which, bool) else None
+    if (sample is None and which != "mean") or (sample is not None and sample < 0):
+        raise ValueError(
+            f"export_lora: which must be 'mean' or the number of a draw, got {which!r}"
+        )
+    layers = bayes_layers(model, adapter)
+    names = sorted({item.adapter for item in layers})
+    peft_model = _peft_model(model)
+    if len(names) != 1:
+        raise ValueError(f"export_lora: adapter must name one of the active adapters, got {names}")
+    config: Any = peft_model.peft_config[names[0]]
+    replaced = {}
+    if sample is not None:
+        for item in layers:
+            key = f"{_PREFIX}{item.name}.lora_A.weight"
+            replaced[key] = coherent_draw(item, sample, seed).to(item.mean.dtype)
+    state = _adapter_state(peft_model, names[0])
+    tensors = {
+        key: replaced.get(key, value).detach().cpu().contiguous()
+        for key, value in state.items()
+        if RHO not in key
+    }
+    missing = sorted(set(replaced) - set(tensors))
+    assert not missing, missing
+    return _write_folder(Path(directory), _plain_config(config), tensors)
+
+
+def coherent_draw(item: BayesLayer, sample: int, seed: int) -> Tensor:
+    """Draw number `sample` of a layer's first factor, (r, in), fp32."""
+    mean, rho = item.mean.detach().float(), item.rho.detach().float()
+    rank, columns = mean.shape
+    key = random.key(seed, mean.device)
+    where: dict[str, Any] = {"stream": item.variant.stream, "row0": sample}
+    noise = random.normal(key, (rank, columns), stream=item.variant.stream)
+    signs_in = random.sign_bits(key, 1, columns, **where).to(noise.dtype)
+    signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
+    deviation = reference.std_of(rho, item.variant.std).expand_as(mean)
+    return mean + signs_out.T * (deviation * noise) * signs_in
+
+
+def _peft_model(model: nn.Module) -> PeftModel:
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            return module
+    raise ValueError(
+        f"export_lora: model must be a PeftModel, got {type(model).__name__}; load the adapter "
+        "with PeftModel.from_pretrained"
+    )
+
+
+def _adapter_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=adapter)
+
+
+def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:
+    """The configuration as that of a LoraConfig, as PEFT writes it."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in BAYES_FIELDS}
+    fields["peft_type"] = "LORA"
+    fields["inference_mode"] = True
+    for name, value in fields.items():
+        if isinstance(value, set):
+            fields[name] = sorted(value)
+    return fields
+
+
+def _write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        temporary.chmod(0o755)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            os.replace(directory, old / directory.name)
+            os.replace(temporary, directory)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, directory)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return directory
+
+
+def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"import_lora: {path} must exist, got nothing; name a folder that PEFT has saved"
+        )
+    fields = json.loads(path.read_text())
+    kind = fields.pop("peft_type", "LORA")
+    if kind not in ("LORA", "BAYES_LORA"):
+        raise ValueError(
+            f"import_lora: {path} must describe a LoRA adapter, got peft_type {kind!r}"
+        )
+    known = set(BayesLoraConfig.__dataclass_fields__)
+    fields = {k: v for k, v in fields.items() if k in known and k != "auto_mapping"}
+    unknown = sorted(set(options) - BAYES_FIELDS)
+    if unknown:
+        raise ValueError(
+            f"import_lora: options must be among {sorted(BAYES_FIELDS)}, got {unknown}; the rest "
+            "comes from the checkpoint"
+        )
+    return BayesLoraConfig(**{**fields, **options})
+
+
+def _weights(folder: Path, path: Path) -> Path:
+    file = path if path.suffix == ".safetensors" else folder / SAFETENSORS_WEIGHTS_NAME
+    if file.is_file():
+        return file
+    if (folder / WEIGHTS_NAME).is_file() or path.suffix in (".bin", ".pt", ".pth"):
+        raise ValueError(
+            f"import_lora: weights must be safetensors, got a pickled file in {folder}, which can "
+            "run code when it is read; convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            f"'{SAFETENSORS_WEIGHTS_NAME}')"
+        )
+    raise FileNotFoundError(f"import_lora: {file} must exist, got nothing; check the folder")
+
+
+def _single_prefix(key: str) -> str:
+    while key.startswith(_PREFIX * 2):
+        key = key[len(_PREFIX) :]
+    return key
+
+
+def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint into an adapter: no tensor without a place, no factor without a tensor."""
+    parameters = dict(_named_slots(model, adapter))
+    unexpected = sorted(set(tensors) - set(parameters))
+    needed = {k for k in parameters if RHO not in k}
+    missing = sorted(needed - set(tensors))
+    if unexpected or missing:
+        raise ValueError(
+            f"import_lora: the checkpoint must fit the model, got {len(unexpected)} unexpected "
+            f"tensors {unexpected[:3]} and {len(missing)} missing ones {missing[:3]}; use the base "
+            "model that the adapter was trained on"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameter = parameters[name]
+            if parameter.shape != tensor.shape:
+                raise ValueError(
+                    f"import_lora: {name} must have shape {tuple(parameter.shape)}, got "
+                    f"{tuple(tensor.shape)}; use the base model that the adapter was trained on"
+                )
+            parameter.copy_(tensor)
+
+
+def _named_slots(model: PeftModel, adapter: str) -> Any:
+    """(checkpoint key, tensor that it fills) of an adapter, saved head included."""
+    state = _adapter_state(model, adapter)
+    by_pointer = {p.data_ptr(): p for p in model.parameters()}
+    for key, value in state.items():
+        yield key, by_pointer.get(value.data_ptr(), value)
+
+
+__all__ = ["LoraConfig", "coherent_draw", "export_lora", "import_lora"]

@@ -1,0 +1,338 @@
+"""Which weights a forward pass uses: noise state, posterior context, divergence from the prior."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, random, reference
+from .variants import RHO, BlobVariant
+
+MODES = ("sample", "mean", "flipout")
+
+
+def process_rank() -> int:
+    """Rank of this process: of the process group, else of the launcher's RANK, else 0."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+class NoiseState:
+    """Noise key and sampling mode of one model; every adapted layer refers to the same object.
+
+    The key lies on each device where adapted layers run. A new key is a new tensor, so that forward
+    passes whose backward pass is still to come keep theirs. Copies, pickles and device moves of the
+    model carry the state along; it is no module, so that `half()` does not touch it.
+
+    Attributes:
+        mode: None (training mode samples, eval mode uses the mean unless the configuration says
+            otherwise), or what an enclosing `posterior` says: "sample", "mean", "flipout".
+        n_samples: draws folded into the batch in mode "sample".
+        first_sample: number of the first of them.
+        samples_in_eval: whether an adapter has sample_at_inference.
+        enabled: False while the adapters are disabled.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.mode: str | None = None
+        self.n_samples = 1
+        self.first_sample = 0
+        self.samples_in_eval = False
+        self.enabled = True
+        # The reference implementation: making a model must not need the compiled ops.
+        self.keys = {torch.device("cpu"): reference.fold_in(random.key(seed), process_rank())}
+
+    def key_on(self, device: torch.device) -> Tensor:
+        """The key on a device."""
+        key = self.keys.get(device)
+        if key is None:
+            key = next(iter(self.keys.values())).to(device)
+            self.keys[device] = key
+        return key
+
+    def set_key(self, key: Tensor, devices: set[torch.device]) -> None:
+        """Use another key."""
+        self.keys = {device: key.to(device) for device in {key.device, *devices}}
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """Keys and mode, for `restore`. Keys are replaced, never changed: no copy is needed."""
+        return self.keys, self.mode, self.n_samples, self.first_sample
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Go back to a snapshot."""
+        self.keys, self.mode, self.n_samples, self.first_sample = snapshot
+
+    def advance(self) -> None:
+        """Draw a new key from the present one."""
+        with _normal_tensors():
+            self.keys = {device: random.fold_in(key, 0) for device, key in self.keys.items()}
+
+
+def _normal_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Keys made in inference mode could not be saved for a later backward pass."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return contextlib.nullcontext()
+
+
+def advance_before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the base model: new noise for each forward pass that samples.
+
+    Layers never change the key, so that recomputation under gradient checkpointing finds the one of
+    the forward pass.
+    """
+    state: NoiseState = module.bayes_noise
+    if not state.enabled:
+        return
+    samples = module.training or state.samples_in_eval if state.mode is None else False
+    if not (samples or state.mode == "flipout"):
+        return
+    if not torch.compiler.is_compiling():
+        if torch._C._current_graph_task_id() != -1:
+            return  # the whole model is being recomputed in a backward pass
+        cache = kwargs.get("past_key_values")
+        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
+            return  # further tokens of a sequence keep its draw
+    state.advance()
+
+
+class BayesLayer(NamedTuple):
+    """One adapted layer: module name, PEFT layer, adapter name and its variant."""
+
+    name: str
+    layer: Any
+    adapter: str
+    variant: BlobVariant
+
+    @property
+    def mean(self) -> nn.Parameter:
+        """Posterior mean of A, (r, in)."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def rho(self) -> nn.Parameter:
+        """Parameter of the deviation of A, (r, in), fp32."""
+        return getattr(self.layer, RHO)[self.adapter]
+
+
+def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
+    """The Bayesian layers of a model, sorted by name.
+
+    Args:
+        model: any module that holds them, wrapped by PEFT, DDP or `torch.compile` or not.
+        adapter: name of the adapter, or None for the active ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = []
+    module: Any
+    for module in model.modules():
+        variants = getattr(module, "lora_variant", None)
+        if not variants:
+            continue
+        names = module.active_adapters if adapter is None else [adapter]
+        for name in names:
+            variant = variants.get(name)
+            if isinstance(variant, BlobVariant):
+                found.append(BayesLayer(variant.name, module, name, variant))
+    if not found:
+        which = "an active Bayesian adapter" if adapter is None else f"the adapter {adapter!r}"
+        raise ValueError(
+            f"bayes_layers: the model must have {which}, got {type(model).__name__} without; make "
+            "one with get_peft_model(model, BlobConfig(...)) or name the right adapter"
+        )
+    return sorted(found, key=lambda item: (item.name, item.adapter))
+
+
+def noise_state(model: nn.Module) -> NoiseState:
+    """The noise state of a model with Bayesian adapters, active or not.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    for module in model.modules():
+        for variant in getattr(module, "lora_variant", {}).values():
+            if isinstance(variant, BlobVariant):
+                return variant.state
+    raise ValueError(
+        f"noise_state: the model must have a Bayesian adapter, got {type(model).__name__} without; "
+        "make one with get_peft_model(model, BlobConfig(...))"
+    )
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {item.mean.device for item in bayes_layers(model) if not item.mean.is_meta}
+
+
+def refresh_noise(
+    model: nn.Module, *, step: int | None = None, rank: int | None = None, seed: int | None = None
+) -> None:
+    """New training noise, before a forward pass.
+
+    Plain loops need no call: every forward pass of the base model in training mode derives a key of
+    its own from the present one. With `step` the key becomes a pure function of (seed, rank, step):
+
+        key = fold_in(fold_in(key(seed), rank), step)
+
+    from which each forward pass after it derives one of its own. That makes a run repeatable from
+    any step. Call it where a part of the base model is called
+    directly, which goes past the hook.
+
+    Args:
+        model: the model.
+        step: number of the micro-batch; None for the next key of the present chain.
+        rank: number of the process; None for that of the process group.
+        seed: None for the seed of the configuration.
+
+    Raises:
+        ValueError: the model has no Bayesian adapter.
+    """
+    state = noise_state(model)
+    if step is None:
+        state.advance()
+        return
+    with _normal_tensors():
+        key = random.key(state.seed if seed is None else seed)
+        key = random.fold_in(key, process_rank() if rank is None else rank)
+        state.set_key(random.fold_in(key, step), _devices(model))
+
+
+def checkpoint_noise(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
+    """Gradient checkpointing that recomputes each forward pass with its own noise and mode.
+
+    Plain gradient checkpointing is right as long as each backward pass comes before the next
+    forward pass that draws noise, as in every usual loop, and inside the `posterior` of its forward
+    pass. Where several forward passes come before one backward pass, hand this to the checkpoint
+    function, which has to be the non-reentrant one:
+
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
+            "use_reentrant": False, "context_fn": checkpoint_noise(model)})
+
+    Args:
+        model: a model with Bayesian adapters.
+
+    Returns:
+        A `context_fn` of `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        ValueError: the model has no Bayesian adapter.
+    """
+    state = noise_state(model)
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _using(state, state.snapshot())
+
+    return contexts
+
+
+@contextlib.contextmanager
+def _using(state: NoiseState, snapshot: tuple[Any, ...]) -> Iterator[None]:
+    before = state.snapshot()
+    state.restore(snapshot)
+    try:
+        yield
+    finally:
+        state.restore(before)
+
+
+@contextlib.contextmanager
+def posterior(
+    model: nn.Module,
+    mode: str = "sample",
+    *,
+    n_samples: int = 1,
+    seed: int = 0,
+    first_sample: int = 0,
+) -> Iterator[NoiseState]:
+    """Choose the weights of the forward passes inside the context, in train or eval mode.
+
+    * "sample": coherent draws of the weights, folded into the batch: with S = n_samples the first
+      dimension of every input is S copies of the examples (`fold_samples`), and copy s uses draw
+      first_sample + s. A draw depends on (seed, its number) and nothing else: not on the batch, the
+      process or the other draws.
+    * "flipout": the noise of training, new in each forward pass.
+    * "mean": the posterior mean.
+
+    The previous state comes back at the end, also after an exception; contexts nest.
+
+    Args:
+        model: a model with Bayesian adapters.
+        mode: as above.
+        n_samples: draws in the batch; 1 unless the mode is "sample".
+        seed: seed of the draws.
+        first_sample: number of the first draw.
+
+    Raises:
+        ValueError: mode or counts are out of range, or the model has no Bayesian adapter.
+
+    Example:
+        with posterior(model, "sample", n_samples=8, seed=0):
+            logits = model(**fold_samples(batch, 8)).logits.unflatten(0, (8, -1))
+    """
+    if mode not in MODES:
+        raise ValueError(f"posterior: mode must be one of {MODES}, got {mode!r}; choose one")
+    if n_samples < 1 or (n_samples > 1 and mode != "sample"):
+        raise ValueError(
+            f"posterior: n_samples must be at least 1, and 1 unless mode is 'sample', got "
+            f"{n_samples}"
+        )
+    if first_sample < 0:
+        raise ValueError(f"posterior: first_sample must not be negative, got {first_sample}")
+    state = noise_state(model)
+    before = state.snapshot()
+    with _normal_tensors():
+        state.set_key(random.key(seed), _devices(model))
+    state.mode, state.n_samples, state.first_sample = mode, n_samples, first_sample
+    try:
+        yield state
+    finally:
+        state.restore(before)
+
+
+def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
+    """Divergence of the posterior from the prior, summed over all adapted layers.
+
+        KL = sum log(sigma_p / Omega) + (Omega^2 + M^2) / (2 sigma_p^2) - 1/2
+
+    Args:
+        model: a model with Bayesian adapters.
+        adapter: name of the adapter, or None for the active ones.
+
+    Returns:
+        0-dim fp32 tensor on the device of the first layer, differentiable in means and rhos. One
+        launch for each device and parameterisation.
+
+    Raises:
+        ValueError: there is no such adapter.
+
+    Source: Wang et al., "BLoB", arXiv 2406.11675, section 3.
+    """
+    groups: dict[tuple[torch.device, str, bool], list[BayesLayer]] = {}
+    for item in bayes_layers(model, adapter):
+        sharded = hasattr(item.mean, "full_tensor")
+        groups.setdefault((item.mean.device, item.variant.std, sharded), []).append(item)
+    total: Tensor | None = None
+    for (_, std, sharded), items in groups.items():
+        means = [_fp32(item.mean) for item in items]
+        rhos = [_fp32(item.rho) for item in items]
+        priors = [item.variant.prior_std for item in items]
+        if sharded:  # FSDP2: the definition, whose sums PyTorch reduces over the shards
+            partial: Any = reference.gaussian_kl(means, rhos, priors, std=std)
+            kl = partial.full_tensor()
+        else:
+            kl = functional.gaussian_kl(means, rhos, priors, std=std)
+        total = kl if total is None else total + kl.to(total.device)
+    assert total is not None
+    return total
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()

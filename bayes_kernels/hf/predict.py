@@ -1,0 +1,353 @@
+"""Predictive distribution of classes: S posterior draws folded into the batch."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .posterior import noise_state, posterior
+from .variants import BlobVariant
+
+_LABELS = ("labels", "label")
+# Share of free device memory, and bytes on the CPU, that activations of one pass may take.
+_FREE_SHARE = 0.5
+_CPU_BUDGET = 1 << 30
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class distributions of a batch, on the CPU.
+
+    Attributes:
+        log_probs: (B, C) log of the mean probability over the draws, fp64.
+        entropy: (B,) entropy of the mean, nats: total uncertainty.
+        expected_entropy: (B,) mean entropy of the draws, nats: noise in the data.
+        n_samples: number of draws; 0 for the posterior mean.
+        labels: (B,) labels of the batch, where it had them.
+        sample_log_probs: (S, B, C) of the single draws, where asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    n_samples: int
+    labels: Tensor | None = None
+    sample_log_probs: Tensor | None = None
+
+    @property
+    def probs(self) -> Tensor:
+        """(B, C) mean probabilities."""
+        return self.log_probs.exp()
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """(B,) entropy - expected_entropy, nats, at least 0: what more data could resolve."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @property
+    def classes(self) -> Tensor:
+        """(B,) most probable class."""
+        return self.log_probs.argmax(-1)
+
+    def __len__(self) -> int:
+        return self.log_probs.shape[0]
+
+    @staticmethod
+    def concatenate(parts: Sequence[Prediction]) -> Prediction:
+        """One prediction from those of successive batches.
+
+        Raises:
+            ValueError: there are none, or their numbers of classes or draws differ.
+        """
+        shapes = {(part.log_probs.shape[1], part.n_samples) for part in parts}
+        if len(shapes) != 1:
+            raise ValueError(
+                "Prediction.concatenate: parts must have one number of classes and draws, got "
+                f"{sorted(shapes)}"
+            )
+
+        def join(name: str, dim: int = 0) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            return None if any(t is None for t in tensors) else torch.cat(tensors, dim)
+
+        joined = {
+            name: join(name) for name in ("log_probs", "entropy", "expected_entropy", "labels")
+        }
+        return Prediction(
+            n_samples=parts[0].n_samples,
+            sample_log_probs=join("sample_log_probs", 1),
+            **joined,  # type: ignore[arg-type]
+        )
+
+
+def fold_samples(batch: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
+    """Repeat the examples of a batch: the first dimension becomes n_samples copies of the batch.
+
+    Copy s is row block s, which is what `posterior(mode="sample", n_samples=...)` expects. Tensors
+    whose first dimension is not that of the batch, and other values, stay as they are.
+    """
+    size = _batch_size(batch)
+    folded = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size:
+            value = value.repeat(n_samples, *(1,) * (value.dim() - 1))
+        folded[name] = value
+    return folded
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    n_samples: int = 10,
+    seed: int = 0,
+    choices: Sequence[int] | None = None,
+    samples_per_pass: int | None = None,
+    memory_budget: int | None = None,
+    return_samples: bool = False,
+) -> Prediction:
+    """Mean class probabilities over draws of the weights, with their uncertainty.
+
+        p(c | x) = 1/S sum_s softmax(z_s(x))_c
+
+    Draw s depends on (seed, s) only: results depend neither on how examples are batched (padding
+    aside) nor on how many draws share a pass. The model is put into eval mode meanwhile.
+
+    Args:
+        model: a model with Bayesian adapters whose logits are (B, C), or (B, T, V) of a causal
+            language model, of which the last token that the attention mask shows is taken.
+        batch: its inputs as tensors; labels are set aside.
+        n_samples: S; 0 uses the posterior mean.
+        seed: seed of the draws.
+        choices: ids of the answer tokens, the classes; needed for (B, T, V) logits.
+        samples_per_pass: draws folded into one pass; None for as many as fit the memory budget.
+        memory_budget: bytes that the activations of one pass may take; None for half of the free
+            memory of the GPU, or 1 GiB on the CPU. The estimate is that of a transformer without
+            gradients, from the sizes in its configuration.
+        return_samples: also return the distribution of each draw.
+
+    Returns:
+        `Prediction`, on the CPU. Cost: S forward passes of the batch, in ceil(S / samples_per_pass)
+        calls; memory (S, B, C) for the draws' logits of one pass.
+
+    Raises:
+        ValueError: counts are out of range, the logits do not fit, or there is no Bayesian adapter.
+    """
+    if n_samples < 0:
+        raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
+    if samples_per_pass is not None and samples_per_pass < 1:
+        raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
+    noise_state(model)
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    labels = next((inputs.pop(k) for k in _LABELS if inputs.get(k) is not None), None)
+    for name in _LABELS:
+        inputs.pop(name, None)
+    size = _batch_size(inputs)
+    rows = _LogitRows(model, inputs, choices)
+    draws = max(n_samples, 1)
+    per_pass = samples_per_pass or _samples_that_fit(model, inputs, memory_budget)
+    log_mean: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    kept = []
+    with _eval_mode(model):
+        for first in range(0, draws, per_pass):
+            count = min(per_pass, draws - first)
+            if n_samples == 0:
+                context = posterior(model, "mean")
+            else:
+                context = posterior(model, "sample", n_samples=count, seed=seed, first_sample=first)
+            with context:
+                logits = rows.of(model(**fold_samples({**inputs, **rows.options}, count)), count)
+            accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
+            log_probs = torch.log_softmax(logits.to(accumulate), -1).unflatten(0, (count, size))
+            entropy = _entropy(log_probs).sum(0)
+            part = torch.logsumexp(log_probs, 0)
+            log_mean = part if log_mean is None else torch.logaddexp(log_mean, part)
+            entropy_sum = entropy if entropy_sum is None else entropy_sum + entropy
+            if return_samples:
+                kept.append(log_probs.cpu())
+    assert log_mean is not None and entropy_sum is not None
+    log_mean = log_mean - math.log(draws)
+    return Prediction(
+        log_probs=log_mean.cpu(),
+        entropy=_entropy(log_mean).cpu(),
+        expected_entropy=(entropy_sum / draws).cpu(),
+        n_samples=n_samples,
+        labels=None if labels is None else labels.cpu(),
+        sample_log_probs=torch.cat(kept) if kept else None,
+    )
+
+
+def predict_dataset(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = 16,
+    collate_fn: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> Prediction:
+    """`predict` over a data loader, an iterable of batches, or a data set.
+
+    Args:
+        model: a model with Bayesian adapters.
+        data: a `DataLoader` or another iterable of batches (mappings); or a data set of examples,
+            which is batched in order with `batch_size` and `collate_fn`.
+        batch_size, collate_fn: for a data set.
+        progress: show a bar where it takes longer than two seconds.
+        options: those of `predict`.
+
+    Returns:
+        `Prediction` of all examples, in order.
+
+    Raises:
+        ValueError: as `predict`, or the data is empty.
+    """
+    batches: Iterable[Mapping[str, Any]]
+    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
+        batches = data
+    elif collate_fn is None and _are_batches(data):
+        batches = data
+    else:
+        batches = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
+    parts = [
+        predict(model, batch, **options)
+        for batch in tqdm(batches, desc="predict", delay=2, disable=not progress, leave=False)
+    ]
+    if not parts:
+        raise ValueError("predict_dataset: data must have at least one example, got none")
+    return Prediction.concatenate(parts)
+
+
+def _are_batches(data: Any) -> bool:
+    """Whether a sequence holds batches (tensors of token ids with two dimensions), not examples."""
+    if not len(data) or not isinstance(data[0], Mapping):
+        return False
+    tensors = [v for v in data[0].values() if isinstance(v, Tensor)]
+    return bool(tensors) and max(t.dim() for t in tensors) >= 2
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    probs = log_probs.exp()
+    return -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    names = ("input_ids", "inputs_embeds", "attention_mask", *batch)
+    for name in names:
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise ValueError(
+        f"predict: batch must be a mapping with tensors of model inputs, got {sorted(batch)}"
+    )
+
+
+class _LogitRows:
+    """Takes the (B, C) class logits from the outputs of a model."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], choices: Sequence[int] | None
+    ) -> None:
+        self.choices = None if choices is None else [int(c) for c in choices]
+        self.last: Tensor | None = None
+        self.options: dict[str, Any] = {}
+        if self.choices is None:
+            return
+        if len(self.choices) < 2:
+            raise ValueError(f"predict: choices must be at least two token ids, got {self.choices}")
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            self.last = (mask.ne(0) * positions).argmax(-1)
+        at_the_end = mask is None or self.last is None
+        if mask is not None and self.last is not None:
+            at_the_end = bool((self.last == mask.shape[1] - 1).all())
+        forward = getattr(model, "get_base_model", lambda: model)().forward
+        if at_the_end and "logits_to_keep" in inspect.signature(forward).parameters:
+            self.options["logits_to_keep"] = 1
+            self.last = None
+
+    def of(self, outputs: Any, count: int) -> Tensor:
+        """Class logits (count * B, C)."""
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if logits.dim() == 2 and self.choices is None:
+            return logits
+        if logits.dim() != 3 or self.choices is None:
+            raise ValueError(
+                "predict: logits must be (B, C) without choices, or (B, T, V) with choices=[token "
+                f"ids], got {tuple(logits.shape)} and choices={self.choices}"
+            )
+        if not 0 <= min(self.choices) <= max(self.choices) < logits.shape[-1]:
+            raise ValueError(
+                f"predict: choices must be token ids below {logits.shape[-1]}, got {self.choices}"
+            )
+        if self.last is None:
+            logits = logits[:, -1]
+        else:
+            rows = torch.arange(len(logits), device=logits.device)
+            logits = logits[rows, self.last.repeat(count)]
+        return logits[:, self.choices]
+
+
+def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int | None) -> int:
+    """Draws whose activations fit the budget in one pass, at least 1."""
+    for module in model.modules():
+        for variant in getattr(module, "lora_variant", {}).values():
+            if isinstance(variant, BlobVariant) and variant.routed:
+                return 1
+    parameter = next(model.parameters())
+    if budget is None:
+        budget = _CPU_BUDGET
+        if parameter.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(parameter.device)
+            cached = torch.cuda.memory_reserved(parameter.device)
+            cached -= torch.cuda.memory_allocated(parameter.device)
+            budget = int(_FREE_SHARE * (free + cached))
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+
+    def size(name: str, default: int) -> int:
+        value = getattr(config, name, None)
+        return value if isinstance(value, int) and value > 0 else default
+
+    tokens = max((v.numel() for v in inputs.values() if isinstance(v, Tensor)), default=1)
+    length = max((v.shape[-1] for v in inputs.values() if isinstance(v, Tensor)), default=1)
+    hidden = size("hidden_size", 1024)
+    # One layer is alive at a time: its residual, normalised, query, key, value and output rows, the
+    # gate, up and product rows of the MLP, scores of attention twice; and logits of all tokens.
+    per_token = 8 * hidden + 3 * size("intermediate_size", 4 * hidden)
+    per_token += 2 * size("num_attention_heads", 16) * length
+    if "logits_to_keep" not in inputs:
+        per_token += 2 * size("vocab_size", 0) * (config is not None and _has_token_logits(model))
+    per_sample = tokens * per_token * max(4, parameter.element_size())
+    return max(1, budget // max(1, per_sample))
+
+
+def _has_token_logits(model: nn.Module) -> bool:
+    base = getattr(model, "get_base_model", lambda: model)()
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return head is not None and getattr(head, "out_features", 0) > 1000
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every module's own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,221 @@
+"""Plain LoRA folders in and out; checkpoints in the layout of the published BLoB code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from bayes_kernels.hf import (
+    BayesLoraConfig,
+    BlobConfig,
+    export_lora,
+    import_lora,
+    posterior,
+    predict,
+)
+from bayes_kernels.hf.posterior import bayes_layers
+
+IDS = torch.randint(0, 128, (3, 5), generator=torch.Generator().manual_seed(1))
+TARGETS = ["q_proj", "v_proj"]
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=128,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def fill(model: nn.Module) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+            elif "lora_A_rho" in name:
+                p.copy_(torch.rand(p.shape, generator=generator) * 0.5)
+    return model
+
+
+def blob(**options: Any) -> PeftModel:
+    options = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
+    return fill(get_peft_model(base(), BlobConfig(**options)))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def test_export_mean(tmp_path: Path) -> None:
+    model = blob()
+    folder = export_lora(model, tmp_path / "mean")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and "prior_std" not in config
+    assert not any("rho" in key for key in load_file(folder / "adapter_model.safetensors"))
+    plain = PeftModel.from_pretrained(base(), folder)
+    assert type(plain.peft_config["default"]) is LoraConfig
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mean"]
+
+
+@pytest.mark.parametrize("std", ["square", "softplus", "direct"])
+@pytest.mark.parametrize("sample", [0, 5])
+def test_exported_draw_is_the_draw_of_the_posterior(tmp_path: Path, sample: int, std: str) -> None:
+    model = blob(std=std)
+    plain = PeftModel.from_pretrained(base(), export_lora(model, tmp_path / "s", sample, seed=3))
+    with posterior(model, "sample", seed=3, first_sample=sample):
+        draw = logits(model)
+    torch.testing.assert_close(logits(plain), draw, rtol=1e-4, atol=1e-5)
+    assert (draw - logits(model)).abs().max() > 1e-2
+
+
+def test_exported_draws_average_to_the_prediction(tmp_path: Path) -> None:
+    model = blob()
+    result = predict(model, {"input_ids": IDS}, n_samples=3, seed=8, choices=[1, 2, 3])
+    probs = []
+    for s in range(3):
+        plain = PeftModel.from_pretrained(base(), export_lora(model, tmp_path / "s", s, seed=8))
+        probs.append(logits(plain)[:, -1, [1, 2, 3]].double().softmax(-1))
+    torch.testing.assert_close(torch.stack(probs).mean(0), result.probs, rtol=1e-4, atol=1e-6)
+
+
+def test_export_replaces_whole_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = blob()
+    folder = export_lora(model, tmp_path / "out")
+    (folder / "stale").write_text("x")
+    before = load_file(folder / "adapter_model.safetensors")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bayes_kernels.hf.checkpoints.save_file", full)
+        with pytest.raises(OSError, match="no space"):
+            export_lora(model, folder, 1)
+    after = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    export_lora(model, folder, 1)
+    changed = load_file(folder / "adapter_model.safetensors")
+    assert not all(torch.equal(before[k], changed[k]) for k in before)
+    assert not (folder / "stale").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_export_one_of_several_adapters(tmp_path: Path) -> None:
+    model = blob()
+    model.add_adapter("other", BlobConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM"))
+    export_lora(model, tmp_path / "other", adapter="other")
+    keys = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    assert len(keys) == 4 and all("k_proj" in k for k in keys)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="adapter must name one"):
+        export_lora(model, tmp_path / "x")
+    for which in ("median", -1, True):
+        with pytest.raises(ValueError, match="which must be"):
+            export_lora(model, tmp_path / "x", which, adapter="other")  # type: ignore[arg-type]
+
+
+def test_import_plain_lora(tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    plain = fill(get_peft_model(base(), LoraConfig(**options)))
+    plain.save_pretrained(tmp_path)
+    model = import_lora(base(), tmp_path, prior_std=0.1)
+    config = model.peft_config["default"]
+    assert isinstance(config, BayesLoraConfig) and (config.prior_std, config.lora_alpha) == (
+        0.1,
+        12,
+    )
+    torch.testing.assert_close(logits(model.eval()), logits(plain), rtol=1e-4, atol=1e-5)
+    for item in bayes_layers(model):
+        assert item.rho.requires_grad and 0.035 < float(item.rho.detach().mean()) < 0.05
+    more = import_lora(model, tmp_path / "adapter_model.safetensors", adapter_name="again")
+    assert more is model and set(model.peft_config) == {"default", "again"}
+    frozen = import_lora(base(), tmp_path, is_trainable=False)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_round_trip_through_plain_lora(tmp_path: Path) -> None:
+    model = blob()
+    again = import_lora(base(), export_lora(model, tmp_path / "mean")).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_import_classifier_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=128,
+        num_labels=3,
+    )
+    make = lambda: (torch.manual_seed(0), BertForSequenceClassification(config).eval())[1]  # noqa: E731
+    options = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    plain = fill(get_peft_model(make(), LoraConfig(**options)))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if "classifier" in name and "modules_to_save" in name:
+                p.add_(0.5)
+    plain.eval().save_pretrained(tmp_path / "plain")
+    model = import_lora(make(), tmp_path / "plain").eval()
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-6)
+    back = PeftModel.from_pretrained(make(), export_lora(model, tmp_path / "back"))
+    torch.testing.assert_close(logits(back), logits(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_import_doubled_prefix(tmp_path: Path) -> None:
+    """The layout of bayesian-peft: a PeftModel inside a PeftModel, with lora_A_rho."""
+    model = blob()
+    model.save_pretrained(tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    doubled = {f"base_model.model.{key}": value for key, value in tensors.items()}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    save_file(doubled, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": None}))
+    loaded = import_lora(base(), folder).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    for a, b in zip(bayes_layers(model), bayes_layers(loaded), strict=True):
+        assert torch.equal(a.rho, b.rho)
+    with posterior(model, "sample"), posterior(loaded, "sample"):
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_import_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json must exist"):
+        import_lora(base(), tmp_path)
+    config = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors must exist"):
+        import_lora(base(), tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="weights must be safetensors, got a pickled file"):
+        import_lora(base(), tmp_path)
+    save_file({"base_model.model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected tensors .* 8 missing"):
+        import_lora(base(), tmp_path)
+    with pytest.raises(ValueError, match=r"options must be among .* got \['r'\]"):
+        import_lora(base(), tmp_path, r=2)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(ValueError, match="must describe a LoRA adapter, got peft_type 'IA3'"):
+        import_lora(base(), tmp_path)
+    with pytest.raises(ValueError, match=r"must be a PeftModel|must have an active"):
+        export_lora(base(), tmp_path / "x")

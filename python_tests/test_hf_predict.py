@@ -1,0 +1,291 @@
+"""Predictive distributions: folding, chunks, batches, causal and classification heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from bayes_kernels.hf import (
+    BlobConfig,
+    Prediction,
+    fold_samples,
+    posterior,
+    predict,
+    predict_dataset,
+)
+from bayes_kernels.hf.posterior import noise_state
+
+IDS = torch.randint(3, 128, (5, 7), generator=torch.Generator().manual_seed(1))
+CHOICES = [10, 20, 30]
+
+
+def _noisy(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
+            elif "lora_A_rho" in name:
+                p.fill_(0.6)
+    return model
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=128,
+        initializer_range=0.2,
+    )
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return _noisy(get_peft_model(LlamaForCausalLM(config), BlobConfig(**options)))
+
+
+def bert(dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=128,
+        num_labels=4,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.3,
+    )
+    options = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    return _noisy(get_peft_model(BertForSequenceClassification(config), BlobConfig(**options)))
+
+
+def test_fold_samples() -> None:
+    batch = {
+        "input_ids": IDS,
+        "attention_mask": torch.ones(5, 7),
+        "positions": torch.ones(1, 7),
+        "k": 3,
+    }
+    folded = fold_samples(batch, 3)
+    assert folded["input_ids"].shape == (15, 7) and folded["k"] == 3
+    assert torch.equal(folded["input_ids"].unflatten(0, (3, 5)), IDS.expand(3, 5, 7))
+    assert folded["attention_mask"].shape == (15, 7) and folded["positions"].shape == (1, 7)
+
+
+def test_matches_one_pass_for_each_draw() -> None:
+    model = bert().eval()
+    each = []
+    for s in range(6):
+        with torch.no_grad(), posterior(model, "sample", seed=4, first_sample=s):
+            each.append(model(input_ids=IDS).logits.double().softmax(-1))
+    probs = torch.stack(each)
+    mean = probs.mean(0)
+    result = predict(model, {"input_ids": IDS}, n_samples=6, seed=4, return_samples=True)
+    torch.testing.assert_close(result.probs, mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.sample_log_probs.exp(), probs, rtol=1e-4, atol=1e-6)
+    entropy = torch.distributions.Categorical(mean).entropy()
+    expected = torch.distributions.Categorical(probs).entropy().mean(0)
+    torch.testing.assert_close(result.entropy, entropy, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.expected_entropy, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.mutual_information, entropy - expected, rtol=1e-3, atol=1e-5)
+    assert result.mutual_information.min() > 1e-3
+    assert result.log_probs.dtype == torch.float64 and result.n_samples == 6 and len(result) == 5
+    torch.testing.assert_close(result.probs.sum(-1), torch.ones(5).double())
+    assert torch.equal(result.classes, mean.argmax(-1))
+
+
+@pytest.mark.parametrize("per_pass", [1, 3, 4, 50])
+def test_chunks_of_draws_change_nothing(per_pass: int) -> None:
+    model = bert()
+    whole = predict(model, {"input_ids": IDS}, n_samples=10, samples_per_pass=10)
+    parts = predict(model, {"input_ids": IDS}, n_samples=10, samples_per_pass=per_pass)
+    torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.expected_entropy, whole.expected_entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_change_nothing() -> None:
+    model = bert()
+    whole = predict(model, {"input_ids": IDS, "labels": torch.arange(5)}, n_samples=4, seed=1)
+    examples = [{"input_ids": IDS[i], "labels": torch.tensor(i)} for i in range(5)]
+    batches = [
+        {"input_ids": IDS[:2], "labels": torch.arange(2)},
+        {"input_ids": IDS[2:], "labels": torch.arange(2, 5)},
+    ]
+    for data in (examples, batches, DataLoader(examples, batch_size=3), iter(batches)):
+        split = predict_dataset(model, data, batch_size=2, n_samples=4, seed=1, progress=False)
+        torch.testing.assert_close(split.log_probs, whole.log_probs, rtol=1e-5, atol=1e-6)
+        assert torch.equal(split.labels, torch.arange(5)) and torch.equal(
+            whole.labels, split.labels
+        )
+    other = predict(model, {"input_ids": IDS}, n_samples=4, seed=2)
+    assert (other.log_probs - whole.log_probs).abs().max() > 1e-3
+
+
+def test_zero_samples_is_the_mean() -> None:
+    model = bert().eval()
+    with torch.no_grad():
+        logits = model(input_ids=IDS).logits
+    result = predict(model, {"input_ids": IDS}, n_samples=0)
+    torch.testing.assert_close(result.log_probs, logits.double().log_softmax(-1))
+    assert result.mutual_information.max() == 0 and result.n_samples == 0
+
+
+def test_more_draws_converge() -> None:
+    """The error of S draws falls like 1 / sqrt(S): a quarter of it with 16 times as many."""
+    model = bert()
+    truth = torch.stack(
+        [predict(model, {"input_ids": IDS}, n_samples=64, seed=s).probs for s in range(100, 112)]
+    ).mean(0)
+
+    def error(n_samples: int) -> float:
+        runs = [predict(model, {"input_ids": IDS}, n_samples=n_samples, seed=s) for s in range(12)]
+        return float(torch.stack([(r.probs - truth).square().mean() for r in runs]).mean().sqrt())
+
+    few, many = error(2), error(32)
+    assert 0.1 < many / few < 0.5
+
+
+def test_causal_model_takes_the_last_real_token() -> None:
+    model = llama().eval()
+    with torch.no_grad():
+        reference = [
+            model(input_ids=IDS[i : i + 1, : 3 + i]).logits[0, -1, CHOICES] for i in range(5)
+        ]
+    expected = torch.stack(reference).double().log_softmax(-1)
+    right = IDS.clone()
+    mask = torch.ones_like(IDS)
+    for i in range(5):
+        right[i, 3 + i :], mask[i, 3 + i :] = 0, 0
+    batch = {"input_ids": right, "attention_mask": mask}
+    result = predict(model, batch, n_samples=0, choices=CHOICES)
+    torch.testing.assert_close(result.log_probs, expected, rtol=1e-4, atol=1e-5)
+    left, positions = torch.zeros_like(IDS), torch.zeros_like(IDS)
+    left_mask = torch.zeros_like(IDS)
+    for i in range(5):
+        length = min(3 + i, 7)
+        left[i, 7 - length :], left_mask[i, 7 - length :] = IDS[i, :length], 1
+        positions[i, 7 - length :] = torch.arange(length)
+    batch = {"input_ids": left, "attention_mask": left_mask, "position_ids": positions}
+    result = predict(model, batch, n_samples=0, choices=CHOICES)
+    torch.testing.assert_close(result.log_probs, expected, rtol=1e-4, atol=1e-5)
+    sampled = predict(model, batch, n_samples=3, choices=CHOICES)
+    chunked = predict(model, batch, n_samples=3, choices=CHOICES, samples_per_pass=2)
+    torch.testing.assert_close(sampled.log_probs, chunked.log_probs, rtol=1e-4, atol=1e-5)
+    assert (sampled.log_probs - result.log_probs).abs().max() > 1e-3
+
+
+def test_only_the_last_logits_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    shapes: list[tuple[int, ...]] = []
+    head = model.get_base_model().lm_head
+    head.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
+    predict(model, {"input_ids": IDS}, n_samples=4, choices=CHOICES, samples_per_pass=4)
+    assert shapes == [(20, 1, 128)]
+
+
+def test_modes_come_back() -> None:
+    model = bert(dropout=0.5)
+    model.train()
+    model.get_base_model().bert.embeddings.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    one = predict(model, {"input_ids": IDS}, n_samples=2)
+    two = predict(model, {"input_ids": IDS}, n_samples=2)
+    assert torch.equal(one.log_probs, two.log_probs)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert noise_state(model).mode is None
+
+    class Broken(RuntimeError):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise Broken
+
+    handle = model.get_base_model().classifier.register_forward_hook(fail)
+    with pytest.raises(Broken):
+        predict(model, {"input_ids": IDS}, n_samples=2)
+    handle.remove()
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert noise_state(model).mode is None
+
+
+def test_prediction_then_training() -> None:
+    model = bert()
+    model.train()
+    with torch.inference_mode():
+        result = predict(model, {"input_ids": IDS}, n_samples=2)
+    assert not result.log_probs.requires_grad
+    model(input_ids=IDS, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
+
+
+def test_memory_budget_limits_the_pass() -> None:
+    model = bert()
+    sizes: list[int] = []
+    model.get_base_model().classifier.register_forward_hook(
+        lambda _m, _i, out: sizes.append(out.shape[0])
+    )
+    predict(model, {"input_ids": IDS}, n_samples=4, memory_budget=1)
+    assert sizes == [5] * 4
+    sizes.clear()
+    predict(model, {"input_ids": IDS}, n_samples=4)
+    assert sizes == [20]
+
+
+def test_extreme_logits() -> None:
+    class Steep(nn.Module):
+        def forward(self, logits: Tensor) -> Tensor:
+            return logits * 1e4
+
+    model = bert()
+    model.get_base_model().classifier = nn.Sequential(model.get_base_model().classifier, Steep())
+    result = predict(model, {"input_ids": IDS}, n_samples=3)
+    assert torch.isfinite(result.log_probs).all() and torch.isfinite(result.entropy).all()
+    assert result.expected_entropy.max() < 0.1
+
+
+def test_concatenate() -> None:
+    half = math.log(0.5) * torch.ones(2, 2).double()
+    part = Prediction(half, torch.zeros(2), torch.zeros(2), 3, labels=torch.tensor([0, 1]))
+    joined = Prediction.concatenate([part, part])
+    assert len(joined) == 4 and joined.n_samples == 3 and joined.labels.tolist() == [0, 1, 0, 1]
+    other = Prediction(half, torch.zeros(2), torch.zeros(2), 4)
+    with pytest.raises(ValueError, match="one number of classes and draws"):
+        Prediction.concatenate([part, other])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_samples": -1}, "n_samples must not be negative"),
+        ({"samples_per_pass": 0}, "samples_per_pass must be at least 1"),
+        ({"choices": [1]}, "at least two token ids"),
+        ({"choices": [1, 500]}, "token ids below 128"),
+        ({}, "logits must be"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict(llama(), {"input_ids": IDS}, **{"n_samples": 1, **options})
+
+
+def test_more_errors() -> None:
+    with pytest.raises(ValueError, match="must have a Bayesian adapter"):
+        predict(nn.Linear(2, 2), {"input_ids": IDS})
+    with pytest.raises(ValueError, match="batch must be a mapping with tensors"):
+        predict(bert(), {"labels": torch.ones(2)})
+    with pytest.raises(ValueError, match="at least one example"):
+        predict_dataset(bert(), [], progress=False)
