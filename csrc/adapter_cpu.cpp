@@ -1,49 +1,200 @@
 // Adapter family on the CPU; compiled once per instruction set (cpu_isa.h).
+//
+// Three register-blocked products over a tile of tokens and a block of columns do all the work:
+//   project  acc[t][k] += x[t, :] . panel[k, :]        shrink, dh of expand_backward
+//   combine  out[t, :]  = sum_k coef[t][k] panel[k, :]  expand, dx of shrink_backward
+//   update   grad[k, :] += sum_t coef[t][k] x[t, :]     da, de, db
+// Signs are bits of Philox blocks that live for one tile; they are applied to a vector of x where
+// it is loaded. Work is cut into (tokens, columns) tasks by a rule that knows the shape only, and
+// partial results are added in task order: the same bits for any number of threads.
 #include "adapter.h"
 
 #include "cpu_isa.h"
+#include "cpu_vector.h"
 #include "parallel.h"
 
 namespace bayes_kernels {
 namespace {
 
-constexpr int64_t kTile = kSignsPerBlock;  // columns worked on together: one sign block
+constexpr int64_t kTileTokens = 32;
+constexpr int64_t kMaxProjectVectors = 1024;  // accumulators of one tile of `project`
 
-// Inputs of one token over one column tile: x' (after dropout) and x' . R_in.
-template <class T>
-struct Tile {
-  acc_t<T> plain[kTile];
-  acc_t<T> flipped[kTile];
-  acc_t<T> sign[kTile];
-  acc_t<T> keep[kTile];
+template <class A>
+constexpr int64_t kBlock = 2048 / static_cast<int64_t>(sizeof(A));  // columns: 2 KiB of each row
+template <class A>
+constexpr int64_t kPitch = kBlock<A> + 64 / static_cast<int64_t>(sizeof(A));  // of copied tiles:
+// rows must not all start in the same cache set
+
+// Register blocks: tokens x rows for project, tokens x vectors for combine, rows x vectors for
+// update.
+#if defined(__AVX512F__)
+constexpr int kRegisterRows = 8, kProjectTokens = 2, kCombineTokens = 4, kCombineVectors = 4;
+#else
+constexpr int kRegisterRows = 4, kProjectTokens = 2, kCombineTokens = 2, kCombineVectors = 4;
+#endif
+constexpr int kUpdateVectors = 2;
+
+template <int value_>
+struct Int {
+  static constexpr int value = value_;
 };
 
-template <class T>
-void load_tile(const AdapterNoise& noise, Key sign_key, Key dropout_key, bool flip, const T* x,
-               int64_t row, int64_t n, int64_t c, int64_t width, Tile<T>* tile) {
-  using A = acc_t<T>;
-  for (int64_t j = 0; j < width; ++j) tile->plain[j] = static_cast<A>(x[c * kTile + j]);
-  if (noise.dropout > 0.0) {
-    const uint32_t threshold = dropout_threshold(noise.dropout);
-    const A scale = static_cast<A>(1.0 / (1.0 - noise.dropout));
-    for (int64_t j = 0; j < width; j += kDropoutPerBlock) {
-      const PhiloxBlock b =
-          dropout_block(dropout_key, dropout_row(noise.rows, row), n, (c * kTile + j) / kDropoutPerBlock);
-      for (int64_t k = 0; k < kDropoutPerBlock && j + k < width; ++k) {
-        const uint32_t bits = b.word[k / 2] >> (16 * (k % 2)) & 0xFFFFu;
-        tile->keep[j + k] = bits >= threshold ? scale : A(0);
-        tile->plain[j + k] *= tile->keep[j + k];
+// f(Int<size>, first) over [0, count) in pieces of `size`, then of 1 / divisor of it, and so on.
+template <int size, int divisor = 2, class F>
+BK_HD void in_pieces(int64_t count, const F& f, int64_t first = 0) {
+  for (; first + size <= count; first += size) f(Int<size>{}, first);
+  if constexpr (size > 1) in_pieces<size / divisor, divisor>(count, f, first);
+}
+
+BK_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BK_HD int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// --- the three products ------------------------------------------------------------------------
+
+template <class A>
+struct Rows {  // a matrix in memory
+  A* data;
+  int64_t pitch;
+  A* at(int64_t row, int64_t column = 0) const { return data + row * pitch + column; }
+};
+
+// Signs of the tokens of one tile over one block of columns.
+struct SignTile {
+  const uint8_t* bits;
+  int64_t pitch;  // bytes
+  const uint8_t* at(int64_t token) const { return bits + token * pitch; }
+};
+
+// The activations that will be read next: asked for while a tile that is in cache is worked on, so
+// that memory and arithmetic overlap.
+struct Ahead {
+  const char* data;
+  int64_t pitch, step;  // bytes between rows, and of one vector of elements
+
+  template <class T>
+  static Ahead of(const T* x, int64_t stride) {
+    return {reinterpret_cast<const char*>(x), stride * static_cast<int64_t>(sizeof(T)),
+            kLanes<acc_t<T>> * static_cast<int64_t>(sizeof(T))};
+  }
+  Ahead from(int64_t row, int64_t vector) const {
+    return {data + row * pitch + vector * step, pitch, step};
+  }
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t vector) const {
+    __builtin_prefetch(data + row * pitch + vector * step, 0, 2);
+  }
+};
+
+template <class A, bool flipped, int tokens, int rows>
+BK_HD void project_block(Rows<const A> x, SignTile signs, Rows<const A> panel, Ahead ahead,
+                         int64_t vectors, Vec<A>* acc, int64_t acc_pitch) {
+  Vec<A> sum[tokens][rows];
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 8
+    for (int k = 0; k < rows; ++k) sum[t][k] = acc[t * acc_pitch + k];
+  for (int64_t v = 0; v < vectors; ++v) {
+    Vec<A> xv[tokens];
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      xv[t] = load(x.at(t, v * kLanes<A>));
+      if (flipped) {
+        xv[t] = flip(xv[t], signs.at(t), v);
+        ahead.fetch(t, v);
       }
     }
+#pragma GCC unroll 8
+    for (int k = 0; k < rows; ++k) {
+      const Vec<A> pv = in_register(load(panel.at(k, v * kLanes<A>)));
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; ++t) sum[t][k] += xv[t] * pv;
+    }
   }
-  if (flip) {
-    const PhiloxBlock b = sign_block(sign_key, sign_row(noise.rows, row), n, c);
-    for (int64_t j = 0; j < width; ++j) {
-      tile->sign[j] = (b.word[j / 32] >> (j % 32) & 1u) != 0 ? A(-1) : A(1);
-      tile->flipped[j] = tile->plain[j] * tile->sign[j];
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 8
+    for (int k = 0; k < rows; ++k) acc[t * acc_pitch + k] = sum[t][k];
+}
+
+// acc[t * acc_pitch + k] += x[t, :] . panel[k, :], lane by lane.
+template <class A, bool flipped>
+void project(Rows<const A> x, SignTile signs, Rows<const A> panel, Ahead ahead, int64_t tokens,
+             int r, int64_t vectors, Vec<A>* acc, int64_t acc_pitch) {
+  in_pieces<kRegisterRows>(r, [&](auto rows, int64_t k) {
+    in_pieces<kProjectTokens>(tokens, [&](auto count, int64_t t) {
+      project_block<A, flipped, decltype(count)::value, decltype(rows)::value>(
+          {x.at(t), x.pitch}, {signs.at(t), signs.pitch}, {panel.at(k), panel.pitch},
+          ahead.from(t, 0), vectors, acc + t * acc_pitch + k, acc_pitch);
+    });
+  });
+}
+
+// sum[t][v] += sum_k coef[t][k] panel[k, v]
+template <class A, int tokens, int vectors>
+BK_HD void combine(const A* coef, int64_t coef_pitch, Rows<const A> panel, int r,
+                   Vec<A> (&sum)[tokens][vectors]) {
+  for (int k = 0; k < r; ++k) {
+    Vec<A> pv[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) pv[v] = in_register(load(panel.at(k, v * kLanes<A>)));
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      const A c = coef[t * coef_pitch + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[t][v] += c * pv[v];
     }
   }
 }
+
+template <class A, bool flipped, int rows, int vectors>
+BK_HD void update_block(const A* coef, int64_t coef_pitch, Rows<const A> x, SignTile signs,
+                        Ahead ahead, int64_t first, int64_t tokens, Rows<A> grad) {
+  Vec<A> sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int k = 0; k < rows; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[k][v] = load(grad.at(k, v * kLanes<A>));
+  for (int64_t t = 0; t < tokens; ++t) {
+    Vec<A> xv[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      xv[v] = load(x.at(t, v * kLanes<A>));
+      if (flipped) xv[v] = flip(xv[v], signs.at(t), first + v);
+      ahead.fetch(t, first + v);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < rows; ++k) {
+      const A c = coef[t * coef_pitch + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[k][v] += c * xv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < rows; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) store(grad.at(k, v * kLanes<A>), sum[k][v]);
+}
+
+// grad[k, :] += sum_t coef[t][k] x[t, :]
+template <class A, bool flipped>
+void update(const A* coef, int64_t coef_pitch, Rows<const A> x, SignTile signs, Ahead ahead,
+            int64_t tokens, int r, int64_t vectors, Rows<A> grad) {
+  in_pieces<kRegisterRows>(r, [&](auto rows, int64_t k) {
+    in_pieces<kUpdateVectors>(vectors, [&](auto count, int64_t v) {
+      update_block<A, flipped, decltype(rows)::value, decltype(count)::value>(
+          coef + k, coef_pitch, {x.at(0, v * kLanes<A>), x.pitch}, signs, ahead, v, tokens,
+          {grad.at(k, v * kLanes<A>), grad.pitch});
+    });
+  });
+}
+
+// sums[i] = sum of the lanes of acc[i]; both have room for a whole number of vectors.
+template <class A>
+void reduce_lanes(Vec<A>* acc, int64_t count, A* sums) {
+  for (int64_t i = count; i < round_up(count, kLanes<A>); ++i) acc[i] = Vec<A>{};
+  for (int64_t i = 0; i < count; i += kLanes<A>) store(sums + i, lane_sums<A>(acc + i));
+}
+
+// --- tiles -------------------------------------------------------------------------------------
 
 struct Keys {
   Key in{}, out{}, dropout{};
@@ -56,184 +207,704 @@ struct Keys {
   }
 };
 
-template <class T>
-void out_signs(const AdapterNoise& noise, Key key, int64_t row, int r, T* sign) {
-  const PhiloxBlock b = sign_block(key, sign_row(noise.rows, row), r, 0);
-  for (int k = 0; k < r; ++k) sign[k] = (b.word[k / 32] >> (k % 32) & 1u) != 0 ? T(-1) : T(1);
-}
+// Philox blocks of one tile: `per_row` blocks of each token, from block `first` of its row on.
+template <int64_t max_per_row>
+struct BlockTile {
+  uint64_t blocks[2 * kTileTokens * max_per_row + 2 * kPhiloxBatch];
+  int64_t per_row;
 
-template <class T>
-void shrink(const ShrinkParams& p) {
-  using A = acc_t<T>;
-  const Keys keys(p.noise);
-  const A* a = static_cast<const A*>(p.a);
-  const A* e = static_cast<const A*>(p.e);
-  auto body = [&](int64_t begin, int64_t end) {
-    Tile<T> tile;
-    for (int64_t row = begin; row < end; ++row) {
-      A h[kMaxFusedRank] = {}, u[kMaxFusedRank] = {}, sign[kMaxFusedRank];
-      const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-      for (int64_t c = 0; c * kTile < p.n; ++c) {
-        const int64_t width = p.n - c * kTile < kTile ? p.n - c * kTile : kTile;
-        load_tile<T>(p.noise, keys.in, keys.dropout, e != nullptr, x, row, p.n, c, width, &tile);
-        for (int k = 0; k < p.r; ++k) {
-          const A* ak = a + k * p.n + c * kTile;
-          for (int64_t j = 0; j < width; ++j) h[k] += tile.plain[j] * ak[j];
-          if (e == nullptr) continue;
-          const A* ek = e + k * p.n + c * kTile;
-          for (int64_t j = 0; j < width; ++j) u[k] += tile.flipped[j] * ek[j];
-        }
-      }
-      if (e != nullptr) out_signs(p.noise, keys.out, row, p.r, sign);
-      A* out = static_cast<A*>(p.h) + row * p.r;
-      for (int k = 0; k < p.r; ++k) out[k] = e != nullptr ? h[k] + u[k] * sign[k] : h[k];
+  // row_index(t): the counter at which the row of token t starts
+  template <class RowIndex>
+  void fill(Key key, int64_t tokens, int64_t first, int64_t count, const RowIndex& row_index) {
+    uint64_t index[kTileTokens * max_per_row + kPhiloxBatch];
+    per_row = count;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const uint64_t start = row_index(t) + static_cast<uint64_t>(first);
+      for (int64_t c = 0; c < count; ++c) index[t * count + c] = start + static_cast<uint64_t>(c);
     }
-  };
-  parallel_ranges(p.tokens, 8, body);
+    for (int64_t i = tokens * count; i % kPhiloxBatch != 0; ++i) index[i] = 0;
+    philox_blocks(key, index, tokens * count, blocks);
+  }
+  const uint8_t* at(int64_t token) const {
+    return reinterpret_cast<const uint8_t*>(blocks + 2 * token * per_row);
+  }
+  SignTile signs() const { return {at(0), 16 * per_row}; }
+};
+
+template <class A>
+using InSigns = BlockTile<kBlock<A> / kSignsPerBlock>;
+
+template <class A>
+void in_signs(const AdapterNoise& noise, Key key, int64_t row, int64_t tokens, int64_t n,
+              int64_t column, int64_t width, InSigns<A>* tile) {
+  const uint64_t stride = static_cast<uint64_t>(ceil_div(n, kSignsPerBlock));
+  tile->fill(key, tokens, column / kSignsPerBlock, ceil_div(width, kSignsPerBlock), [&](int64_t t) {
+    return static_cast<uint64_t>(sign_row(noise.rows, row + t)) * stride;
+  });
 }
 
+// +1 and -1 of the rank side, (tokens, r).
+template <class A>
+void out_signs(const AdapterNoise& noise, Key key, int64_t row, int64_t tokens, int r, A* sign) {
+  BlockTile<1> tile;
+  tile.fill(key, tokens, 0, 1,
+            [&](int64_t t) { return static_cast<uint64_t>(sign_row(noise.rows, row + t)); });
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int k = 0; k < r; ++k)
+      sign[t * r + k] = (tile.blocks[2 * t + k / 64 % 2] >> (k % 64) & 1u) != 0 ? A(-1) : A(1);
+}
+
+// Factors of dropout, 0 or 1 / (1 - p), (tokens, kPitch); 0 behind the last column.
+template <class A>
+struct KeepTile {
+  A keep[kTileTokens * kPitch<A>];
+
+  void fill(const AdapterNoise& noise, Key key, int64_t row, int64_t tokens, int64_t n,
+            int64_t column, int64_t width) {
+    constexpr int64_t kBlocks = kBlock<A> / kDropoutPerBlock + kPhiloxBatch;
+    uint64_t index[kBlocks], blocks[2 * kBlocks];
+    const uint32_t threshold = dropout_threshold(noise.dropout);
+    const A scale = static_cast<A>(1.0 / (1.0 - noise.dropout));
+    const uint64_t stride = static_cast<uint64_t>(ceil_div(n, kDropoutPerBlock));
+    const int64_t count = ceil_div(width, kDropoutPerBlock);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const uint64_t start = static_cast<uint64_t>(dropout_row(noise.rows, row + t)) * stride +
+                             static_cast<uint64_t>(column / kDropoutPerBlock);
+      for (int64_t c = 0; c < round_up(count, kPhiloxBatch); ++c)
+        index[c] = start + static_cast<uint64_t>(c);
+      philox_blocks(key, index, count, blocks);
+      A* out = keep + t * kPitch<A>;
+      for (int64_t j = 0; j < width; ++j) {
+        uint16_t bits;
+        memcpy(&bits, reinterpret_cast<const char*>(blocks) + 2 * j, 2);
+        out[j] = bits >= threshold ? scale : A(0);
+      }
+      for (int64_t j = width; j < round_up(width, kLanes<A>); ++j) out[j] = A(0);
+    }
+  }
+};
+
+// The tile in the accumulate type, times `keep` where given: x itself where that is possible, else
+// a copy, whose rows are filled up with zeros to a whole number of vectors.
 template <class T>
-void shrink_backward(const ShrinkBackwardParams& p) {
+Rows<const acc_t<T>> read_tile(const T* x, int64_t stride, int64_t tokens, int64_t width,
+                               const acc_t<T>* keep, bool in_place, acc_t<T>* copy) {
   using A = acc_t<T>;
-  const Keys keys(p.noise);
-  const A* a = static_cast<const A*>(p.a);
-  const A* e = static_cast<const A*>(p.e);
-  const A* dh = static_cast<const A*>(p.dh);
-  A* da = static_cast<A*>(p.da);
-  A* de = static_cast<A*>(p.de);
-  // A task owns a column tile and walks over all tokens: the sums over tokens have a fixed order.
-  auto body = [&](int64_t begin, int64_t end) {
-    Tile<T> tile;
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t width = p.n - c * kTile < kTile ? p.n - c * kTile : kTile;
+  if constexpr (sizeof(T) == sizeof(A))
+    if (in_place && keep == nullptr && width % kLanes<A> == 0) return {x, stride};
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* from = x + t * stride;
+    A* to = copy + t * kPitch<A>;
+    for (int64_t j = 0; j < width; j += kLanes<A>) {
+      Vec<A> v = j + kLanes<A> <= width ? load(from + j) : load_part(from + j, width - j);
+      if (keep != nullptr) v *= load(keep + t * kPitch<A> + j);
+      store(to + j, v);
+    }
+  }
+  return {copy, kPitch<A>};
+}
+
+// --- tasks -------------------------------------------------------------------------------------
+
+// Cuts (tokens, columns) into chunks x segments. A function of the shape only.
+struct Grid {
+  int64_t chunk, chunks;      // tokens of one task; number of them
+  int64_t segment, segments;  // columns
+  int64_t tasks() const { return chunks * segments; }
+};
+
+constexpr int64_t kFewTokens = 2;  // expand does without a transposed copy of b up to here
+constexpr int64_t kFewTasks = 16;
+constexpr int64_t kMinSegment = 1024;
+
+// chunk: tokens of a task, where there are tokens enough. Columns are cut only where tokens alone
+// would not occupy many threads.
+Grid grid_of(int64_t tokens, int64_t columns, int64_t chunk) {
+  Grid g;
+  g.chunk = chunk;
+  g.chunks = ceil_div(tokens, chunk);
+  const int64_t wanted = ceil_div(kFewTasks, g.chunks);
+  const int64_t most = columns / kMinSegment > 1 ? columns / kMinSegment : 1;
+  g.segment = round_up(ceil_div(columns, smaller(wanted, most)), 512);
+  if (g.segment == 0) g.segment = 512;
+  g.segments = columns > 0 ? ceil_div(columns, g.segment) : 1;
+  return g;
+}
+
+// body(chunk, segment) for all tasks; small work stays on the calling thread.
+template <class F>
+void run_tasks(const Grid& g, int64_t work_per_element, const F& body) {
+  constexpr int64_t kWorthAThread = 1 << 19;  // multiply-adds
+  const int64_t work = g.chunk * g.segment * work_per_element;
+  auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i / g.segments, i % g.segments);
+  };
+  parallel_ranges(g.tasks(), work > 0 ? ceil_div(kWorthAThread, work) : g.tasks(), range);
+}
+
+// Hands out pieces of the workspace, each on a cache line; with a null base it only adds up.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class A>
+  A* take(int64_t count) {
+    A* p = base == nullptr ? nullptr : reinterpret_cast<A*>(base + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(A)), 64);
+    return p;
+  }
+};
+
+// Rows of a factor, filled up with zeros where their length is no whole number of vectors.
+template <class A>
+Rows<const A> padded(const A* factor, int64_t r, int64_t n, A* copy) {
+  if (copy == nullptr) return {factor, n};
+  const int64_t pitch = round_up(n, kLanes<A>);
+  for (int64_t k = 0; k < r; ++k) {
+    for (int64_t j = 0; j < n; ++j) copy[k * pitch + j] = factor[k * n + j];
+    for (int64_t j = n; j < pitch; ++j) copy[k * pitch + j] = A(0);
+  }
+  return {copy, pitch};
+}
+
+// Calls f(Int<size>, first) for the pieces of rows of r elements that unzip and zip can work on:
+// the whole row where r is a power of two below the number of lanes, pieces of one vector where r
+// is a multiple of it. For other ranks there are none.
+template <class A, class F>
+bool in_row_pieces(int r, const F& f) {
+  bool found = false;
+  in_pieces<kLanes<A>>(r, [&](auto size, int64_t first) {
+    constexpr int kSize = decltype(size)::value;
+    if (kSize == r || (kSize == kLanes<A> && r % kSize == 0)) {
+      f(size, first);
+      found = true;
+    }
+  });
+  return found;
+}
+
+// b (m, r) as (r, m) in rows of `pitch`, zeros behind the last column.
+template <class A>
+void transpose(const A* b, int64_t m, int r, int64_t pitch, A* out) {
+  constexpr int kWidth = kLanes<A>;
+  const int64_t whole = m / kWidth * kWidth;
+  const bool fast = in_row_pieces<A>(r, [&](auto size, int64_t first) {
+    constexpr int kSize = decltype(size)::value;
+    for (int64_t j = 0; j < whole; j += kWidth) {
+      Vec<A> v[kSize];
+#pragma GCC unroll 16
+      for (int i = 0; i < kSize; ++i)
+        v[i] = load(kSize == kWidth ? b + (j + i) * r + first : b + j * r + i * kWidth);
+      unzip<A, kSize>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSize; ++i) store(out + (first + i) * pitch + j, v[i]);
+    }
+  });
+  for (int k = 0; k < r; ++k)
+    for (int64_t j = fast ? whole : 0; j < pitch; ++j)
+      out[k * pitch + j] = j < m ? b[j * r + k] : A(0);
+}
+
+// sum_k h[k] b[j, k] for the rows j, j + 1, ... of one vector of results: products of whole vectors
+// of b, whose sums fall into place. For a single token this is cheaper than a transposed copy of b.
+template <class A, int size>
+BK_HD Vec<A> rows_times(const A* b, const Vec<A>* h, int r) {
+  constexpr int kWidth = kLanes<A>;
+  Vec<A> v[size];
+#pragma GCC unroll 16
+  for (int i = 0; i < size; ++i) v[i] = load(size == kWidth ? b + i * r : b + i * kWidth) * h[0];
+  if (size == kWidth)
+    for (int first = kWidth; first < r; first += kWidth) {
+#pragma GCC unroll 16
+      for (int i = 0; i < size; ++i) v[i] += load(b + i * r + first) * h[first / kWidth];
+    }
+  if constexpr (size == 1) return v[0];
+  Vec<A> sums = v[0];
+  if constexpr (size > 1) sums = lane_sums<A, size / 2>(v);
+  if (size == kWidth) return sums;
+  // Vector i holds kWidth / size rows, and row p of it ended in lane p * size + i.
+  typedef decltype(sums == sums) Index;
+  Index order;
+  for (int i = 0; i < kWidth; ++i) order[i] = i % (kWidth / size) * size + i / (kWidth / size);
+  return __builtin_shuffle(sums, order);
+}
+
+// db (m, r) = scaling * grad^T for `width` columns of grad (r, pitch).
+template <class A>
+void transpose_back(const A* grad, int64_t pitch, int64_t width, int r, A scaling, A* db) {
+  constexpr int kWidth = kLanes<A>;
+  const int64_t whole = width / kWidth * kWidth;
+  const bool fast = in_row_pieces<A>(r, [&](auto size, int64_t first) {
+    constexpr int kSize = decltype(size)::value;
+    for (int64_t j = 0; j < whole; j += kWidth) {
+      Vec<A> v[kSize];
+#pragma GCC unroll 16
+      for (int i = 0; i < kSize; ++i) v[i] = scaling * load(grad + (first + i) * pitch + j);
+      zip<A, kSize>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSize; ++i)
+        store(kSize == kWidth ? db + (j + i) * r + first : db + j * r + i * kWidth, v[i]);
+    }
+  });
+  for (int64_t j = fast ? whole : 0; j < width; ++j)
+    for (int k = 0; k < r; ++k) db[j * r + k] = scaling * grad[k * pitch + j];
+}
+
+// out[i] = parts[i] + parts[i + stride] + ...: in this order, whatever the number of threads.
+template <class A>
+void add_parts(const A* parts, int64_t count, int64_t stride, int64_t width, A* out) {
+  for (int64_t i = 0; i < width; ++i) out[i] = parts[i];
+  for (int64_t c = 1; c < count; ++c)
+    for (int64_t i = 0; i < width; ++i) out[i] += parts[c * stride + i];
+}
+
+// --- shrink ------------------------------------------------------------------------------------
+
+template <class T>
+struct Shrink {
+  using A = acc_t<T>;
+  const ShrinkParams& p;
+  int rows;  // of the panels: r, or 2 r with noise
+  Grid grid;
+  Arena arena;
+  A *a_copy, *e_copy, *parts;
+
+  explicit Shrink(const ShrinkParams& params)
+      : p(params), arena{static_cast<char*>(params.workspace)} {
+    rows = p.e != nullptr ? 2 * p.r : p.r;
+    grid = grid_of(p.tokens, p.n, smaller(kTileTokens, kMaxProjectVectors / rows));
+    const bool pad = p.n % kLanes<A> != 0;
+    const int64_t size = p.r * round_up(p.n, kLanes<A>);
+    a_copy = pad ? arena.template take<A>(size) : nullptr;
+    e_copy = pad && p.e != nullptr ? arena.template take<A>(size) : nullptr;
+    parts = grid.segments > 1 ? arena.template take<A>(grid.segments * p.tokens * p.r) : nullptr;
+  }
+
+  void run() {
+    const Keys keys(p.noise);
+    const Rows<const A> a = padded(static_cast<const A*>(p.a), p.r, p.n, a_copy);
+    const Rows<const A> e = padded(static_cast<const A*>(p.e), p.r, p.n, e_copy);
+    A* h = static_cast<A*>(p.h);
+    run_tasks(grid, rows, [&](int64_t chunk, int64_t segment) {
+      const int64_t row = chunk * grid.chunk;
+      A* out = grid.segments > 1 ? parts + segment * p.tokens * p.r : h;
+      if (p.noise.dropout > 0.0)
+        task<true>(keys, a, e, row, segment * grid.segment, out);
+      else
+        task<false>(keys, a, e, row, segment * grid.segment, out);
+    });
+    if (grid.segments > 1) add_parts(parts, grid.segments, p.tokens * p.r, p.tokens * p.r, h);
+  }
+
+  template <bool drop>
+  void task(const Keys& keys, Rows<const A> a, Rows<const A> e, int64_t row, int64_t column,
+            A* out) {
+    const int64_t tokens = smaller(grid.chunk, p.tokens - row);
+    const int64_t stop = smaller(column + grid.segment, p.n);
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    Vec<A> acc[kMaxProjectVectors + kLanes<A>];
+    for (int64_t i = 0; i < tokens * rows; ++i) acc[i] = Vec<A>{};
+    for (int64_t at = column; at < stop; at += kBlock<A>) {
+      const int64_t width = smaller(kBlock<A>, stop - at);
+      const int64_t vectors = ceil_div(width, kLanes<A>);
+      alignas(64) A copy[kTileTokens * kPitch<A>];
+      const A* keep = nullptr;
+      KeepTile<A> dropped;
+      if constexpr (drop) {
+        dropped.fill(p.noise, keys.dropout, row, tokens, p.n, at, width);
+        keep = dropped.keep;
+      }
+      const Rows<const A> tile = read_tile<T>(x + at, p.x_stride, tokens, width, keep, true, copy);
+      project<A, false>(tile, {}, {a.at(0, at), a.pitch}, {}, tokens, p.r, vectors, acc, rows);
+      if (p.e == nullptr) continue;
+      InSigns<A> signs;
+      in_signs<A>(p.noise, keys.in, row, tokens, p.n, at, width, &signs);
+      const T* next = at + kBlock<A> < stop ? x + at + kBlock<A> : x + tokens * p.x_stride + column;
+      project<A, true>(tile, signs.signs(), {e.at(0, at), e.pitch}, Ahead::of(next, p.x_stride),
+                       tokens, p.r, vectors, acc + p.r, rows);
+    }
+    A sums[kMaxProjectVectors + kLanes<A>];
+    reduce_lanes<A>(acc, tokens * rows, sums);
+    if (p.e == nullptr) {
+      for (int64_t i = 0; i < tokens * p.r; ++i) out[row * p.r + i] = sums[i];
+      return;
+    }
+    A sign[kTileTokens * kMaxFusedRank];
+    out_signs<A>(p.noise, keys.out, row, tokens, p.r, sign);
+    for (int64_t t = 0; t < tokens; ++t)
       for (int k = 0; k < p.r; ++k)
-        for (int64_t j = 0; j < width; ++j) {
-          if (da != nullptr) da[k * p.n + c * kTile + j] = A(0);
-          if (de != nullptr) de[k * p.n + c * kTile + j] = A(0);
-        }
-      for (int64_t row = 0; row < p.tokens; ++row) {
-        const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-        load_tile<T>(p.noise, keys.in, keys.dropout, e != nullptr, x, row, p.n, c, width, &tile);
-        A sign[kMaxFusedRank], dx[kTile] = {}, dz[kTile] = {};
-        if (e != nullptr) out_signs(p.noise, keys.out, row, p.r, sign);
-        for (int k = 0; k < p.r; ++k) {
-          const A g = dh[row * p.r + k];
-          const int64_t at = k * p.n + c * kTile;
-          if (p.dx != nullptr)
-            for (int64_t j = 0; j < width; ++j) dx[j] += g * a[at + j];
-          if (da != nullptr)
-            for (int64_t j = 0; j < width; ++j) da[at + j] += g * tile.plain[j];
-          if (e == nullptr) continue;
-          const A gs = g * sign[k];
-          if (p.dx != nullptr)
-            for (int64_t j = 0; j < width; ++j) dz[j] += gs * e[at + j];
-          if (de != nullptr)
-            for (int64_t j = 0; j < width; ++j) de[at + j] += gs * tile.flipped[j];
-        }
-        if (p.dx == nullptr) continue;
-        T* out = static_cast<T*>(p.dx) + row * p.n + c * kTile;
-        for (int64_t j = 0; j < width; ++j) {
-          A v = e != nullptr ? dx[j] + dz[j] * tile.sign[j] : dx[j];
-          if (p.noise.dropout > 0.0) v *= tile.keep[j];
-          out[j] = static_cast<T>(v);
-        }
-      }
-    }
-  };
-  parallel_ranges(ceil_div(p.n, kTile), 1, body);
-}
+        out[(row + t) * p.r + k] =
+            sums[t * rows + k] + sums[t * rows + p.r + k] * sign[t * p.r + k];
+  }
+};
 
 template <class T>
-void expand(const ExpandParams& p) {
+struct ShrinkBackward {
   using A = acc_t<T>;
-  const A* b = static_cast<const A*>(p.b);
-  const A scaling = static_cast<A>(p.scaling);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const A* h = static_cast<const A*>(p.h) + row * p.r;
-      const T* base = static_cast<const T*>(p.base) + (p.base != nullptr ? row * p.base_stride : 0);
-      T* y = static_cast<T*>(p.y) + row * p.m;
-      for (int64_t j = 0; j < p.m; ++j) {
-        A sum = 0;
-        for (int k = 0; k < p.r; ++k) sum += h[k] * b[j * p.r + k];
-        sum *= scaling;
-        y[j] = static_cast<T>(p.base != nullptr ? static_cast<A>(base[j]) + sum : sum);
+  const ShrinkBackwardParams& p;
+  int64_t pitch;
+  Grid grid;
+  Arena arena;
+  A *a_copy, *e_copy, *da_parts, *de_parts;
+
+  explicit ShrinkBackward(const ShrinkBackwardParams& params)
+      : p(params), arena{static_cast<char*>(params.workspace)} {
+    pitch = round_up(p.n, kLanes<A>);
+    grid = grid_of(p.tokens, p.n, p.n >= 2048 ? 8 * kTileTokens : 4 * kTileTokens);
+    const bool pad = pitch != p.n, parts = pad || grid.chunks > 1;
+    const int64_t size = p.r * pitch;
+    a_copy = pad ? arena.template take<A>(size) : nullptr;
+    e_copy = pad && p.e != nullptr ? arena.template take<A>(size) : nullptr;
+    da_parts = parts && p.da != nullptr ? arena.template take<A>(grid.chunks * size) : nullptr;
+    de_parts = parts && p.de != nullptr ? arena.template take<A>(grid.chunks * size) : nullptr;
+  }
+
+  void run() {
+    const Keys keys(p.noise);
+    const Rows<const A> a = padded(static_cast<const A*>(p.a), p.r, p.n, a_copy);
+    const Rows<const A> e = padded(static_cast<const A*>(p.e), p.r, p.n, e_copy);
+    run_tasks(grid, 4 * p.r, [&](int64_t chunk, int64_t segment) {
+      const int64_t part = chunk * p.r * pitch;
+      const Rows<A> da{da_parts != nullptr ? da_parts + part : static_cast<A*>(p.da), pitch};
+      const Rows<A> de{de_parts != nullptr ? de_parts + part : static_cast<A*>(p.de), pitch};
+      if (p.noise.dropout > 0.0)
+        task<true>(keys, a, e, da, de, chunk * grid.chunk, segment * grid.segment);
+      else
+        task<false>(keys, a, e, da, de, chunk * grid.chunk, segment * grid.segment);
+    });
+    sum_parts(da_parts, static_cast<A*>(p.da));
+    sum_parts(de_parts, static_cast<A*>(p.de));
+  }
+
+  void sum_parts(const A* parts, A* out) {
+    if (parts == nullptr) return;
+    auto range = [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        add_parts(parts + k * pitch, grid.chunks, p.r * pitch, p.n, out + k * p.n);
+    };
+    parallel_ranges(p.r, ceil_div(1 << 18, grid.chunks * pitch), range);
+  }
+
+  template <bool drop>
+  void task(const Keys& keys, Rows<const A> a, Rows<const A> e, Rows<A> da, Rows<A> de,
+            int64_t first_row, int64_t column) {
+    const int64_t end_row = smaller(first_row + grid.chunk, p.tokens);
+    const int64_t stop = smaller(column + grid.segment, p.n);
+    for (int64_t at = column; at < stop; at += kBlock<A>) {
+      const int64_t width = smaller(kBlock<A>, stop - at);
+      const int64_t vectors = ceil_div(width, kLanes<A>);
+      const Rows<const A> ap{a.at(0, at), a.pitch};
+      const Rows<const A> ep{p.e != nullptr ? e.at(0, at) : nullptr, e.pitch};
+      for (int k = 0; k < p.r; ++k)
+        for (int64_t j = 0; j < vectors * kLanes<A>; ++j) {
+          if (da.data != nullptr) *da.at(k, at + j) = A(0);
+          if (de.data != nullptr) *de.at(k, at + j) = A(0);
+        }
+      for (int64_t row = first_row; row < end_row; row += kTileTokens) {
+        const int64_t tokens = smaller(kTileTokens, end_row - row);
+        const A* g = static_cast<const A*>(p.dh) + row * p.r;
+        alignas(64) A copy[kTileTokens * kPitch<A>];
+        const A* keep = nullptr;
+        KeepTile<A> dropped;
+        if constexpr (drop) {
+          dropped.fill(p.noise, keys.dropout, row, tokens, p.n, at, width);
+          keep = dropped.keep;
+        }
+        A flipped_g[kTileTokens * kMaxFusedRank];
+        InSigns<A> signs;
+        if (p.e != nullptr) {
+          in_signs<A>(p.noise, keys.in, row, tokens, p.n, at, width, &signs);
+          out_signs<A>(p.noise, keys.out, row, tokens, p.r, flipped_g);
+          for (int64_t i = 0; i < tokens * p.r; ++i) flipped_g[i] *= g[i];
+        }
+        if (da.data != nullptr || de.data != nullptr) {
+          const T* x = static_cast<const T*>(p.x) + row * p.x_stride + at;
+          const Rows<const A> tile = read_tile<T>(x, p.x_stride, tokens, width, keep, false, copy);
+          const T* next = row + kTileTokens < end_row
+                              ? x + kTileTokens * p.x_stride
+                              : x - (row - first_row) * p.x_stride + kBlock<A>;
+          const Ahead ahead = Ahead::of(next, p.x_stride);
+          if (da.data != nullptr)
+            update<A, false>(g, p.r, tile, {}, ahead, tokens, p.r, vectors,
+                             {da.at(0, at), da.pitch});
+          if (de.data != nullptr)
+            update<A, true>(flipped_g, p.r, tile, signs.signs(), ahead, tokens, p.r, vectors,
+                            {de.at(0, at), de.pitch});
+        }
+        if (p.dx != nullptr)
+          write_dx(g, flipped_g, ap, ep, signs.signs(), keep, tokens, width,
+                   static_cast<T*>(p.dx) + row * p.n + at);
       }
     }
-  };
-  parallel_ranges(p.tokens, 8, body);
-}
+  }
+
+  void write_dx(const A* g, const A* flipped_g, Rows<const A> a, Rows<const A> e, SignTile signs,
+                const A* keep, int64_t tokens, int64_t width, T* dx) {
+    in_pieces<kCombineTokens, kCombineTokens>(tokens, [&](auto token_count, int64_t t) {
+      in_pieces<kCombineVectors, kCombineVectors>(
+          ceil_div(width, kLanes<A>), [&](auto vector_count, int64_t v) {
+            constexpr int kTokens = decltype(token_count)::value,
+                          kVectors = decltype(vector_count)::value;
+            Vec<A> sum[kTokens][kVectors] = {};
+            const int64_t column = v * kLanes<A>;
+            if (p.e != nullptr) {
+              combine<A, kTokens, kVectors>(flipped_g + t * p.r, p.r, {e.at(0, column), e.pitch},
+                                            p.r, sum);
+#pragma GCC unroll 8
+              for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 8
+                for (int w = 0; w < kVectors; ++w)
+                  sum[i][w] = flip(sum[i][w], signs.at(t + i), v + w);
+            }
+            combine<A, kTokens, kVectors>(g + t * p.r, p.r, {a.at(0, column), a.pitch}, p.r, sum);
+#pragma GCC unroll 8
+            for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 8
+              for (int w = 0; w < kVectors; ++w) {
+                const int64_t j = column + w * kLanes<A>;
+                if (keep != nullptr) sum[i][w] *= load(keep + (t + i) * kPitch<A> + j);
+                T* out = dx + (t + i) * p.n + j;
+                if (j + kLanes<A> <= width)
+                  store(out, sum[i][w]);
+                else
+                  store_part(out, sum[i][w], width - j);
+              }
+          });
+    });
+  }
+};
+
+// --- expand ------------------------------------------------------------------------------------
 
 template <class T>
-void expand_backward(const ExpandBackwardParams& p) {
+struct Expand {
   using A = acc_t<T>;
-  const A* b = static_cast<const A*>(p.b);
-  const A* h = static_cast<const A*>(p.h);
-  const A scaling = static_cast<A>(p.scaling);
-  if (p.dh != nullptr) {
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* dy = static_cast<const T*>(p.dy) + row * p.dy_stride;
-        A sum[kMaxFusedRank] = {};
-        for (int64_t j = 0; j < p.m; ++j)
-          for (int k = 0; k < p.r; ++k) sum[k] += static_cast<A>(dy[j]) * b[j * p.r + k];
-        for (int k = 0; k < p.r; ++k) static_cast<A*>(p.dh)[row * p.r + k] = scaling * sum[k];
-      }
-    };
-    parallel_ranges(p.tokens, 8, body);
-  }
-  if (p.db != nullptr) {
-    auto body = [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        A sum[kMaxFusedRank] = {};
-        for (int64_t row = 0; row < p.tokens; ++row) {
-          const A g = static_cast<A>(static_cast<const T*>(p.dy)[row * p.dy_stride + j]);
-          for (int k = 0; k < p.r; ++k) sum[k] += g * h[row * p.r + k];
-        }
-        for (int k = 0; k < p.r; ++k) static_cast<A*>(p.db)[j * p.r + k] = scaling * sum[k];
-      }
-    };
-    parallel_ranges(p.m, 64, body);
-  }
-}
+  const ExpandParams& p;
+  int64_t pitch;
+  Grid grid;
+  Arena arena;
+  A* panel;
+  bool packed;
 
-template <class Params, class F>
-const char* dispatch(const Params& p, const F& f) {
+  explicit Expand(const ExpandParams& params)
+      : p(params), arena{static_cast<char*>(params.workspace)} {
+    pitch = round_up(p.m, kLanes<A>);
+    grid = grid_of(p.tokens, p.m, kTileTokens);
+    const bool few = p.tokens <= kFewTokens && in_row_pieces<A>(p.r, [](auto, int64_t) {});
+    panel = few ? nullptr : arena.template take<A>(p.r * pitch);
+    packed = !few;
+  }
+
+  // One token without a transposed copy of b.
+  void few_tokens(int64_t row) {
+    constexpr int kWidth = kLanes<A>;
+    A repeated[kMaxFusedRank + kWidth];
+    const int64_t length = p.r < kWidth ? kWidth : p.r;
+    for (int64_t k = 0; k < length; ++k)
+      repeated[k] = static_cast<A>(p.scaling) * static_cast<const A*>(p.h)[row * p.r + k % p.r];
+    Vec<A> h[kMaxFusedRank / kWidth + 1];
+    for (int64_t k = 0; k < length; k += kWidth) h[k / kWidth] = load(repeated + k);
+    const A* b = static_cast<const A*>(p.b);
+    const int64_t whole = p.m / kWidth * kWidth;
+    in_row_pieces<A>(p.r, [&](auto size, int64_t first) {
+      if (first != 0) return;  // further pieces of the row are added by rows_times
+      for (int64_t j = 0; j < whole; j += kWidth)
+        write(row, j, p.m, rows_times<A, decltype(size)::value>(b + j * p.r, h, p.r));
+    });
+    if (whole == p.m) return;
+    A left[kWidth] = {};
+    for (int64_t j = whole; j < p.m; ++j)
+      for (int k = 0; k < p.r; ++k) left[j - whole] += repeated[k] * b[j * p.r + k];
+    write(row, whole, p.m, load(left));
+  }
+
+  void run() {
+    if (!packed) {
+      for (int64_t row = 0; row < p.tokens; ++row) few_tokens(row);
+      return;
+    }
+    transpose(static_cast<const A*>(p.b), p.m, p.r, pitch, panel);
+    run_tasks(grid, p.r, [&](int64_t chunk, int64_t segment) {
+      task(chunk * grid.chunk, segment * grid.segment);
+    });
+  }
+
+  void task(int64_t row, int64_t column) {
+    const int64_t tokens = smaller(grid.chunk, p.tokens - row);
+    const int64_t stop = smaller(column + grid.segment, p.m);
+    A h[kTileTokens * kMaxFusedRank];
+    for (int64_t i = 0; i < tokens * p.r; ++i)
+      h[i] = static_cast<A>(p.scaling) * static_cast<const A*>(p.h)[row * p.r + i];
+    for (int64_t at = column; at < stop; at += kBlock<A>) {
+      const int64_t width = smaller(kBlock<A>, stop - at);
+      in_pieces<kCombineTokens, kCombineTokens>(tokens, [&](auto token_count, int64_t t) {
+        in_pieces<kCombineVectors, kCombineVectors>(
+            ceil_div(width, kLanes<A>), [&](auto vector_count, int64_t v) {
+              constexpr int kTokens = decltype(token_count)::value,
+                            kVectors = decltype(vector_count)::value;
+              Vec<A> sum[kTokens][kVectors] = {};
+              const int64_t from = at + v * kLanes<A>;
+              combine<A, kTokens, kVectors>(h + t * p.r, p.r, {panel + from, pitch}, p.r, sum);
+#pragma GCC unroll 8
+              for (int i = 0; i < kTokens; ++i)
+#pragma GCC unroll 8
+                for (int w = 0; w < kVectors; ++w)
+                  write(row + t + i, from + w * kLanes<A>, stop, sum[i][w]);
+            });
+      });
+    }
+  }
+
+  __attribute__((always_inline)) void write(int64_t row, int64_t column, int64_t stop, Vec<A> v) {
+    const T* base =
+        p.base != nullptr ? static_cast<const T*>(p.base) + row * p.base_stride + column : nullptr;
+    T* y = static_cast<T*>(p.y) + row * p.m + column;
+    const int64_t left = stop - column;
+    if (left >= kLanes<A>) {
+      if (base != nullptr) v += load(base);
+      store(y, v);
+    } else {
+      if (base != nullptr) v += load_part(base, left);
+      store_part(y, v, left);
+    }
+  }
+};
+
+template <class T>
+struct ExpandBackward {
+  using A = acc_t<T>;
+  const ExpandBackwardParams& p;
+  int64_t pitch;
+  Grid grid;
+  Arena arena;
+  A *panel, *dh_parts, *db_parts;
+
+  explicit ExpandBackward(const ExpandBackwardParams& params)
+      : p(params), arena{static_cast<char*>(params.workspace)} {
+    pitch = round_up(p.m, kLanes<A>);
+    grid = grid_of(p.tokens, p.m, p.m >= 2048 ? 8 * kTileTokens : 4 * kTileTokens);
+    panel = p.dh != nullptr ? arena.template take<A>(p.r * pitch) : nullptr;
+    dh_parts = p.dh != nullptr && grid.segments > 1
+                   ? arena.template take<A>(grid.segments * p.tokens * p.r)
+                   : nullptr;
+    db_parts = p.db != nullptr ? arena.template take<A>(grid.chunks * p.r * pitch) : nullptr;
+  }
+
+  void run() {
+    const A scaling = static_cast<A>(p.scaling);
+    A* dh = static_cast<A*>(p.dh);
+    if (dh != nullptr) transpose(static_cast<const A*>(p.b), p.m, p.r, pitch, panel);
+    run_tasks(grid, 2 * p.r, [&](int64_t chunk, int64_t segment) {
+      task(chunk, segment, dh_parts != nullptr ? dh_parts + segment * p.tokens * p.r : dh);
+    });
+    if (dh != nullptr) {
+      const int64_t size = p.tokens * p.r;
+      if (dh_parts != nullptr) add_parts(dh_parts, grid.segments, size, size, dh);
+      for (int64_t i = 0; i < size; ++i) dh[i] *= scaling;
+    }
+    if (p.db != nullptr) {
+      auto range = [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t j = block * kBlock<A>, width = smaller(kBlock<A>, p.m - j);
+          A sum[kMaxFusedRank * kBlock<A>];
+          for (int k = 0; k < p.r; ++k)
+            add_parts(db_parts + k * pitch + j, grid.chunks, p.r * pitch, width, sum + k * width);
+          transpose_back(sum, width, width, p.r, scaling, static_cast<A*>(p.db) + j * p.r);
+        }
+      };
+      parallel_ranges(ceil_div(p.m, kBlock<A>), ceil_div(1 << 18, grid.chunks * p.r * kBlock<A>),
+                      range);
+    }
+  }
+
+  void task(int64_t chunk, int64_t segment, A* dh) {
+    const int64_t end_row = smaller((chunk + 1) * grid.chunk, p.tokens);
+    const int64_t column = segment * grid.segment, stop = smaller(column + grid.segment, p.m);
+    const int64_t tile_tokens = smaller(kTileTokens, kMaxProjectVectors / p.r);
+    const Rows<A> db{db_parts != nullptr ? db_parts + chunk * p.r * pitch : nullptr, pitch};
+    if (db.data != nullptr)
+      for (int k = 0; k < p.r; ++k)
+        for (int64_t j = column; j < round_up(stop, kLanes<A>); ++j) *db.at(k, j) = A(0);
+    for (int64_t row = chunk * grid.chunk; row < end_row; row += tile_tokens) {
+      const int64_t tokens = smaller(tile_tokens, end_row - row);
+      Vec<A> acc[kMaxProjectVectors + kLanes<A>];
+      for (int64_t i = 0; i < tokens * p.r; ++i) acc[i] = Vec<A>{};
+      for (int64_t at = column; at < stop; at += kBlock<A>) {
+        const int64_t width = smaller(kBlock<A>, stop - at);
+        const int64_t vectors = ceil_div(width, kLanes<A>);
+        alignas(64) A copy[kTileTokens * kPitch<A>];
+        const T* dy = static_cast<const T*>(p.dy) + row * p.dy_stride + at;
+        const Rows<const A> tile =
+            read_tile<T>(dy, p.dy_stride, tokens, width, nullptr, db.data == nullptr, copy);
+        if (dh != nullptr)
+          project<A, false>(tile, {}, {panel + at, pitch}, {}, tokens, p.r, vectors, acc, p.r);
+        const T* next =
+            at + kBlock<A> < stop ? dy + kBlock<A> : dy + tokens * p.dy_stride - (at - column);
+        if (db.data != nullptr)
+          update<A, false>(static_cast<const A*>(p.h) + row * p.r, p.r, tile, {},
+                           Ahead::of(next, p.dy_stride), tokens, p.r, vectors,
+                           {db.at(0, at), db.pitch});
+      }
+      if (dh == nullptr) continue;
+      A sums[kMaxProjectVectors + kLanes<A>];
+      reduce_lanes<A>(acc, tokens * p.r, sums);
+      for (int64_t i = 0; i < tokens * p.r; ++i) dh[row * p.r + i] = sums[i];
+    }
+  }
+};
+
+template <template <class> class Op, class Params, class F>
+auto with_op(const Params& p, const F& f) {
   switch (p.dtype) {
-    case DType::kF32:
-      f(float{});
-      return nullptr;
-    case DType::kBF16:
-      f(bf16{});
-      return nullptr;
-    case DType::kF16:
-      f(f16{});
-      return nullptr;
-    case DType::kF64:
-      f(double{});
-      return nullptr;
+    case DType::kBF16: {
+      Op<bf16> op(p);
+      return f(op);
+    }
+    case DType::kF16: {
+      Op<f16> op(p);
+      return f(op);
+    }
+    case DType::kF64: {
+      Op<double> op(p);
+      return f(op);
+    }
+    default: {
+      Op<float> op(p);
+      return f(op);
+    }
   }
-  return "unknown dtype";
+}
+
+template <template <class> class Op, class Params>
+int64_t workspace_of(const Params& p) {
+  Params measured = p;
+  measured.workspace = nullptr;
+  return with_op<Op>(measured, [](auto& op) { return op.arena.used; });
+}
+
+template <template <class> class Op, class Params>
+const char* launch(const Params& p) {
+  with_op<Op>(p, [](auto& op) { op.run(); });
+  return nullptr;
 }
 
 }  // namespace
 
-int64_t BK_CPU(shrink_workspace)(const ShrinkParams&) { return 0; }
-int64_t BK_CPU(shrink_backward_workspace)(const ShrinkBackwardParams&) { return 0; }
-int64_t BK_CPU(expand_workspace)(const ExpandParams&) { return 0; }
-int64_t BK_CPU(expand_backward_workspace)(const ExpandBackwardParams&) { return 0; }
+int64_t BK_CPU(shrink_workspace)(const ShrinkParams& p) { return workspace_of<Shrink>(p); }
+int64_t BK_CPU(shrink_backward_workspace)(const ShrinkBackwardParams& p) {
+  return workspace_of<ShrinkBackward>(p);
+}
+int64_t BK_CPU(expand_workspace)(const ExpandParams& p) { return workspace_of<Expand>(p); }
+int64_t BK_CPU(expand_backward_workspace)(const ExpandBackwardParams& p) {
+  return workspace_of<ExpandBackward>(p);
+}
 
-const char* BK_CPU(shrink)(const ShrinkParams& p, void*) {
-  return dispatch(p, [&](auto zero) { shrink<decltype(zero)>(p); });
-}
+const char* BK_CPU(shrink)(const ShrinkParams& p, void*) { return launch<Shrink>(p); }
 const char* BK_CPU(shrink_backward)(const ShrinkBackwardParams& p, void*) {
-  return dispatch(p, [&](auto zero) { shrink_backward<decltype(zero)>(p); });
+  return launch<ShrinkBackward>(p);
 }
-const char* BK_CPU(expand)(const ExpandParams& p, void*) {
-  return dispatch(p, [&](auto zero) { expand<decltype(zero)>(p); });
-}
+const char* BK_CPU(expand)(const ExpandParams& p, void*) { return launch<Expand>(p); }
 const char* BK_CPU(expand_backward)(const ExpandBackwardParams& p, void*) {
-  return dispatch(p, [&](auto zero) { expand_backward<decltype(zero)>(p); });
+  return launch<ExpandBackward>(p);
 }
 
 }  // namespace bayes_kernels

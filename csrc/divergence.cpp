@@ -55,6 +55,8 @@ void check_lists(const char* op, const std::vector<Tensor>& means, const std::ve
     BK_CHECK(!row_constant || (mean.dim() == 2 && rho.dim() == 2 && rho.size(0) == mean.size(0) &&
                                rho.size(1) == 1),
              op, ": rho ", i, " must have the shape of its mean, or (r, 1)");
+    BK_CHECK(!row_constant || mean.size(1) > 0, op, ": mean ", i,
+             " must not be empty beside a rho of shape (r, 1)");
     out->items[i] = DivergenceItem{mean.data_ptr(), rho.data_ptr(), nullptr, nullptr, prior,
                                    mean.numel(),    row_constant ? mean.size(1) : 1};
   }

@@ -11,6 +11,11 @@ namespace {
 // number of threads.
 constexpr int64_t kChunk = 4096;
 
+// Deviations whose product is taken before the logarithm: (1e-8)^4 to (1e77)^4 is within fp64, and
+// rho^2 of an fp32 rho is at most 1.2e77.
+constexpr int64_t kProduct = 4;
+constexpr double kMinStd = BK_MIN_RHO * BK_MIN_RHO;
+
 int64_t chunks_of(const DivergenceParams& p) {
   int64_t chunks = 0;
   for (int64_t i = 0; i < p.n_items; ++i) chunks += ceil_div(p.items[i].count, kChunk);
@@ -42,9 +47,31 @@ void value(const DivergenceParams& p) {
     const T* mean = static_cast<const T*>(item.mean);
     const T* rho = static_cast<const T*>(item.rho);
     double sum = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const double s = std_of<double>(p.std, rho[item.columns == 1 ? i : i / item.columns]);
-      sum += gaussian_kl_term(p.direction, mean[i], s, item.prior_std);
+    auto std_at = [&](int64_t i) {
+      return std_of<double>(p.std, rho[item.columns == 1 ? i : i / item.columns]);
+    };
+    if (sizeof(T) == sizeof(double)) {
+      for (int64_t i = begin; i < end; ++i)
+        sum += gaussian_kl_term(p.direction, mean[i], std_at(i), item.prior_std);
+      partial[chunk] = sum;
+      return;
+    }
+    // The logarithm is what a term costs: one is taken of the product of kProduct deviations. They
+    // come from fp32 and are bounded below, so that the product stays within the range of fp64.
+    const double prior = item.prior_std, log_prior = log(prior);
+    for (int64_t first = begin; first < end; first += kProduct) {
+      const int64_t stop = first + kProduct < end ? first + kProduct : end;
+      double product = 1, squares = 0;
+      for (int64_t i = first; i < stop; ++i) {
+        const double m = mean[i], given = std_at(i);
+        const double s = given > kMinStd ? given : kMinStd;
+        product *= s;
+        squares += p.direction == Direction::kElbo ? (s * s + m * m) / (2 * prior * prior)
+                                                   : (prior * prior + m * m) / (2 * s * s);
+      }
+      const double count = static_cast<double>(stop - first);
+      const double logs = count * log_prior - log(product);  // sum of log(prior / s)
+      sum += squares - 0.5 * count + (p.direction == Direction::kElbo ? logs : -logs);
     }
     partial[chunk] = sum;
   });

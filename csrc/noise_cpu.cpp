@@ -2,27 +2,24 @@
 #include "noise.h"
 
 #include "cpu_isa.h"
+#include "cpu_vector.h"
 #include "parallel.h"
 
 namespace bayes_kernels {
 namespace {
 
-// Philox blocks worked on together, so that the compiler can keep one block per vector lane.
-constexpr int kBatch = 64;
-constexpr int64_t kGrain = 1024;  // Philox blocks per parallel task
+constexpr int kBatch = 2 * kPhiloxBatch;  // Philox blocks worked on together
+constexpr int64_t kGrain = 2048;          // Philox blocks per parallel task, at least
 
 // Normals 4 * first ... of a subkey, kBatch blocks at once, into out[4 * kBatch].
 void normal_batch(Key sub, uint64_t first, float* out) {
-  uint32_t w[4][kBatch];
-  for (int i = 0; i < kBatch; ++i) {
-    const PhiloxBlock b = philox(sub, first + static_cast<uint64_t>(i));
-    for (int k = 0; k < 4; ++k) w[k][i] = b.word[k];
-  }
-  float n[4][kBatch];
-  for (int i = 0; i < kBatch; ++i) normal_pair(w[0][i], w[1][i], &n[0][i], &n[1][i]);
-  for (int i = 0; i < kBatch; ++i) normal_pair(w[2][i], w[3][i], &n[2][i], &n[3][i]);
-  for (int i = 0; i < kBatch; ++i)
-    for (int k = 0; k < 4; ++k) out[4 * i + k] = n[k][i];
+  uint64_t index[kBatch];
+  uint64_t blocks[2 * kBatch];
+  for (int i = 0; i < kBatch; ++i) index[i] = first + static_cast<uint64_t>(i);
+  philox_blocks(sub, index, kBatch, blocks);
+  for (int i = 0; i < 2 * kBatch; ++i)
+    normal_pair(static_cast<uint32_t>(blocks[i]), static_cast<uint32_t>(blocks[i] >> 32),
+                &out[2 * i], &out[2 * i + 1]);
 }
 
 // Calls use(first_element, count, normals) over [0, count) in batches.
@@ -49,7 +46,8 @@ void scaled(const ScaledNormalParams& p) {
               [&](int64_t first, int64_t count, const float* eps) {
                 if (p.row_constant) {
                   for (int64_t i = 0; i < count; ++i)
-                    out[first + i] = std_of<T>(p.std, rho[(first + i) / p.n]) * static_cast<T>(eps[i]);
+                    out[first + i] =
+                        std_of<T>(p.std, rho[(first + i) / p.n]) * static_cast<T>(eps[i]);
                 } else if (p.std == Std::kSquare) {
                   for (int64_t i = 0; i < count; ++i)
                     out[first + i] = rho[first + i] * rho[first + i] * static_cast<T>(eps[i]);

@@ -1,0 +1,197 @@
+// Noise family on the GPU. Integers are those of the CPU; normals differ by contraction into fused
+// multiply-adds only (a few ulp). Each thread derives the subkey itself: one more Philox block,
+// which is cheaper than a barrier.
+#include "cuda_portable.h"
+#include "noise.h"
+
+namespace bayes_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ int64_t global_thread() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+dim3 blocks_for(int64_t threads) {
+  return dim3(static_cast<unsigned>(ceil_div(threads, kThreads)));
+}
+
+bool aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// One thread: one Philox block, four normals.
+__global__ void __launch_bounds__(kThreads) normal_kernel(NormalParams p, bool vector) {
+  const int64_t block = global_thread();
+  const int64_t first = 4 * block;
+  if (first >= p.count) return;
+  float eps[4];
+  normal_block(subkey(load_key(p.key), p.stream, kNormal), static_cast<uint64_t>(block), eps);
+  if (vector && first + 4 <= p.count) {
+    *reinterpret_cast<float4*>(p.out + first) = make_float4(eps[0], eps[1], eps[2], eps[3]);
+    return;
+  }
+  BK_UNROLL
+  for (int i = 0; i < 4; ++i)
+    if (first + i < p.count) p.out[first + i] = eps[i];
+}
+
+// One thread: one word of a sign block, 32 columns.
+__global__ void __launch_bounds__(kThreads) sign_bits_kernel(SignParams p) {
+  const int64_t words = ceil_div(p.columns, 32);
+  const int64_t row = global_thread() / words;
+  if (row >= p.count) return;
+  const int64_t first = (global_thread() - row * words) * 32;
+  const Key sub = subkey(load_key(p.key), p.stream, static_cast<Purpose>(p.purpose));
+  const PhiloxBlock b = sign_block(sub, sign_row(p.rows, row), p.columns, first / kSignsPerBlock);
+  const int which = static_cast<int>(first / 32 % 4);
+  const uint32_t bits = which == 0   ? b.word[0]
+                        : which == 1 ? b.word[1]
+                        : which == 2 ? b.word[2]
+                                     : b.word[3];
+  for (int i = 0; i < 32 && first + i < p.columns; ++i)
+    p.out[row * p.columns + first + i] = static_cast<int8_t>((bits >> i & 1u) != 0 ? -1 : 1);
+}
+
+// One thread: one Philox block, eight elements.
+__global__ void __launch_bounds__(kThreads) dropout_mask_kernel(DropoutParams p) {
+  const int64_t blocks = ceil_div(p.columns, kDropoutPerBlock);
+  const int64_t row = global_thread() / blocks;
+  if (row >= p.rows) return;
+  const int64_t c = global_thread() - row * blocks;
+  const PhiloxBlock b =
+      dropout_block(subkey(load_key(p.key), p.stream, kDropout), p.row0 + row, p.columns, c);
+  const uint32_t threshold = dropout_threshold(p.probability);
+  BK_UNROLL
+  for (int k = 0; k < kDropoutPerBlock; ++k) {
+    const int64_t j = c * kDropoutPerBlock + k;
+    if (j < p.columns)
+      p.out[row * p.columns + j] = (b.word[k / 2] >> (16 * (k % 2)) & 0xFFFFu) >= threshold;
+  }
+}
+
+// One thread: one Philox block, four elements of e (forward) or of drho (rho of e's shape).
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(kThreads) scaled_normal_kernel(ScaledNormalParams p) {
+  const int64_t count = p.r * p.n;
+  const int64_t first = 4 * global_thread();
+  if (first >= count) return;
+  const T* rho = static_cast<const T*>(p.rho);
+  const T* de = static_cast<const T*>(p.de);
+  T* out = static_cast<T*>(p.out);
+  float eps[4];
+  normal_block(subkey(load_key(p.key), p.stream, kNormal), static_cast<uint64_t>(global_thread()),
+               eps);
+  int64_t row = 0, column = 0;  // one division per thread, where rho is constant along rows
+  if (p.row_constant) {
+    row = first / p.n;
+    column = first - row * p.n;
+  }
+  BK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = first + i;
+    if (at >= count) return;
+    const T value = rho[p.row_constant ? row : at];
+    if (kBackward)
+      out[at] = de[at] * static_cast<T>(eps[i]) * std_derivative<T>(p.std, value);
+    else
+      out[at] = std_of<T>(p.std, value) * static_cast<T>(eps[i]);
+    if (++column == p.n) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+// drho of a rho that is constant along rows: one block per row, sums in fp64 in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    scaled_normal_row_backward_kernel(ScaledNormalParams p) {
+  BK_SHARED(double, warp_sum, [kThreads / 32]);
+  const int64_t row = blockIdx.x;
+  const T* de = static_cast<const T*>(p.de);
+  const Key sub = subkey(load_key(p.key), p.stream, kNormal);
+  const int64_t begin = row * p.n, end = begin + p.n;
+  double sum = 0;
+  // A row may begin and end inside a Philox block.
+  for (int64_t block = begin / 4 + threadIdx.x; 4 * block < end; block += kThreads) {
+    float eps[4];
+    normal_block(sub, static_cast<uint64_t>(block), eps);
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = 4 * block + i;
+      if (at >= begin && at < end) sum += static_cast<double>(de[at]) * static_cast<double>(eps[i]);
+    }
+  }
+  BK_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = 0;
+  for (int w = 0; w < kThreads / 32; ++w) sum += warp_sum[w];
+  const T value = static_cast<const T*>(p.rho)[row];
+  static_cast<T*>(p.out)[row] = static_cast<T>(sum) * std_derivative<T>(p.std, value);
+}
+
+__global__ void fold_in_kernel(FoldInParams p) {
+  const Key folded = fold_in(load_key(p.key), static_cast<uint64_t>(p.data));
+  p.out[0] = static_cast<int64_t>(folded.seed);
+  p.out[1] = static_cast<int64_t>(folded.offset);
+}
+
+}  // namespace
+
+const char* normal_cuda(const NormalParams& p, void* stream) {
+  BK_LAUNCH(normal_kernel, blocks_for(ceil_div(p.count, 4)), kThreads, 0, stream, p,
+            aligned(p.out, 16));
+  return bk_last_error();
+}
+
+const char* sign_bits_cuda(const SignParams& p, void* stream) {
+  BK_LAUNCH(sign_bits_kernel, blocks_for(p.count * ceil_div(p.columns, 32)), kThreads, 0, stream,
+            p);
+  return bk_last_error();
+}
+
+const char* dropout_mask_cuda(const DropoutParams& p, void* stream) {
+  BK_LAUNCH(dropout_mask_kernel, blocks_for(p.rows * ceil_div(p.columns, kDropoutPerBlock)),
+            kThreads, 0, stream, p);
+  return bk_last_error();
+}
+
+const char* scaled_normal_cuda(const ScaledNormalParams& p, void* stream) {
+  const dim3 grid = blocks_for(ceil_div(p.r * p.n, 4));
+  if (p.f64)
+    BK_LAUNCH((scaled_normal_kernel<double, false>), grid, kThreads, 0, stream, p);
+  else
+    BK_LAUNCH((scaled_normal_kernel<float, false>), grid, kThreads, 0, stream, p);
+  return bk_last_error();
+}
+
+const char* scaled_normal_backward_cuda(const ScaledNormalParams& p, void* stream) {
+  if (p.row_constant) {
+    const dim3 grid(static_cast<unsigned>(p.r));
+    if (p.f64)
+      BK_LAUNCH((scaled_normal_row_backward_kernel<double>), grid, kThreads, 0, stream, p);
+    else
+      BK_LAUNCH((scaled_normal_row_backward_kernel<float>), grid, kThreads, 0, stream, p);
+    return bk_last_error();
+  }
+  if (p.r * p.n == 0) return nullptr;
+  const dim3 grid = blocks_for(ceil_div(p.r * p.n, 4));
+  if (p.f64)
+    BK_LAUNCH((scaled_normal_kernel<double, true>), grid, kThreads, 0, stream, p);
+  else
+    BK_LAUNCH((scaled_normal_kernel<float, true>), grid, kThreads, 0, stream, p);
+  return bk_last_error();
+}
+
+const char* fold_in_cuda(const FoldInParams& p, void* stream) {
+  BK_LAUNCH(fold_in_kernel, 1, 1, 0, stream, p);
+  return bk_last_error();
+}
+
+}  // namespace bayes_kernels
