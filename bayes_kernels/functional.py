@@ -446,10 +446,47 @@ def _adapter(
     shape = x.shape
     rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
     base_rows = base if base is None or base.dim() == 2 else base.reshape(-1, m)
-    y = _Adapter.apply(
+    run = _Adapter.apply if _needs_gradient(x, a, rho, middle, b, base) else _without_gradient
+    y = run(
         rows, a, rho, middle, b, base_rows, key, ids, scaling, stream, row0, rows_per_id, dropout, std, kind
     )
     return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _shrink_expand(
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    middle: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    key: Tensor | None,
+    ids: Tensor | None,
+    scaling: float,
+    stream: int,
+    row0: int,
+    rows_per_id: int,
+    dropout: float,
+    std: str,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """The output and the rank-space activations before the middle."""
+    ops = _library.ops
+    factor, e = _noisy_factor(ops, a, rho, key, stream, std, kind)
+    h = ops.adapter_shrink(x, factor, e, key, stream, row0, rows_per_id, ids, dropout)
+    y = ops.adapter_expand(
+        _apply_middle(h, middle, kind), b, base, scaling, x.dtype if base is None else base.dtype
+    )
+    return y, h
+
+
+def _without_gradient(*args: Any) -> Tensor:
+    """Inference: without autograd's function, which costs more than the kernels of a single token."""
+    return _shrink_expand(*args)[0]
 
 
 class _Adapter(torch.autograd.Function):
@@ -478,11 +515,8 @@ class _Adapter(torch.autograd.Function):
         std: str,
         kind: str,
     ) -> Tensor:
-        ops = _library.ops
-        factor, e = _noisy_factor(ops, a, rho, key, stream, std, kind)
-        h = ops.adapter_shrink(x, factor, e, key, stream, row0, rows_per_id, ids, dropout)
-        y = ops.adapter_expand(
-            _apply_middle(h, middle, kind), b, base, scaling, x.dtype if base is None else base.dtype
+        y, h = _shrink_expand(
+            x, a, rho, middle, b, base, key, ids, scaling, stream, row0, rows_per_id, dropout, std, kind
         )
         ctx.save_for_backward(x, a, rho, middle, b, key, ids, h)
         ctx.options = (scaling, stream, row0, rows_per_id, dropout, std, kind)
