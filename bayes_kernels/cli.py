@@ -1,0 +1,788 @@
+"""The command `bayes-kernels`: info, demo, train, evaluate, predict.
+
+Everything that trains or scores lives in `bayes_kernels.hf.experiment`; here options become an
+experiment, and results become tables and files. Mistakes of the caller end with one line on
+standard error and exit code 2; ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as _error:
+    print(
+        f"error: the command line needs typer and rich ({_error}); "
+        "run: pip install 'bayes-kernels[hf]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from .hf.experiment import Experiment, Interrupted, Recipe, Run, Summary
+    from .hf.tasks import Example, Task
+
+USAGE_ERROR = 2
+_DEMO_METHODS = ("map", "blob")
+
+# What goes wrong by the caller's doing, or by the machine's; anything else is a bug.
+_EXPECTED = (ValueError, TypeError, ImportError, OSError)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns expected exceptions into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.meta.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            out_of_memory = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+            if isinstance(error, _EXPECTED) or out_of_memory:
+                _fail(str(error) or type(error).__name__)
+            raise
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Bayesian fine-tuning of language models at LoRA's price.",
+    epilog="Docs: docs/cli.md. Every command has --help and --debug.",
+)
+
+
+def _fail(message: str) -> NoReturn:
+    """`error: ...` on standard error, exit code 2. Lists of problems keep their lines."""
+    print(f"error: {message.strip()}", file=sys.stderr)
+    raise typer.Exit(USAGE_ERROR)
+
+
+def _set_debug(context: typer.Context, value: bool) -> bool:
+    context.find_root().meta["debug"] = value
+    return value
+
+
+# --- Options that several commands share ---------------------------------------------------------
+
+_DEBUG = typer.Option(
+    "--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True
+)
+Debug = Annotated[bool, _DEBUG]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; by default what torch chooses.")
+]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the folder.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        "--task",
+        help="stdlib-docs, a data set of the hub (wg_s, wg_m, arc_c, arc_e, obqa, boolq), or a "
+        "JSONL file or folder.",
+    ),
+]
+Test = Annotated[str | None, typer.Option(help="JSONL file of test examples.")]
+Ood = Annotated[
+    list[str] | None,
+    typer.Option(help="Out-of-distribution set: JSONL file or hub name; may be repeated."),
+]
+LabelNames = Annotated[str | None, typer.Option(help="Names of the classes, divided by commas.")]
+TestSize = Annotated[int | None, typer.Option(min=1, help="Largest number of test examples.")]
+OodSize = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of examples of each OOD set.")
+]
+Samples = Annotated[
+    int | None, typer.Option("--n-samples", min=0, help="Posterior draws; 0 is the mean.")
+]
+
+
+@app.command()
+def info(debug: Debug = False) -> None:
+    """Versions, what was compiled, and which path runs on which device."""
+    from .__main__ import diagnosis
+
+    print(diagnosis())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    train_size: Annotated[int, typer.Option(min=1, help="Training examples.")] = 400,
+    test_size: TestSize = 400,
+    ood_size: OodSize = 200,
+    n_samples: Samples = None,
+    model: Annotated[str, typer.Option(help="Base model, see train.")] = "minilm",
+    data: Data = "stdlib-docs",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cores to use, all by default: runs go side by side on them."),
+    ] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a real language model with plain LoRA and with BLoB, and compare them.
+
+    Task: which area of Python's standard library a docstring is from. Out of distribution:
+    docstrings of numpy and torch. No download.
+    """
+    from .hf import experiment as ex
+
+    cores = threads or _all_cores()
+    _start(cores, ex)
+    changes: dict[str, Any] = {"steps": steps, "n_samples": n_samples}
+    recipe = dataclasses.replace(ex.DEMO, **{k: v for k, v in changes.items() if v is not None})
+    source = ex.Source(
+        data=data or "stdlib-docs", train_size=train_size, test_size=test_size, ood_size=ood_size
+    )
+    _check_out(out, overwrite)
+    jobs = []
+    for seed in range(seeds):
+        with _status(f"reading {source.data}, seed {seed}"):
+            task = source.load(seed)
+        for method in _DEMO_METHODS:
+            one = ex.Experiment(source, model=model, method=method, recipe=recipe, seed=seed)
+            folder = out / method if seed == 0 else None
+            jobs.append(ex.Job(one, task, folder, temperature=method == "map"))
+    _note(task.summary())
+    for job in jobs[: len(_DEMO_METHODS)]:  # whether model, data and options fit
+        ex.build(job.experiment, job.task, device=device)
+    _prepare_out(out, overwrite)
+    gpu = ex.pick_device(device).type == "cuda"
+
+    def done(run: Run) -> None:
+        assert run.training is not None
+        _note(
+            f"{ex.METHOD_NAMES[run.experiment.method]}, seed {run.experiment.seed}: "
+            f"{run.training.steps} steps in {run.training.seconds:.0f} s"
+        )
+
+    # Longest first, so that all cores are busy to the end.
+    jobs.sort(key=lambda job: job.experiment.method == "map")
+    runs = ex.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
+    order = {method: place for place, method in enumerate(_DEMO_METHODS)}
+    runs.sort(key=lambda run: (run.experiment.seed, order[run.experiment.method]))
+    content = ex.report(runs, task, command=_command())
+    summaries = ex.summarise(runs)
+    rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
+    verdict = ex.verdict(summaries, rows[0].name, rows[-1].name)
+    content["verdict"] = verdict
+    pictures = _plots(ex, rows, out)
+    ex.write_json(out / ex.METRICS_FILE, content)
+    _print_table(ex, summaries, f"{task.name}: {len(task.train)} training texts, {model}")
+    console = _console()
+    console.print(verdict, highlight=False, soft_wrap=True)
+    names = ", ".join(path.name for path in pictures)
+    console.print(
+        f"Wrote {out}/: {ex.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters map/ "
+        f"and blob/ (seed 0).\n"
+        f"Try: bayes-kernels predict {out / 'blob'} --text 'Return the sine of x.'",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def train(
+    source_argument: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="The same as --data.")
+    ] = None,
+    data: Data = None,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    train_size: Annotated[
+        int | None, typer.Option(min=0, help="Training examples, chosen by the seed; 0 for all.")
+    ] = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    model: Annotated[
+        str, typer.Option(help="minilm, a folder of a transformers model, or a name on the hub.")
+    ] = "minilm",
+    kind: Annotated[
+        str, typer.Option(help="auto, causal, classifier or multiple_choice.")
+    ] = "auto",
+    style: Annotated[str, typer.Option(help="Prompt: blob, laplace or plain.")] = "blob",
+    dtype: Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")] = "float32",
+    quantization: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="map (plain LoRA) or blob.")] = "blob",
+    rank: Annotated[int | None, typer.Option(help="r of LoRA.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="alpha of LoRA.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Layers to adapt, divided by commas.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a step.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of steps with rising rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Largest number of tokens.")] = None,
+    n_samples: Samples = None,
+    prior_std: Annotated[float | None, typer.Option(help="BLoB: deviation of the prior.")] = None,
+    init_rho: Annotated[float | None, typer.Option(help="BLoB: rho at the start.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="BLoB: who shares noise: token, example, none.")
+    ] = None,
+    kl_schedule: Annotated[
+        str | None, typer.Option(help="BLoB: auto, published or constant.")
+    ] = None,
+    kl_lr: Annotated[
+        float | None, typer.Option(help="BLoB: rate of the KL step (published, constant).")
+    ] = None,
+    kl_time: Annotated[
+        float | None, typer.Option(help="BLoB: total size of the KL steps (auto).")
+    ] = None,
+    kl_gamma: Annotated[
+        float | None, typer.Option(help="BLoB: gamma of the KL cycle (published, constant).")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="Another option of peft.LoraConfig, as name=value; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results; runs/TASK-METHOD-seedN by default.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; a fifth by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
+    ] = False,
+    overwrite: Overwrite = False,
+    plots: Annotated[bool, typer.Option("--plots", help="Also write the pictures.")] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Fine-tune an adapter on a task, score it, and write both.
+
+    Ctrl-C finishes the running step and writes a checkpoint; the same command with --resume goes
+    on from there.
+    """
+    if (source_argument is None) == (data is None):
+        raise ValueError(
+            "data: expected it once, as argument or as --data, got "
+            + ("none" if data is None else "both")
+        )
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one")
+    from .hf import experiment as ex
+
+    _start(threads, ex)
+    recipe = _recipe(
+        ex,
+        rank=rank,
+        alpha=alpha,
+        target_modules=_words(target_modules),
+        dropout=dropout,
+        lr=lr,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_length=max_length,
+        n_samples=n_samples,
+        prior_std=prior_std,
+        init_rho=init_rho,
+        scope=scope,
+        kl_schedule=kl_schedule,
+        kl_lr=kl_lr,
+        kl_time=kl_time,
+        kl_gamma=kl_gamma,
+        lora=_pairs(lora),
+    )
+    source = ex.Source(
+        data=source_argument or data or "",
+        test=test,
+        ood=tuple(ood) if ood else None,
+        train_size=train_size,
+        test_size=test_size,
+        ood_size=ood_size,
+        label_names=_words(label_names),
+    )
+    one = ex.Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed)
+    if out is not None:
+        _check_out(out, overwrite, resume=resume, resumable=True)
+    with _status(f"reading {source.data}"):
+        task = source.load(seed)
+    folder = out or Path("runs") / f"{task.name}-{method}-seed{seed}"
+    _check_out(folder, overwrite, resume=resume, resumable=True)
+    if resume:
+        ex.check_resumable(folder, one)
+    _note(task.summary())
+    try:
+        run = ex.run(
+            one,
+            task,
+            folder=folder,
+            resume=resume,
+            save_every=save_every,
+            device=device,
+            before_writing=lambda: _prepare_out(folder, overwrite),
+        )
+    except ex.Interrupted as stop:
+        _interrupted(stop)
+    if plots:
+        _plots(ex, run.rows, folder)
+    ex.write_json(folder / ex.METRICS_FILE, ex.report([run], task, command=_command()))
+    _print_table(ex, ex.summarise([run]), f"{task.name}, {model}, seed {seed}")
+    _console().print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="Folder that train, or PEFT, wrote.")],
+    data: Data = None,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
+    n_samples: Samples = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a batch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json; ADAPTER/evaluation by default.")
+    ] = None,
+    overwrite: Overwrite = False,
+    plots: Annotated[bool, typer.Option("--plots", help="Also write the pictures.")] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Score a saved adapter, on the task that it was trained for or on other data."""
+    from .hf import experiment as ex
+
+    _start(threads, ex)
+    saved = ex.read_record(adapter)
+    one = _recorded(ex, adapter, saved, model, data)
+    source = one.source
+    if data is not None:
+        source = ex.Source(data=data, train_size=0)
+        if saved is not None and saved.task.kind == "classification" and Path(data).exists():
+            source = dataclasses.replace(source, label_names=saved.task.label_names)
+    changes: dict[str, Any] = {
+        "test": test,
+        "ood": tuple(ood) if ood else None,
+        "test_size": test_size,
+        "ood_size": ood_size,
+        "label_names": _words(label_names),
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    source = dataclasses.replace(source, **given)
+    folder = out or Path(adapter) / "evaluation"
+    _check_out(folder, overwrite)
+    with _status(f"reading {source.data}"):
+        task = source.load(one.seed)
+    if saved is not None:
+        _check_classes(saved.task, task)
+    _note(task.summary())
+    loaded, encoder = ex.load_adapter(
+        adapter,
+        one,
+        task,
+        max_length=None if saved is None else saved.max_length,
+        device=device,
+    )
+    recipe = one.recipe
+    rows = ex.evaluate_model(
+        loaded,
+        encoder,
+        task,
+        method=one.method,
+        n_samples=recipe.n_samples if n_samples is None else n_samples,
+        seed=one.seed if seed is None else seed,
+        batch_size=batch_size or recipe.eval_batch_size,
+    )
+    run = ex.Run(dataclasses.replace(one, source=source), None, rows)
+    _prepare_out(folder, overwrite)
+    if plots:
+        _plots(ex, rows, folder)
+    ex.write_json(folder / ex.METRICS_FILE, ex.report([run], task, command=_command()))
+    _print_table(ex, ex.summarise([run]), f"{task.name}, {adapter}")
+    _console().print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[str, typer.Argument(help="Folder that train wrote.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text to classify; may be repeated.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL file (id, question, context, choices) or text, one a line."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
+    n_samples: Samples = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a batch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")
+    ] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Class, probability, entropy and mutual information (nats) of texts.
+
+    Entropy is all uncertainty; mutual information the part that stems from the adapter's posterior.
+    """
+    if not text and data is None:
+        raise ValueError("predict: expected --text or --data, got neither")
+    from .hf import experiment as ex
+
+    _start(threads, ex)
+    saved = ex.read_record(adapter)
+    if saved is None:
+        raise ValueError(
+            f"adapter {adapter!r}: expected {ex.EXPERIMENT_FILE}, which names the classes, found "
+            "none; use `evaluate` with --data and --model"
+        )
+    examples = _examples(text or [], data, saved.task)
+    one = _recorded(ex, adapter, saved, model, None)
+    task = dataclasses.replace(saved.task, test=examples)
+    loaded, encoder = ex.load_adapter(
+        adapter, one, task, max_length=saved.max_length, device=device
+    )
+    count = one.recipe.n_samples if n_samples is None else n_samples
+    if one.method == "map" and n_samples is None:
+        count = 0
+    prediction, _ = ex.predict_examples(
+        loaded,
+        encoder,
+        examples,
+        n_samples=count,
+        seed=one.seed if seed is None else seed,
+        batch_size=batch_size or one.recipe.eval_batch_size,
+    )
+    probs, classes = prediction.probs, prediction.classes
+    table = Table("label", "prob", "entropy", "MI", "text", box=None, pad_edge=False)
+    for i, example in enumerate(examples):
+        name = _answer(task, example, int(classes[i]))
+        found = {
+            "id": example.id,
+            "label": name,
+            "class": int(classes[i]),
+            "probability": float(probs[i].max()),
+            "entropy": float(prediction.entropy[i]),
+            "mutual_information": float(prediction.mutual_information[i]) if count else None,
+            "probabilities": [float(p) for p in probs[i]],
+        }
+        if json_lines:
+            print(json.dumps(found, ensure_ascii=False))
+            continue
+        information = f"{found['mutual_information']:.3f}" if count else "–"
+        table.add_row(
+            name,
+            f"{found['probability']:.3f}",
+            f"{found['entropy']:.3f}",
+            information,
+            _shorten(example.question),
+        )
+    if not json_lines:
+        _console().print(table)
+
+
+# --- From options to experiments -----------------------------------------------------------------
+
+
+def _start(threads: int | None, ex: Any) -> None:
+    """Threads, and silence from libraries whose messages mean nothing to users here."""
+    import torch
+
+    from . import _library
+
+    if _library.problem is not None:
+        raise ImportError(f"compiled ops cannot be loaded: {_library.problem}; {_library._ADVICE}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ex.quiet_libraries()
+
+
+def _all_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _recipe(ex: Any, **options: Any) -> Recipe:
+    """The default recipe with the options that were given."""
+    return ex.Recipe(**{key: value for key, value in options.items() if value is not None})
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _pairs(items: Sequence[str] | None) -> dict[str, Any] | None:
+    """name=value as a dictionary; values are JSON where they can be, else text."""
+    if not items:
+        return None
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--lora: expected name=value, got {item!r}")
+        name = name.strip().replace("-", "_")
+        try:
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _recorded(ex: Any, adapter: str, saved: Any, model: str | None, data: str | None) -> Experiment:
+    """The experiment of an adapter folder, with another base model where one is named."""
+    if saved is not None:
+        one = saved.experiment
+    else:
+        if data is None:
+            raise ValueError(
+                f"adapter {adapter!r}: no {ex.EXPERIMENT_FILE} in it says what it was trained on; "
+                "name the data with --data"
+            )
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        method = "blob" if config.get("peft_type") == "BAYES_LORA" else "map"
+        base = model or config.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
+        one = ex.Experiment(model=base, method=method)
+    return one if model is None else dataclasses.replace(one, model=model)
+
+
+def _check_classes(expected: Task, got: Task) -> None:
+    if expected.kind != got.kind or (
+        expected.kind == "classification" and expected.n_classes != got.n_classes
+    ):
+        raise ValueError(
+            f"data {got.name!r}: expected {expected.kind} with {expected.n_classes} classes as in "
+            f"training, got {got.kind} with {got.n_classes}; choose data of the same task"
+        )
+    if expected.kind == "classification" and expected.label_names != got.label_names:
+        raise ValueError(
+            f"data {got.name!r}: expected the classes {', '.join(expected.label_names)}, got "
+            f"{', '.join(got.label_names)}; name them in the order of training"
+        )
+
+
+def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Example]:
+    """What to predict, from the command line and a file."""
+    from .hf.tasks import Example, _Problems, _read_jsonl
+
+    found = []
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise ValueError("--text: expected text, got nothing")
+        found.append(Example(f"text-{number}", text, None))
+    if data is not None:
+        if not data.is_file():
+            raise ValueError(f"data {str(data)!r}: expected a file that exists, found none")
+        problems = _Problems()
+        if data.suffix in (".jsonl", ".json", ".gz"):
+            found += [example for _, example in _read_jsonl(data, problems, need_label=False)]
+        else:
+            lines = data.read_text(encoding="utf-8").splitlines()
+            found += [
+                Example(f"{data.name}:{number}", line, None)
+                for number, line in enumerate(lines, start=1)
+                if line.strip()
+            ]
+        problems.raise_if_any()
+    if task.kind == "multiple_choice":
+        for example in found:
+            if not 2 <= len(example.choices) <= task.n_classes:
+                raise ValueError(
+                    f"{example.id}: expected 2 to {task.n_classes} choices, got "
+                    f"{len(example.choices)}; multiple choice needs --data with 'choices'"
+                )
+    else:
+        found = [dataclasses.replace(example, choices=()) for example in found]
+    if not found:
+        raise ValueError(f"data {str(data)!r}: expected at least one text, got none")
+    return found
+
+
+def _answer(task: Task, example: Example, index: int) -> str:
+    name = task.label_names[index]
+    if task.kind == "multiple_choice" and index < len(example.choices):
+        return f"{name}) {example.choices[index]}"
+    return name
+
+
+# --- Folders -------------------------------------------------------------------------------------
+
+_OWN_FILES = ("metrics.json", "experiment.json", "adapter_config.json")
+_OWN_FOLDERS = ("checkpoints", "map", "blob", "evaluation")
+
+
+def _check_out(
+    folder: Path, overwrite: bool, *, resume: bool = False, resumable: bool = False
+) -> None:
+    """Whether results may go there; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out {str(folder)!r}: expected a folder, got a file; choose another")
+    if resume or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"out {str(folder)!r}: expected a new or empty folder, got files in it; use --overwrite"
+            f"{', --resume' if resumable else ''} or another folder"
+        )
+    if not any((folder / name).exists() for name in (*_OWN_FILES, "checkpoints")):
+        raise ValueError(
+            f"out {str(folder)!r}: --overwrite replaces results of an earlier run, and this folder "
+            "has none; choose another folder"
+        )
+
+
+def _prepare_out(folder: Path, overwrite: bool) -> None:
+    """Make the folder; with overwrite, remove what an earlier run left, and nothing else."""
+    import shutil
+
+    if overwrite and folder.is_dir():
+        for name in _OWN_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in folder.iterdir():
+            own = path.suffix == ".png" or path.name == "adapter_model.safetensors"
+            if own or path.name in _OWN_FILES:
+                path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+# --- Output --------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    console = Console()
+    # Without a terminal to measure, tables would be cut at 80 columns.
+    return console if console.is_terminal else Console(width=120)
+
+
+def _note(text: str) -> None:
+    """Progress for people: standard error, so that standard output can be used by programs."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _status(text: str) -> Any:
+    return Console(stderr=True).status(f"{text} ...")
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _command() -> list[str]:
+    return ["bayes-kernels", *sys.argv[1:]]
+
+
+def _interrupted(stop: Interrupted) -> NoReturn:
+    again = shlex.join([*_command(), *(["--resume"] if "--resume" not in sys.argv else [])])
+    _note(f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}\ngo on with: {again}")
+    raise typer.Exit(128 + stop.signal)
+
+
+def _plots(ex: Any, rows: Sequence[Any], folder: Path) -> list[Path]:
+    if importlib.util.find_spec("matplotlib") is None:
+        _note("no pictures: matplotlib is missing; run: pip install 'bayes-kernels[plots]'")
+        return []
+    return ex.save_plots(rows, folder)
+
+
+_SCORES = {
+    "accuracy": "ACC ↑",
+    "nll": "NLL ↓",
+    "ece": "ECE ↓",
+    "brier": "Brier ↓",
+    "ood_auroc": "OOD AUROC ↑",
+}
+_COSTS = {
+    "train_seconds": ("train s", 0),
+    "train_memory_mib": ("train MiB", 0),
+    "ms_per_example": ("ms/text", 1),
+    "predict_memory_mib": ("predict MiB", 0),
+}
+
+
+def _table(title: str, headings: Sequence[str], left: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < left else "right", no_wrap=True)
+    return table
+
+
+def _print_table(ex: Any, summaries: Sequence[Summary], title: str) -> None:
+    """Scores as mean and standard deviation over seeds; costs as means."""
+    console = _console()
+    shown = [key for key in _SCORES if key in summaries[0].mean]
+    table = _table(title, ["", *(_SCORES[key] for key in shown)])
+    for summary in summaries:
+        cells = []
+        for key in shown:
+            spread = f"±{summary.std[key]:.3f}" if key in summary.std else ""
+            cells.append(f"{summary.mean[key]:.3f}{spread.replace('0.', '.', 1)}")
+        table.add_row(summary.name, *cells)
+    console.print(table)
+    shifted = [(s, key) for s in summaries for key, scores in s.ood.items() if "nll" in scores]
+    if shifted:
+        headings = ("", "set", "ACC ↑", "NLL ↓", "ECE ↓", "Brier ↓", "AUROC ↑")
+        below = _table("under shift", headings, left=2)
+        for summary, key in shifted:
+            scores = summary.ood[key]
+            names = ("accuracy", "nll", "ece", "brier", "auroc")
+            below.add_row(summary.name, key, *(f"{scores[name]:.3f}" for name in names))
+        console.print(below)
+    spent = [key for key in _COSTS if key in summaries[0].mean]
+    costs = _table("cost", ["", *(_COSTS[key][0] for key in spent)])
+    for summary in summaries:
+        costs.add_row(summary.name, *(f"{summary.mean[k]:.{_COSTS[k][1]}f}" for k in spent))
+    console.print(costs)
+    seeds = summaries[0].seeds
+    measure = {
+        "cuda allocated": "peak memory that torch allocated on the GPU",
+        "resident, reset": "peak resident memory of the whole process, reset before each phase",
+    }.get(ex.memory_measure(), "highest resident memory of the process since it began")
+    spread = (
+        f"mean ± standard deviation over {len(seeds)} seeds"
+        if len(seeds) > 1
+        else f"a single seed ({seeds[0]}): no spread"
+    )
+    console.print(f"{spread}; MiB: {measure}", style="dim", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of `bayes-kernels` and of `python -m bayes_kernels COMMAND`."""
+    app(prog_name="bayes-kernels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The command line: results, errors in one line, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import tiny_task  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from bayes_kernels import cli  # noqa: E402
+from bayes_kernels.hf import experiment as ex  # noqa: E402
+
+SETTINGS = ["--steps", "8", "--lr", "0.005", "--rank", "4", "--n-samples", "3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_task.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_task.write_model(tmp_path_factory.mktemp("model"))
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def refuse(*arguments: object) -> str:
+    """The error of a call that must fail with exit code 2: one line, or a list of bad lines."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    notes, error, rest = result.stderr.partition("error: ")
+    assert error and (not notes or notes.endswith("\n")), result.stderr
+    assert "Traceback" not in result.output and result.stdout == ""
+    lines = rest.strip().splitlines()
+    assert len(lines) == 1 or all(re.search(r":\d+: ", line) for line in lines), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "blob"
+    ood = ["--ood", data / "ood.jsonl"]
+    result = call("train", data, "--model", model, *ood, *SETTINGS, "--out", out, "--plots")
+    assert result.exit_code == 0, result.output
+    assert "BLoB N=3" in result.stdout and "OOD AUROC" in result.stdout
+    return out
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def test_info_is_the_diagnosis() -> None:
+    result = call("info")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("bayes_kernels ") and "compiled ops" in result.stdout
+
+
+def test_training_writes_adapter_scores_and_pictures(trained: Path, data: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "experiment.json"} <= names
+    assert {"metrics.json", "reliability.png", "risk_coverage.png", "entropy.png"} <= names
+    assert not [name for name in names if name.startswith(".")]  # no temporary file is left
+    for name in ("reliability.png", "risk_coverage.png", "entropy.png"):
+        assert (trained / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_json_has_its_documented_keys(trained: Path, data: Path) -> None:
+    found = results(trained)
+    assert found["format"] == 1 and found["seeds"] == [0]
+    assert found["task"]["examples"]["test"] == 40 and found["task"]["examples"]["ood"] == 20
+    assert found["experiments"]["blob"]["recipe"]["steps"] == 8
+    assert {"torch", "peft", "transformers", "bayes_kernels"} <= set(found["versions"])
+    assert {"threads", "cores", "platform", "peak_memory"} <= set(found["machine"])
+    assert [method["name"] for method in found["methods"]] == [
+        "BLoB mean",
+        "BLoB mean + temperature",
+        "BLoB N=3",
+    ]
+    for method in found["methods"]:
+        assert set(method) == {
+            "name",
+            "method",
+            "n_samples",
+            "mean",
+            "std",
+            "cost",
+            "per_seed",
+        }
+        (entry,) = method["per_seed"]
+        assert set(entry) == {"seed", "metrics", "ood", "temperature", "cost"}
+        scores = entry["metrics"]
+        assert {"accuracy", "nll", "ece", "brier", "aurc", "ood_auroc", "entropy"} <= set(scores)
+        assert method["mean"]["nll"] == scores["nll"] and method["std"] == {}
+        assert set(entry["cost"]) == set(ex.COSTS)
+    (training,) = found["training"]
+    assert training["steps"] == 8 and training["log"][0]["kl"] > 0
+    assert training["adapter"]["r"] == 4 and training["adapter"]["prior_std"] > 0
+    assert training["adapter"]["target_modules"] == ["query", "value"]
+
+
+def test_evaluation_gives_the_numbers_of_training(trained: Path) -> None:
+    result = call("evaluate", trained)
+    assert result.exit_code == 0, result.output
+    before, after = results(trained), results(trained / "evaluation")
+    assert len(after["methods"]) == 3
+    for old, new in zip(before["methods"], after["methods"], strict=True):
+        for key in ("metrics", "ood", "temperature"):
+            assert old["per_seed"][0][key] == new["per_seed"][0][key]
+    assert "use --overwrite" in refuse("evaluate", trained)
+    result = call("evaluate", trained, "--overwrite", "--n-samples", "0", "--test-size", "10")
+    assert result.exit_code == 0, result.output
+    again = results(trained / "evaluation")
+    assert [m["name"] for m in again["methods"]] == ["BLoB mean", "BLoB mean + temperature"]
+    assert again["methods"][0]["per_seed"][0]["metrics"]["n"] == 10
+
+
+def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) -> None:
+    file = data / "test.jsonl"
+    result = call("predict", trained, "--data", file, "--text", "bright warm day", "--json")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [entry["id"] for entry in found[:2]] == ["text-1", "test-0"] and len(found) == 41
+    truth = [json.loads(line)["label"] for line in file.read_text().splitlines()]
+    right = [entry["class"] == label for entry, label in zip(found[1:], truth, strict=True)]
+    expected = results(trained)["methods"][2]["per_seed"][0]["metrics"]
+    assert sum(right) / len(right) == expected["accuracy"]
+    entropy = sum(entry["entropy"] for entry in found[1:]) / 40
+    assert entropy == pytest.approx(expected["entropy"], abs=1e-5)
+    for entry in found:
+        assert entry["label"] in ("0", "1")
+        assert sum(entry["probabilities"]) == pytest.approx(1)
+        assert entry["probability"] == max(entry["probabilities"])
+        assert 0 <= entry["mutual_information"] <= entry["entropy"]
+    lines = tmp_path / "texts.txt"
+    lines.write_text("the road was sour\n\nthe song is kind\n")
+    table = call("predict", trained, "--data", lines, "--n-samples", "0")
+    assert table.exit_code == 0, table.output
+    assert "the song is kind" in table.stdout and "entropy" in table.stdout
+
+
+def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    small = ["--train-size", 40, "--test-size", 20, "--n-samples", 2, "--threads", 1]
+    result = call(
+        "demo", "--data", data, "--model", model, "--seeds", 2, "--steps", 2, *small, "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    found = results(out)
+    assert [m["name"] for m in found["methods"]] == [
+        "LoRA (MAP)",
+        "LoRA + temperature",
+        "BLoB mean",
+        "BLoB N=2",
+    ]
+    assert found["seeds"] == [0, 1] and found["methods"][0]["std"]["nll"] > 0
+    assert "better calibrated" in found["verdict"] or "disagree" in found["verdict"]
+    assert found["verdict"].split(":")[0] in result.stdout and "±" in result.stdout
+    assert (out / "reliability.png").is_file() and (out / "risk_coverage.png").is_file()
+    saved = ex.read_record(out / "blob")
+    assert saved is not None
+    base, _ = ex.load_model(model, saved.task)
+    assert (
+        peft.PeftModel.from_pretrained(base, out / "blob").peft_config["default"].method == "blob"
+    )
+    assert (
+        peft.PeftModel.from_pretrained(ex.load_model(model, saved.task)[0], out / "map")
+        .peft_config["default"]
+        .peft_type
+        == "LORA"
+    )
+    assert "use --overwrite" in refuse("demo", "--data", data, "--model", model, "--out", out)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./nowhere"], "model './nowhere': expected a folder that exists"),
+        (["--method", "dropout"], "method: expected one of map, blob, got 'dropout'"),
+        (["--target-modules", "word_embeddings"], "cannot carry a Bayesian adapter"),
+        (
+            ["--target-modules", "nothing"],
+            "which has classifier, dense, key, query, value; got nothing",
+        ),
+        (["--lora", "use_dora=true"], "use_dora cannot be combined with a posterior over A"),
+        (["--lora", "rslora"], "expected name=value, got 'rslora'"),
+        (["--lora", "speed=3"], "expected options of peft.BayesLoraConfig, got speed"),
+        (["--prior-std", "-1"], "prior_std must be a positive number, got -1"),
+        (["--kl-schedule", "linear"], "kl_schedule must be one of"),
+        (["--steps", "0"], "steps must be an integer >= 1, got 0"),
+        (["--train-size", "1000"], "train_size: expected an integer from 1 to"),
+        (["--max-length", "999"], "max_length: expected an integer from 8 to 32, got 999"),
+        (["--ood", "nothing.jsonl"], "nothing.jsonl: cannot be read"),
+        (["--device", "tpu"], "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["--resume"], "expected a complete checkpoint"),
+        (["--data", "x"], "as argument or as --data, got both"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    arguments: list[str], message: str, data: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    defaults = [] if "--model" in arguments else ["--model", model]
+    assert message in refuse("train", data, *defaults, *arguments, "--out", out)
+    assert not out.exists()
+
+
+def test_debug_shows_the_traceback(data: Path) -> None:
+    result = call("train", data, "--model", "./nowhere", "--debug")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_data_that_is_missing_or_bad(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    common = ["--model", model, "--out", out]
+    assert "expected stdlib-docs" in refuse("train", "nothing.jsonl", *common)
+    assert "got none" in refuse("train", *common)
+    good = tiny_task.rows(20, "row", 0)
+    file = tiny_task.write_rows(tmp_path / "bad.jsonl", good)
+    lines = file.read_text().splitlines()
+    lines[6] = lines[6][:-4]
+    file.write_text("\n".join(lines) + "\n")
+    assert f"{file}:7: not JSON" in refuse("train", file, *common)
+    good[2].pop("label")
+    tiny_task.write_rows(file, good)
+    assert f"{file}:3: 'label' must be an integer from 0, got None" in refuse(
+        "train", file, *common
+    )
+    assert not out.exists()
+
+
+def test_extras_that_are_missing(
+    data: Path, model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [data, "--model", model, "--out", tmp_path / "run"]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    error = refuse("train", *common, "--quantization", "4bit")
+    assert "pip install 'bayes-kernels[quant]'" in error
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    error = refuse("train", "obqa", "--out", tmp_path / "run")
+    assert "pip install 'bayes-kernels[train]'" in error
+    assert not (tmp_path / "run").exists()
+    code = "import sys; sys.modules['typer'] = None; from bayes_kernels.cli import main"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "pip install 'bayes-kernels[hf]'" in ended.stderr
+
+
+def test_layers_of_unsupported_quantisation(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No such kernels exist for the CPU; what PEFT makes of such a layer is all that matters.
+    from bayes_kernels.hf import variants
+
+    monkeypatch.setattr(
+        variants, "unsupported_layer", lambda layer: "PEFT handles it with AwqLoraLinear"
+    )
+    error = refuse("train", data, "--model", model, "--out", tmp_path / "run")
+    assert "PEFT handles it with AwqLoraLinear; target linear layers that are" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    datasets = pytest.importorskip("datasets")
+    import transformers
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    error = refuse("train", "obqa", "--out", tmp_path / "run")
+    assert "neither reachable nor in the cache" in error
+    error = refuse("train", data, "--model", "some/model", "--out", tmp_path / "run")
+    assert "the hub cannot be reached or has no such model" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_are_not_overwritten_by_accident(
+    data: Path, model: Path, trained: Path, tmp_path: Path
+) -> None:
+    common = ["train", data, "--model", model, *SETTINGS]
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    assert "use --overwrite, --resume or another" in refuse(*common, "--out", trained)
+    assert before == {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    (tmp_path / "thesis.tex").write_text("important")
+    error = refuse(*common, "--out", tmp_path, "--overwrite")
+    assert "this folder has none" in error
+    (tmp_path / "metrics.json").write_text("{}")
+    result = call(*common, "--out", tmp_path, "--overwrite", "--method", "map")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "thesis.tex").read_text() == "important"
+    assert results(tmp_path)["methods"][0]["name"] == "LoRA (MAP)"
+    # Plain LoRA has no posterior to draw from.
+    error = refuse("predict", tmp_path, "--text", "a bright day", "--n-samples", "5")
+    assert "expected 0 for a plain LoRA adapter" in error
+    plain = call("predict", tmp_path, "--text", "a bright day", "--json")
+    assert json.loads(plain.stdout)["mutual_information"] is None
+
+
+def test_adapters_and_data_that_do_not_fit(trained: Path, data: Path, tmp_path: Path) -> None:
+    assert "folder that exists" in refuse("predict", tmp_path / "nothing", "--text", "a")
+    assert "adapter_config.json" in refuse("evaluate", tmp_path)
+    assert "got neither" in refuse("predict", trained)
+    three = [{**row, "label": i % 3} for i, row in enumerate(tiny_task.rows(30, "row", 0))]
+    file = tiny_task.write_rows(tmp_path / "three.jsonl", three)
+    assert "'label' must be below 2" in refuse(
+        "evaluate", trained, "--data", file, "--out", tmp_path / "evaluation"
+    )
+    file.write_text("")
+    assert "empty file" in refuse("predict", trained, "--data", file)
+
+
+# --- Interruption --------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ["--steps", "2000", "--save-every", "5", "--n-samples", "2", "--test-size", "10"]
+    command = ["train", str(data), "--model", str(model), *settings, "--out", str(out)]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "bayes_kernels", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        first = out / "checkpoints" / "checkpoint-5" / "trainer_state.json"
+        end = time.monotonic() + 120
+        while not first.exists() and started.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        output, errors = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 130, errors
+    assert output == "" and "Traceback" not in errors
+    assert "interrupted after step" in errors and "--resume" in errors
+    last = ex.last_checkpoint(out / "checkpoints")
+    assert last is not None and f"checkpoint: {last}" in errors
+    step = int(last.rpartition("-")[2])
+    assert 5 <= step < 2000
+    evaluated = call("evaluate", last, "--n-samples", "0", "--out", tmp_path / "evaluation")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert not (out / "metrics.json").exists()
+    assert f"name its last checkpoint instead: {last}" in refuse("evaluate", out)
+    # The number of steps is part of the experiment.
+    assert "recipe.steps 2000 -> 30" in refuse(*command, "--resume", "--steps", "30")
