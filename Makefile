@@ -44,7 +44,7 @@ setup: $(VENV)/.library
 	$(PY) -m bayes_kernels
 
 demo: $(VENV)/.library
-	$(PY) -m bayes_kernels demo
+	$(PY) -m bayes_kernels demo --overwrite $(ARGS)
 
 # One thread for each worker: the machine's cores are used by running test files side by side.
 test: $(VENV)/.testing
