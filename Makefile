@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv: Python 3.10+, a C++17 compiler and pip are enough.
+# Every target sets up what it needs in .venv: Linux, Python 3.10+ with venv and pip, and g++ 9+ are enough.
 # nvcc is used where it is found, and never needed.
 #
 #   make demo    fine-tune a real language model with BLoB on real text, and compare it with plain LoRA
@@ -15,27 +15,29 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# One stamp for each torch, so that another TORCH= is installed.
+TOOLS := $(VENV)/.tools-$(subst =,_,$(TORCH))
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
 .PHONY: demo test setup bench lint docs clean
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: install the venv module of $(PYTHON) (python3-venv on Debian)"; exit 1; }
 
 # Build tools and torch first: the package is built without isolation, against the installed torch.
-$(VENV)/.tools: pyproject.toml | $(PY)
+$(TOOLS): pyproject.toml | $(PY)
 	@echo "== installing torch and build tools (about a minute)"
 	$(PIP) '$(TORCH)' numpy 'scikit-build-core>=0.10' 'pybind11>=2.12' ninja cmake
 	@touch $@
 
 # The library for users, and the one for tests, which adds the emulator and turns warnings into errors.
-$(VENV)/.library: $(SOURCES) | $(VENV)/.tools
+$(VENV)/.library: $(SOURCES) | $(TOOLS)
 	@echo "== building bayes_kernels (about a minute)"
 	$(PIP) --no-build-isolation -e '.[demo]'
 	@touch $@
 
-$(VENV)/.testing: $(SOURCES) $(VENV)/.tools
+$(VENV)/.testing: $(SOURCES) $(TOOLS)
 	@echo "== building bayes_kernels, its emulator and its tests' needs (about two minutes)"
 	BAYES_KERNELS_TESTS=ON BAYES_KERNELS_WERROR=ON $(PIP) --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.library

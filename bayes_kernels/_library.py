@@ -1,7 +1,7 @@
 """Loads the compiled ops, registers their fake kernels, and holds the shared argument checks.
 
-The library is looked for beside this file, then in the folder named by the environment variable
-BAYES_KERNELS_LIBRARY. A failure is kept and raised, with advice, when an op is first used, so that
+The library is looked for in the package's folders or, where the environment variable
+BAYES_KERNELS_LIBRARY names a folder, only there. A failure is kept and raised, with advice, when an op is first used, so that
 importing the package never fails because of it.
 """
 
@@ -73,10 +73,6 @@ class _Missing:
 
 problem: str | None = None
 ops: Any = None
-
-
-def _int(x: int | torch.SymInt) -> int:
-    return x  # type: ignore[return-value]
 
 
 def _register_fakes(namespace: str) -> None:
@@ -243,12 +239,6 @@ def build_info() -> dict[str, str]:
         ImportError: the library is not loaded; the text says why and what to do.
     """
     return json.loads(ops.build_info())
-
-
-def require(condition: bool, op: str, text: str, error: type[Exception] = ValueError) -> None:
-    """Raise `error` with `op: text` unless the condition holds."""
-    if not condition:
-        raise error(f"{op}: {text}")
 
 
 def require_device(op: str, t: Tensor) -> None:

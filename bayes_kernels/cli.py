@@ -1,8 +1,8 @@
 """The command `bayes-kernels`: info, demo, train, evaluate, predict.
 
-Everything that trains or scores lives in `bayes_kernels.hf.experiment`; here options become an
-experiment, and results become tables and files. Mistakes of the caller end with one line on
-standard error and exit code 2; ``--debug`` shows the traceback instead.
+Everything that trains or scores lives in `bayes_kernels.hf`, imported when first needed; here
+options become an experiment, and results become tables and files. Mistakes of the caller end with
+one line on standard error and exit code 2; ``--debug`` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ except ImportError as _error:
     raise SystemExit(2) from None
 
 if TYPE_CHECKING:
-    from .hf.experiment import Experiment, Interrupted, Recipe, Run, Summary
+    from .hf.experiment import Run
+    from .hf.recipe import Experiment, Recipe
+    from .hf.results import Summary
     from .hf.tasks import Example, Task
+    from .hf.training import Interrupted, Saved
 
 USAGE_ERROR = 2
 _DEMO_METHODS = ("map", "blob")
@@ -145,13 +148,14 @@ def demo(
     Task: which area of Python's standard library a docstring is from. Out of distribution:
     docstrings of numpy and torch. No download.
     """
-    from .hf import experiment as ex
+    from .hf import experiment, results, training
+    from .hf.recipe import DEMO, METHOD_NAMES, Experiment, Source, write_json
 
     cores = threads or _all_cores()
-    _start(cores, ex)
+    _start(cores)
     changes: dict[str, Any] = {"steps": steps, "n_samples": n_samples}
-    recipe = dataclasses.replace(ex.DEMO, **{k: v for k, v in changes.items() if v is not None})
-    source = ex.Source(
+    recipe = dataclasses.replace(DEMO, **{k: v for k, v in changes.items() if v is not None})
+    source = Source(
         data=data or "stdlib-docs", train_size=train_size, test_size=test_size, ood_size=ood_size
     )
     _check_out(out, overwrite)
@@ -160,41 +164,41 @@ def demo(
         with _status(f"reading {source.data}, seed {seed}"):
             task = source.load(seed)
         for method in _DEMO_METHODS:
-            one = ex.Experiment(source, model=model, method=method, recipe=recipe, seed=seed)
+            one = Experiment(source, model=model, method=method, recipe=recipe, seed=seed)
             folder = out / method if seed == 0 else None
-            jobs.append(ex.Job(one, task, folder, temperature=method == "map"))
+            jobs.append(experiment.Job(one, task, folder, temperature=method == "map"))
     _note(task.summary())
     for job in jobs[: len(_DEMO_METHODS)]:  # whether model, data and options fit
-        ex.build(job.experiment, job.task, device=device)
+        training.build(job.experiment, job.task, device=device)
     _prepare_out(out, overwrite)
-    gpu = ex.pick_device(device).type == "cuda"
+    gpu = training.pick_device(device).type == "cuda"
 
     def done(run: Run) -> None:
         assert run.training is not None
         _note(
-            f"{ex.METHOD_NAMES[run.experiment.method]}, seed {run.experiment.seed}: "
+            f"{METHOD_NAMES[run.experiment.method]}, seed {run.experiment.seed}: "
             f"{run.training.steps} steps in {run.training.seconds:.0f} s"
         )
 
     # Longest first, so that all cores are busy to the end.
     jobs.sort(key=lambda job: job.experiment.method == "map")
-    runs = ex.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
+    runs = experiment.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
     order = {method: place for place, method in enumerate(_DEMO_METHODS)}
     runs.sort(key=lambda run: (run.experiment.seed, order[run.experiment.method]))
-    content = ex.report(runs, task, command=_command())
-    summaries = ex.summarise(runs)
+    content = results.report(runs, task, command=_command())
+    summaries = results.summarise(runs)
     rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
-    verdict = ex.verdict(summaries, rows[0].name, rows[-1].name)
+    verdict = results.verdict(summaries, rows[0].name, rows[-1].name)
     content["verdict"] = verdict
-    pictures = _plots(ex, rows, out)
-    ex.write_json(out / ex.METRICS_FILE, content)
-    _print_table(ex, summaries, f"{task.name}: {len(task.train)} training texts, {model}")
+    pictures = _plots(rows, out)
+    write_json(out / results.METRICS_FILE, content)
+    _print_table(summaries, f"{task.name}: {len(task.train)} training texts, {model}")
     console = _console()
     console.print(verdict, highlight=False, soft_wrap=True)
     names = ", ".join(path.name for path in pictures)
     console.print(
-        f"Wrote {out}/: {ex.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters map/ "
-        f"and blob/ (seed 0).\n"
+        f"Wrote {out}/: {results.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters "
+        f"map/ and blob/ (seed 0).\n"
         f"Try: bayes-kernels predict {out / 'blob'} --text 'Return the sine of x.'",
         highlight=False,
         soft_wrap=True,
@@ -290,11 +294,11 @@ def train(
         )
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from .hf import experiment as ex
+    from .hf import experiment, results, training
+    from .hf.recipe import Experiment, Source, write_json
 
-    _start(threads, ex)
+    _start(threads)
     recipe = _recipe(
-        ex,
         rank=rank,
         alpha=alpha,
         target_modules=_words(target_modules),
@@ -316,7 +320,7 @@ def train(
         kl_gamma=kl_gamma,
         lora=_pairs(lora),
     )
-    source = ex.Source(
+    source = Source(
         data=source_argument or data or "",
         test=test,
         ood=tuple(ood) if ood else None,
@@ -325,7 +329,7 @@ def train(
         ood_size=ood_size,
         label_names=_words(label_names),
     )
-    one = ex.Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed)
+    one = Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed)
     if out is not None:
         _check_out(out, overwrite, resume=resume, resumable=True)
     with _status(f"reading {source.data}"):
@@ -333,10 +337,10 @@ def train(
     folder = out or Path("runs") / f"{task.name}-{method}-seed{seed}"
     _check_out(folder, overwrite, resume=resume, resumable=True)
     if resume:
-        ex.check_resumable(folder, one)
+        training.check_resumable(folder, one)
     _note(task.summary())
     try:
-        run = ex.run(
+        run = experiment.run(
             one,
             task,
             folder=folder,
@@ -345,12 +349,12 @@ def train(
             device=device,
             before_writing=lambda: _prepare_out(folder, overwrite),
         )
-    except ex.Interrupted as stop:
+    except training.Interrupted as stop:
         _interrupted(stop)
     if plots:
-        _plots(ex, run.rows, folder)
-    ex.write_json(folder / ex.METRICS_FILE, ex.report([run], task, command=_command()))
-    _print_table(ex, ex.summarise([run]), f"{task.name}, {model}, seed {seed}")
+        _plots(run.rows, folder)
+    write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
+    _print_table(results.summarise([run]), f"{task.name}, {model}, seed {seed}")
     _console().print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
 
 
@@ -377,14 +381,15 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data."""
-    from .hf import experiment as ex
+    from .hf import experiment, results, scoring, training
+    from .hf.recipe import Source, write_json
 
-    _start(threads, ex)
-    saved = ex.read_record(adapter)
-    one = _recorded(ex, adapter, saved, model, data)
+    _start(threads)
+    saved = training.read_record(adapter)
+    one = _recorded(adapter, saved, model, data)
     source = one.source
     if data is not None:
-        source = ex.Source(data=data, train_size=0)
+        source = Source(data=data, train_size=0)
         if saved is not None and saved.task.kind == "classification" and Path(data).exists():
             source = dataclasses.replace(source, label_names=saved.task.label_names)
     changes: dict[str, Any] = {
@@ -403,7 +408,7 @@ def evaluate(
     if saved is not None:
         _check_classes(saved.task, task)
     _note(task.summary())
-    loaded, encoder = ex.load_adapter(
+    loaded, encoder = training.load_adapter(
         adapter,
         one,
         task,
@@ -411,7 +416,7 @@ def evaluate(
         device=device,
     )
     recipe = one.recipe
-    rows = ex.evaluate_model(
+    rows = scoring.evaluate_model(
         loaded,
         encoder,
         task,
@@ -420,12 +425,12 @@ def evaluate(
         seed=one.seed if seed is None else seed,
         batch_size=batch_size or recipe.eval_batch_size,
     )
-    run = ex.Run(dataclasses.replace(one, source=source), None, rows)
+    run = experiment.Run(dataclasses.replace(one, source=source), None, rows)
     _prepare_out(folder, overwrite)
     if plots:
-        _plots(ex, rows, folder)
-    ex.write_json(folder / ex.METRICS_FILE, ex.report([run], task, command=_command()))
-    _print_table(ex, ex.summarise([run]), f"{task.name}, {adapter}")
+        _plots(rows, folder)
+    write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
+    _print_table(results.summarise([run]), f"{task.name}, {adapter}")
     _console().print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
 
 
@@ -456,25 +461,25 @@ def predict(
     """
     if not text and data is None:
         raise ValueError("predict: expected --text or --data, got neither")
-    from .hf import experiment as ex
+    from .hf import scoring, training
 
-    _start(threads, ex)
-    saved = ex.read_record(adapter)
+    _start(threads)
+    saved = training.read_record(adapter)
     if saved is None:
         raise ValueError(
-            f"adapter {adapter!r}: expected {ex.EXPERIMENT_FILE}, which names the classes, found "
-            "none; use `evaluate` with --data and --model"
+            f"adapter {adapter!r}: expected {training.EXPERIMENT_FILE}, which names the classes, "
+            "found none; use `evaluate` with --data and --model"
         )
     examples = _examples(text or [], data, saved.task)
-    one = _recorded(ex, adapter, saved, model, None)
+    one = _recorded(adapter, saved, model, None)
     task = dataclasses.replace(saved.task, test=examples)
-    loaded, encoder = ex.load_adapter(
+    loaded, encoder = training.load_adapter(
         adapter, one, task, max_length=saved.max_length, device=device
     )
     count = one.recipe.n_samples if n_samples is None else n_samples
     if one.method == "map" and n_samples is None:
         count = 0
-    prediction, _ = ex.predict_examples(
+    prediction, _ = scoring.predict_examples(
         loaded,
         encoder,
         examples,
@@ -513,17 +518,18 @@ def predict(
 # --- From options to experiments -----------------------------------------------------------------
 
 
-def _start(threads: int | None, ex: Any) -> None:
+def _start(threads: int | None) -> None:
     """Threads, and silence from libraries whose messages mean nothing to users here."""
     import torch
 
     from . import _library
+    from .hf.experiment import quiet_libraries
 
     if _library.problem is not None:
         raise ImportError(f"compiled ops cannot be loaded: {_library.problem}; {_library._ADVICE}")
     if threads is not None:
         torch.set_num_threads(threads)
-    ex.quiet_libraries()
+    quiet_libraries()
 
 
 def _all_cores() -> int:
@@ -532,9 +538,11 @@ def _all_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _recipe(ex: Any, **options: Any) -> Recipe:
+def _recipe(**options: Any) -> Recipe:
     """The default recipe with the options that were given."""
-    return ex.Recipe(**{key: value for key, value in options.items() if value is not None})
+    from .hf.recipe import Recipe
+
+    return Recipe(**{key: value for key, value in options.items() if value is not None})
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
@@ -560,14 +568,17 @@ def _pairs(items: Sequence[str] | None) -> dict[str, Any] | None:
     return found
 
 
-def _recorded(ex: Any, adapter: str, saved: Any, model: str | None, data: str | None) -> Experiment:
+def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
     """The experiment of an adapter folder, with another base model where one is named."""
+    from .hf.recipe import Experiment
+    from .hf.training import EXPERIMENT_FILE
+
     if saved is not None:
         one = saved.experiment
     else:
         if data is None:
             raise ValueError(
-                f"adapter {adapter!r}: no {ex.EXPERIMENT_FILE} in it says what it was trained on; "
+                f"adapter {adapter!r}: no {EXPERIMENT_FILE} in it says what it was trained on; "
                 "name the data with --data"
             )
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -575,7 +586,7 @@ def _recorded(ex: Any, adapter: str, saved: Any, model: str | None, data: str | 
         base = model or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
-        one = ex.Experiment(model=base, method=method)
+        one = Experiment(model=base, method=method)
     return one if model is None else dataclasses.replace(one, model=model)
 
 
@@ -596,7 +607,7 @@ def _check_classes(expected: Task, got: Task) -> None:
 
 def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Example]:
     """What to predict, from the command line and a file."""
-    from .hf.tasks import Example, _Problems, _read_jsonl
+    from .hf.tasks import Example, read_examples
 
     found = []
     for number, text in enumerate(texts, start=1):
@@ -606,9 +617,8 @@ def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Examp
     if data is not None:
         if not data.is_file():
             raise ValueError(f"data {str(data)!r}: expected a file that exists, found none")
-        problems = _Problems()
         if data.suffix in (".jsonl", ".json", ".gz"):
-            found += [example for _, example in _read_jsonl(data, problems, need_label=False)]
+            found += read_examples(data)
         else:
             lines = data.read_text(encoding="utf-8").splitlines()
             found += [
@@ -616,7 +626,6 @@ def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Examp
                 for number, line in enumerate(lines, start=1)
                 if line.strip()
             ]
-        problems.raise_if_any()
     if task.kind == "multiple_choice":
         for example in found:
             if not 2 <= len(example.choices) <= task.n_classes:
@@ -641,7 +650,7 @@ def _answer(task: Task, example: Example, index: int) -> str:
 # --- Folders -------------------------------------------------------------------------------------
 
 _OWN_FILES = ("metrics.json", "experiment.json", "adapter_config.json")
-_OWN_FOLDERS = ("checkpoints", "map", "blob", "evaluation")
+_OWN_FOLDERS = ("checkpoints", *_DEMO_METHODS, "evaluation")
 
 
 def _check_out(
@@ -657,11 +666,23 @@ def _check_out(
             f"out {str(folder)!r}: expected a new or empty folder, got files in it; use --overwrite"
             f"{', --resume' if resumable else ''} or another folder"
         )
-    if not any((folder / name).exists() for name in (*_OWN_FILES, "checkpoints")):
+    if not _has_results(folder):
         raise ValueError(
             f"out {str(folder)!r}: --overwrite replaces results of an earlier run, and this folder "
             "has none; choose another folder"
         )
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether an earlier run wrote there, be it one that was interrupted.
+
+    The adapters of `demo` come long before its `metrics.json`. Folders of such names count only
+    with an adapter in them, or a part of one.
+    """
+    if any((folder / name).exists() for name in (*_OWN_FILES, "checkpoints")):
+        return True
+    parts = (*_OWN_FILES, "adapter_model.safetensors", ".adapter.*")
+    return any(any((folder / name).glob(part)) for name in _DEMO_METHODS for part in parts)
 
 
 def _prepare_out(folder: Path, overwrite: bool) -> None:
@@ -711,11 +732,13 @@ def _interrupted(stop: Interrupted) -> NoReturn:
     raise typer.Exit(128 + stop.signal)
 
 
-def _plots(ex: Any, rows: Sequence[Any], folder: Path) -> list[Path]:
+def _plots(rows: Sequence[Any], folder: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         _note("no pictures: matplotlib is missing; run: pip install 'bayes-kernels[plots]'")
         return []
-    return ex.save_plots(rows, folder)
+    from .hf.results import save_plots
+
+    return save_plots(rows, folder)
 
 
 _SCORES = {
@@ -740,8 +763,10 @@ def _table(title: str, headings: Sequence[str], left: int = 1) -> Table:
     return table
 
 
-def _print_table(ex: Any, summaries: Sequence[Summary], title: str) -> None:
+def _print_table(summaries: Sequence[Summary], title: str) -> None:
     """Scores as mean and standard deviation over seeds; costs as means."""
+    from .hf.machine import memory_measure
+
     console = _console()
     shown = [key for key in _SCORES if key in summaries[0].mean]
     table = _table(title, ["", *(_SCORES[key] for key in shown)])
@@ -770,7 +795,7 @@ def _print_table(ex: Any, summaries: Sequence[Summary], title: str) -> None:
     measure = {
         "cuda allocated": "peak memory that torch allocated on the GPU",
         "resident, reset": "peak resident memory of the whole process, reset before each phase",
-    }.get(ex.memory_measure(), "highest resident memory of the process since it began")
+    }.get(memory_measure(), "highest resident memory of the process since it began")
     spread = (
         f"mean ± standard deviation over {len(seeds)} seeds"
         if len(seeds) > 1

@@ -16,6 +16,7 @@ Errors are ValueError or TypeError in one line, raised before any kernel runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,12 +141,11 @@ def flipout_lora(
         raise ValueError(
             f"{op}: rho must have shape (r, n) = ({r}, {n}) or ({r}, 1), got {tuple(rho.shape)}"
         )
-    if rho.device != x.device:
-        raise ValueError(f"{op}: rho must be on {x.device}, got {rho.device}; move it")
+    _check_factor(op, "rho", rho, x)
     ids = _group_ids(op, groups, x)
     if rows_per_group is None:
         leading = x.shape[0] if x.dim() > 1 else 1
-        rows = x.numel() // n if n else 0
+        rows = math.prod(x.shape[:-1])
         rows_per_group = rows // leading if scope == "example" and leading > 0 and rows > 0 else 1
     elif rows_per_group < 1:
         raise ValueError(f"{op}: rows_per_group must be at least 1, got {rows_per_group}")
@@ -198,13 +198,14 @@ def scaled_lora(
         raise ValueError(
             f"{op}: groups must be given exactly when d is (G, r), got d of shape {tuple(d.shape)}"
         )
+    _check_factor(op, "d", d, x)
     acc = _acc(x)
     middle = d.to(acc)
     if groups is not None:
         ids = _group_ids(op, groups, x)
         middle = middle.index_select(0, ids)  # type: ignore[arg-type]
     if r > MAX_FUSED_RANK:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         a, b = _factors(x, a, b)
         y = (((rows.to(acc) @ a.T) * middle) @ b.T * scaling).reshape(*x.shape[:-1], b.shape[0])
         return _cast_base(y, base, x)
@@ -238,6 +239,7 @@ def core_lora(
     r = a.shape[0]
     if tuple(core.shape) != (r, r):
         raise ValueError(f"{op}: core must have shape ({r}, {r}), got {tuple(core.shape)}")
+    _check_factor(op, "core", core, x)
     core = core.to(_acc(x))
     if r > MAX_FUSED_RANK:
         a, b = _factors(x, a, b)
@@ -382,8 +384,8 @@ def _check(
         raise ValueError(f"{op}: b must have shape (m, r = {r}), got {tuple(b.shape)}{hint}")
     if r < 1:
         raise ValueError(f"{op}: the rank must be at least 1, got factors of shape {tuple(a.shape)}")
-    if a.device != x.device or b.device != x.device:
-        raise ValueError(f"{op}: factors must be on {x.device}, got {a.device} and {b.device}; move them")
+    _check_factor(op, "the first factor", a, x)
+    _check_factor(op, "b", b, x)
     if base is not None:
         if base.shape[:-1] != x.shape[:-1] or base.shape[-1] != b.shape[0]:
             raise ValueError(
@@ -401,6 +403,13 @@ def _check(
         check_key(op, key)
     if key is not None and key.device != x.device:
         raise ValueError(f"{op}: key must be on {x.device}, got {key.device}; move it")
+
+
+def _check_factor(op: str, name: str, factor: Tensor, x: Tensor) -> None:
+    if not factor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a real floating-point tensor, got {factor.dtype}; convert it")
+    if factor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, got {factor.device}; move it")
 
 
 def _group_ids(op: str, groups: Tensor | None, x: Tensor) -> Tensor | None:
@@ -444,8 +453,9 @@ def _adapter(
         rho = rho.to(acc)
     m = b.shape[0]
     shape = x.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    base_rows = base if base is None or base.dim() == 2 else base.reshape(-1, m)
+    tokens = math.prod(shape[:-1])
+    rows = x if x.dim() == 2 else x.reshape(tokens, shape[-1])
+    base_rows = base if base is None or base.dim() == 2 else base.reshape(tokens, m)
     run = _Adapter.apply if _needs_gradient(x, a, rho, middle, b, base) else _without_gradient
     y = run(
         rows, a, rho, middle, b, base_rows, key, ids, scaling, stream, row0, rows_per_id, dropout, std, kind
@@ -454,7 +464,19 @@ def _adapter(
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd's function has to be called.
+
+    Also under forward-mode differentiation and torch.func transforms, which it refuses with a clear
+    error; the raw ops would silently drop the tangents.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def _shrink_expand(
@@ -629,7 +651,7 @@ def _reference_dropout(
     if dropout == 0.0:
         return rows
     n = x.shape[-1]
-    keep = _library.ops.dropout_mask(key, stream, x.numel() // n, n, row0, dropout)
+    keep = _library.ops.dropout_mask(key, stream, math.prod(x.shape[:-1]), n, row0, dropout)
     return reference.dropped(rows, keep.reshape(x.shape), dropout)
 
 
@@ -652,7 +674,7 @@ def _reference_flipout(
     """Ranks above the fused limit: the definition, on materialised noise from the dump ops."""
     ops, acc = _library.ops, _acc(x)
     n, r = x.shape[-1], mean.shape[0]
-    rows = x.numel() // n if n else 0
+    rows = math.prod(x.shape[:-1])
     mean, rho, b = _factors(x, mean, rho, b)
     ones = scope == "none" and ids is None
     where = (row0, rows_per_group, ids)

@@ -19,7 +19,7 @@ from . import _library
 from .functional import check_divergence
 
 KINDS = ("auto", "published", "constant")
-_MIN_RHO = 1e-4  # below this the op takes the derivative at this value
+_MIN_RHO = 1e-4  # BK_MIN_RHO of csrc/core/posterior.h: derivatives below it are taken at it
 
 
 def kl_cycle_length(
@@ -130,8 +130,8 @@ class KLSchedule:
         return rate * lr_factor * self.weight(step)
 
 
-# Deviation that "auto" aims at, over sqrt(in_features) * (sum of rates) * (640 / N)^(1/4). Chosen on
-# validation rows; docs/blob.md has the figures.
+# Deviation that "auto" aims at, over sqrt(in_features) * (sum of rates) * (640 / N)^(1/4). Chosen
+# on validation rows; docs/blob.md has the figures.
 AUTO_KAPPA = 0.007
 # Largest share of the prior's deviation that it aims at.
 AUTO_CEILING = 0.95
@@ -183,6 +183,66 @@ def flow_time(target_std: float, prior_std: float, start_std: float = 0.0) -> fl
         )
     rise = math.atanh(target_std / prior_std) - math.atanh(start_std / prior_std)
     return max(0.0, prior_std / 4 * rise)
+
+
+def kl_flow_(
+    means: Tensor | Sequence[Tensor],
+    rhos: Tensor | Sequence[Tensor],
+    time: float,
+    prior_std: float | Sequence[float],
+) -> None:
+    """Gradient flow of the divergence for a time, in place, exactly; for Omega = rho^2.
+
+        M <- M exp(-t / p^2);  Omega <- p (Omega + p k) / (p + Omega k), k = tanh(4 t / p)
+
+    The second is p tanh(artanh(Omega / p) + 4 t / p), and holds above p too. Unlike a gradient step
+    it is stable for every time and every deviation, 0 included. Evaluated in fp64 and rounded once;
+    rho keeps its sign. About a dozen launches for each device and prior, and fp64 copies of means
+    and deviations meanwhile.
+
+    Args:
+        means, rhos, prior_std: as in `functional.gaussian_kl`. Shards of FSDP2 (DTensor) are
+            changed where they lie. Where one rho serves several means, its time counts that often.
+        time: t.
+
+    Raises:
+        ValueError, TypeError: lists, shapes or dtypes do not fit, or the time is negative.
+    """
+    mean_list = [means] if isinstance(means, Tensor) else list(means)
+    rho_list = [rhos] if isinstance(rhos, Tensor) else list(rhos)
+    priors = _priors("kl_flow_", mean_list, rho_list, prior_std)
+    if not 0 <= time < math.inf:
+        raise ValueError(f"kl_flow_: time must not be negative, got {time}")
+    groups: dict[tuple[torch.device, float, float], list[int]] = {}
+    for i, (mean, rho) in enumerate(zip(mean_list, rho_list, strict=True)):
+        shared = mean.numel() / max(1, rho.numel())
+        groups.setdefault((mean.device, priors[i], shared), []).append(i)
+    with torch.no_grad():
+        for (_, prior, shared), indices in groups.items():
+            local_means = [_local(mean_list[i]) for i in indices]
+            local_rhos = [_local(rho_list[i]) for i in indices]
+            check_divergence(
+                "kl_flow_", local_means, local_rhos, [prior] * len(indices), "square", "elbo"
+            )
+            flat = _flat64(local_means)
+            _copy_back(local_means, flat.mul_(math.exp(-time / prior**2)))
+            flat = _flat64(local_rhos)
+            rise = math.tanh(4 * time * shared / prior)
+            omega = flat.square()
+            root = omega.add(prior * rise).div_(omega.mul_(rise / prior).add_(1)).sqrt_()
+            _copy_back(local_rhos, root.copysign_(flat))
+    sharded = [t for t in (*mean_list, *rho_list) if hasattr(t, "to_local")]
+    if sharded:
+        torch.autograd.graph.increment_version(sharded)
+
+
+def _flat64(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors]).double()
+
+
+def _copy_back(tensors: list[Tensor], flat: Tensor) -> None:
+    parts = flat.to(tensors[0].dtype).split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
 
 
 def kl_step_(
@@ -276,12 +336,13 @@ class DecoupledKL:
     likely, which costs one read of rho and one synchronisation; a weight that is 0 in fp32 needs
     neither. "softplus" and "code" have no such bound and skip zero weights only.
 
+    With the schedule "auto", "square" and "elbo" a step follows the gradient flow exactly
+    (`kl_flow_`); all others are gradient steps (`kl_step_`).
+
     Args:
         means, rhos, prior_std, std, direction: as in `functional.gaussian_kl`.
         schedule: step sizes.
         scales: factor of the step size for each tensor; None for 1.
-        max_step: larger steps are divided into equal ones at most this large, which keeps them
-            close to the gradient flow; None takes every step whole.
         skip: False takes every step.
 
     Raises:
@@ -298,13 +359,11 @@ class DecoupledKL:
         std: str = "square",
         direction: str = "elbo",
         scales: Sequence[float] | None = None,
-        max_step: float | None = None,
         skip: bool = True,
     ) -> None:
         self.means, self.rhos = list(means), list(rhos)
         self.prior_std = _priors("DecoupledKL", self.means, self.rhos, prior_std)
         self.schedule, self.std, self.direction, self.skip = schedule, std, direction, skip
-        self.max_step = max_step
         self.scales = [1.0] * len(self.means) if scales is None else [float(c) for c in scales]
         if len(self.scales) != len(self.means) or min(self.scales) < 0:
             raise ValueError(
@@ -337,17 +396,14 @@ class DecoupledKL:
             self.skipped += 1
             return size
         for scale, indices in self._groups.items():
-            scaled = size * scale
-            parts = max(1, math.ceil(scaled / self.max_step)) if self.max_step else 1
-            for _ in range(parts):
-                kl_step_(
-                    [self.means[i] for i in indices],
-                    [self.rhos[i] for i in indices],
-                    scaled / parts,
-                    [self.prior_std[i] for i in indices],
-                    std=self.std,
-                    direction=self.direction,
-                )
+            if scale == 0.0:
+                continue
+            means, rhos = [self.means[i] for i in indices], [self.rhos[i] for i in indices]
+            priors = [self.prior_std[i] for i in indices]
+            if (self.schedule.kind, self.std, self.direction) == ("auto", "square", "elbo"):
+                kl_flow_(means, rhos, size * scale, priors)
+            else:
+                kl_step_(means, rhos, size * scale, priors, std=self.std, direction=self.direction)
         return size
 
     def _changes_nothing(self, size: float) -> bool:

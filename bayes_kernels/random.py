@@ -20,7 +20,8 @@ where it is used and again in the backward pass.
   `row0 + t // rows_per_id`. Results therefore depend neither on tiling, batch split, thread count,
   device nor the number of processes.
 
-Same key: the same integers on every device, normals within a few ulp. Keys are refreshed once per
+Same key: the same integers on every device, normals within a few ulp. A key that has been folded or
+split is not used for numbers as well: the folded keys are made of its blocks. Keys are refreshed once per
 micro-batch before the forward pass, never inside it (see `bayes_kernels.hf`), which keeps gradient
 checkpointing, accumulation, `torch.compile` and CUDA graphs right. The layout of blocks, `fold_in` and
 normals is that of `torch.func._random`.
@@ -32,9 +33,6 @@ import torch
 from torch import Tensor
 
 from . import _library
-
-PURPOSES = {"normal": 0, "sign_in": 1, "sign_out": 2, "dropout": 3}
-
 
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     """A noise key (seed, 0): int64 tensor of two elements.

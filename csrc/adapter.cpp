@@ -43,6 +43,7 @@ Tensor factor(const char* op, const char* name, const Tensor& t, const Tensor& l
   BK_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions, got ", t.dim());
   BK_CHECK(t.scalar_type() == accumulate_type(like), op, ": ", name,
            " must be float32 (float64 beside float64 activations); convert it");
+  check_device(op, name, t, like);
   return torch::stable::contiguous(t);
 }
 
@@ -55,18 +56,20 @@ int rank_of(const char* op, const Tensor& a) {
 
 AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t stream, int64_t row0,
                       int64_t rows_per_id, const std::optional<Tensor>& ids, double dropout,
-                      bool has_noise, int64_t tokens) {
+                      bool has_noise, const Tensor& x) {
+  const int64_t tokens = x.size(0);
   BK_CHECK(dropout >= 0.0 && dropout < 1.0, op, ": dropout must be in [0, 1), got ", dropout);
   BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
   AdapterNoise noise{nullptr, stream, RowIds{nullptr, row0, rows_per_id}, dropout};
   if (has_noise || dropout > 0.0) {
     BK_CHECK(key.has_value(), op, ": key is needed with noise or dropout; make it with random.key(seed)");
-    noise.key = key_pointer(op, *key);
+    noise.key = key_pointer(op, *key, x);
   }
   if (ids.has_value()) {
     BK_CHECK(ids->dim() == 1 && ids->size(0) == tokens && ids->scalar_type() == ScalarType::Long &&
                  ids->is_contiguous(),
              op, ": ids must be a contiguous int64 tensor of ", tokens, " elements");
+    check_device(op, "ids", *ids, x);
     noise.rows.ids = ids->const_data_ptr<int64_t>();
   }
   return noise;
@@ -94,7 +97,7 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
     BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op, ": e must have the shape of a");
     p.e = e->data_ptr();
   }
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), p.tokens);
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x);
   Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
   if (p.tokens == 0) return h;
   p.h = h.mutable_data_ptr();
@@ -133,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
     p.e = e->data_ptr();
   }
   need_de = need_de && e.has_value();
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), p.tokens);
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x);
   const ScalarType acc = accumulate_type(x);
   Tensor dx = empty_like_shape(x, {need_dx ? p.tokens : 0, need_dx ? p.n : 0}, x.scalar_type());
   Tensor da = empty_like_shape(x, {need_da ? p.r : 0, need_da ? p.n : 0}, acc);
@@ -162,6 +165,7 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
   b = torch::stable::contiguous(b);
   BK_CHECK(b.size(1) == h.size(1), op, ": b must have ", h.size(1), " columns, got ", b.size(1));
   BK_CHECK(b.scalar_type() == h.scalar_type(), op, ": h and b must have the same dtype");
+  check_device(op, "b", b, h);
   ExpandParams p{};
   p.tokens = h.size(0);
   p.m = b.size(0);
@@ -179,6 +183,7 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
     BK_CHECK(base->dim() == 2 && base->size(0) == p.tokens && base->size(1) == p.m, op,
              ": base must have shape (", p.tokens, ", ", p.m, ")");
     BK_CHECK(base->scalar_type() == dtype, op, ": base must have the output's dtype");
+    check_device(op, "base", *base, h);
     base = unit_column_stride(*base);
     p.base = base->data_ptr();
     p.base_stride = row_stride(*base);

@@ -68,9 +68,9 @@ void check_lists(const char* op, const std::vector<Tensor>& means, const std::ve
 }
 
 void check_weight(const char* op, const Tensor& weight, const Tensor& like) {
-  BK_CHECK(weight.numel() == 1 && weight.scalar_type() == like.scalar_type() &&
-               weight.is_cuda() == like.is_cuda(),
-           op, ": weight must be a one-element tensor with the dtype and device of the means");
+  BK_CHECK(weight.numel() == 1 && weight.scalar_type() == like.scalar_type(), op,
+           ": weight must be a one-element tensor with the dtype of the means");
+  check_device(op, "weight", weight, like);
 }
 
 template <class Device>

@@ -32,7 +32,7 @@ Tensor fold_key(Tensor key, int64_t data) {
   constexpr const char* op = "fold_in";
   OptionalDeviceGuard guard(key);
   Tensor out = empty_like_shape(key, {2}, ScalarType::Long);
-  FoldInParams p{key_pointer(op, key), data, out.mutable_data_ptr<int64_t>()};
+  FoldInParams p{key_pointer(op, key, key), data, out.mutable_data_ptr<int64_t>()};
   raise_if(op, Device::fold_in(p, current_stream(key)));
   return out;
 }
@@ -42,7 +42,7 @@ Tensor normal(Tensor key, int64_t stream, std::vector<int64_t> size) {
   constexpr const char* op = "normal";
   OptionalDeviceGuard guard(key);
   Tensor out = empty_like_shape(key, size, ScalarType::Float);
-  NormalParams p{key_pointer(op, key), stream, out.mutable_data_ptr<float>(), out.numel()};
+  NormalParams p{key_pointer(op, key, key), stream, out.mutable_data_ptr<float>(), out.numel()};
   if (p.count > 0) raise_if(op, Device::normal(p, current_stream(key)));
   return out;
 }
@@ -56,7 +56,7 @@ Tensor sign_bits(Tensor key, int64_t stream, bool output, int64_t rows, int64_t 
   OptionalDeviceGuard guard(key);
   Tensor out = empty_like_shape(key, {rows, columns}, ScalarType::Char);
   SignParams p{};
-  p.key = key_pointer(op, key);
+  p.key = key_pointer(op, key, key);
   p.stream = stream;
   p.purpose = output ? kSignOut : kSignIn;
   p.rows = RowIds{nullptr, row0, rows_per_id};
@@ -64,6 +64,7 @@ Tensor sign_bits(Tensor key, int64_t stream, bool output, int64_t rows, int64_t 
     BK_CHECK(ids->dim() == 1 && ids->size(0) == rows && ids->scalar_type() == ScalarType::Long &&
                  ids->is_contiguous(),
              op, ": ids must be a contiguous int64 tensor of ", rows, " elements");
+    check_device(op, "ids", *ids, key);
     p.rows.ids = ids->const_data_ptr<int64_t>();
   }
   p.out = out.mutable_data_ptr<int8_t>();
@@ -81,7 +82,7 @@ Tensor dropout_mask(Tensor key, int64_t stream, int64_t rows, int64_t columns, i
   BK_CHECK(probability >= 0.0 && probability < 1.0, op, ": p must be in [0, 1), got ", probability);
   OptionalDeviceGuard guard(key);
   Tensor out = empty_like_shape(key, {rows, columns}, ScalarType::Bool);
-  DropoutParams p{key_pointer(op, key), stream,  row0,   probability,
+  DropoutParams p{key_pointer(op, key, key), stream,  row0,   probability,
                   static_cast<bool*>(out.mutable_data_ptr()), rows, columns};
   if (rows > 0 && columns > 0) raise_if(op, Device::dropout_mask(p, current_stream(key)));
   return out;
@@ -94,7 +95,7 @@ ScaledNormalParams scaled_params(const char* op, const Tensor& rho, int64_t n, c
   BK_CHECK(rho.scalar_type() == ScalarType::Float || rho.scalar_type() == ScalarType::Double, op,
            ": rho must be float32 or float64; convert it");
   ScaledNormalParams p{};
-  p.key = key_pointer(op, key);
+  p.key = key_pointer(op, key, rho);
   p.stream = stream;
   p.std = std_of_name(op, std);
   p.f64 = rho.scalar_type() == ScalarType::Double;
@@ -122,6 +123,7 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
   constexpr const char* op = "scaled_normal_backward";
   BK_CHECK(de.dim() == 2 && de.size(0) == rho.size(0), op, ": de must have shape (r, n)");
   BK_CHECK(de.scalar_type() == rho.scalar_type(), op, ": de and rho must have the same dtype");
+  check_device(op, "de", de, rho);
   OptionalDeviceGuard guard(rho);
   rho = torch::stable::contiguous(rho);
   de = torch::stable::contiguous(de);

@@ -60,19 +60,6 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   }
 }
 
-inline ScalarType scalar_type_of(DType t) {
-  switch (t) {
-    case DType::kBF16:
-      return ScalarType::BFloat16;
-    case DType::kF16:
-      return ScalarType::Half;
-    case DType::kF64:
-      return ScalarType::Double;
-    default:
-      return ScalarType::Float;
-  }
-}
-
 // fp32, or fp64 beside fp64 activations.
 inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -96,7 +83,13 @@ inline Direction direction_of_name(const char* op, const std::string& name) {
   throw std::runtime_error(message(op, ": direction must be 'elbo' or 'code', got '", name, "'"));
 }
 
-inline const int64_t* key_pointer(const char* op, const Tensor& key) {
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  BK_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ",
+           name, " must be on the device of the other tensors; move it");
+}
+
+inline const int64_t* key_pointer(const char* op, const Tensor& key, const Tensor& like) {
+  check_device(op, "key", key, like);
   BK_CHECK(key.dim() == 1 && key.numel() == 2 && key.scalar_type() == ScalarType::Long &&
                key.is_contiguous(),
            op, ": key must be a contiguous int64 tensor of two elements; make it with random.key(seed)");

@@ -18,6 +18,7 @@ SHAPES = [
     (16, 128, 64, 8),
     (5, 129, 130, 17),
     (33, 257, 31, 16),
+    (150, 136, 72, 8),
     (3, 40, 24, 64),
     (70, 65, 72, 33),
 ]
@@ -245,14 +246,15 @@ def test_strides_and_offsets(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2), (4, 5, 0, 2), (2, 0, 3, 2)])
-def test_zero_sizes(device, shape):
+@pytest.mark.parametrize("lead", [(), (1,)])
+def test_zero_sizes(device, shape, lead):
     tokens, n, m, r = shape
-    x = torch.ones(tokens, n, device=device.torch, requires_grad=True)
+    x = torch.ones(*lead, tokens, n, device=device.torch, requires_grad=True)
     mean = torch.ones(r, n, device=device.torch, requires_grad=True)
     rho = torch.ones(r, n, device=device.torch, requires_grad=True)
     b = torch.ones(m, r, device=device.torch, requires_grad=True)
     y = F.flipout_lora(x, mean, rho, b, key=random.key(0, device.torch))
-    assert y.shape == (tokens, m)
+    assert y.shape == (*lead, tokens, m)
     y.sum().backward()
     for t in (x, mean, rho, b):
         assert t.grad is not None and t.grad.shape == t.shape and not t.grad.any()
@@ -415,6 +417,14 @@ def test_gradcheck_scaled_and_core():
     assert torch.autograd.gradcheck(F.core_lora, (x, a, core, b, base))
 
 
+def test_forward_mode_is_refused_rather_than_zero():
+    x, a, b = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda t: F.lora(x, t, b), (a,), (torch.ones_like(a),))
+    with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
+        F.lora(x, torch.autograd.forward_ad.make_dual(a, torch.ones_like(a)), b)
+
+
 def test_changed_key_is_refused_in_backward(device):
     parts = make(device, (4, 8, 3, 2), torch.float32)
     key = random.key(0, device.torch)
@@ -545,6 +555,7 @@ def ones(*shape, **options):
         (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(5).long()), ValueError, "groups must have shape"),
         (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(2)), TypeError, "groups must be int64"),
         (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, rows_per_group=0), ValueError, "rows_per_group must be"),
+        (lambda k: F.lora(ones(2, 3), ones(2, 3).to(torch.complex64), ones(4, 2)), TypeError, "real floating-point"),
         (lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(3), ones(4, 2)), ValueError, "d must have shape"),
         (lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(5, 2), ones(4, 2)), ValueError, "groups must be given"),
         (lambda k: F.core_lora(ones(2, 3), ones(2, 3), ones(3, 3), ones(4, 2)), ValueError, r"core must have shape \(2, 2\)"),

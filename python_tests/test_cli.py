@@ -22,7 +22,10 @@ import tiny_task  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from bayes_kernels import cli  # noqa: E402
-from bayes_kernels.hf import experiment as ex  # noqa: E402
+from bayes_kernels.hf import experiment, training  # noqa: E402
+from bayes_kernels.hf.models import load_model  # noqa: E402
+from bayes_kernels.hf.results import COSTS  # noqa: E402
+from bayes_kernels.hf.trainer import last_checkpoint  # noqa: E402
 
 SETTINGS = ["--steps", "8", "--lr", "0.005", "--rank", "4", "--n-samples", "3"]
 
@@ -112,11 +115,11 @@ def test_metrics_json_has_its_documented_keys(trained: Path, data: Path) -> None
         scores = entry["metrics"]
         assert {"accuracy", "nll", "ece", "brier", "aurc", "ood_auroc", "entropy"} <= set(scores)
         assert method["mean"]["nll"] == scores["nll"] and method["std"] == {}
-        assert set(entry["cost"]) == set(ex.COSTS)
-    (training,) = found["training"]
-    assert training["steps"] == 8 and training["log"][0]["kl"] > 0
-    assert training["adapter"]["r"] == 4 and training["adapter"]["prior_std"] > 0
-    assert training["adapter"]["target_modules"] == ["query", "value"]
+        assert set(entry["cost"]) == set(COSTS)
+    (entry,) = found["training"]
+    assert entry["steps"] == 8 and entry["log"][0]["kl"] > 0
+    assert entry["adapter"]["r"] == 4 and entry["adapter"]["prior_std"] > 0
+    assert entry["adapter"]["target_modules"] == ["query", "value"]
 
 
 def test_evaluation_gives_the_numbers_of_training(trained: Path) -> None:
@@ -177,19 +180,48 @@ def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> N
     assert "better calibrated" in found["verdict"] or "disagree" in found["verdict"]
     assert found["verdict"].split(":")[0] in result.stdout and "±" in result.stdout
     assert (out / "reliability.png").is_file() and (out / "risk_coverage.png").is_file()
-    saved = ex.read_record(out / "blob")
+    saved = training.read_record(out / "blob")
     assert saved is not None
-    base, _ = ex.load_model(model, saved.task)
+    base, _ = load_model(model, saved.task)
     assert (
         peft.PeftModel.from_pretrained(base, out / "blob").peft_config["default"].method == "blob"
     )
     assert (
-        peft.PeftModel.from_pretrained(ex.load_model(model, saved.task)[0], out / "map")
+        peft.PeftModel.from_pretrained(load_model(model, saved.task)[0], out / "map")
         .peft_config["default"]
         .peft_type
         == "LORA"
     )
     assert "use --overwrite" in refuse("demo", "--data", data, "--model", model, "--out", out)
+
+
+def test_an_interrupted_demo_can_be_overwritten(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    small = ["--train-size", 40, "--test-size", 10, "--n-samples", 1, "--threads", 1]
+    options = ["--data", data, "--model", model, "--seeds", 1, "--steps", 1, *small, "--out", out]
+    run_many = experiment.run_many
+
+    def stop_after_the_first(jobs: Any, **settings: Any) -> None:
+        run_many(jobs[:1], **settings)
+        raise ValueError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "run_many", stop_after_the_first)
+        assert call("demo", *options).exit_code == 2
+    assert [path.name for path in out.iterdir()] == ["blob"]
+    assert "use --overwrite" in refuse("demo", *options)
+    for _ in range(2):  # what is left of an interrupted run, then a complete one
+        result = call("demo", *options, "--overwrite")
+        assert result.exit_code == 0, result.output
+        assert results(out)["seeds"] == [0]
+    # A folder that happens to have such a name is not the demo's.
+    notes = tmp_path / "other" / "map" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("important")
+    error = refuse("demo", *options[:-1], tmp_path / "other", "--overwrite")
+    assert "this folder has none" in error and notes.read_text() == "important"
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -363,7 +395,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, model: Path, tmp_p
     assert started.returncode == 130, errors
     assert output == "" and "Traceback" not in errors
     assert "interrupted after step" in errors and "--resume" in errors
-    last = ex.last_checkpoint(out / "checkpoints")
+    last = last_checkpoint(out / "checkpoints")
     assert last is not None and f"checkpoint: {last}" in errors
     step = int(last.rpartition("-")[2])
     assert 5 <= step < 2000

@@ -20,29 +20,40 @@ import tiny_task  # noqa: E402
 
 from bayes_kernels import metrics  # noqa: E402
 from bayes_kernels.hf import experiment as ex  # noqa: E402
+from bayes_kernels.hf import machine, results, scoring, training  # noqa: E402
+from bayes_kernels.hf.config import BlobConfig  # noqa: E402
+from bayes_kernels.hf.models import load_model  # noqa: E402
+from bayes_kernels.hf.recipe import METHODS, Experiment, Recipe, Source, write_json  # noqa: E402
+from bayes_kernels.hf.scoring import Row  # noqa: E402
 from bayes_kernels.hf.tasks import Task  # noqa: E402
+from bayes_kernels.hf.training import (  # noqa: E402
+    CHECKPOINTS,
+    EXPERIMENT_FILE,
+    Interrupted,
+    Training,
+)
 
-SHORT = ex.Recipe(steps=12, lr=5e-3, n_samples=3, rank=4)
+SHORT = Recipe(steps=12, lr=5e-3, n_samples=3, rank=4)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> ex.Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tiny_task.write_data(tmp_path_factory.mktemp("data"))
-    return ex.Source(data=str(folder), ood=(str(folder / "ood.jsonl"),))
+    return Source(data=str(folder), ood=(str(folder / "ood.jsonl"),))
 
 
 @pytest.fixture(scope="module")
-def task(source: ex.Source) -> Task:
+def task(source: Source) -> Task:
     return source.load(0)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, source: ex.Source) -> ex.Experiment:
+def tiny(tmp_path_factory: pytest.TempPathFactory, source: Source) -> Experiment:
     folder = tiny_task.write_model(tmp_path_factory.mktemp("model"))
-    return ex.Experiment(source, model=str(folder), method="blob", recipe=SHORT)
+    return Experiment(source, model=str(folder), method="blob", recipe=SHORT)
 
 
-def with_recipe(experiment: ex.Experiment, **changes: Any) -> ex.Experiment:
+def with_recipe(experiment: Experiment, **changes: Any) -> Experiment:
     recipe = dataclasses.replace(experiment.recipe, **changes)
     return dataclasses.replace(experiment, recipe=recipe)
 
@@ -54,7 +65,7 @@ def numbers(run: ex.Run) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def finished(
-    tiny: ex.Experiment, task: Task, tmp_path_factory: pytest.TempPathFactory
+    tiny: Experiment, task: Task, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ex.Run, Path]:
     folder = tmp_path_factory.mktemp("finished")
     return ex.run(tiny, task, folder=folder, save_every=5), folder
@@ -63,13 +74,13 @@ def finished(
 # --- Descriptions --------------------------------------------------------------------------------
 
 
-def test_experiments_survive_json(tiny: ex.Experiment) -> None:
-    recipe = ex.Recipe(target_modules=("query",), lora={"use_rslora": True}, kl_time=0.01)
+def test_experiments_survive_json(tiny: Experiment) -> None:
+    recipe = Recipe(target_modules=("query",), lora={"use_rslora": True}, kl_time=0.01)
     one = dataclasses.replace(tiny, recipe=recipe, seed=3)
     text = json.dumps(one.to_dict())
-    assert ex.Experiment.from_dict(json.loads(text)) == one
+    assert Experiment.from_dict(json.loads(text)) == one
     with pytest.raises(ValueError, match="does not fit this version"):
-        ex.Experiment.from_dict({"recipe": {"speed": 1}})
+        Experiment.from_dict({"recipe": {"speed": 1}})
 
 
 @pytest.mark.parametrize(
@@ -85,16 +96,16 @@ def test_experiments_survive_json(tiny: ex.Experiment) -> None:
 )
 def test_recipes_out_of_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ex.Recipe(**fields)
+        Recipe(**fields)
 
 
 def test_sources_reject_what_does_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data of your own"):
-        ex.Source(data="stdlib-docs", test="x.jsonl").load()
+        Source(data="stdlib-docs", test="x.jsonl").load()
     with pytest.raises(ValueError, match="brings its own"):
-        ex.Source(data="stdlib-docs", ood=("x.jsonl",)).load()
+        Source(data="stdlib-docs", ood=("x.jsonl",)).load()
     folder = tiny_task.write_data(tmp_path)
-    limited = ex.Source(data=str(folder), test_size=7, ood=(str(folder / "ood.jsonl"),), ood_size=5)
+    limited = Source(data=str(folder), test_size=7, ood=(str(folder / "ood.jsonl"),), ood_size=5)
     task = limited.load(0)
     assert len(task.test) == 7 and [len(part) for part in task.ood.values()] == [5]
     assert task.test == limited.load(1).test  # the seed chooses training examples only
@@ -103,10 +114,10 @@ def test_sources_reject_what_does_not_go_together(tmp_path: Path) -> None:
 # --- Models --------------------------------------------------------------------------------------
 
 
-def test_methods_start_from_the_same_weights(tiny: ex.Experiment, task: Task) -> None:
-    plain, _ = ex.build(dataclasses.replace(tiny, method="map"), task)
-    bayes, _ = ex.build(tiny, task)
-    other, _ = ex.build(dataclasses.replace(tiny, seed=1), task)
+def test_methods_start_from_the_same_weights(tiny: Experiment, task: Task) -> None:
+    plain, _ = training.build(dataclasses.replace(tiny, method="map"), task)
+    bayes, _ = training.build(tiny, task)
+    other, _ = training.build(dataclasses.replace(tiny, seed=1), task)
     left = {n: p for n, p in plain.named_parameters() if p.requires_grad}
     right = {n: p for n, p in bayes.named_parameters() if p.requires_grad}
     assert {n for n in right if n not in left} == {n for n in right if "lora_A_rho" in n}
@@ -117,24 +128,24 @@ def test_methods_start_from_the_same_weights(tiny: ex.Experiment, task: Task) ->
     assert any("lora_A" in n for n in changed) and any("classifier" in n for n in changed)
 
 
-def test_options_reach_the_adapter(tiny: ex.Experiment, task: Task) -> None:
+def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
     one = with_recipe(tiny, prior_std=0.1, kl_time=0.5, alpha=32, lora={"use_rslora": True})
-    model, encoder = ex.build(one, task)
+    model, encoder = training.build(one, task)
     config = model.peft_config["default"]
     assert (config.prior_std, config.kl_time, config.lora_alpha) == (0.1, 0.5, 32)
     assert config.use_rslora and config.seed == one.seed
-    default = ex.BlobConfig()
+    default = BlobConfig()
     assert config.init_rho == default.init_rho and config.kl_schedule == default.kl_schedule
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
     with pytest.raises(ValueError, match=r"expected options of peft\.BayesLoraConfig, got speed"):
-        ex.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
+        training.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
     with pytest.raises(ValueError, match="use_dora"):
-        ex.build(with_recipe(tiny, lora={"use_dora": True}), task)
+        training.build(with_recipe(tiny, lora={"use_dora": True}), task)
 
 
-def test_training_learns_the_task(tiny: ex.Experiment, task: Task) -> None:
+def test_training_learns_the_task(tiny: Experiment, task: Task) -> None:
     longer = with_recipe(tiny, steps=40)
-    for method in ex.METHODS:
+    for method in METHODS:
         rows = ex.run(dataclasses.replace(longer, method=method), task).rows
         # A tenth of the labels is wrong; guessing gives one half.
         assert rows[0].report.accuracy > 0.8, method
@@ -144,13 +155,13 @@ def test_training_learns_the_task(tiny: ex.Experiment, task: Task) -> None:
 
 
 def test_predictions_keep_the_order_of_the_examples(
-    finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task
+    finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
-    model, encoder = ex.load_adapter(finished[1], tiny, task)
-    together, cost = ex.predict_examples(model, encoder, task.test, n_samples=2, batch_size=7)
+    model, encoder = training.load_adapter(finished[1], tiny, task)
+    together, cost = scoring.predict_examples(model, encoder, task.test, n_samples=2, batch_size=7)
     assert cost > 0
     for index in (0, 11, len(task.test) - 1):
-        alone, _ = ex.predict_examples(model, encoder, [task.test[index]], n_samples=2)
+        alone, _ = scoring.predict_examples(model, encoder, [task.test[index]], n_samples=2)
         torch.testing.assert_close(together.log_probs[index], alone.log_probs[0], rtol=0, atol=1e-5)
     assert together.mutual_information.max() > 0
 
@@ -163,7 +174,7 @@ def test_temperature_is_the_minimum_of_the_nll() -> None:
     labels = torch.distributions.Categorical(logits=logits).sample()
     for factor in (0.3, 1.0, 5.0):
         sharp = (logits * factor).log_softmax(-1)
-        found = ex.fit_temperature(sharp, labels)
+        found = scoring.fit_temperature(sharp, labels)
 
         def loss(log_t: float, sharp: torch.Tensor = sharp) -> float:
             return metrics.nll((sharp / math.exp(log_t)).log_softmax(-1), labels)
@@ -172,15 +183,15 @@ def test_temperature_is_the_minimum_of_the_nll() -> None:
         assert found == pytest.approx(math.exp(best.x), rel=1e-4)
         assert found == pytest.approx(factor, rel=0.25)
     certain = torch.eye(4).double()[labels].mul(30).log_softmax(-1)
-    assert ex.fit_temperature(certain, labels) == pytest.approx(1 / 20, rel=1e-6) or (
-        0.05 <= ex.fit_temperature(certain, labels) <= 20
+    assert scoring.fit_temperature(certain, labels) == pytest.approx(1 / 20, rel=1e-6) or (
+        0.05 <= scoring.fit_temperature(certain, labels) <= 20
     )
 
 
 # --- Whole runs ----------------------------------------------------------------------------------
 
 
-def test_rows_of_a_run(finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task) -> None:
+def test_rows_of_a_run(finished: tuple[ex.Run, Path], tiny: Experiment, task: Task) -> None:
     run, _ = finished
     assert [row.name for row in run.rows] == ["BLoB mean", "BLoB mean + temperature", "BLoB N=3"]
     mean, tempered, sampled = run.rows
@@ -197,7 +208,7 @@ def test_rows_of_a_run(finished: tuple[ex.Run, Path], tiny: ex.Experiment, task:
 
 
 def test_the_same_seed_gives_the_same_numbers(
-    finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task
+    finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
     torch.manual_seed(99)  # whatever the process did before
     again = ex.run(tiny, task)
@@ -207,21 +218,23 @@ def test_the_same_seed_gives_the_same_numbers(
 
 
 def test_a_reloaded_adapter_gives_the_same_numbers(
-    finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task
+    finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
     run, folder = finished
-    saved = ex.read_record(folder)
+    saved = training.read_record(folder)
     assert saved is not None and saved.experiment == tiny
     assert saved.task.label_names == task.label_names
-    model, encoder = ex.load_adapter(folder, saved.experiment, task, max_length=saved.max_length)
-    rows = ex.evaluate_model(model, encoder, task, method="blob", n_samples=3)
+    model, encoder = training.load_adapter(
+        folder, saved.experiment, task, max_length=saved.max_length
+    )
+    rows = scoring.evaluate_model(model, encoder, task, method="blob", n_samples=3)
     assert numbers(ex.Run(tiny, None, rows)) == numbers(run)
 
 
 def test_peft_itself_loads_the_adapter(
-    finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task
+    finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
-    base, encoder = ex.load_model(tiny.model, task, head_seed=tiny.seed)
+    base, encoder = load_model(tiny.model, task, head_seed=tiny.seed)
     model = peft.PeftModel.from_pretrained(base, finished[1]).eval()
     with torch.no_grad():
         logits = model(**encoder.collate(list(encoder.dataset(task.test)))).logits
@@ -229,9 +242,9 @@ def test_peft_itself_loads_the_adapter(
     torch.testing.assert_close(logits.double().log_softmax(-1), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ex.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    tiny: ex.Experiment, task: Task, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Experiment, task: Task, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = dataclasses.replace(tiny, method=method)
     whole = ex.run(one, task)
@@ -242,37 +255,55 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(ex._Bar, "on_step_begin", interrupt, raising=False)
-        with pytest.raises(ex.Interrupted) as stop:
+        patch.setattr(training._Bar, "on_step_begin", interrupt, raising=False)
+        with pytest.raises(Interrupted) as stop:
             ex.run(one, task, folder=tmp_path, save_every=5)
     assert signal.getsignal(signal.SIGINT) == before
     assert (stop.value.step, stop.value.signal) == (8, signal.SIGINT)
-    checkpoint = tmp_path / ex.CHECKPOINTS / "checkpoint-8"
+    checkpoint = tmp_path / CHECKPOINTS / "checkpoint-8"
     assert stop.value.checkpoint == str(checkpoint)
     assert not (tmp_path / "adapter_config.json").exists()
     with pytest.raises(ValueError, match="checkpoint-8"):
-        ex.read_record(tmp_path)
-    saved = ex.read_record(checkpoint)
+        training.read_record(tmp_path)
+    saved = training.read_record(checkpoint)
     assert saved is not None and saved.experiment == one
-    ex.load_adapter(checkpoint, one, task)
+    training.load_adapter(checkpoint, one, task)
 
-    ex.check_resumable(tmp_path, one)
+    training.check_resumable(tmp_path, one)
     with pytest.raises(ValueError, match=r"recipe.lr 0.005 -> 0.1"):
-        ex.check_resumable(tmp_path, with_recipe(one, lr=0.1))
+        training.check_resumable(tmp_path, with_recipe(one, lr=0.1))
     resumed = ex.run(one, task, folder=tmp_path, resume=True)
     assert resumed.training is not None and resumed.training.steps == SHORT.steps - 8
     assert numbers(resumed) == numbers(whole)
 
 
 def test_runs_side_by_side_give_the_same_numbers(
-    finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task, tmp_path: Path
+    finished: tuple[ex.Run, Path],
+    tiny: Experiment,
+    task: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    class Bar:
+        def __init__(self, enabled: bool, total: int, desc: str) -> None:
+            self.n, self.total = 0, total
+            bars.append(self)
+
+        def update(self, steps: int) -> None:
+            self.n += steps
+
+        def close(self) -> None:
+            pass
+
+    bars: list[Bar] = []
+    monkeypatch.setattr(ex, "progress_bar", Bar)
     plain = dataclasses.replace(tiny, method="map")
     jobs = [ex.Job(plain, task, temperature=False), ex.Job(tiny, task, tmp_path / "blob")]
     seen: list[str] = []
     threads = torch.get_num_threads()
     runs = ex.run_many(jobs, processes=2, done=lambda run: seen.append(run.experiment.method))
     assert seen == ["map", "blob"]
+    assert [(bar.n, bar.total) for bar in bars] == [(2 * SHORT.steps, 2 * SHORT.steps)]
     assert [row.name for row in runs[0].rows] == ["LoRA (MAP)"]
     if threads == 1:  # each process has half of the threads, which changes roundings
         assert numbers(runs[1]) == numbers(finished[0])
@@ -287,36 +318,36 @@ def test_runs_side_by_side_give_the_same_numbers(
 
 def test_damaged_adapter_folders(finished: tuple[ex.Run, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder that exists"):
-        ex.read_record(tmp_path / "nothing")
+        training.read_record(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        ex.read_record(tmp_path)
+        training.read_record(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"pickled weights \(.bin\) are not read"):
-        ex.read_record(tmp_path)
+        training.read_record(tmp_path)
     weights = (finished[1] / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(weights)
-    assert ex.read_record(tmp_path) is None
-    (tmp_path / ex.EXPERIMENT_FILE).write_text('{"format": 99}')
+    assert training.read_record(tmp_path) is None
+    (tmp_path / EXPERIMENT_FILE).write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"experiment\.json"):
-        ex.read_record(tmp_path)
+        training.read_record(tmp_path)
 
 
 def test_an_adapter_of_another_model_is_one_clear_error(
-    finished: tuple[ex.Run, Path], tiny: ex.Experiment, task: Task
+    finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
     three = dataclasses.replace(task, label_names=("a", "b", "c"))
     with pytest.raises(ValueError, match=r"expected tensors that fit .* with 3 classes") as error:
-        ex.load_adapter(finished[1], tiny, three)
+        training.load_adapter(finished[1], tiny, three)
     assert "\n" not in str(error.value)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
-    ex.write_json(path, {"a": float("inf"), "b": [float("nan"), 1.5]})
+    write_json(path, {"a": float("inf"), "b": [float("nan"), 1.5]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
     with pytest.raises(TypeError):
-        ex.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text())["b"] == [None, 1.5]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 
@@ -329,23 +360,23 @@ def fake_run(method: str, seed: int, ece: float, nll: float, accuracy: float = 0
     empty = torch.empty(0)
     names = {"map": ["LoRA (MAP)", "LoRA + temperature"], "blob": ["BLoB mean", "BLoB N=10"]}
     rows = [
-        ex.Row(name, method, 0, None, report, {}, 2.0, 100.0, empty, empty, empty)
+        Row(name, method, 0, None, report, {}, 2.0, 100.0, empty, empty, empty)
         for name in names[method]
     ]
-    training = ex.Training(10.0 + seed, 5, 200.0, [], {})
-    return ex.Run(ex.Experiment(method=method, seed=seed), training, rows)
+    cost = Training(10.0 + seed, 5, 200.0, [], {})
+    return ex.Run(Experiment(method=method, seed=seed), cost, rows)
 
 
 def test_summaries_are_means_and_standard_deviations(task: Task) -> None:
     eces = [0.1, 0.15, 0.3]
     runs = [fake_run("map", seed, ece, 1.0) for seed, ece in enumerate(eces)]
-    (first, _) = ex.summarise(runs)
+    (first, _) = results.summarise(runs)
     assert first.seeds == (0, 1, 2) and first.per_seed["ece"] == eces
     assert first.mean["ece"] == pytest.approx(statistics.mean(eces))
     assert first.std["ece"] == pytest.approx(statistics.stdev(eces))
     assert first.mean["train_seconds"] == pytest.approx(11.0)
-    assert ex.summarise(runs[:1])[0].std == {}
-    content = ex.report(runs, task, command=["bayes-kernels", "demo"])
+    assert results.summarise(runs[:1])[0].std == {}
+    content = results.report(runs, task, command=["bayes-kernels", "demo"])
     assert content["seeds"] == [0, 1, 2] and content["command"] == ["bayes-kernels", "demo"]
     method = content["methods"][0]
     assert [entry["metrics"]["ece"] for entry in method["per_seed"]] == eces
@@ -356,7 +387,7 @@ def test_summaries_are_means_and_standard_deviations(task: Task) -> None:
 def test_the_verdict_is_what_the_numbers_say() -> None:
     def words(map_scores: tuple[float, float], blob_scores: tuple[float, float]) -> str:
         runs = [fake_run("map", 0, *map_scores), fake_run("blob", 0, *blob_scores)]
-        return ex.verdict(ex.summarise(runs), "LoRA (MAP)", "BLoB N=10")
+        return results.verdict(results.summarise(runs), "LoRA (MAP)", "BLoB N=10")
 
     better = words((0.2, 1.0), (0.1, 0.8))
     assert better.startswith("BLoB N=10 was better calibrated than LoRA (MAP)")
@@ -368,13 +399,13 @@ def test_the_verdict_is_what_the_numbers_say() -> None:
 
 
 def test_peak_memory_is_that_of_the_phase() -> None:
-    if ex.memory_measure() != "resident, reset":
+    if machine.memory_measure() != "resident, reset":
         pytest.skip("the high-water mark cannot be reset here")
-    with ex._peak_memory() as before:
+    with machine.peak_memory() as before:
         pass
-    with ex._peak_memory() as during:
+    with machine.peak_memory() as during:
         torch.ones(64, 2**20)  # 256 MiB
-    with ex._peak_memory() as after:
+    with machine.peak_memory() as after:
         pass
     assert during.mib > before.mib + 240
     assert after.mib < during.mib - 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_exported_draws_average_to_the_prediction(tmp_path: Path) -> None:
 def test_export_replaces_whole_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = blob()
     folder = export_lora(model, tmp_path / "out")
-    (folder / "stale").write_text("x")
+    (folder / "README.md").write_text("x")
     before = load_file(folder / "adapter_model.safetensors")
 
     def full(*_: Any, **__: Any) -> None:
@@ -113,7 +114,41 @@ def test_export_replaces_whole_folders(tmp_path: Path, monkeypatch: pytest.Monke
     export_lora(model, folder, 1)
     changed = load_file(folder / "adapter_model.safetensors")
     assert not all(torch.equal(before[k], changed[k]) for k in before)
-    assert not (folder / "stale").exists()
+    assert not (folder / "README.md").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_export_keeps_what_is_not_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = blob()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    export_lora(model, folder)  # empty
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"must be empty or hold .* got \['thesis.tex'\]"):
+        export_lora(model, folder, 1)
+    assert (folder / "thesis.tex").read_text() == "x"
+    (folder / "thesis.tex").unlink()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="must be a folder"):
+        export_lora(model, tmp_path / "file")
+    (tmp_path / "file").unlink()
+    before = load_file(folder / "adapter_model.safetensors")
+    replace, calls = os.replace, []
+
+    def second_fails(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("device is gone")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bayes_kernels.hf.checkpoints.os.replace", second_fails)
+        with pytest.raises(OSError, match="device is gone"):
+            export_lora(model, folder, 1)
+    after = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 

@@ -180,6 +180,12 @@ def test_sample_at_inference() -> None:
     assert not torch.equal(first, second)
     with posterior(model, "mean"):
         torch.testing.assert_close(logits(model), logits(llama()))
+    # Deleting the only adapter that samples in eval mode lets the noise stand still again.
+    other = llama()
+    other.add_adapter("noisy", BlobConfig(target_modules=["q_proj"], sample_at_inference=True))
+    assert noise_state(other).samples_in_eval
+    other.delete_adapter("noisy")
+    assert not noise_state(other).samples_in_eval
     # One coherent draw for the batch: equal examples get equal outputs.
     same = logits(model, IDS[:1].repeat(3, 1))
     torch.testing.assert_close(same[0], same[2])

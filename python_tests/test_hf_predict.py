@@ -198,6 +198,26 @@ def test_only_the_last_logits_are_computed(monkeypatch: pytest.MonkeyPatch) -> N
     assert shapes == [(20, 1, 128)]
 
 
+def test_budget_counts_only_the_logits_that_are_computed() -> None:
+    model = llama()
+    sizes: list[int] = []
+    model.get_base_model().lm_head.out_features = 100_000  # for the estimate alone
+    model.config.vocab_size = 100_000
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda _m, _i, out: sizes.append(out.shape[0])
+    )
+    batch = {"input_ids": IDS}
+    # 35 tokens: their logits would take 28 MB a draw, all else 0.2 MB.
+    predict(model, batch, n_samples=4, choices=CHOICES, memory_budget=5_000_000)
+    assert sizes == [20]
+    sizes.clear()
+    mask = torch.ones_like(IDS)
+    mask[0, -1] = 0  # the last tokens lie apart: all logits are computed
+    batch["attention_mask"] = mask
+    predict(model, batch, n_samples=4, choices=CHOICES, memory_budget=5_000_000)
+    assert sizes == [5] * 4
+
+
 def test_modes_come_back() -> None:
     model = bert(dropout=0.5)
     model.train()

@@ -16,6 +16,7 @@ from bayes_kernels.optim import (
     auto_target_std,
     flow_time,
     kl_cycle_length,
+    kl_flow_,
     kl_step_,
     linear_lr_factor,
     published_kl_weights,
@@ -178,14 +179,44 @@ def test_auto_follows_the_flow(steps: int) -> None:
         0.2,
         schedule,
         scales=[0.5, 0.0],
-        max_step=0.05**2 / 16,
     )
     taken = sum(kl.step(f) for f in factors)
     assert taken == pytest.approx(0.04, rel=1e-12)
     assert still_mean[0, 0] == 0.01 and still_rho[0, 0] == torch.tensor(0.04)
     omega = 0.2 * math.tanh(math.atanh(0.04**2 / 0.2) + 4 * 0.02 / 0.2)
-    assert float(rho[0, 0] ** 2) == pytest.approx(omega, rel=0.02)
-    assert float(mean[0, 0]) == pytest.approx(0.01 * math.exp(-0.02 / 0.04), rel=0.005)
+    assert float(rho[0, 0] ** 2) == pytest.approx(omega, rel=1e-4)
+    assert float(mean[0, 0]) == pytest.approx(0.01 * math.exp(-0.02 / 0.04), rel=1e-4)
+
+
+def test_flow_is_exact_and_stable() -> None:
+    starts = torch.tensor([[0.0, 1e-4, -0.003, 0.2, 0.2**0.5, 0.9]])
+    mean, rho, row = torch.full((1, 6), 0.1), starts.clone(), torch.tensor([[0.04]])
+    wide = torch.full((1, 2), 0.1)
+    kl_flow_([mean, wide], [rho, row], 0.03, 0.2)
+    for start, end in zip(starts[0, :4].tolist(), rho[0, :4].tolist(), strict=True):
+        omega = 0.2 * math.tanh(math.atanh(start**2 / 0.2) + 4 * 0.03 / 0.2)
+        assert end == pytest.approx(math.copysign(omega**0.5, start), rel=1e-6)
+    # Above the prior, artanh becomes arcoth.
+    above = 0.2 / math.tanh(math.atanh(0.2 / 0.81) + 4 * 0.03 / 0.2)
+    assert rho[0, 4] == starts[0, 4]
+    assert float(rho[0, 5]) == pytest.approx(above**0.5, rel=1e-6)
+    twice = 0.2 * math.tanh(math.atanh(0.04**2 / 0.2) + 8 * 0.03 / 0.2)
+    assert float(row**2) == pytest.approx(twice, rel=1e-6)
+    assert float(mean[0, 0]) == pytest.approx(0.1 * math.exp(-0.03 / 0.04), rel=1e-6)
+    # Its rate is the gradient step's.
+    slow, step = torch.full((1, 4), 0.1), torch.full((1, 4), 0.3)
+    means = [slow, slow.clone()]
+    rhos = [step, step.clone()]
+    kl_flow_(means[0], rhos[0], 1e-6, 0.2)
+    kl_step_(means[1], rhos[1], 1e-6, 0.2)
+    torch.testing.assert_close(rhos[0], rhos[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(means[0], means[1], rtol=1e-6, atol=0)
+    # However long and however small the start: one call, and the prior's deviation.
+    kl_flow_(mean, rho, 1e6, 0.2)
+    assert rho.square()[0, [0, 1, 3, 4, 5]].tolist() == pytest.approx([0.2] * 5, rel=1e-6)
+    assert torch.equal(mean, torch.zeros(1, 6))
+    with pytest.raises(ValueError, match="time must not be negative"):
+        kl_flow_(mean, rho, -1.0, 0.2)
 
 
 def test_flow_time_and_target() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -82,7 +82,12 @@ def export_lora(
 
         A_s[i, j] = M[i, j] + out_s[i] Omega[i, j] eps[i, j] in_s[j]
 
-    The folder appears whole or not at all; one that exists is replaced.
+    Draws of one seed are uncorrelated but not independent: they share |eps| and differ
+    in its signs. The Monte-Carlo error of their mean therefore has a floor that more draws of the
+    same seed do not lower; average over several seeds for independent draws.
+
+    The folder appears whole or not at all. One that exists is replaced if it holds nothing but an
+    adapter: adapter_config.json, adapter_model.safetensors, README.md.
 
     Args:
         model: a PeftModel with a Bayesian adapter.
@@ -95,8 +100,11 @@ def export_lora(
         The folder.
 
     Raises:
-        ValueError: which is neither, several adapters are active, or the model has none.
+        ValueError: which is neither, several adapters are active, the model has none, or the folder
+            holds other files.
     """
+    directory = Path(directory)
+    _check_replaceable(directory)
     sample = which if isinstance(which, int) and not isinstance(which, bool) else None
     if (sample is None and which != "mean") or (sample is not None and sample < 0):
         raise ValueError(
@@ -121,7 +129,7 @@ def export_lora(
     }
     missing = sorted(set(replaced) - set(tensors))
     assert not missing, missing
-    return _write_folder(Path(directory), _plain_config(config), tensors)
+    return _write_folder(directory, _plain_config(config), tensors)
 
 
 def coherent_draw(item: BayesLayer, sample: int, seed: int) -> Tensor:
@@ -164,6 +172,24 @@ def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:
     return fields
 
 
+def _check_replaceable(directory: Path) -> None:
+    """Only what an adapter folder holds may be deleted."""
+    if not (directory.exists() or directory.is_symlink()):
+        return
+    if directory.is_symlink() or not directory.is_dir():
+        raise ValueError(
+            f"export_lora: directory must be a folder or not exist, got the file or link "
+            f"{directory}; name another one"
+        )
+    known = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md"}
+    foreign = sorted(p.name for p in directory.iterdir() if p.name not in known or not p.is_file())
+    if foreign:
+        raise ValueError(
+            f"export_lora: directory must be empty or hold {sorted(known)} only, got "
+            f"{foreign[:3]} in {directory}; name another one or move these away"
+        )
+
+
 def _write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -174,7 +200,12 @@ def _write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, Te
         if directory.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
             os.replace(directory, old / directory.name)
-            os.replace(temporary, directory)
+            try:
+                os.replace(temporary, directory)
+            except BaseException:
+                os.replace(old / directory.name, directory)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             os.replace(temporary, directory)
@@ -258,4 +289,4 @@ def _named_slots(model: PeftModel, adapter: str) -> Any:
         yield key, by_pointer.get(value.data_ptr(), value)
 
 
-__all__ = ["LoraConfig", "coherent_draw", "export_lora", "import_lora"]
+__all__ = ["coherent_draw", "export_lora", "import_lora"]

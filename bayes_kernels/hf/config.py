@@ -8,13 +8,12 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..functional import SCOPES, STDS
+from ..optim import KINDS
 from ._compat import BAYES_LORA, PEFT_TYPE_NAME
 
 METHODS = ("blob",)
-STDS = ("square", "softplus", "direct")
-SCOPES = ("token", "example", "none")
 PRIOR_RULES = ("constant", "fan_in")
-KL_SCHEDULES = ("auto", "published", "constant")
 
 # LoRA options that change the forward formula or the kind of the adapted parameters.
 _REJECTED = (
@@ -58,13 +57,15 @@ class BayesLoraConfig(LoraConfig):
             draw of the weights for the batch, a new one for each call; calls that continue a
             key-value cache keep the draw. `posterior` and `predict` decide for themselves.
         seed: seed of the noise in training loops of one's own; `BayesTrainer` takes its noise from
-            `TrainingArguments.seed`.
+            `TrainingArguments.seed`. A model has one noise state: the seed of its first adapter
+            counts, and those of adapters added later are not used.
         kl_schedule: step sizes of the decoupled KL step of `BayesTrainer`: "auto", "published" or
             "constant"; see `bayes_kernels.optim.KLSchedule`. The constant of "auto" is provisional:
             see `bayes_kernels.optim.auto_target_std` before relying on its calibration.
         kl_lr: learning rate of the KL step for "published" and "constant".
-        kl_time: total step size of the KL flow for "auto"; None for the time in which each layer
-            reaches `bayes_kernels.optim.auto_target_std`.
+        kl_time: for "auto", how long the gradient flow of the divergence acts on each weight: the
+            sum of its step sizes over the run. None for the time in which each layer gets from its
+            deviation at the start to `bayes_kernels.optim.auto_target_std`; none if it is above.
         kl_gamma: gamma of the cycle length 100 N^(pi / gamma) / batch for "published", "constant".
 
     Raises:
@@ -98,7 +99,7 @@ class BayesLoraConfig(LoraConfig):
             ("std", STDS),
             ("prior_rule", PRIOR_RULES),
             ("scope", SCOPES),
-            ("kl_schedule", KL_SCHEDULES),
+            ("kl_schedule", KINDS),
         ):
             value = getattr(self, name)
             if value not in allowed:

@@ -53,7 +53,7 @@ class BayesLoraModel(LoraModel):
         layer.train(target.training)
 
     def _noise(self, config: BayesLoraConfig) -> NoiseState:
-        """The model's noise state, made with the first adapter."""
+        """The model's noise state, made with the first adapter, whose seed it keeps."""
         state = getattr(self.model, "bayes_noise", None)
         if state is None:
             state = NoiseState(config.seed)
@@ -61,6 +61,12 @@ class BayesLoraModel(LoraModel):
             self.model.register_forward_pre_hook(advance_before_forward, with_kwargs=True)
         state.samples_in_eval |= config.sample_at_inference
         return state
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; its `sample_at_inference` no longer counts."""
+        super().delete_adapter(adapter_name)
+        configs: list[Any] = list(self.peft_config.values())
+        self.model.bayes_noise.samples_in_eval = any(c.sample_at_inference for c in configs)
 
     def enable_adapter_layers(self) -> None:
         """Use the adapters again."""

@@ -257,7 +257,9 @@ def posterior(
     * "sample": coherent draws of the weights, folded into the batch: with S = n_samples the first
       dimension of every input is S copies of the examples (`fold_samples`), and copy s uses draw
       first_sample + s. A draw depends on (seed, its number) and nothing else: not on the batch, the
-      process or the other draws.
+      process or the other draws. Draws of one seed are uncorrelated but not independent: they share
+      |eps| and differ in its signs, so that the Monte-Carlo error of their mean has a floor, which
+      more draws of the same seed do not lower. Average over several seeds for independent draws.
     * "flipout": the noise of training, new in each forward pass.
     * "mean": the posterior mean.
 

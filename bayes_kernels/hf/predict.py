@@ -123,6 +123,10 @@ def predict(
     Draw s depends on (seed, s) only: results depend neither on how examples are batched (padding
     aside) nor on how many draws share a pass. The model is put into eval mode meanwhile.
 
+    Draws of one seed are uncorrelated but not independent: they share |eps| and differ
+    in its signs. The Monte-Carlo error of their mean therefore has a floor that more draws of the
+    same seed do not lower; average over several seeds for independent draws.
+
     Args:
         model: a model with Bayesian adapters whose logits are (B, C), or (B, T, V) of a causal
             language model, of which the last token that the attention mask shows is taken.
@@ -156,7 +160,9 @@ def predict(
     size = _batch_size(inputs)
     rows = _LogitRows(model, inputs, choices)
     draws = max(n_samples, 1)
-    per_pass = samples_per_pass or _samples_that_fit(model, inputs, memory_budget)
+    per_pass = samples_per_pass or _samples_that_fit(
+        model, {**inputs, **rows.options}, memory_budget
+    )
     log_mean: Tensor | None = None
     entropy_sum: Tensor | None = None
     kept = []

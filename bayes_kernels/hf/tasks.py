@@ -315,6 +315,23 @@ def _read_jsonl(
     return rows
 
 
+def read_examples(path: str | Path, *, need_label: bool = False) -> list[Example]:
+    """The examples of one file of JSON lines, plain or ``.gz``; keys as in :func:`load_jsonl`.
+
+    Args:
+        path: The file.
+        need_label: Whether every line must have a label.
+
+    Raises:
+        ValueError: The first ten bad lines, one a line, each with its file and line number; or the
+            file is missing, damaged or empty.
+    """
+    problems = _Problems()
+    rows = _read_jsonl(Path(path), problems, need_label)
+    problems.raise_if_any()
+    return [example for _, example in rows]
+
+
 def _jsonl_files(folder: Path, words: tuple[str, ...]) -> list[Path]:
     """Files whose name says that they hold the split, such as ``obqa_train.jsonl.gz``."""
     pattern = re.compile(rf"(?:^|[_.-])(?:{'|'.join(words)})\.jsonl(?:\.gz)?$")

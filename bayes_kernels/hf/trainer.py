@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .. import reference
 from ..optim import DecoupledKL, KLSchedule, auto_target_std, flow_time, kl_cycle_length
 from ._compat import ignores_item_count, loss_is_scaled
 from .posterior import BayesLayer, bayes_layers, kl_divergence, refresh_noise
@@ -20,6 +23,8 @@ from .predict import predict
 
 # The mixin calls the methods of the trainer class that follows it.
 _Base: Any = Trainer if TYPE_CHECKING else object
+
+_START = "BayesTrainer"  # entry of the Trainer's state file
 
 KL_MODES = ("decoupled", "loss", "none")
 
@@ -37,18 +42,20 @@ class BayesTrainerMixin(_Base):
       the schedule of the adapter's configuration; its learning rate follows that of the main
       optimiser. Gradient accumulation, data parallelism and gradient clipping do not touch it.
     * **kl_mode="loss"**: kl_weight * KL / n_train is added to the loss of each optimiser step,
-      once, whatever the number of accumulated micro-batches or processes. The loss is then the
-      negative evidence lower bound per example. Gradient clipping then acts on the sum, which the
-      divergence can dominate: raise `max_grad_norm` or set it to 0.
+      once, whatever the number of accumulated micro-batches or processes. With kl_weight 1 and
+      n_train the number of terms that the likelihood loss averages over the data set, the sum is
+      the negative evidence lower bound divided by n_train. Gradient clipping then acts on the sum,
+      which the divergence can dominate: raise `max_grad_norm` or set it to 0.
     * **Weight decay** leaves out means and deviations, whose decay is the divergence.
     * **Stock classification heads** return the mean loss of a micro-batch and ignore the item count
       that the Trainer passes; their loss is divided by the accumulation steps here, as it should
       be.
-    * **Logs**: besides the loss, nll (per example), kl (nats, whole data set), elbo =
-      -(nll + kl / n_train) and kl_weight (the step size, for "auto" the share of each layer's flow
-      time; or kl_weight / n_train).
+    * **Logs**: besides the loss, nll (per term of the loss), kl (nats, whole data set), elbo =
+      -(nll + kl / n_train), the bound per term, and kl_weight (the step size, for "auto" the share
+      of each layer's flow time; or kl_weight / n_train).
     * **Evaluation** uses the posterior mean, or with eval_samples > 0 the mean prediction of that
-      many draws: logits are then log-probabilities, and the loss is theirs. Classification only.
+      many draws: logits are then log-probabilities (fp32), and the loss is theirs. Classification
+      only.
 
     Args:
         kl_mode: "decoupled", "loss" or "none".
@@ -56,9 +63,11 @@ class BayesTrainerMixin(_Base):
             "decoupled".
         eval_samples: draws in evaluation; 0 for the mean.
         eval_seed: their seed.
-        n_train: number of training examples, where the data set has no length.
+        n_train: number of terms that the loss averages over the training data: examples, or target
+            tokens for a per-token loss. None for the length of the data set, with a warning where
+            the labels have several targets per example.
         noise_seed: seed of the training noise; None for `TrainingArguments.seed`.
-        kl_schedule: replaces the schedule that the configuration asks for.
+        kl_schedule: replaces the schedule that the configuration asks for; kl_weight still counts.
 
     Raises:
         ValueError: an option is out of range, or the model has no Bayesian adapter.
@@ -88,6 +97,7 @@ class BayesTrainerMixin(_Base):
         self.noise_seed = noise_seed
         self.decoupled_kl: DecoupledKL | None = None
         self._n_train = n_train
+        self._targets_checked = n_train is not None
         self._given_schedule = kl_schedule
         self._window = (-1, 0)  # optimiser step and index of the next micro-batch in it
         self._nll = torch.zeros(())
@@ -105,7 +115,7 @@ class BayesTrainerMixin(_Base):
 
     @property
     def n_train(self) -> int:
-        """Number of training examples.
+        """Number of terms that the loss averages: as given, or the number of training examples.
 
         Raises:
             ValueError: the data set has no length and no number was given.
@@ -116,7 +126,7 @@ class BayesTrainerMixin(_Base):
             except TypeError:
                 raise ValueError(
                     "BayesTrainer: n_train must be given where the training data has no length; "
-                    "pass the number of training examples"
+                    "pass the number of training examples (target tokens for a per-token loss)"
                 ) from None
         return self._n_train
 
@@ -141,8 +151,7 @@ class BayesTrainerMixin(_Base):
         )
 
     def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
-        """Weight decay is for the other parameters: the prior does it for those of the "
-        "posterior."""
+        """Weight decay is for the other parameters: the prior does it for the posterior's."""
         posterior = {id(p) for item in bayes_layers(model) for p in (item.mean, item.rho)}
         own = {name for name, p in model.named_parameters() if id(p) in posterior}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
@@ -171,6 +180,8 @@ class BayesTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """The stock loss; in training, with kl_mode "loss", plus this micro-batch's share of KL."""
+        if model.training and not self._targets_checked:
+            self._check_targets(inputs.get("labels"))
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
@@ -217,13 +228,30 @@ class BayesTrainerMixin(_Base):
         labels = inputs.get("labels")
         with self.compute_loss_context_manager():
             result = predict(model, inputs, n_samples=self.eval_samples, seed=self.eval_seed)
-        logits = result.log_probs.float()
+        # Processes gather on their own device; fp64 is not defined on all of them.
+        logits = result.log_probs.float().to(self.args.device)
         loss = None
         if labels is not None:
-            loss = nn.functional.nll_loss(logits, labels.to(logits.device))
+            labels = labels.to(logits.device)
+            loss = nn.functional.nll_loss(logits, labels)
         if prediction_loss_only:
             return loss, None, None
         return loss, logits, labels
+
+    def _check_targets(self: Any, labels: Any) -> None:
+        """Warn once where the loss averages tokens and n_train counts examples."""
+        self._targets_checked = True
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return
+        targets = int((labels != -100).sum())
+        if targets > len(labels):
+            warnings.warn(
+                f"BayesTrainer: the loss averages {targets / len(labels):.3g} target tokens per "
+                f"example in the first batch, but the divergence is scaled by n_train="
+                f"{self.n_train} examples; pass n_train=number of target tokens in the training "
+                "data",
+                stacklevel=2,
+            )
 
     # --- decoupled step ------------------------------------------------------------------------
 
@@ -233,6 +261,11 @@ class BayesTrainerMixin(_Base):
         self._logged_step = self.state.global_step
         if self.kl_mode == "decoupled":
             args = self.args
+            # A resumed run goes on with the schedule of its beginning.
+            saved = (self.state.stateful_callbacks or {}).get(_START)
+            starts = saved["attributes"]["start_stds"] if saved else start_stds(self.model)
+            attributes = {"start_stds": starts}
+            self.state.stateful_callbacks[_START] = {"args": {}, "attributes": attributes}
             self.decoupled_kl = decoupled_kl(
                 self.model,
                 n_train=self.n_train,
@@ -242,6 +275,7 @@ class BayesTrainerMixin(_Base):
                 factor_sum=self._factor_sum(),
                 weight=self.kl_weight,
                 schedule=self._given_schedule,
+                starts=starts,
             )
 
     def _factor_sum(self: Any) -> float:
@@ -265,7 +299,8 @@ class BayesTrainerMixin(_Base):
     def _after_optimizer_step(self: Any) -> None:
         if self.decoupled_kl is None or self.accelerator.optimizer_step_was_skipped:
             return
-        self._last_size = self.decoupled_kl.step(self._lr_factor(), step=self.state.global_step)
+        size = self.decoupled_kl.step(self._lr_factor(), step=self.state.global_step)
+        self._last_size = size if self._given_schedule is None else size * self.kl_weight
 
 
 class _AfterOptimizerStep(TrainerCallback):
@@ -291,6 +326,7 @@ def decoupled_kl(
     processes: int = 1,
     weight: float = 1.0,
     schedule: KLSchedule | None = None,
+    starts: Sequence[float] | None = None,
 ) -> DecoupledKL:
     """The KL step that the active adapter's configuration asks for; for training loops of one's
     own.
@@ -299,13 +335,16 @@ def decoupled_kl(
 
     Args:
         model: a model with Bayesian adapters.
-        n_train: number of training examples.
+        n_train: number of terms that the loss averages over the training data: examples, or target
+            tokens for a per-token loss.
         batch_size: examples of one process in an optimiser step.
         learning_rate: peak rate of the main optimiser.
         factor_sum: sum over the run of its rate, over the peak.
         processes: number of data-parallel processes.
-        weight: factor of the step sizes.
+        weight: factor of the step sizes, of a given schedule too.
         schedule: replaces that of the configuration.
+        starts: `start_stds` of the model at the beginning of the run, for a run that is resumed;
+            None measures them now. Used by "auto": a layer at or above its target gets no flow.
 
     Raises:
         ValueError: active adapters differ in how the deviation is parameterised, there is none, or
@@ -320,21 +359,21 @@ def decoupled_kl(
         )
     config = layers[0].variant.config
     priors = [item.variant.prior_std for item in layers]
-    scales = max_step = None
+    scales = [weight] * len(layers)
     if schedule is None:
         schedule = KLSchedule(
             kind=config.kl_schedule,
             cycle=kl_cycle_length(n_train, batch_size, processes=processes, gamma=config.kl_gamma),
-            lr=config.kl_lr * weight,
+            lr=config.kl_lr * weight,  # shown in the logs
             factor_sum=factor_sum,
         )
+        scales = [1.0] * len(layers)
         if schedule.kind == "auto":
+            starts = start_stds(model) if starts is None else starts
             scales = [
-                weight * _flow_time(item, learning_rate * factor_sum, n_train) for item in layers
+                weight * _flow_time(item, learning_rate * factor_sum, n_train, start)
+                for item, start in zip(layers, starts, strict=True)
             ]
-    if schedule.kind == "auto" and stds[0] == "square":
-        # One step changes rho by 2 step / rho and the mean by step / prior^2: at most a quarter.
-        max_step = min(config.init_rho**2 / 16, min(priors) ** 2 / 8)
     return DecoupledKL(
         [item.mean for item in layers],
         [item.rho for item in layers],
@@ -342,11 +381,27 @@ def decoupled_kl(
         schedule,
         std=stds[0],
         scales=scales,
-        max_step=max_step,
     )
 
 
-def _flow_time(item: BayesLayer, lr_sum: float, n_train: int) -> float:
+def start_stds(model: nn.Module) -> list[float]:
+    """Mean deviation Omega of each active Bayesian layer, in the order of `bayes_layers`.
+
+    One read of the deviation parameters and one synchronisation.
+
+    Raises:
+        ValueError: there is no Bayesian layer.
+    """
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for item in bayes_layers(model):
+            value: Any = reference.std_of(item.rho.detach(), item.variant.std).mean()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found.append(value.to(found[0].device) if found else value)
+    return torch.stack(found).tolist()
+
+
+def _flow_time(item: BayesLayer, lr_sum: float, n_train: int, start_std: float) -> float:
     config, prior = item.variant.config, item.variant.prior_std
     if config.kl_time is not None:
         return config.kl_time
@@ -355,7 +410,8 @@ def _flow_time(item: BayesLayer, lr_sum: float, n_train: int) -> float:
             f"decoupled_kl: the rule of kl_schedule='auto' is for std='square', got "
             f"{config.std!r}; set kl_time, or kl_schedule='published'"
         )
-    return flow_time(auto_target_std(item.layer.in_features, lr_sum, n_train, prior), prior)
+    target = auto_target_std(item.layer.in_features, lr_sum, n_train, prior)
+    return flow_time(target, prior, start_std) if start_std < target else 0.0
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

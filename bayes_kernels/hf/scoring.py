@@ -1,0 +1,305 @@
+"""Predictions of adapters, and their scores.
+
+The cost of a prediction is milliseconds per example, each batch timed by itself (after
+synchronising the GPU), batches visited in an order independent of their length, the first five (at
+most half) discarded. Peak memory is as `bayes_kernels.hf.machine` measures it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from bayes_kernels import metrics
+
+from .config import BayesLoraConfig
+from .machine import peak_memory, progress_bar, synchronise
+from .models import TaskEncoder
+from .predict import Prediction, predict
+from .recipe import METHOD_NAMES
+from .tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One predictor's scores on the test set: a line of the table.
+
+    Attributes:
+        name: What the table calls it.
+        method: "map" or "blob".
+        n_samples: Posterior draws; 0 for one set of weights.
+        temperature: Temperature fitted on the validation split; None for none.
+        report: Every metric on the test examples, with out-of-distribution detection over all sets
+            together.
+        ood: By set: auroc, fpr95, and scores where its examples have labels.
+        ms_per_example: Cost of a prediction.
+        peak_memory_mib: Peak memory of predicting.
+        log_probs: (n, C) test predictions.
+        labels: (n,) test labels.
+        entropy_ood: Predictive entropies of all out-of-distribution examples.
+    """
+
+    name: str
+    method: str
+    n_samples: int
+    temperature: float | None
+    report: metrics.Report
+    ood: dict[str, dict[str, float]]
+    ms_per_example: float
+    peak_memory_mib: float
+    log_probs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    entropy_ood: Tensor = field(repr=False)
+
+
+# --- Prediction ----------------------------------------------------------------------------------
+
+
+def predict_examples(
+    model: PeftModel,
+    encoder: TaskEncoder,
+    examples: Sequence[Example],
+    *,
+    n_samples: int = 0,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+    label: str = "predict",
+) -> tuple[Prediction, float]:
+    """Predictions for examples, in their order, and milliseconds per example.
+
+    Batches hold texts of similar length, so that little padding is computed.
+
+    Args:
+        model: Plain or Bayesian adapter.
+        encoder: Its encoder.
+        examples: At least one.
+        n_samples: Posterior draws; 0 for the mean, and for plain adapters.
+        seed: Seed of the draws.
+        batch_size: Examples of a batch.
+        progress: Whether to show a bar when it takes longer than two seconds.
+        label: Name of the bar.
+
+    Raises:
+        ValueError: No examples, or draws from an adapter that has no posterior.
+    """
+    if not examples:
+        raise ValueError(f"{label}: expected at least one example, got none")
+    bayesian = any(isinstance(c, BayesLoraConfig) for c in model.peft_config.values())
+    if n_samples and not bayesian:
+        raise ValueError(
+            "n-samples: expected 0 for a plain LoRA adapter, which has no posterior, got "
+            f"{n_samples}"
+        )
+    items = encoder.dataset(examples).items
+    order = sorted(range(len(items)), key=lambda i: _length(items[i]))
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    shuffle = torch.Generator().manual_seed(0)
+    chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=shuffle).tolist()]
+    parts, times = [], []
+    for chunk in progress_bar(progress, chunks, desc=label, unit="batch"):
+        batch = encoder.collate([items[i] for i in chunk])
+        synchronise(model)
+        begin = time.perf_counter()
+        if bayesian:
+            part = predict(model, batch, n_samples=n_samples, seed=seed)
+        else:
+            part = _predict_plain(model, batch)
+        synchronise(model)
+        times.append(time.perf_counter() - begin)
+        parts.append(dataclasses.replace(part, labels=None))
+    discarded = min(5, len(chunks) // 2)
+    kept = sum(len(chunk) for chunk in chunks[discarded:])
+    milliseconds = 1000 * sum(times[discarded:]) / kept
+    joined = Prediction.concatenate(parts)
+    back = torch.tensor([i for chunk in chunks for i in chunk]).argsort()
+    prediction = dataclasses.replace(
+        joined,
+        log_probs=joined.log_probs[back],
+        entropy=joined.entropy[back],
+        expected_entropy=joined.expected_entropy[back],
+    )
+    return prediction, milliseconds
+
+
+def _length(item: dict[str, Any]) -> int:
+    ids = item["input_ids"]
+    return max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
+
+
+@torch.no_grad()
+def _predict_plain(model: PeftModel, batch: Mapping[str, Tensor]) -> Prediction:
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    model.eval()
+    log_probs = model(**inputs).logits.double().log_softmax(-1).cpu()
+    entropy = metrics.predictive_entropy(log_probs)
+    return Prediction(log_probs, entropy, entropy, n_samples=0)
+
+
+def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
+    """The temperature T that minimises the NLL of softmax(log_probs / T).
+
+    Args:
+        log_probs: (n, C) log-probabilities or logits of held-out examples.
+        labels: (n,) their labels.
+
+    Returns:
+        T, within [0.05, 20]: where every prediction is right, or none, the minimum is at infinity.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    logits = log_probs.double().clamp(min=-1e4)
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [log_t], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+    bound = math.log(20)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(logits * (-log_t).exp(), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    found = float(log_t.detach())
+    return math.exp(min(max(found, -bound), bound)) if math.isfinite(found) else 1.0
+
+
+# --- Scores --------------------------------------------------------------------------------------
+
+
+def known_labels(examples: Sequence[Example]) -> Tensor | None:
+    """(n,) labels of examples; None where there are none, or not all have one."""
+    labels = [example.label for example in examples]
+    return None if None in labels or not labels else torch.tensor(labels)
+
+
+def evaluate_model(
+    model: PeftModel,
+    encoder: TaskEncoder,
+    task: Task,
+    *,
+    method: str,
+    n_samples: int = 10,
+    seed: int = 0,
+    batch_size: int = 16,
+    temperature: bool = True,
+    progress: bool = True,
+    label: str = "",
+) -> list[Row]:
+    """Scores of a trained adapter on the task's test and out-of-distribution examples.
+
+    Rows: the single set of weights (plain LoRA, or the posterior mean); with ``temperature`` the
+    same with a temperature fitted on the validation split, where there is one; for Bayesian methods
+    with n_samples > 0 the mean prediction of that many draws. The same seed gives the same draws
+    for every set of examples.
+
+    Raises:
+        ValueError: There are no labelled test examples.
+    """
+    labels = known_labels(task.test)
+    if labels is None:
+        raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
+    name = METHOD_NAMES[method]
+    rows = []
+    draws = [0] if method == "map" or n_samples == 0 else [0, n_samples]
+    for count in draws:
+        options: dict[str, Any] = {
+            "n_samples": count,
+            "seed": seed,
+            "batch_size": batch_size,
+            "progress": progress,
+        }
+        with peak_memory() as peak:
+            what = f"{label or name} N={count}" if method != "map" else label or name
+            test, cost = predict_examples(
+                model, encoder, task.test, label=f"{what}: test", **options
+            )
+            ood = {
+                key: predict_examples(model, encoder, part, label=f"{what}: {key}", **options)[0]
+                for key, part in task.ood.items()
+                if part
+            }
+        row_name = name if method == "map" else f"{name} mean" if not count else f"{name} N={count}"
+        rows.append(_score(row_name, method, None, test, ood, task, cost, peak.mib))
+        held_out = known_labels(task.validation)
+        if count == 0 and temperature and held_out is not None:
+            validation, _ = predict_examples(
+                model, encoder, task.validation, label=f"{what}: validation", **options
+            )
+            t = fit_temperature(validation.log_probs, held_out)
+            short = "LoRA" if method == "map" else f"{name} mean"
+            rows.append(
+                _score(
+                    f"{short} + temperature",
+                    method,
+                    t,
+                    _tempered(test, t),
+                    {key: _tempered(part, t) for key, part in ood.items()},
+                    task,
+                    cost,
+                    peak.mib,
+                )
+            )
+    return rows
+
+
+def _tempered(prediction: Prediction, temperature: float) -> Prediction:
+    log_probs = (prediction.log_probs / temperature).log_softmax(-1)
+    entropy = metrics.predictive_entropy(log_probs)
+    return Prediction(log_probs, entropy, entropy, n_samples=0)
+
+
+def _score(
+    name: str,
+    method: str,
+    temperature: float | None,
+    test: Prediction,
+    ood: dict[str, Prediction],
+    task: Task,
+    cost: float,
+    memory: float,
+) -> Row:
+    labels = known_labels(task.test)
+    assert labels is not None
+    everything = torch.cat([part.log_probs for part in ood.values()]) if ood else None
+    found = metrics.evaluate(test.log_probs, labels, ood_log_probs=everything)
+    if test.n_samples:
+        found = dataclasses.replace(found, mutual_information=float(test.mutual_information.mean()))
+    by_set: dict[str, dict[str, float]] = {}
+    entropy = metrics.predictive_entropy(test.log_probs)
+    for key, part in ood.items():
+        outside = metrics.predictive_entropy(part.log_probs)
+        scores = {
+            "auroc": metrics.ood_auroc(entropy, outside),
+            "fpr95": metrics.fpr95(entropy, outside),
+        }
+        truth = known_labels(task.ood[key])
+        if truth is not None:
+            shifted = metrics.evaluate(part.log_probs, truth)
+            scores.update({k: getattr(shifted, k) for k in ("accuracy", "nll", "ece", "brier")})
+        by_set[key] = scores
+    entropies = [metrics.predictive_entropy(part.log_probs) for part in ood.values()]
+    return Row(
+        name,
+        method,
+        test.n_samples,
+        temperature,
+        found,
+        by_set,
+        cost,
+        memory,
+        test.log_probs,
+        labels,
+        torch.cat(entropies) if entropies else torch.empty(0, dtype=torch.float64),
+    )

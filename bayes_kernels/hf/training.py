@@ -1,0 +1,559 @@
+"""Adapters: building, training, saving and loading them.
+
+Training cost is the wall-clock time of the training loop, and peak memory as
+`bayes_kernels.hf.machine` measures it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import TrainingArguments as Arguments
+
+from .config import BAYES_FIELDS, BayesLoraConfig, BlobConfig
+from .machine import peak_memory, progress_bar, synchronise, versions
+from .models import TaskEncoder, load_model
+from .recipe import FORMAT, Experiment, write_json
+from .tasks import Task
+from .trainer import BayesTrainer, last_checkpoint
+
+EXPERIMENT_FILE = "experiment.json"
+CHECKPOINTS = "checkpoints"
+
+_POSTERIOR_FIELDS = (
+    "prior_std",
+    "init_rho",
+    "scope",
+    "kl_schedule",
+    "kl_lr",
+    "kl_time",
+    "kl_gamma",
+)
+
+
+# --- Models and adapters -------------------------------------------------------------------------
+
+
+def _load_base(
+    experiment: Experiment, task: Task, max_length: int | None
+) -> tuple[Any, TaskEncoder]:
+    options: dict[str, Any] = {"dtype": getattr(torch, experiment.dtype)}
+    if experiment.quantization is not None:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            raise ImportError(
+                f"quantization {experiment.quantization!r} needs bitsandbytes; "
+                "run: pip install 'bayes-kernels[quant]'"
+            ) from None
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=experiment.quantization == "8bit",
+            load_in_4bit=experiment.quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, experiment.dtype),
+        )
+    return load_model(
+        experiment.model,
+        task,
+        kind=experiment.kind,  # type: ignore[arg-type]
+        style=experiment.style,  # type: ignore[arg-type]
+        max_length=max_length,
+        head_seed=experiment.seed,
+        **options,
+    )
+
+
+def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
+    """The PEFT configuration of an experiment's method for a model of some kind.
+
+    Raises:
+        ValueError: An option is unknown, out of range, or does not go with the method.
+    """
+    recipe = experiment.recipe
+    config_class = LoraConfig if experiment.method == "map" else BayesLoraConfig
+    unknown = sorted(set(recipe.lora) - set(config_class.__dataclass_fields__))
+    if unknown:
+        raise ValueError(
+            f"lora: expected options of peft.{config_class.__name__}, got {', '.join(unknown)}"
+        )
+    targets = recipe.target_modules
+    options: dict[str, Any] = {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.dropout,
+        "target_modules": None if targets is None else list(targets),
+        "task_type": {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(kind),
+    }
+    if kind == "multiple_choice":
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        options["modules_to_save"] = sorted(names & {"classifier", "logits_proj", "score"})
+    options.update(recipe.lora)
+    if experiment.method == "map":
+        return LoraConfig(**options)
+    for name in _POSTERIOR_FIELDS:
+        if getattr(recipe, name) is not None:
+            options.setdefault(name, getattr(recipe, name))
+    options.setdefault("seed", experiment.seed)
+    return BlobConfig(**options)
+
+
+def build(
+    experiment: Experiment, task: Task, *, device: str | None = None
+) -> tuple[PeftModel, TaskEncoder]:
+    """A new adapter on the base model, ready for training, and the encoder of its input.
+
+    Raises:
+        ValueError, ImportError, OSError: As `load_model`, or adapter and model do not go together.
+    """
+    recipe = experiment.recipe
+    base, encoder = _load_base(experiment, task, recipe.max_length)
+    if recipe.base_dropout is not None:
+        for module in base.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = recipe.base_dropout
+    config = adapter_config(experiment, base, encoder.kind)
+    # Plain LoRA and Bayesian adapters draw the same factors from the same seed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:
+            if not re.search(r"target_modules|[Tt]arget modules|were targeted", str(error)):
+                raise
+            names = {
+                name.rpartition(".")[2]
+                for name, module in base.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+            given = ", ".join(recipe.target_modules or ()) or "none, and PEFT has no default"
+            raise ValueError(
+                f"target-modules: expected names of linear layers of {experiment.model!r}, which "
+                f"has {', '.join(sorted(names))}; got {given}"
+            ) from None
+    return _placed(model, device), encoder
+
+
+def _placed(model: PeftModel, device: str | None) -> PeftModel:
+    """The model on a device; quantised bases stay where they were loaded and refuse to move."""
+    target = pick_device(device)
+    quantised = getattr(model.get_base_model(), "hf_quantizer", None) is not None
+    return model if quantised else model.to(target)
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device of a name; by default the GPU where there is one.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' needs a GPU that torch can use, got none; use 'cpu'")
+    return torch.device(device)
+
+
+# --- Folders -------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: PeftModel, experiment: Experiment, task: Task, encoder: TaskEncoder, folder: Path
+) -> None:
+    """Write the adapter and its `experiment.json` into a folder, each file whole or not at all.
+
+    `PeftModel.from_pretrained` and `load_adapter` read it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
+    try:
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        _write_record(temporary, experiment, task, encoder)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
+        for path in files:  # the configuration last: without it there is no adapter
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_record(folder: Path, experiment: Experiment, task: Task, encoder: TaskEncoder) -> None:
+    record = {
+        "format": FORMAT,
+        "experiment": experiment.to_dict(),
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "label_names": list(task.label_names),
+            "template": task.template,
+        },
+        "max_length": encoder.max_length,
+        "versions": versions(),
+    }
+    write_json(folder / EXPERIMENT_FILE, record)
+
+
+class Saved(NamedTuple):
+    """What `read_record` finds in a folder: the experiment, its task without examples, a length."""
+
+    experiment: Experiment
+    task: Task
+    max_length: int | None
+
+
+def read_record(folder: str | Path) -> Saved | None:
+    """`experiment.json` of an adapter folder; None where there is none.
+
+    Raises:
+        ValueError: The folder has no adapter that can be read, or the file is damaged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"adapter {str(folder)!r}: expected a folder that exists, found none")
+    if not (path / "adapter_config.json").is_file():
+        last = last_checkpoint(path / CHECKPOINTS)
+        advice = f"; name its last checkpoint instead: {last}" if last else ""
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected adapter_config.json in it, found none{advice}"
+        )
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected adapter_model.safetensors in it, found none; "
+            "pickled weights (.bin) are not read"
+        )
+    if not (path / EXPERIMENT_FILE).is_file():
+        return None
+    try:
+        record = json.loads((path / EXPERIMENT_FILE).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r} is not {FORMAT}")
+        shell = record["task"]
+        task = Task(
+            shell["name"],
+            shell["kind"],
+            tuple(shell["label_names"]),
+            [],
+            [],
+            [],
+            template=shell["template"],
+        )
+        return Saved(Experiment.from_dict(record["experiment"]), task, record["max_length"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path / EXPERIMENT_FILE}: expected what `train` wrote, got {error!r}"
+        ) from None
+
+
+def load_adapter(
+    folder: str | Path,
+    experiment: Experiment,
+    task: Task,
+    *,
+    max_length: int | None = None,
+    device: str | None = None,
+) -> tuple[PeftModel, TaskEncoder]:
+    """A trained adapter on its base model, in eval mode, and the encoder of its input.
+
+    Args:
+        folder: What `save_adapter` or PEFT wrote, or a checkpoint.
+        experiment: What was run: base model, kind, style, seed of the head.
+        task: Classes of the model, and examples that show how many choices there are.
+        max_length: That of training.
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        ValueError, ImportError, OSError: As `load_model`, or the adapter does not fit the model.
+    """
+    base, encoder = _load_base(experiment, task, max_length or experiment.recipe.max_length)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except RuntimeError as error:  # torch's message lists every tensor that differs
+        first = next((line for line in str(error).splitlines() if "mismatch" in line), str(error))
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected tensors that fit {experiment.model!r} with "
+            f"{task.n_classes} classes, got {first.strip()}"
+        ) from None
+    return _placed(model, device).eval(), encoder
+
+
+def check_resumable(folder: Path, experiment: Experiment) -> None:
+    """Whether the last checkpoint of a folder belongs to the same experiment.
+
+    Raises:
+        ValueError: There is no checkpoint, or its experiment differs; the message says where.
+    """
+    last = last_checkpoint(folder / CHECKPOINTS)
+    if last is None:
+        raise ValueError(
+            f"resume: expected a complete checkpoint in {folder / CHECKPOINTS}, found none; start "
+            "again without --resume"
+        )
+    saved = read_record(last)
+    if saved is None:
+        return
+    before, now = _flat(saved.experiment.to_dict()), _flat(experiment.to_dict())
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"resume: expected the settings of {last}, got others: {', '.join(changed)}; give the "
+            "same options as before"
+        )
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after it had written a checkpoint.
+
+    Attributes:
+        checkpoint: Folder of the checkpoint; None where checkpoints were off.
+        step: Number of steps done.
+        signal: Number of the signal.
+    """
+
+    def __init__(self, checkpoint: str | None, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number} after step {step}")
+        self.checkpoint, self.step, self.signal = checkpoint, step, signal_number
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training cost and logged.
+
+    Attributes:
+        seconds: Wall-clock time of the training loop, of this process (a resumed run counts from
+            where it resumed).
+        steps: Optimiser steps of this process.
+        peak_memory_mib: Peak memory, as `bayes_kernels.hf.machine` measures it.
+        log: What the trainer logged: step, loss, and for BLoB nll, kl and elbo.
+        adapter: The adapter's options with all defaults filled in.
+    """
+
+    seconds: float
+    steps: int
+    peak_memory_mib: float
+    log: list[dict[str, float]]
+    adapter: dict[str, Any]
+
+
+def train_model(
+    experiment: Experiment,
+    model: PeftModel,
+    encoder: TaskEncoder,
+    *,
+    checkpoints: Path | None = None,
+    save_every: int | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    label: str = "train",
+) -> Training:
+    """Train an adapter, in place, with the stock Trainer ("map") or `BayesTrainer` ("blob").
+
+    SIGINT and SIGTERM finish the running step, write a checkpoint and raise `Interrupted`; a second
+    SIGINT stops at once, and the last complete checkpoint is the one before.
+
+    Args:
+        experiment: Method, recipe and seed.
+        model, encoder: From `build`.
+        checkpoints: Folder of checkpoints; None writes none.
+        save_every: Steps between checkpoints; None for a fifth of the steps.
+        resume: Go on from the last complete checkpoint where there is one.
+        progress: Whether to show a bar when it takes longer than two seconds.
+        label: Name of the bar.
+
+    Raises:
+        Interrupted: A signal came, and the checkpoint is written.
+        ValueError: No training examples.
+    """
+    recipe = experiment.recipe
+    data = encoder.dataset(encoder.task.train)
+    if not len(data):
+        raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
+    with contextlib.ExitStack() as stack:
+        if checkpoints is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayes_kernels."))
+        else:
+            folder = str(checkpoints)
+        arguments = Arguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size // recipe.accumulation,
+            gradient_accumulation_steps=recipe.accumulation,
+            learning_rate=recipe.lr,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+            weight_decay=recipe.weight_decay,
+            adam_epsilon=recipe.adam_epsilon,
+            max_grad_norm=recipe.max_grad_norm,
+            optim="adamw_torch",
+            seed=experiment.seed,
+            data_seed=experiment.seed,
+            logging_steps=max(1, recipe.steps // 10),
+            save_strategy="no" if checkpoints is None else "steps",
+            save_steps=save_every or max(1, recipe.steps // 5),
+            save_total_limit=2,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+        )
+        options: dict[str, Any] = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": data,
+            "data_collator": encoder.collate,
+        }
+        trainer: Any = (Trainer if experiment.method == "map" else BayesTrainer)(**options)
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(_Bar(label, progress))
+        stop = _StopOnSignal()
+        if checkpoints is not None:
+            trainer.add_callback(stop)
+            trainer.add_callback(_RecordBesideCheckpoint(experiment, encoder))
+        last = last_checkpoint(folder) if resume else None
+        start = _step_of(last)
+        with peak_memory() as peak, stop.installed(checkpoints is not None):
+            synchronise(model)
+            begin = time.perf_counter()
+            trainer.train(resume_from_checkpoint=last)
+            synchronise(model)
+            seconds = time.perf_counter() - begin
+        done = trainer.state.global_step
+        if stop.received is not None and done < recipe.steps:
+            raise Interrupted(last_checkpoint(folder), done, stop.received)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    model.eval()
+    return Training(seconds, done - start, peak.mib, log, _resolved(model))
+
+
+def _resolved(model: PeftModel) -> dict[str, Any]:
+    """Rank, scaling, targets, and for a Bayesian adapter everything about its posterior."""
+    config = model.peft_config["default"].to_dict()
+    names = {"r", "lora_alpha", "target_modules", *(BAYES_FIELDS & set(config))}
+    found = {name: config[name] for name in sorted(names)}
+    targets = found["target_modules"]
+    return {**found, "target_modules": sorted(targets) if isinstance(targets, set) else targets}
+
+
+def _step_of(checkpoint: str | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+
+
+# --- Callbacks -----------------------------------------------------------------------------------
+
+
+_finished_steps: Any = None  # in a worker process: the counter that it shares with its parent
+
+
+def count_steps_in(counter: Any) -> None:
+    """From now on, add every optimiser step of this process to a shared counter; None to stop.
+
+    Args:
+        counter: A `multiprocessing.Value` of an integer, which another process reads.
+    """
+    global _finished_steps
+    _finished_steps = counter
+
+
+class _Bar(TrainerCallback):
+    """One bar over the steps, with the last loss."""
+
+    def __init__(self, label: str, enabled: bool) -> None:
+        self.label, self.enabled = label, enabled
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = progress_bar(self.enabled, total=state.max_steps, desc=self.label, unit="step")
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+        if _finished_steps is not None:
+            with _finished_steps.get_lock():
+                _finished_steps.value += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+class _StopOnSignal(TrainerCallback):
+    """Turns SIGINT and SIGTERM into a checkpoint at the end of the running step."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def installed(self, enabled: bool) -> Iterator[None]:
+        """Handles the signals inside the context; only the main thread can."""
+        if not enabled or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class _RecordBesideCheckpoint(TrainerCallback):
+    """Puts `experiment.json` into every checkpoint, so that it can be evaluated by itself."""
+
+    def __init__(self, experiment: Experiment, encoder: TaskEncoder) -> None:
+        self.experiment, self.encoder = experiment, encoder
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _write_record(folder, self.experiment, self.encoder.task, self.encoder)
