@@ -6,7 +6,15 @@ import importlib.metadata
 import platform
 import sys
 
-OPTIONAL = ("numpy", "transformers", "peft", "accelerate", "torchmetrics", "matplotlib", "bitsandbytes")
+OPTIONAL = (
+    "numpy",
+    "transformers",
+    "peft",
+    "accelerate",
+    "torchmetrics",
+    "matplotlib",
+    "bitsandbytes",
+)
 
 
 def diagnosis() -> str:

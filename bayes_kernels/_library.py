@@ -68,7 +68,9 @@ class _Missing:
         self._problem = problem
 
     def __getattr__(self, name: str) -> Any:
-        raise ImportError(f"bayes_kernels: the compiled ops are not available: {self._problem}; {_ADVICE}")
+        raise ImportError(
+            f"bayes_kernels: the compiled ops are not available: {self._problem}; {_ADVICE}"
+        )
 
 
 problem: str | None = None

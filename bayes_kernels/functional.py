@@ -71,7 +71,9 @@ def lora(
     if a.shape[0] > MAX_FUSED_RANK:
         noise_free = _reference_dropout(x, dropout, key, stream, row0)
         return _cast_base(reference.lora(noise_free, *_factors(x, a, b), scaling=scaling), base, x)
-    return _adapter(x, a, None, None, b, base, key, None, scaling, stream, row0, 1, dropout, "", "plain")
+    return _adapter(
+        x, a, None, None, b, base, key, None, scaling, stream, row0, 1, dropout, "", "plain"
+    )
 
 
 def flipout_lora(
@@ -151,11 +153,38 @@ def flipout_lora(
         raise ValueError(f"{op}: rows_per_group must be at least 1, got {rows_per_group}")
     if r > MAX_FUSED_RANK:
         return _reference_flipout(
-            x, mean, rho, b, base, scaling, key, stream, scope, ids, std, row0, rows_per_group, dropout
+            x,
+            mean,
+            rho,
+            b,
+            base,
+            scaling,
+            key,
+            stream,
+            scope,
+            ids,
+            std,
+            row0,
+            rows_per_group,
+            dropout,
         )
     kind = "shared" if scope == "none" and ids is None else "flipped"
     return _adapter(
-        x, mean, rho, None, b, base, key, ids, scaling, stream, row0, rows_per_group, dropout, std, kind
+        x,
+        mean,
+        rho,
+        None,
+        b,
+        base,
+        key,
+        ids,
+        scaling,
+        stream,
+        row0,
+        rows_per_group,
+        dropout,
+        std,
+        kind,
     )
 
 
@@ -213,7 +242,13 @@ def scaled_lora(
 
 
 def core_lora(
-    x: Tensor, a: Tensor, core: Tensor, b: Tensor, base: Tensor | None = None, *, scaling: float = 1.0
+    x: Tensor,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
 ) -> Tensor:
     """Low-rank adapter with a full matrix in rank space: base + scaling * ((x a^T) core^T) b^T.
 
@@ -299,7 +334,9 @@ def check_divergence(
             f"{op}: means and rhos must be lists of the same length, at least 1, got "
             f"{len(mean_list)} and {len(rho_list)}"
         )
-    priors = [float(prior_std)] if isinstance(prior_std, (int, float)) else [float(p) for p in prior_std]
+    priors = (
+        [float(prior_std)] if isinstance(prior_std, (int, float)) else [float(p) for p in prior_std]
+    )
     if len(priors) not in (1, len(mean_list)):
         raise ValueError(
             f"{op}: prior_std must be one number or one for each of the {len(mean_list)} tensors, got "
@@ -366,7 +403,9 @@ def _check(
     key: Tensor | None,
 ) -> None:
     if x.dtype not in _ACTIVATIONS:
-        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it")
+        raise TypeError(
+            f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it"
+        )
     _library.require_device(op, x)
     if x.dtype == torch.float64 and x.device.type != "cpu":
         raise TypeError(f"{op}: float64 is supported on the CPU only, got {x.device}; use float32")
@@ -378,12 +417,16 @@ def _check(
     n, r = x.shape[-1], a.shape[0]
     if a.shape[1] != n:
         hint = "; pass the transposed tensor" if a.shape[0] == n else ""
-        raise ValueError(f"{op}: the first factor must have shape (r, n = {n}), got {tuple(a.shape)}{hint}")
+        raise ValueError(
+            f"{op}: the first factor must have shape (r, n = {n}), got {tuple(a.shape)}{hint}"
+        )
     if b.shape[1] != r:
         hint = "; pass the transposed tensor" if b.shape[0] == r else ""
         raise ValueError(f"{op}: b must have shape (m, r = {r}), got {tuple(b.shape)}{hint}")
     if r < 1:
-        raise ValueError(f"{op}: the rank must be at least 1, got factors of shape {tuple(a.shape)}")
+        raise ValueError(
+            f"{op}: the rank must be at least 1, got factors of shape {tuple(a.shape)}"
+        )
     _check_factor(op, "the first factor", a, x)
     _check_factor(op, "b", b, x)
     if base is not None:
@@ -393,8 +436,12 @@ def _check(
             )
         if base.device != x.device:
             raise ValueError(f"{op}: base must be on {x.device}, got {base.device}; move it")
-        if base.dtype not in _ACTIVATIONS or (base.dtype == torch.float64) != (x.dtype == torch.float64):
-            raise TypeError(f"{op}: base must have a dtype that fits x ({x.dtype}), got {base.dtype}")
+        if base.dtype not in _ACTIVATIONS or (base.dtype == torch.float64) != (
+            x.dtype == torch.float64
+        ):
+            raise TypeError(
+                f"{op}: base must have a dtype that fits x ({x.dtype}), got {base.dtype}"
+            )
     if dropout != 0.0:
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}; pass a probability")
@@ -407,7 +454,9 @@ def _check(
 
 def _check_factor(op: str, name: str, factor: Tensor, x: Tensor) -> None:
     if not factor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be a real floating-point tensor, got {factor.dtype}; convert it")
+        raise TypeError(
+            f"{op}: {name} must be a real floating-point tensor, got {factor.dtype}; convert it"
+        )
     if factor.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device}, got {factor.device}; move it")
 
@@ -458,7 +507,21 @@ def _adapter(
     base_rows = base if base is None or base.dim() == 2 else base.reshape(tokens, m)
     run = _Adapter.apply if _needs_gradient(x, a, rho, middle, b, base) else _without_gradient
     y = run(
-        rows, a, rho, middle, b, base_rows, key, ids, scaling, stream, row0, rows_per_id, dropout, std, kind
+        rows,
+        a,
+        rho,
+        middle,
+        b,
+        base_rows,
+        key,
+        ids,
+        scaling,
+        stream,
+        row0,
+        rows_per_id,
+        dropout,
+        std,
+        kind,
     )
     return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
 
@@ -538,7 +601,21 @@ class _Adapter(torch.autograd.Function):
         kind: str,
     ) -> Tensor:
         y, h = _shrink_expand(
-            x, a, rho, middle, b, base, key, ids, scaling, stream, row0, rows_per_id, dropout, std, kind
+            x,
+            a,
+            rho,
+            middle,
+            b,
+            base,
+            key,
+            ids,
+            scaling,
+            stream,
+            row0,
+            rows_per_id,
+            dropout,
+            std,
+            kind,
         )
         ctx.save_for_backward(x, a, rho, middle, b, key, ids, h)
         ctx.options = (scaling, stream, row0, rows_per_id, dropout, std, kind)
@@ -683,8 +760,12 @@ def _reference_flipout(
         keep = ops.dropout_mask(key, stream, rows, n, row0 * rows_per_group, dropout)
     noise = reference.DenseNoise(
         eps=ops.normal(key, stream, [r, n]).to(acc),
-        r_in=x.new_ones((), dtype=acc) if ones else ops.sign_bits(key, stream, False, rows, n, *where).to(acc),
-        r_out=x.new_ones((), dtype=acc) if ones else ops.sign_bits(key, stream, True, rows, r, *where).to(acc),
+        r_in=x.new_ones((), dtype=acc)
+        if ones
+        else ops.sign_bits(key, stream, False, rows, n, *where).to(acc),
+        r_out=x.new_ones((), dtype=acc)
+        if ones
+        else ops.sign_bits(key, stream, True, rows, r, *where).to(acc),
         keep=keep,
     )
     y = reference.flipout_lora(

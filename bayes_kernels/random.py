@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import _library
 
+
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     """A noise key (seed, 0): int64 tensor of two elements.
 
@@ -141,7 +142,9 @@ def dropout_mask(
 def check_key(op: str, key: Tensor) -> None:
     """Raise unless `key` is an int64 tensor of two elements."""
     if not isinstance(key, Tensor):
-        raise TypeError(f"{op}: key must be a tensor, got {type(key).__name__}; use random.key(seed)")
+        raise TypeError(
+            f"{op}: key must be a tensor, got {type(key).__name__}; use random.key(seed)"
+        )
     if key.dtype != torch.int64 or key.shape != (2,):
         raise ValueError(
             f"{op}: key must be an int64 tensor of two elements, got {key.dtype} of shape "

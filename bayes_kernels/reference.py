@@ -66,7 +66,9 @@ def normal(key: Tensor, size: Sequence[int], *, stream: int = 0) -> Tensor:
     return pairs.reshape(-1)[:count].float().reshape(tuple(size))
 
 
-def row_ids(rows: int, row0: int, rows_per_id: int, ids: Tensor | None, device: torch.device) -> Tensor:
+def row_ids(
+    rows: int, row0: int, rows_per_id: int, ids: Tensor | None, device: torch.device
+) -> Tensor:
     """The sign row of each token."""
     return ids if ids is not None else row0 + torch.arange(rows, device=device) // rows_per_id
 
@@ -208,7 +210,13 @@ def scaled_lora(
 
 
 def core_lora(
-    x: Tensor, a: Tensor, core: Tensor, b: Tensor, base: Tensor | None = None, *, scaling: float = 1.0
+    x: Tensor,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
 ) -> Tensor:
     """base + scaling * ((x a^T) core^T) b^T: Delta W = scaling * b core a."""
     y = ((x @ a.T) @ core.T) @ b.T * scaling

@@ -54,15 +54,16 @@ int rank_of(const char* op, const Tensor& a) {
   return static_cast<int>(r);
 }
 
-AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t stream, int64_t row0,
-                      int64_t rows_per_id, const std::optional<Tensor>& ids, double dropout,
-                      bool has_noise, const Tensor& x) {
+AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t stream,
+                      int64_t row0, int64_t rows_per_id, const std::optional<Tensor>& ids,
+                      double dropout, bool has_noise, const Tensor& x) {
   const int64_t tokens = x.size(0);
   BK_CHECK(dropout >= 0.0 && dropout < 1.0, op, ": dropout must be in [0, 1), got ", dropout);
   BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
   AdapterNoise noise{nullptr, stream, RowIds{nullptr, row0, rows_per_id}, dropout};
   if (has_noise || dropout > 0.0) {
-    BK_CHECK(key.has_value(), op, ": key is needed with noise or dropout; make it with random.key(seed)");
+    BK_CHECK(key.has_value(), op,
+             ": key is needed with noise or dropout; make it with random.key(seed)");
     noise.key = key_pointer(op, *key, x);
   }
   if (ids.has_value()) {
@@ -76,8 +77,9 @@ AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t 
 }
 
 template <class Device>
-Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor> key, int64_t stream,
-              int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids, double dropout) {
+Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor> key,
+              int64_t stream, int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids,
+              double dropout) {
   constexpr const char* op = "adapter_shrink";
   BK_CHECK(x.dim() == 2, op, ": x must have two dimensions, got ", x.dim());
   OptionalDeviceGuard guard(x);
@@ -94,7 +96,8 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
   p.a = a.data_ptr();
   if (e.has_value()) {
     e = factor(op, "e", *e, x);
-    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op, ": e must have the shape of a");
+    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op,
+             ": e must have the shape of a");
     p.e = e->data_ptr();
   }
   p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x);
@@ -108,8 +111,9 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a,
-                                                   std::optional<Tensor> e, std::optional<Tensor> key,
-                                                   int64_t stream, int64_t row0, int64_t rows_per_id,
+                                                   std::optional<Tensor> e,
+                                                   std::optional<Tensor> key, int64_t stream,
+                                                   int64_t row0, int64_t rows_per_id,
                                                    std::optional<Tensor> ids, double dropout,
                                                    bool need_dx, bool need_da, bool need_de) {
   constexpr const char* op = "adapter_shrink_backward";
@@ -132,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
   p.a = a.data_ptr();
   if (e.has_value()) {
     e = factor(op, "e", *e, x);
-    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op, ": e must have the shape of a");
+    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op,
+             ": e must have the shape of a");
     p.e = e->data_ptr();
   }
   need_de = need_de && e.has_value();
@@ -196,8 +201,8 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double scaling, bool need_dh,
-                                           bool need_db) {
+std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double scaling,
+                                           bool need_dh, bool need_db) {
   constexpr const char* op = "adapter_expand_backward";
   BK_CHECK(dy.dim() == 2 && h.dim() == 2, op, ": dy and h must have two dimensions");
   OptionalDeviceGuard guard(dy);
@@ -238,14 +243,14 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
 }  // namespace
 }  // namespace bayes_kernels
 
-#define BK_REGISTER_ADAPTER(key, Device)                                                          \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                                 \
-    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>));           \
-    m.impl("adapter_shrink_backward",                                                             \
-           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));                    \
-    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>));           \
-    m.impl("adapter_expand_backward",                                                             \
-           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));                    \
+#define BK_REGISTER_ADAPTER(key, Device)                                                \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                       \
+    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>)); \
+    m.impl("adapter_shrink_backward",                                                   \
+           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));          \
+    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>)); \
+    m.impl("adapter_expand_backward",                                                   \
+           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));          \
   }
 
 #if defined(BAYES_KERNELS_SIM)

@@ -20,14 +20,14 @@ struct AdapterNoise {
 
 // h = x' a^T + ((x' . R_in) e^T) . R_out with x' = dropout(x)
 struct ShrinkParams {
-  DType dtype;        // of x
-  const void* x;      // (tokens, n), unit column stride
-  int64_t x_stride;   // elements between rows
-  const void* a;      // (r, n) contiguous, fp32 (fp64 beside fp64 x)
-  const void* e;      // (r, n) like a, or null
+  DType dtype;       // of x
+  const void* x;     // (tokens, n), unit column stride
+  int64_t x_stride;  // elements between rows
+  const void* a;     // (r, n) contiguous, fp32 (fp64 beside fp64 x)
+  const void* e;     // (r, n) like a, or null
   AdapterNoise noise;
-  void* h;            // (tokens, r) contiguous, fp32 (fp64)
-  void* workspace;    // shrink_workspace bytes
+  void* h;          // (tokens, r) contiguous, fp32 (fp64)
+  void* workspace;  // shrink_workspace bytes
   int64_t tokens, n;
   int r;
 };
@@ -35,29 +35,29 @@ struct ShrinkParams {
 // dx = (dh a + ((dh . R_out) e) . R_in) . dropout', da = dh^T x', de = (dh . R_out)^T (x' . R_in)
 struct ShrinkBackwardParams {
   DType dtype;
-  const void* dh;     // (tokens, r) contiguous, fp32 (fp64)
+  const void* dh;  // (tokens, r) contiguous, fp32 (fp64)
   const void* x;
   int64_t x_stride;
   const void* a;
   const void* e;
   AdapterNoise noise;
-  void* dx;           // (tokens, n) contiguous, or null
-  void* da;           // (r, n), or null
-  void* de;           // (r, n), or null
-  void* workspace;    // shrink_backward_workspace bytes
+  void* dx;         // (tokens, n) contiguous, or null
+  void* da;         // (r, n), or null
+  void* de;         // (r, n), or null
+  void* workspace;  // shrink_backward_workspace bytes
   int64_t tokens, n;
   int r;
 };
 
 // y = base + scaling * h b^T
 struct ExpandParams {
-  DType dtype;        // of base and y
-  const void* h;      // (tokens, r) contiguous, fp32 (fp64)
-  const void* b;      // (m, r) contiguous, fp32 (fp64)
-  const void* base;   // (tokens, m), unit column stride, or null
+  DType dtype;       // of base and y
+  const void* h;     // (tokens, r) contiguous, fp32 (fp64)
+  const void* b;     // (m, r) contiguous, fp32 (fp64)
+  const void* base;  // (tokens, m), unit column stride, or null
   int64_t base_stride;
-  void* y;            // (tokens, m) contiguous
-  void* workspace;    // expand_workspace bytes
+  void* y;          // (tokens, m) contiguous
+  void* workspace;  // expand_workspace bytes
   double scaling;
   int64_t tokens, m;
   int r;
@@ -65,28 +65,28 @@ struct ExpandParams {
 
 // dh = scaling * dy b, db = scaling * dy^T h
 struct ExpandBackwardParams {
-  DType dtype;        // of dy
-  const void* dy;     // (tokens, m), unit column stride
+  DType dtype;     // of dy
+  const void* dy;  // (tokens, m), unit column stride
   int64_t dy_stride;
   const void* h;
   const void* b;
-  void* dh;           // (tokens, r), or null
-  void* db;           // (m, r), or null
-  void* workspace;    // expand_backward_workspace bytes
+  void* dh;         // (tokens, r), or null
+  void* db;         // (m, r), or null
+  void* workspace;  // expand_backward_workspace bytes
   double scaling;
   int64_t tokens, m;
   int r;
 };
 
 // Each returns null on success or the text of an error. Zero tokens are handled by the caller.
-#define BK_DECLARE_ADAPTER(device)                                                          \
-  int64_t shrink_workspace_##device(const ShrinkParams& p);                                 \
-  int64_t shrink_backward_workspace_##device(const ShrinkBackwardParams& p);                \
-  int64_t expand_workspace_##device(const ExpandParams& p);                                 \
-  int64_t expand_backward_workspace_##device(const ExpandBackwardParams& p);                \
-  const char* shrink_##device(const ShrinkParams& p, void* stream);                         \
-  const char* shrink_backward_##device(const ShrinkBackwardParams& p, void* stream);        \
-  const char* expand_##device(const ExpandParams& p, void* stream);                         \
+#define BK_DECLARE_ADAPTER(device)                                                   \
+  int64_t shrink_workspace_##device(const ShrinkParams& p);                          \
+  int64_t shrink_backward_workspace_##device(const ShrinkBackwardParams& p);         \
+  int64_t expand_workspace_##device(const ExpandParams& p);                          \
+  int64_t expand_backward_workspace_##device(const ExpandBackwardParams& p);         \
+  const char* shrink_##device(const ShrinkParams& p, void* stream);                  \
+  const char* shrink_backward_##device(const ShrinkBackwardParams& p, void* stream); \
+  const char* expand_##device(const ExpandParams& p, void* stream);                  \
   const char* expand_backward_##device(const ExpandBackwardParams& p, void* stream)
 
 BK_DECLARE_ADAPTER(cpu);

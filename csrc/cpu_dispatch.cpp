@@ -15,10 +15,12 @@ Isa detect() {
   Isa isa = Isa::kBaseline;
 #if defined(BK_HAVE_X86_PATHS)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     isa = Isa::kAvx2;
-  if (isa == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (isa == Isa::kAvx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     isa = Isa::kAvx512;
 #endif
   const char* wanted = std::getenv("BAYES_KERNELS_CPU");
@@ -48,14 +50,14 @@ const char* cpu_path_name() {
 }
 
 #if defined(BK_HAVE_X86_PATHS)
-#define BK_DISPATCH(function, ...)                     \
-  switch (cpu_isa()) {                                 \
-    case Isa::kAvx512:                                 \
-      return function##_avx512(__VA_ARGS__);           \
-    case Isa::kAvx2:                                   \
-      return function##_avx2(__VA_ARGS__);             \
-    default:                                           \
-      return function##_baseline(__VA_ARGS__);         \
+#define BK_DISPATCH(function, ...)             \
+  switch (cpu_isa()) {                         \
+    case Isa::kAvx512:                         \
+      return function##_avx512(__VA_ARGS__);   \
+    case Isa::kAvx2:                           \
+      return function##_avx2(__VA_ARGS__);     \
+    default:                                   \
+      return function##_baseline(__VA_ARGS__); \
   }
 #else
 #define BK_DISPATCH(function, ...) return function##_baseline(__VA_ARGS__);

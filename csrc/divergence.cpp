@@ -33,8 +33,8 @@ void check_lists(const char* op, const std::vector<Tensor>& means, const std::ve
                  const std::vector<double>& prior_std, const std::string& std,
                  const std::string& direction, Lists* out) {
   BK_CHECK(!means.empty() && means.size() == rhos.size(), op,
-           ": means and rhos must be lists of the same length, at least 1, got ", means.size(), " and ",
-           rhos.size());
+           ": means and rhos must be lists of the same length, at least 1, got ", means.size(),
+           " and ", rhos.size());
   BK_CHECK(prior_std.size() == 1 || prior_std.size() == means.size(), op,
            ": prior_std must hold one value, or one for each tensor");
   out->items.resize(means.size());
@@ -42,10 +42,10 @@ void check_lists(const char* op, const std::vector<Tensor>& means, const std::ve
     const Tensor &mean = means[i], &rho = rhos[i];
     BK_CHECK(mean.is_contiguous() && rho.is_contiguous(), op, ": tensor ", i,
              " must be contiguous; call .contiguous()");
-    BK_CHECK((mean.scalar_type() == ScalarType::Float || mean.scalar_type() == ScalarType::Double) &&
-                 mean.scalar_type() == means[0].scalar_type() &&
-                 rho.scalar_type() == mean.scalar_type(),
-             op, ": tensor ", i, " must be float32 or float64 like the first; convert it");
+    BK_CHECK(
+        (mean.scalar_type() == ScalarType::Float || mean.scalar_type() == ScalarType::Double) &&
+            mean.scalar_type() == means[0].scalar_type() && rho.scalar_type() == mean.scalar_type(),
+        op, ": tensor ", i, " must be float32 or float64 like the first; convert it");
     BK_CHECK(mean.is_cuda() == means[0].is_cuda() && rho.is_cuda() == mean.is_cuda() &&
                  mean.get_device_index() == means[0].get_device_index(),
              op, ": tensor ", i, " must be on the device of the first");
@@ -57,8 +57,13 @@ void check_lists(const char* op, const std::vector<Tensor>& means, const std::ve
              op, ": rho ", i, " must have the shape of its mean, or (r, 1)");
     BK_CHECK(!row_constant || mean.size(1) > 0, op, ": mean ", i,
              " must not be empty beside a rho of shape (r, 1)");
-    out->items[i] = DivergenceItem{mean.data_ptr(), rho.data_ptr(), nullptr, nullptr, prior,
-                                   mean.numel(),    row_constant ? mean.size(1) : 1};
+    out->items[i] = DivergenceItem{mean.data_ptr(),
+                                   rho.data_ptr(),
+                                   nullptr,
+                                   nullptr,
+                                   prior,
+                                   mean.numel(),
+                                   row_constant ? mean.size(1) : 1};
   }
   out->params.items = out->items.data();
   out->params.n_items = static_cast<int64_t>(out->items.size());
@@ -74,8 +79,8 @@ void check_weight(const char* op, const Tensor& weight, const Tensor& like) {
 }
 
 template <class Device>
-Tensor gaussian_kl(std::vector<Tensor> means, std::vector<Tensor> rhos, std::vector<double> prior_std,
-                   std::string std, std::string direction) {
+Tensor gaussian_kl(std::vector<Tensor> means, std::vector<Tensor> rhos,
+                   std::vector<double> prior_std, std::string std, std::string direction) {
   constexpr const char* op = "gaussian_kl";
   Lists lists;
   check_lists(op, means, rhos, prior_std, std, direction, &lists);
@@ -89,8 +94,8 @@ Tensor gaussian_kl(std::vector<Tensor> means, std::vector<Tensor> rhos, std::vec
 
 template <class Device>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> gaussian_kl_backward(
-    Tensor weight, std::vector<Tensor> means, std::vector<Tensor> rhos, std::vector<double> prior_std,
-    std::string std, std::string direction) {
+    Tensor weight, std::vector<Tensor> means, std::vector<Tensor> rhos,
+    std::vector<double> prior_std, std::string std, std::string direction) {
   constexpr const char* op = "gaussian_kl_backward";
   Lists lists;
   check_lists(op, means, rhos, prior_std, std, direction, &lists);
@@ -125,12 +130,13 @@ void gaussian_kl_step_(std::vector<Tensor> means, std::vector<Tensor> rhos, Tens
 }  // namespace
 }  // namespace bayes_kernels
 
-#define BK_REGISTER_DIVERGENCE(key, Device)                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                                   \
-    m.impl("gaussian_kl", TORCH_BOX(&bayes_kernels::gaussian_kl<bayes_kernels::Device>));           \
-    m.impl("gaussian_kl_backward",                                                                  \
-           TORCH_BOX(&bayes_kernels::gaussian_kl_backward<bayes_kernels::Device>));                 \
-    m.impl("gaussian_kl_step_", TORCH_BOX(&bayes_kernels::gaussian_kl_step_<bayes_kernels::Device>)); \
+#define BK_REGISTER_DIVERGENCE(key, Device)                                               \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                         \
+    m.impl("gaussian_kl", TORCH_BOX(&bayes_kernels::gaussian_kl<bayes_kernels::Device>)); \
+    m.impl("gaussian_kl_backward",                                                        \
+           TORCH_BOX(&bayes_kernels::gaussian_kl_backward<bayes_kernels::Device>));       \
+    m.impl("gaussian_kl_step_",                                                           \
+           TORCH_BOX(&bayes_kernels::gaussian_kl_step_<bayes_kernels::Device>));          \
   }
 
 #if defined(BAYES_KERNELS_SIM)

@@ -14,8 +14,8 @@ struct DivergenceItem {
   void* dmean;  // gradient op only; may be null
   void* drho;   // gradient op only; may be null
   double prior_std;
-  int64_t count;        // elements of mean
-  int64_t columns;      // elements of mean that share one rho (1: rho has mean's shape)
+  int64_t count;    // elements of mean
+  int64_t columns;  // elements of mean that share one rho (1: rho has mean's shape)
 };
 
 struct DivergenceParams {
@@ -29,9 +29,9 @@ struct DivergenceParams {
   void* workspace;     // divergence_workspace bytes
 };
 
-#define BK_DECLARE_DIVERGENCE(device)                                               \
-  int64_t divergence_workspace_##device(const DivergenceParams& p);                 \
-  const char* gaussian_kl_##device(const DivergenceParams& p, void* stream);         \
+#define BK_DECLARE_DIVERGENCE(device)                                                 \
+  int64_t divergence_workspace_##device(const DivergenceParams& p);                   \
+  const char* gaussian_kl_##device(const DivergenceParams& p, void* stream);          \
   const char* gaussian_kl_gradient_##device(const DivergenceParams& p, void* stream); \
   const char* gaussian_kl_step_##device(const DivergenceParams& p, void* stream)
 

@@ -48,8 +48,8 @@ Tensor normal(Tensor key, int64_t stream, std::vector<int64_t> size) {
 }
 
 template <class Device>
-Tensor sign_bits(Tensor key, int64_t stream, bool output, int64_t rows, int64_t columns, int64_t row0,
-                 int64_t rows_per_id, std::optional<Tensor> ids) {
+Tensor sign_bits(Tensor key, int64_t stream, bool output, int64_t rows, int64_t columns,
+                 int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids) {
   constexpr const char* op = "sign_bits";
   BK_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative");
   BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
@@ -82,16 +82,21 @@ Tensor dropout_mask(Tensor key, int64_t stream, int64_t rows, int64_t columns, i
   BK_CHECK(probability >= 0.0 && probability < 1.0, op, ": p must be in [0, 1), got ", probability);
   OptionalDeviceGuard guard(key);
   Tensor out = empty_like_shape(key, {rows, columns}, ScalarType::Bool);
-  DropoutParams p{key_pointer(op, key, key), stream,  row0,   probability,
-                  static_cast<bool*>(out.mutable_data_ptr()), rows, columns};
+  DropoutParams p{key_pointer(op, key, key),
+                  stream,
+                  row0,
+                  probability,
+                  static_cast<bool*>(out.mutable_data_ptr()),
+                  rows,
+                  columns};
   if (rows > 0 && columns > 0) raise_if(op, Device::dropout_mask(p, current_stream(key)));
   return out;
 }
 
 ScaledNormalParams scaled_params(const char* op, const Tensor& rho, int64_t n, const Tensor& key,
                                  int64_t stream, const std::string& std) {
-  BK_CHECK(rho.dim() == 2 && (rho.size(1) == n || rho.size(1) == 1), op, ": rho must have shape (r, ",
-           n, ") or (r, 1)");
+  BK_CHECK(rho.dim() == 2 && (rho.size(1) == n || rho.size(1) == 1), op,
+           ": rho must have shape (r, ", n, ") or (r, 1)");
   BK_CHECK(rho.scalar_type() == ScalarType::Float || rho.scalar_type() == ScalarType::Double, op,
            ": rho must be float32 or float64; convert it");
   ScaledNormalParams p{};
@@ -138,15 +143,15 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
 }  // namespace
 }  // namespace bayes_kernels
 
-#define BK_REGISTER_NOISE(key, Device)                                                          \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                               \
-    m.impl("fold_in", TORCH_BOX(&bayes_kernels::fold_key<bayes_kernels::Device>));               \
-    m.impl("normal", TORCH_BOX(&bayes_kernels::normal<bayes_kernels::Device>));                 \
-    m.impl("sign_bits", TORCH_BOX(&bayes_kernels::sign_bits<bayes_kernels::Device>));           \
-    m.impl("dropout_mask", TORCH_BOX(&bayes_kernels::dropout_mask<bayes_kernels::Device>));     \
-    m.impl("scaled_normal", TORCH_BOX(&bayes_kernels::scaled_normal<bayes_kernels::Device>));   \
-    m.impl("scaled_normal_backward",                                                            \
-           TORCH_BOX(&bayes_kernels::scaled_normal_backward<bayes_kernels::Device>));           \
+#define BK_REGISTER_NOISE(key, Device)                                                        \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                             \
+    m.impl("fold_in", TORCH_BOX(&bayes_kernels::fold_key<bayes_kernels::Device>));            \
+    m.impl("normal", TORCH_BOX(&bayes_kernels::normal<bayes_kernels::Device>));               \
+    m.impl("sign_bits", TORCH_BOX(&bayes_kernels::sign_bits<bayes_kernels::Device>));         \
+    m.impl("dropout_mask", TORCH_BOX(&bayes_kernels::dropout_mask<bayes_kernels::Device>));   \
+    m.impl("scaled_normal", TORCH_BOX(&bayes_kernels::scaled_normal<bayes_kernels::Device>)); \
+    m.impl("scaled_normal_backward",                                                          \
+           TORCH_BOX(&bayes_kernels::scaled_normal_backward<bayes_kernels::Device>));         \
   }
 
 #if defined(BAYES_KERNELS_SIM)

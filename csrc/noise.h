@@ -52,11 +52,11 @@ struct FoldInParams {
   int64_t* out;
 };
 
-#define BK_DECLARE_NOISE(device)                                                         \
-  const char* normal_##device(const NormalParams& p, void* stream);                      \
-  const char* sign_bits_##device(const SignParams& p, void* stream);                     \
-  const char* dropout_mask_##device(const DropoutParams& p, void* stream);               \
-  const char* scaled_normal_##device(const ScaledNormalParams& p, void* stream);         \
+#define BK_DECLARE_NOISE(device)                                                          \
+  const char* normal_##device(const NormalParams& p, void* stream);                       \
+  const char* sign_bits_##device(const SignParams& p, void* stream);                      \
+  const char* dropout_mask_##device(const DropoutParams& p, void* stream);                \
+  const char* scaled_normal_##device(const ScaledNormalParams& p, void* stream);          \
   const char* scaled_normal_backward_##device(const ScaledNormalParams& p, void* stream); \
   const char* fold_in_##device(const FoldInParams& p, void* stream)
 

@@ -14,26 +14,32 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "-> Tensor");
   m.def("scaled_normal(Tensor rho, SymInt n, Tensor key, SymInt stream, str std) -> Tensor");
   m.def(
-      "scaled_normal_backward(Tensor de, Tensor rho, Tensor key, SymInt stream, str std) -> Tensor");
+      "scaled_normal_backward(Tensor de, Tensor rho, Tensor key, SymInt stream, str std) -> "
+      "Tensor");
 
   // adapter
   m.def(
       "adapter_shrink(Tensor x, Tensor a, Tensor? e, Tensor? key, SymInt stream, SymInt row0, "
       "SymInt rows_per_id, Tensor? ids, float dropout) -> Tensor");
   m.def(
-      "adapter_shrink_backward(Tensor dh, Tensor x, Tensor a, Tensor? e, Tensor? key, SymInt stream, "
+      "adapter_shrink_backward(Tensor dh, Tensor x, Tensor a, Tensor? e, Tensor? key, SymInt "
+      "stream, "
       "SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, bool need_dx, bool need_da, "
       "bool need_de) -> (Tensor, Tensor, Tensor)");
-  m.def("adapter_expand(Tensor h, Tensor b, Tensor? base, float scaling, ScalarType dtype) -> Tensor");
+  m.def(
+      "adapter_expand(Tensor h, Tensor b, Tensor? base, float scaling, ScalarType dtype) -> "
+      "Tensor");
   m.def(
       "adapter_expand_backward(Tensor dy, Tensor h, Tensor b, float scaling, bool need_dh, "
       "bool need_db) -> (Tensor, Tensor)");
 
   // divergence
   m.def(
-      "gaussian_kl(Tensor[] means, Tensor[] rhos, float[] prior_std, str std, str direction) -> Tensor");
+      "gaussian_kl(Tensor[] means, Tensor[] rhos, float[] prior_std, str std, str direction) -> "
+      "Tensor");
   m.def(
-      "gaussian_kl_backward(Tensor weight, Tensor[] means, Tensor[] rhos, float[] prior_std, str std, "
+      "gaussian_kl_backward(Tensor weight, Tensor[] means, Tensor[] rhos, float[] prior_std, str "
+      "std, "
       "str direction) -> (Tensor[], Tensor[])");
   m.def(
       "gaussian_kl_step_(Tensor(a!)[] means, Tensor(b!)[] rhos, Tensor weight, float[] prior_std, "

@@ -26,8 +26,8 @@
 
 // Shape and type errors are raised by Python before an op is called (functional.py); these checks
 // protect direct calls of torch.ops. `op: argument must be ..., got ...`.
-#define BK_CHECK(condition, ...)                                                     \
-  do {                                                                               \
+#define BK_CHECK(condition, ...)                                                       \
+  do {                                                                                 \
     if (!(condition)) throw std::runtime_error(::bayes_kernels::message(__VA_ARGS__)); \
   } while (0)
 
@@ -74,7 +74,8 @@ inline Std std_of_name(const char* op, const std::string& name) {
   if (name == "square") return Std::kSquare;
   if (name == "softplus") return Std::kSoftplus;
   if (name == "direct") return Std::kDirect;
-  throw std::runtime_error(message(op, ": std must be 'square', 'softplus' or 'direct', got '", name, "'"));
+  throw std::runtime_error(
+      message(op, ": std must be 'square', 'softplus' or 'direct', got '", name, "'"));
 }
 
 inline Direction direction_of_name(const char* op, const std::string& name) {
@@ -84,20 +85,23 @@ inline Direction direction_of_name(const char* op, const std::string& name) {
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  BK_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ",
-           name, " must be on the device of the other tensors; move it");
+  BK_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op,
+           ": ", name, " must be on the device of the other tensors; move it");
 }
 
 inline const int64_t* key_pointer(const char* op, const Tensor& key, const Tensor& like) {
   check_device(op, "key", key, like);
-  BK_CHECK(key.dim() == 1 && key.numel() == 2 && key.scalar_type() == ScalarType::Long &&
-               key.is_contiguous(),
-           op, ": key must be a contiguous int64 tensor of two elements; make it with random.key(seed)");
+  BK_CHECK(
+      key.dim() == 1 && key.numel() == 2 && key.scalar_type() == ScalarType::Long &&
+          key.is_contiguous(),
+      op, ": key must be a contiguous int64 tensor of two elements; make it with random.key(seed)");
   return key.const_data_ptr<int64_t>();
 }
 
 // Launch functions return null or the text of an error.
-inline void raise_if(const char* op, const char* error) { BK_CHECK(error == nullptr, op, ": ", error); }
+inline void raise_if(const char* op, const char* error) {
+  BK_CHECK(error == nullptr, op, ": ", error);
+}
 
 // Allocates size(p) bytes on the device of `like` and stores the address in p.workspace.
 template <class Params, class Size>

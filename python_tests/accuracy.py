@@ -23,7 +23,9 @@ def assert_no_worse_than_torch(
     eps = torch.finfo(ours.dtype).eps
     error = (a - t).abs().max().item()
     allowed = factor * (b - t).abs().max().item() + eps * scale
-    assert error <= allowed, f"{what}: max error {error:.3g} > {allowed:.3g} (largest entry {scale:.3g})"
+    assert error <= allowed, (
+        f"{what}: max error {error:.3g} > {allowed:.3g} (largest entry {scale:.3g})"
+    )
     error = (a - t).norm().item()
     allowed = factor * (b - t).norm().item() + eps / 2 * t.norm().item()
     assert error <= allowed, f"{what}: Frobenius error {error:.3g} > {allowed:.3g}"

@@ -164,8 +164,13 @@ def test_lora(device, shape, dtype, with_base):
     names = ["x", "mean", "b", "base"] if with_base else ["x", "mean", "b"]
     y = F.lora(*(parts[k] for k in names), scaling=2.0)
     compare(
-        device, dtype, y, lambda p: reference.lora(*(p[k] for k in names), scaling=2.0),
-        parts, names, "lora",
+        device,
+        dtype,
+        y,
+        lambda p: reference.lora(*(p[k] for k in names), scaling=2.0),
+        parts,
+        names,
+        "lora",
     )
 
 
@@ -192,9 +197,13 @@ def test_core_lora(device, shape):
     names = ["x", "mean", "core", "b", "base"]
     y = F.core_lora(*(parts[k] for k in names), scaling=0.5)
     compare(
-        device, torch.float32, y,
+        device,
+        torch.float32,
+        y,
         lambda p: reference.core_lora(*(p[k] for k in names), scaling=0.5),
-        parts, names, "core_lora",
+        parts,
+        names,
+        "core_lora",
     )
 
 
@@ -239,8 +248,12 @@ def test_strides_and_offsets(device):
         y = F.flipout_lora(x, parts["mean"], parts["rho"], parts["b"], base[:, 5:], key=key)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     y = F.flipout_lora(
-        parts["x"], parts["mean"].T.contiguous().T, parts["rho"], parts["b"].T.contiguous().T,
-        parts["base"], key=key,
+        parts["x"],
+        parts["mean"].T.contiguous().T,
+        parts["rho"],
+        parts["b"].T.contiguous().T,
+        parts["base"],
+        key=key,
     )
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
@@ -266,12 +279,17 @@ def test_leading_dimensions(device):
     flat = F.flipout_lora(*(parts[k] for k in ("x", "mean", "rho", "b", "base")), key=key)
     for lead in ((3, 4), (2, 3, 2), (12, 1)):
         y = F.flipout_lora(
-            parts["x"].reshape(*lead, 33), parts["mean"], parts["rho"], parts["b"],
-            parts["base"].reshape(*lead, 9), key=key,
+            parts["x"].reshape(*lead, 33),
+            parts["mean"],
+            parts["rho"],
+            parts["b"],
+            parts["base"].reshape(*lead, 9),
+            key=key,
         )
         assert torch.equal(y.reshape(12, 9), flat)
-    single = F.flipout_lora(parts["x"][0], parts["mean"], parts["rho"], parts["b"],
-                            parts["base"][0], key=key)
+    single = F.flipout_lora(
+        parts["x"][0], parts["mean"], parts["rho"], parts["b"], parts["base"][0], key=key
+    )
     torch.testing.assert_close(single, flat[0], rtol=1e-5, atol=1e-6)
 
 
@@ -299,9 +317,19 @@ def test_zero_deviation_is_plain_lora_bit_for_bit(device, scope):
     for dtype in half_or_single(device):
         parts = make(device, (8, 130, 20, 8), dtype, grad=False, batch=(2, 4))
         rho = torch.zeros_like(parts["rho"])
-        y = F.flipout_lora(parts["x"], parts["mean"], rho, parts["b"], parts["base"], scaling=2.0,
-                           key=random.key(0, device.torch), scope=scope)
-        assert torch.equal(y, F.lora(parts["x"], parts["mean"], parts["b"], parts["base"], scaling=2.0))
+        y = F.flipout_lora(
+            parts["x"],
+            parts["mean"],
+            rho,
+            parts["b"],
+            parts["base"],
+            scaling=2.0,
+            key=random.key(0, device.torch),
+            scope=scope,
+        )
+        assert torch.equal(
+            y, F.lora(parts["x"], parts["mean"], parts["b"], parts["base"], scaling=2.0)
+        )
 
 
 def test_batch_split_does_not_change_the_noise(device):
@@ -348,19 +376,24 @@ def test_mean_and_covariance_of_samples(scope):
     mean = torch.randn(1, 12, generator=generator, dtype=torch.float64)
     rho = torch.rand(1, 12, generator=generator, dtype=torch.float64) * 0.5 + 0.5
     one = torch.ones(1, 1, dtype=torch.float64)
-    draws = torch.stack([
-        F.flipout_lora(x, mean, rho, one, key=random.key(s), scope=scope).reshape(4)
-        for s in range(6000)
-    ])
+    draws = torch.stack(
+        [
+            F.flipout_lora(x, mean, rho, one, key=random.key(s), scope=scope).reshape(4)
+            for s in range(6000)
+        ]
+    )
     rows = x.reshape(4, 12)
     covariance = (rows * rho**4) @ rows.T
     same_example = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
-    covariance = covariance * {
-        "token": torch.eye(4), "example": same_example, "none": torch.ones(4, 4)
-    }[scope]
+    covariance = (
+        covariance
+        * {"token": torch.eye(4), "example": same_example, "none": torch.ones(4, 4)}[scope]
+    )
     scale = covariance.diagonal().max().item()
     bound = 4.5 * scale / math.sqrt(len(draws))
-    assert (draws.mean(0) - (rows @ mean.T).reshape(4)).abs().max() < 4.5 * math.sqrt(scale / len(draws))
+    assert (draws.mean(0) - (rows @ mean.T).reshape(4)).abs().max() < 4.5 * math.sqrt(
+        scale / len(draws)
+    )
     assert (torch.cov(draws.T) - covariance).abs().max() < 2 * bound
 
 
@@ -471,7 +504,10 @@ def test_compile_gives_the_same_gradients_without_recompiling(dynamic):
     compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
     for seed in range(6):
         key = random.key(seed)
-        eager, fast = run(*(parts[k] for k in names), key), compiled(*(parts[k] for k in names), key)
+        eager, fast = (
+            run(*(parts[k] for k in names), key),
+            compiled(*(parts[k] for k in names), key),
+        )
         torch.testing.assert_close(fast, eager)
         for a, b in zip(gradients(fast, parts, names), gradients(eager, parts, names), strict=True):
             torch.testing.assert_close(a, b)
@@ -540,25 +576,111 @@ def ones(*shape, **options):
     ("call", "error", "text"),
     [
         (lambda k: F.lora(ones(2, 3), ones(3, 2), ones(4, 2)), ValueError, "transposed"),
-        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(2, 4)), ValueError, r"b must have shape \(m, r = 2\)"),
-        (lambda k: F.lora(ones(2, 3).int(), ones(2, 3), ones(4, 2)), TypeError, "x must be float32"),
-        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), ones(2, 5)), ValueError, r"base must have shape \(2, 4\)"),
-        (lambda k: F.lora(ones(2, 3), ones(0, 3), ones(4, 0)), ValueError, "rank must be at least 1"),
-        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), dropout=0.1), ValueError, "key is needed"),
-        (lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), dropout=1.5, key=k), ValueError, r"in \[0, 1\)"),
-        (lambda k: F.lora(ones(2, 3, dtype=torch.float64), ones(2, 3), ones(4, 2), ones(2, 4)), TypeError, "base must have a dtype"),
-        (lambda k: F.lora(ones(2, 3, device="meta"), ones(2, 3), ones(4, 2)), ValueError, "on the CPU or a CUDA device"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 2), ones(4, 2), key=k), ValueError, "rho must have shape"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=ones(2)), ValueError, "key must be an int64"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, scope="batch"), ValueError, "scope must be one of"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, std="exp"), ValueError, "std must be one of"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(5).long()), ValueError, "groups must have shape"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(2)), TypeError, "groups must be int64"),
-        (lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, rows_per_group=0), ValueError, "rows_per_group must be"),
-        (lambda k: F.lora(ones(2, 3), ones(2, 3).to(torch.complex64), ones(4, 2)), TypeError, "real floating-point"),
-        (lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(3), ones(4, 2)), ValueError, "d must have shape"),
-        (lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(5, 2), ones(4, 2)), ValueError, "groups must be given"),
-        (lambda k: F.core_lora(ones(2, 3), ones(2, 3), ones(3, 3), ones(4, 2)), ValueError, r"core must have shape \(2, 2\)"),
+        (
+            lambda k: F.lora(ones(2, 3), ones(2, 3), ones(2, 4)),
+            ValueError,
+            r"b must have shape \(m, r = 2\)",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3).int(), ones(2, 3), ones(4, 2)),
+            TypeError,
+            "x must be float32",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), ones(2, 5)),
+            ValueError,
+            r"base must have shape \(2, 4\)",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3), ones(0, 3), ones(4, 0)),
+            ValueError,
+            "rank must be at least 1",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), dropout=0.1),
+            ValueError,
+            "key is needed",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3), ones(2, 3), ones(4, 2), dropout=1.5, key=k),
+            ValueError,
+            r"in \[0, 1\)",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3, dtype=torch.float64), ones(2, 3), ones(4, 2), ones(2, 4)),
+            TypeError,
+            "base must have a dtype",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3, device="meta"), ones(2, 3), ones(4, 2)),
+            ValueError,
+            "on the CPU or a CUDA device",
+        ),
+        (
+            lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 2), ones(4, 2), key=k),
+            ValueError,
+            "rho must have shape",
+        ),
+        (
+            lambda k: F.flipout_lora(ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=ones(2)),
+            ValueError,
+            "key must be an int64",
+        ),
+        (
+            lambda k: F.flipout_lora(
+                ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, scope="batch"
+            ),
+            ValueError,
+            "scope must be one of",
+        ),
+        (
+            lambda k: F.flipout_lora(
+                ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, std="exp"
+            ),
+            ValueError,
+            "std must be one of",
+        ),
+        (
+            lambda k: F.flipout_lora(
+                ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(5).long()
+            ),
+            ValueError,
+            "groups must have shape",
+        ),
+        (
+            lambda k: F.flipout_lora(
+                ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, groups=torch.zeros(2)
+            ),
+            TypeError,
+            "groups must be int64",
+        ),
+        (
+            lambda k: F.flipout_lora(
+                ones(2, 3), ones(2, 3), ones(2, 3), ones(4, 2), key=k, rows_per_group=0
+            ),
+            ValueError,
+            "rows_per_group must be",
+        ),
+        (
+            lambda k: F.lora(ones(2, 3), ones(2, 3).to(torch.complex64), ones(4, 2)),
+            TypeError,
+            "real floating-point",
+        ),
+        (
+            lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(3), ones(4, 2)),
+            ValueError,
+            "d must have shape",
+        ),
+        (
+            lambda k: F.scaled_lora(ones(2, 3), ones(2, 3), ones(5, 2), ones(4, 2)),
+            ValueError,
+            "groups must be given",
+        ),
+        (
+            lambda k: F.core_lora(ones(2, 3), ones(2, 3), ones(3, 3), ones(4, 2)),
+            ValueError,
+            r"core must have shape \(2, 2\)",
+        ),
     ],
 )
 def test_errors_are_one_clear_line(call, error, text):

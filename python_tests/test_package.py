@@ -47,7 +47,9 @@ def test_import_loads_neither_transformers_nor_peft_nor_plots():
 
 def test_binary_uses_the_stable_abi_only():
     """Undefined symbols: C shims of libtorch and the C/C++ runtime; nothing unstable, no Python."""
-    symbols = [line.split()[-1] for line in tool("nm", "-D", "--undefined-only", library()).splitlines()]
+    symbols = [
+        line.split()[-1] for line in tool("nm", "-D", "--undefined-only", library()).splitlines()
+    ]
     ours = {s.split("@")[0] for s in symbols}
     assert any(s.startswith("aoti_torch_") for s in ours)
     unstable = [s for s in ours if re.match(r"_Z\w*(2at|3c10|5torch|5caffe2)", s)]
@@ -60,7 +62,14 @@ def test_binary_needs_no_cuda_and_no_python_library():
     dynamic = tool("readelf", "-d", library())
     needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
     assert "libtorch_cpu.so" in needed
-    forbidden = ("libtorch_cuda", "libcudart", "libpython", "libc10", "libtorch_python", "libtorch.so")
+    forbidden = (
+        "libtorch_cuda",
+        "libcudart",
+        "libpython",
+        "libc10",
+        "libtorch_python",
+        "libtorch.so",
+    )
     assert [n for n in needed if n.startswith(forbidden)] == []
     assert "RUNPATH" not in dynamic and "RPATH" not in dynamic
 
@@ -94,7 +103,11 @@ def test_broken_library_is_reported(tmp_path):
 
 def test_diagnosis_names_versions_and_paths():
     run = subprocess.run(
-        [sys.executable, "-m", "bayes_kernels"], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-m", "bayes_kernels"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert f"bayes_kernels {bk.__version__}" in run.stdout
     assert "torch " in run.stdout and "cpu :" in run.stdout and "cuda:" in run.stdout

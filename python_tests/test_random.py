@@ -83,15 +83,17 @@ def test_normal_matches_definition(device, shape: tuple[int, ...]):
 @pytest.mark.parametrize("columns", [1, 31, 128, 129, 300])
 def test_signs_match_definition(device, columns: int, output: bool):
     key = random.key(1, device.torch)
-    ours = random.sign_bits(
-        key, 7, columns, stream=2, output=output, row0=5, rows_per_id=3
+    ours = random.sign_bits(key, 7, columns, stream=2, output=output, row0=5, rows_per_id=3)
+    exact = reference.sign_bits(
+        key.cpu(), 7, columns, stream=2, output=output, row0=5, rows_per_id=3
     )
-    exact = reference.sign_bits(key.cpu(), 7, columns, stream=2, output=output, row0=5, rows_per_id=3)
     assert torch.equal(ours.cpu(), exact)
     ids = torch.tensor([4, 0, 4, 2**40, 1, 9, 3], device=device.torch)
     ours = random.sign_bits(key, 7, columns, stream=2, output=output, ids=ids)
-    assert torch.equal(ours.cpu(), reference.sign_bits(
-        key.cpu(), 7, columns, stream=2, output=output, ids=ids.cpu()))
+    assert torch.equal(
+        ours.cpu(),
+        reference.sign_bits(key.cpu(), 7, columns, stream=2, output=output, ids=ids.cpu()),
+    )
     assert torch.equal(ours[0], ours[2])
 
 
@@ -99,13 +101,17 @@ def test_signs_match_definition(device, columns: int, output: bool):
 def test_dropout_mask_matches_definition(device, columns: int):
     key = random.key(1, device.torch)
     ours = random.dropout_mask(key, 6, columns, 0.3, stream=4, row0=2)
-    assert torch.equal(ours.cpu(), reference.dropout_mask(key.cpu(), 6, columns, 0.3, stream=4, row0=2))
+    assert torch.equal(
+        ours.cpu(), reference.dropout_mask(key.cpu(), 6, columns, 0.3, stream=4, row0=2)
+    )
     assert random.dropout_mask(key, 6, columns, 0.0).all()
 
 
 def test_torch_stateless_generator_is_an_oracle():
     """fold_in and normals are laid out as in torch.func._random, where this torch has it."""
-    oracle = pytest.importorskip("torch.func._random", reason="torch has no stateless generator yet")
+    oracle = pytest.importorskip(
+        "torch.func._random", reason="torch has no stateless generator yet"
+    )
     theirs = oracle.key(7)
     try:
         oracle.fold_in(theirs, 5)
@@ -206,7 +212,9 @@ def test_dropout_rate(p: float):
 def test_errors_name_argument_and_remedy():
     with pytest.raises(TypeError, match="seed must be an int"):
         random.key(1.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"key must be an int64 tensor of two elements.*random.key"):
+    with pytest.raises(
+        ValueError, match=r"key must be an int64 tensor of two elements.*random.key"
+    ):
         random.normal(torch.zeros(2), (3,))
     with pytest.raises(ValueError, match=r"p must be in \[0, 1\)"):
         random.dropout_mask(random.key(0), 1, 1, 1.0)

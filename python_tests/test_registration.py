@@ -23,20 +23,27 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     h, b = torch.randn(7, 5).to(acc), torch.randn(9, 5).to(acc)
     base, dy = torch.randn(7, 9).to(dtype), torch.randn(7, 9).to(dtype)
     ids = torch.tensor([3, 1, 1, 0, 9, 2, 2])
-    means, rhos = [torch.randn(3, 4).to(acc), torch.randn(6).to(acc)], [
-        torch.rand(3, 1).to(acc) + 0.1,
-        torch.rand(6).to(acc) + 0.1,
-    ]
+    means, rhos = (
+        [torch.randn(3, 4).to(acc), torch.randn(6).to(acc)],
+        [
+            torch.rand(3, 1).to(acc) + 0.1,
+            torch.rand(6).to(acc) + 0.1,
+        ],
+    )
     weight = torch.tensor(0.1, dtype=acc)
     return {
         "fold_in": [(key, 5)],
         "normal": [(key, 2, [3, 5]), (key, 0, [0])],
         "sign_bits": [(key, 1, False, 4, 130, 2, 3, None), (key, 1, True, 7, 5, 0, 1, ids)],
         "dropout_mask": [(key, 1, 4, 13, 2, 0.5)],
-        "scaled_normal": [(torch.rand(5, 33).to(acc), 33, key, 1, "square"),
-                          (torch.rand(5, 1).to(acc), 33, key, 1, "softplus")],
-        "scaled_normal_backward": [(e, torch.rand(5, 33).to(acc), key, 1, "square"),
-                                   (e, torch.rand(5, 1).to(acc), key, 1, "direct")],
+        "scaled_normal": [
+            (torch.rand(5, 33).to(acc), 33, key, 1, "square"),
+            (torch.rand(5, 1).to(acc), 33, key, 1, "softplus"),
+        ],
+        "scaled_normal_backward": [
+            (e, torch.rand(5, 33).to(acc), key, 1, "square"),
+            (e, torch.rand(5, 1).to(acc), key, 1, "direct"),
+        ],
         "adapter_shrink": [
             (x, a, None, None, 0, 0, 1, None, 0.0),
             (x, a, e, key, 4, 2, 3, None, 0.25),
@@ -48,7 +55,11 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (h, x, a, None, None, 0, 0, 1, None, 0.0, False, True, True),
             (h[:0], x[:0], a, e, key, 0, 0, 1, None, 0.0, True, True, False),
         ],
-        "adapter_expand": [(h, b, base, 2.0, dtype), (h, b, None, 1.0, dtype), (h[:0], b, None, 1.0, dtype)],
+        "adapter_expand": [
+            (h, b, base, 2.0, dtype),
+            (h, b, None, 1.0, dtype),
+            (h[:0], b, None, 1.0, dtype),
+        ],
         "adapter_expand_backward": [(dy, h, b, 2.0, True, True), (dy, h, b, 1.0, False, True)],
         "gaussian_kl": [(means, rhos, [0.2, 0.3], "square", "elbo")],
         "gaussian_kl_backward": [(weight, means, rhos, [0.2], "softplus", "code")],
@@ -85,7 +96,9 @@ def test_every_op_has_cpu_and_fake_kernels_and_the_emulator_the_same_schemas():
 @pytest.mark.needs_cuda
 def test_cuda_kernels_are_registered():
     for name in registered() - {"build_info"}:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bayes_kernels::{name}", "CUDA"), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bayes_kernels::{name}", "CUDA"), (
+            name
+        )
 
 
 def test_every_cpu_path_gives_the_same_results():
@@ -110,7 +123,9 @@ def test_every_cpu_path_gives_the_same_results():
             text=True,
             check=True,
         )
-        path, *values = run.stdout.split()  # a processor without `wanted` falls back to a narrower one
+        path, *values = (
+            run.stdout.split()
+        )  # a processor without `wanted` falls back to a narrower one
         results[path] = torch.tensor([float(v) for v in values], dtype=torch.float64)
     for path, values in results.items():
         torch.testing.assert_close(values, results["baseline"], rtol=1e-5, atol=1e-3, msg=path)

@@ -105,8 +105,9 @@ BK_HD void cos_sin_turn(float u, float* cosine, float* sine) {
   const float t = (u - 0.25f * static_cast<float>(quarter)) * 6.28318530717958647692f;
   const float z = t * t;
   const float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * t + t;
-  const float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z +
-                   4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
+  const float c =
+      ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -
+      0.5f * z + 1.0f;
   const bool swap = (quarter & 1) != 0;
   const float a = swap ? s : c;
   const float b = swap ? c : s;
@@ -133,15 +134,17 @@ BK_HD void normal_block(Key sub, uint64_t block, float out[4]) {
 // The 128 signs of columns [128 * c, 128 * (c + 1)) of sign row `id`: column j is negative where
 // bit j % 32 of word (j / 32) % 4 is set.
 BK_HD PhiloxBlock sign_block(Key sub, int64_t id, int64_t columns, int64_t c) {
-  return philox(sub, static_cast<uint64_t>(id) * static_cast<uint64_t>(ceil_div(columns, kSignsPerBlock)) +
-                         static_cast<uint64_t>(c));
+  return philox(
+      sub, static_cast<uint64_t>(id) * static_cast<uint64_t>(ceil_div(columns, kSignsPerBlock)) +
+               static_cast<uint64_t>(c));
 }
 
 // Dropout bits of columns [8 * c, 8 * (c + 1)) of token `row`: column j is kept where its 16 bits
 // (low half of word (j % 8) / 2 for even j, high half for odd j) are >= the threshold.
 BK_HD PhiloxBlock dropout_block(Key sub, int64_t row, int64_t columns, int64_t c) {
-  return philox(sub, static_cast<uint64_t>(row) * static_cast<uint64_t>(ceil_div(columns, kDropoutPerBlock)) +
-                         static_cast<uint64_t>(c));
+  return philox(
+      sub, static_cast<uint64_t>(row) * static_cast<uint64_t>(ceil_div(columns, kDropoutPerBlock)) +
+               static_cast<uint64_t>(c));
 }
 
 BK_HD uint32_t dropout_threshold(double probability) {
@@ -149,7 +152,8 @@ BK_HD uint32_t dropout_threshold(double probability) {
 }
 
 // Which sign row a token uses: its own id where ids are given, else counted from row0, with
-// `rows_per_id` successive tokens sharing one (1: token scope, tokens of an example: example scope).
+// `rows_per_id` successive tokens sharing one (1: token scope, tokens of an example: example
+// scope).
 struct RowIds {
   const int64_t* ids;  // may be null
   int64_t row0;

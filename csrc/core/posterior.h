@@ -9,8 +9,8 @@ namespace bayes_kernels {
 
 // Omega = rho^2 (BLoB), log(1 + e^rho), or rho itself.
 enum class Std : int { kSquare, kSoftplus, kDirect };
-// kElbo: KL(q || p), the term of the evidence lower bound; kCode: KL(p || q), as ScalaBL's published
-// code computes it.
+// kElbo: KL(q || p), the term of the evidence lower bound; kCode: KL(p || q), as ScalaBL's
+// published code computes it.
 enum class Direction : int { kElbo, kCode };
 
 // |rho| below this is treated as this in derivatives of log(rho^2), which would overflow at 0.
