@@ -8,18 +8,10 @@ transformers and PEFT. Importing this package imports neither transformers nor P
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import functional, optim, random
 from ._library import build_info
-
-if TYPE_CHECKING:
-    from .hf import (
-        export_lora,
-        kl_divergence,
-        posterior,
-        predict,
-    )
 
 __version__ = "0.1.0"
 

@@ -17,6 +17,13 @@ OPTIONAL = (
 )
 
 
+def _gpu_name(index: int) -> str:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+
+
 def diagnosis() -> str:
     """Versions, what was compiled, and which path runs on which device, as text."""
     import torch
@@ -43,10 +50,7 @@ def diagnosis() -> str:
         else:
             compiled = f"compiled with CUDA {info['cuda']} for {info['cuda_architectures']}"
             if torch.cuda.is_available():
-                names = ", ".join(
-                    f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
-                    for i in range(torch.cuda.device_count())
-                )
+                names = ", ".join(_gpu_name(i) for i in range(torch.cuda.device_count()))
                 lines.append(f"  cuda: fused kernels on {names}; {compiled}")
             else:
                 lines.append(f"  cuda: {compiled}; no GPU that torch can use")

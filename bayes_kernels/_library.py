@@ -1,8 +1,8 @@
 """Loads the compiled ops, registers their fake kernels, and holds the shared argument checks.
 
 The library is looked for in the package's folders or, where the environment variable
-BAYES_KERNELS_LIBRARY names a folder, only there. A failure is kept and raised, with advice, when an op is first used, so that
-importing the package never fails because of it.
+BAYES_KERNELS_LIBRARY names a folder, only there. A failure is kept and raised, with advice, when an op
+is first used, so that importing the package never fails because of it.
 """
 
 from __future__ import annotations

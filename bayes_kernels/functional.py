@@ -682,7 +682,7 @@ def _noisy_factor(
 
 def _apply_middle(h: Tensor, middle: Tensor | None, kind: str) -> Tensor:
     if kind == "scaled":
-        return h * middle
+        return h * middle  # type: ignore[operator]
     if kind == "core":
         return h @ middle.T  # type: ignore[union-attr]
     return h
