@@ -6,11 +6,14 @@
 #   make setup   only the environment
 #   make bench   CPU benchmarks;   make lint   style and types;   make docs   the site, in site/
 #
-# TORCH=torch==2.11.0 or the like chooses another torch (2.11 or later).
+# TORCH=torch==2.11.0 or the like chooses another torch (2.11 or later). Where there is nvcc, kernels are
+# compiled for this machine's GPU, or for sm_90 where there is none: ARCHITECTURES=all compiles for all.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+ARCHITECTURES ?= this
+export BAYES_KERNELS_CUDA_ARCHITECTURES ?= $(ARCHITECTURES)
 
 VENV := .venv
 PY := $(VENV)/bin/python
