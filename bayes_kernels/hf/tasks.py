@@ -187,7 +187,7 @@ def stdlib_docs(
     for name, text, area in stdlib_corpus():
         key = normalise(text)
         texts.add(key)
-        position = _fraction(f"stdlib_docs\n{key}")
+        position = _fraction(f"stdlib-docs, second split\n{key}")
         split = "test" if position < 0.2 else "validation" if position < 0.3 else "train"
         parts[split].append(_doc_example(name, text, key, area))
     ood: list[Example] = []
