@@ -300,7 +300,7 @@ def test_auto_time_follows_the_rule(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=10, learning_rate=0.05, lr_scheduler_type="constant")
     trainer = BayesTrainer(model=model, args=args, train_dataset=CLASSES, kl_weight=0.5)
     trainer.train()
-    target = 0.007 * 32**0.5 * (10 * 0.05) * (640 / N_TRAIN) ** 0.25
+    target = 0.01 * 32**0.5 * (10 * 0.05) * (640 / N_TRAIN) ** 0.25
     starts = [float((item.rho.detach() ** 2).mean()) for item in bayes_layers(bert())]
     assert 0.0012 < min(starts) < max(starts) < 0.0025
     times = [flow_time(target, 0.2, start) for start in starts]
