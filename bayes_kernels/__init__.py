@@ -31,6 +31,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HF_NAMES:
         return getattr(import_module("bayes_kernels.hf"), name)
-    if name in ("hf", "metrics", "plots", "reference"):
+    if name in ("hf", "laplace", "metrics", "plots", "reference", "vbll"):
         return import_module(f"bayes_kernels.{name}")
     raise AttributeError(f"module 'bayes_kernels' has no attribute {name!r}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_FUSED_RANK = 64
+MAX_FUSED_CLASSES = 32  # with a full covariance; variances alone have no limit
 
 _ADVICE = (
     "reinstall with `pip install --no-build-isolation .` in the source tree, or set "
@@ -198,6 +199,59 @@ def _register_fakes(namespace: str) -> None:
         std: str,
         direction: str,
     ) -> None:
+        return None
+
+    @fake(f"{namespace}::mc_predict")
+    def _(
+        mean: Tensor,
+        cov: Tensor,
+        key: Tensor,
+        stream: int,
+        row0: int,
+        ids: Tensor | None,
+        n_samples: int,
+        antithetic: bool,
+        standard_error: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = mean.shape[0]
+        return (
+            mean.new_empty(mean.shape),
+            mean.new_empty((rows,)),
+            mean.new_empty((rows,)),
+            mean.new_empty(mean.shape if standard_error else (0, 0)),
+        )
+
+    @fake(f"{namespace}::low_rank_update_")
+    def _(factors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        return None
+
+    @fake(f"{namespace}::tall_gram")
+    def _(xs: Sequence[Tensor]) -> list[Tensor]:
+        return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
+
+    @fake(f"{namespace}::tall_pair_gram")
+    def _(xs: Sequence[Tensor], gs: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        def grams() -> list[Tensor]:
+            return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
+
+        return grams(), grams(), grams()
+
+    @fake(f"{namespace}::tall_retract_")
+    def _(xs: Sequence[Tensor], steps: Sequence[Tensor], retraction: str) -> Tensor:
+        return xs[0].new_empty((len(xs),), dtype=torch.int32)
+
+    @fake(f"{namespace}::tall_stiefel_step_")
+    def _(
+        xs: Sequence[Tensor], directions: Sequence[Tensor], lr: Tensor, retraction: str
+    ) -> Tensor:
+        return xs[0].new_empty((len(xs),), dtype=torch.int32)
+
+    @fake(f"{namespace}::tall_landing_field")
+    def _(xs: Sequence[Tensor], grads: Sequence[Tensor], lam: Tensor) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in xs]
+
+    @fake(f"{namespace}::tall_landing_step_")
+    def _(xs: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, lam: Tensor) -> None:
         return None
 
 

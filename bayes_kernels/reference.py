@@ -247,3 +247,200 @@ def gaussian_kl(
             raise ValueError(f"direction must be 'elbo' or 'code', got {direction!r}")
         total = total + terms.sum()
     return total
+
+
+# --- tall --------------------------------------------------------------------------------------
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x, (r, r) for x (n, r)."""
+    return x.mT @ x
+
+
+def polar_retract(x: Tensor, step: Tensor | None = None) -> Tensor:
+    """Polar factor of x + step: the orthonormal matrix nearest to it, U V^T of its SVD U S V^T."""
+    u, _, vh = torch.linalg.svd(x if step is None else x + step, full_matrices=False)
+    return u @ vh
+
+
+def qr_retract(x: Tensor, step: Tensor | None = None) -> Tensor:
+    """Q of the QR decomposition of x + step whose R has a positive diagonal."""
+    q, r = torch.linalg.qr(x if step is None else x + step)
+    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+
+
+def tangent_projection(x: Tensor, d: Tensor) -> Tensor:
+    """d - x sym(x^T d): d projected on the tangent space of the Stiefel manifold at x."""
+    product = x.mT @ d
+    return d - x @ ((product + product.mT) / 2)
+
+
+def stiefel_step(
+    x: Tensor, direction: Tensor, lr: float | Tensor, *, retraction: str = "polar"
+) -> Tensor:
+    """Retraction of x - lr * tangent_projection(x, direction)."""
+    if retraction not in ("polar", "qr"):
+        raise ValueError(f"retraction must be 'polar' or 'qr', got {retraction!r}")
+    retract = polar_retract if retraction == "polar" else qr_retract
+    return retract(x - lr * tangent_projection(x, direction))
+
+
+def landing_field(x: Tensor, grad: Tensor, lam: float | Tensor) -> Tensor:
+    """(g x^T - x g^T) x + lam x (x^T x - I), without the (n, n) product."""
+    s = gram(x)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return grad @ s - x @ (grad.mT @ x) + lam * (x @ (s - eye))
+
+
+def landing_step(x: Tensor, grad: Tensor, lr: float | Tensor, lam: float | Tensor) -> Tensor:
+    """x - lr * landing_field(x, grad, lam)."""
+    return x - lr * landing_field(x, grad, lam)
+
+
+# --- curvature ---------------------------------------------------------------------------------
+
+
+def valid_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows (..., d) as (N, d): zero where a bool mask is False, times sqrt(w) for weights w."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if mask is None:
+        return flat
+    weight = mask.reshape(-1, 1)
+    # A masked row may hold anything, also what is not finite.
+    flat = flat.masked_fill(weight == 0, 0)
+    return flat if mask.dtype == torch.bool else flat * weight.to(flat.dtype).sqrt()
+
+
+def kron_accumulate(
+    factor: Tensor,
+    rows: Tensor,
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """beta factor + alpha sum_i w_i x_i x_i^T over rows x_i of (..., d); w from the mask."""
+    x = valid_rows(rows.to(factor.dtype), mask)
+    return beta * factor + alpha * (x.T @ x)
+
+
+def low_rank_update(factor: Tensor, rows: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """U_k S_k of the thin SVD of H = [factor, rows^T]: the best rank-k L for L L^T ~ H H^T."""
+    h = torch.cat([factor, valid_rows(rows.to(factor.dtype), mask).T], dim=1)
+    u, s, _ = torch.linalg.svd(h, full_matrices=False)
+    k = factor.shape[1]
+    return F.pad(u[:, :k] * s[:k], (0, max(0, k - s.numel())))
+
+
+# --- predict -----------------------------------------------------------------------------------
+
+
+def logit_noise(
+    key: Tensor,
+    rows: int,
+    n_samples: int,
+    classes: int,
+    *,
+    stream: int = 0,
+    row0: int = 0,
+    ids: Tensor | None = None,
+    antithetic: bool = False,
+) -> Tensor:
+    """The normals (rows, n_samples, classes) that `mc_predict` uses, fp32, materialised."""
+    draws = (n_samples + 1) // 2 if antithetic else n_samples
+    groups = (draws + 3) // 4
+    base = subkey(key, stream, 4)
+    row = row_ids(rows, row0, 1, ids, key.device)
+    words = philox(base, row)  # row by row: fold_in(base, row)
+    noise = []
+    for w in words:
+        folded = torch.stack([w[0] | (w[1] << 32), w[2] | (w[3] << 32)])
+        blocks = normal(folded, (groups, classes, 4))
+        noise.append(blocks.transpose(1, 2).reshape(4 * groups, classes)[:draws])
+    if not noise:
+        return torch.empty(0, n_samples, classes, device=key.device)
+    eps = torch.stack(noise)
+    return torch.stack([eps, -eps], dim=2).flatten(1, 2)[:, :n_samples] if antithetic else eps
+
+
+def semidefinite_cholesky(cov: Tensor) -> Tensor:
+    """Lower L with L L^T = cov for positive semi-definite matrices (..., n, n); reads the lower part.
+
+    No jitter is added. With eps the rounding unit of cov's dtype and d = cov[j, j], column j of L is
+    zero where its pivot is at most 4 n eps d: a singular matrix is factorised exactly, without the
+    directions that have no variance. A pivot below -sqrt(eps) d, or one that is not finite, means
+    that cov is no covariance: L is NaN.
+    """
+    n, eps = cov.shape[-1], torch.finfo(cov.dtype).eps
+    a = cov.double()
+    lower = torch.zeros_like(a)
+    bad = torch.zeros(cov.shape[:-2], dtype=torch.bool, device=cov.device)
+    for j in range(n):
+        row = lower[..., j, :j]
+        column = a[..., j:, j] - (lower[..., j:, :j] @ row[..., None]).squeeze(-1)
+        pivot, diagonal = column[..., 0], a[..., j, j]
+        bad = bad | ~(pivot >= -math.sqrt(eps) * diagonal) | ~(diagonal < math.inf)
+        kept = pivot > 4 * n * eps * diagonal
+        scale = torch.where(kept, pivot, 1.0).rsqrt()
+        lower[..., j:, j] = torch.where(kept[..., None], column * scale[..., None], 0.0)
+    return torch.where(bad[..., None, None], math.nan, lower).to(cov.dtype)
+
+
+def sampled_logits(mean: Tensor, cov: Tensor, eps: Tensor) -> Tensor:
+    """z (B, S, C) ~ N(mean, cov) from normals eps; cov (B, C) variances or (B, C, C)."""
+    if cov.dim() == 2:
+        return mean[:, None] + cov.sqrt()[:, None] * eps
+    return mean[:, None] + eps @ semidefinite_cholesky(cov).mT
+
+
+def mc_predict(
+    mean: Tensor, cov: Tensor, eps: Tensor, *, antithetic: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log of the mean softmax (B, C), its entropy (B,), the mean entropy (B,), standard error (B, C).
+
+    eps (B, S, C) normals; with antithetic, samples 2k and 2k + 1 are a pair.
+    """
+    logp = torch.log_softmax(sampled_logits(mean, cov, eps), dim=-1)
+    samples = eps.shape[1]
+    log_probs = torch.logsumexp(logp, dim=1) - math.log(samples)
+    p = logp.exp()
+    entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+    expected = -torch.special.xlogy(p, p).sum(-1).mean(1)
+    draws = (p[:, 0::2] + p[:, 1::2]) / 2 if antithetic else p
+    count = draws.new_tensor(draws.shape[1])
+    squares = (draws - draws.mean(1, keepdim=True)).square().sum(1)
+    error = (squares / (count - 1) / count).sqrt()  # NaN for a single draw
+    return log_probs, entropy, expected, error
+
+
+def linear_logits(
+    features: Tensor,
+    weight_mean: Tensor,
+    weight_scale: Tensor | tuple[Tensor, Tensor],
+    noise_var: Tensor | float | None = None,
+    *,
+    covariance: str = "diagonal",
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, C) of logits of features (B, D) under N(weight_mean_c, S_c) weights."""
+    mean = features @ weight_mean.T
+    if covariance == "diagonal":
+        assert isinstance(weight_scale, Tensor)
+        var = features.square() @ weight_scale.square().T
+    elif covariance == "low_rank":
+        factor, variances = weight_scale
+        projected = torch.einsum("bd,cdk->bck", features, factor)
+        var = projected.square().sum(-1) + features.square() @ variances.T
+    elif covariance == "dense":
+        assert isinstance(weight_scale, Tensor)
+        d = features.shape[1]
+        lower = weight_scale
+        if weight_scale.dim() == 2:
+            i, j = torch.tril_indices(d, d, device=features.device)
+            lower = weight_scale.new_zeros(len(weight_scale), d, d)
+            lower[:, i, j] = weight_scale
+        var = torch.einsum("bi,cij->bcj", features, lower.tril()).square().sum(-1)
+    else:
+        raise ValueError(
+            f"covariance must be 'diagonal', 'low_rank' or 'dense', got {covariance!r}"
+        )
+    return mean, var if noise_var is None else var + noise_var

@@ -5,8 +5,11 @@
 #include <cstring>
 
 #include "adapter.h"
+#include "curvature.h"
 #include "divergence.h"
 #include "noise.h"
+#include "predict.h"
+#include "tall.h"
 
 namespace bayes_kernels {
 namespace {
@@ -88,5 +91,14 @@ BK_SIZER(divergence_workspace, DivergenceParams)
 BK_LAUNCHER(gaussian_kl, DivergenceParams)
 BK_LAUNCHER(gaussian_kl_gradient, DivergenceParams)
 BK_LAUNCHER(gaussian_kl_step, DivergenceParams)
+
+BK_SIZER(predict_workspace, PredictParams)
+BK_LAUNCHER(mc_predict, PredictParams)
+
+BK_SIZER(tall_workspace, TallParams)
+BK_LAUNCHER(tall, TallParams)
+
+BK_SIZER(low_rank_workspace, LowRankParams)
+BK_LAUNCHER(low_rank_update, LowRankParams)
 
 }  // namespace bayes_kernels

@@ -14,6 +14,9 @@
 //   row g      a[0]        a[2]         rows 2t+8, 2t+9   b[1]      row g    d[0], d[1]
 //   row g+8    a[1]        a[3]                                     row g+8  d[2], d[3]
 //
+// mma_m8n8k4_f64(d, a, b): D (8 x 8, fp64) += A (8 x 4) B (4 x 8). A lane holds A[g][t] in a, B[t][g]
+// in b, and D[g][2t], D[g][2t+1] in d. At full rate on data-centre GPUs only.
+//
 // ldmatrix_xK(r, row), K = 2 or 4: loads K matrices of 8 x 8 16-bit elements from shared memory.
 // Lane 8 i + j passes the address of row j of matrix i (16 bytes, 16-byte aligned; x2 uses the
 // addresses of lanes 0 to 15 only). Register i of a lane receives elements (g, 2t) and (g, 2t+1) of
@@ -26,7 +29,7 @@
 //
 // clang-format on
 //
-// Sources: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "ldmatrix".
+// Sources: PTX ISA, "Matrix Fragments for mma.m16n8k16", "mma.m8n8k4" (.f64) and "ldmatrix".
 //
 // The host twin accumulates in fp32 in order of k. Hardware sums a k-slice with its own internal
 // rounding, so results agree bitwise only where every partial sum is exact.
@@ -51,6 +54,24 @@ inline void mma_m16n8k16_fp16(float (&d)[4], const std::uint32_t (&a)[4],
                               const std::uint32_t (&b)[2], const char* file = __builtin_FILE(),
                               int line = __builtin_LINE()) {
   ::simt::mma_m16n8k16(::simt::MmaInput::fp16, d, a, b, file, line);
+}
+
+inline void mma_m8n8k4_f64(double (&d)[2], double a, double b, const char* file = __builtin_FILE(),
+                           int line = __builtin_LINE()) {
+  struct Payload {
+    double a, b;
+    double* d;
+  } payload{a, b, d};
+  ::simt::warp_collective(
+      "mma_m8n8k4_f64", 0xffffffffu, &payload,
+      [](std::uint32_t, void* const* payloads) {
+        auto lane = [&](int i) -> Payload& { return *static_cast<Payload*>(payloads[i]); };
+        for (int i = 0; i < 32; ++i)
+          for (int e = 0; e < 2; ++e)
+            for (int k = 0; k < 4; ++k)
+              lane(i).d[e] += lane(i / 4 * 4 + k).a * lane((i % 4 * 2 + e) * 4 + k).b;
+      },
+      file, line);
 }
 
 #define BK_DEFINE_LDMATRIX(NAME, COUNT, TRANSPOSED)                                    \
@@ -78,6 +99,12 @@ BK_DEFINE_LDMATRIX(ldmatrix_x4_trans, 4, true)
 BK_DEFINE_MMA(mma_m16n8k16_bf16, "bf16")
 BK_DEFINE_MMA(mma_m16n8k16_fp16, "f16")
 #undef BK_DEFINE_MMA
+
+__device__ __forceinline__ void mma_m8n8k4_f64(double (&d)[2], double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};\n"
+               : "+d"(d[0]), "+d"(d[1])
+               : "d"(a), "d"(b));
+}
 
 #define BK_DEFINE_LDMATRIX_X2(NAME, TRANS)                                             \
   __device__ __forceinline__ void NAME(std::uint32_t (&r)[2], const void* row) {       \

@@ -45,5 +45,24 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "gaussian_kl_step_(Tensor(a!)[] means, Tensor(b!)[] rhos, Tensor weight, float[] prior_std, "
       "str std, str direction) -> ()");
 
+  // tall
+  m.def("tall_gram(Tensor[] xs) -> Tensor[]");
+  m.def("tall_pair_gram(Tensor[] xs, Tensor[] gs) -> (Tensor[], Tensor[], Tensor[])");
+  m.def("tall_retract_(Tensor(a!)[] xs, Tensor[] steps, str retraction) -> Tensor");
+  m.def(
+      "tall_stiefel_step_(Tensor(a!)[] xs, Tensor[] directions, Tensor lr, str retraction) -> "
+      "Tensor");
+  m.def("tall_landing_field(Tensor[] xs, Tensor[] grads, Tensor lam) -> Tensor[]");
+  m.def("tall_landing_step_(Tensor(a!)[] xs, Tensor[] grads, Tensor lr, Tensor lam) -> ()");
+
+  // predict
+  m.def(
+      "mc_predict(Tensor mean, Tensor cov, Tensor key, SymInt stream, SymInt row0, Tensor? ids, "
+      "SymInt n_samples, bool antithetic, bool standard_error) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+
+  // curvature
+  m.def("low_rank_update_(Tensor(a!)[] factors, Tensor[] rows) -> ()");
+
   m.def("build_info() -> str");
 }

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -129,11 +130,14 @@ void parallel_for(int64_t end, int64_t grain, const F& body) {
 class OptionalDeviceGuard {
  public:
   explicit OptionalDeviceGuard(const Tensor& t) {
-    if (t.is_cuda()) guard_.emplace(t.get_device_index());
+    if (t.is_cuda()) {
+      guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(t.get_device_index());
+    }
   }
 
  private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  // On the heap: with std::optional GCC 12 warns of uninitialised members.
+  std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 }  // namespace bayes_kernels

@@ -31,6 +31,10 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
         ],
     )
     weight = torch.tensor(0.1, dtype=acc)
+    talls = [torch.randn(17, 3).to(acc), torch.randn(5, 5).to(acc), torch.randn(40, 1).to(acc)]
+    beside = [0.1 * torch.randn_like(t) for t in talls]
+    rows = [torch.randn(b, t.shape[0]).to(acc) for b, t in enumerate(talls)]
+    scalar = torch.tensor(0.1, dtype=torch.float64)
     return {
         "fold_in": [(key, 5)],
         "normal": [(key, 2, [3, 5]), (key, 0, [0])],
@@ -64,6 +68,18 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
         "gaussian_kl": [(means, rhos, [0.2, 0.3], "square", "elbo")],
         "gaussian_kl_backward": [(weight, means, rhos, [0.2], "softplus", "code")],
         "gaussian_kl_step_": [(means, rhos, weight, [0.2], "square", "elbo")],
+        "low_rank_update_": [(talls, rows)],
+        "tall_gram": [(talls,)],
+        "tall_pair_gram": [(talls, beside)],
+        "tall_retract_": [(talls, [], "polar"), (talls, beside, "qr")],
+        "tall_stiefel_step_": [(talls, beside, scalar, "polar")],
+        "tall_landing_field": [(talls, beside, scalar)],
+        "tall_landing_step_": [(talls, beside, scalar, scalar)],
+        "mc_predict": [
+            (h.abs(), h.square(), key, 1, 0, None, 6, True, True),
+            (h, (h[:, :, None] * h[:, None]), key, 0, 4, ids, 5, False, False),
+            (h[:0], h[:0], key, 0, 0, None, 5, False, True),
+        ],
         "build_info": [()],
     }
 
@@ -113,6 +129,9 @@ def test_every_cpu_path_gives_the_same_results():
         "y = F.flipout_lora(x, a, r, b, key=random.key(3), dropout=0.1)\n"
         "y.square().sum().backward()\n"
         "print(build_info()['cpu_path'], y.double().sum().item(), b.grad.double().sum().item())\n"
+        "for m, v in ((x[:, :5], 1.0), (x, 1.0), (x, 99.0)):\n"
+        "    p = F.mc_predict(m, v * m.abs(), n_samples=70, key=random.key(4))\n"
+        "    print(p.log_probs.double().sum().item(), p.expected_entropy.double().sum().item())\n"
     )
     results = {}
     for wanted in ("baseline", "avx2", "avx512"):

@@ -23,7 +23,7 @@ struct PhiloxBlock {
 
 // What a stream's numbers are used for. Each purpose has a key of its own: fold_in(key, 8 * stream
 // + purpose).
-enum Purpose : int { kNormal = 0, kSignIn = 1, kSignOut = 2, kDropout = 3 };
+enum Purpose : int { kNormal = 0, kSignIn = 1, kSignOut = 2, kDropout = 3, kLogit = 4 };
 constexpr uint64_t kPurposes = 8;
 
 constexpr int kSignsPerBlock = 128;

@@ -1,0 +1,595 @@
+"""Optimisers for matrices with orthonormal columns: landing, and Riemannian steps with retraction.
+
+The Stiefel manifold St(n, r) holds the tall matrices Z (n, r) with Z^T Z = I. A parameter group with
+`stiefel=True` holds such matrices; wide parameters (r, n), as `lora_A.weight`, have orthonormal rows
+instead, and their transpose is meant below. All other groups are stepped by plain AdamW or SGD.
+
+* **Landing** (`method="landing"`, PoLAR's published choice) never retracts. The gradient G is
+  replaced by the landing field
+
+      L(Z) = (G Z^T - Z G^T) Z + penalty Z (Z^T Z - I)
+
+  whose first part moves along the manifold and whose second part, the gradient of
+  penalty/4 ||Z^T Z - I||^2, leads back to it. `StiefelSGD` follows -L. `StiefelAdamW` takes L as if
+  it were a gradient, as published: what Adam makes of it is no longer tangent, so that matrices stay
+  near the manifold, not on it. Watch `orthogonality()`.
+* **Retraction** (`method="polar"` or `"qr"`) keeps matrices on the manifold to rounding. Gradient
+  and momentum are projected on the tangent space,
+
+      P_Z(D) = D - Z sym(Z^T D)
+
+  which carries the momentum from the last point to this one, and Z becomes the polar factor, or the
+  Q factor with positive diagonal of R, of Z minus the step.
+
+Cost: a step is a number of launches that depends on how many different shapes there are, not on how
+many matrices. Matrices are never compared with n x n memory: the field is computed from r x r Grams.
+Wide parameters are transposed into a temporary of their size.
+
+Sources: Ablin and Peyre, "Fast and Accurate Optimization on the Orthogonal Manifold without
+Retraction", arXiv 2102.07432; Lion et al., "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv
+2506.03133, and its code; Becigneul and Ganea, "Riemannian Adaptive Optimization Methods", arXiv
+1810.00760; Absil, Mahony and Sepulchre, "Optimization Algorithms on Matrix Manifolds", 2008.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import sgd
+
+from . import functional
+
+METHODS = ("landing", "polar", "qr")
+SECOND_MOMENTS = ("matrix", "element")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class _StiefelOptimizer(Optimizer):
+    """What both optimisers share: groups, fp32 copies of half-precision matrices, monitoring."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        # From `fused` PyTorch sees on loading that step counts are tensors on the device.
+        super().__init__(params, {**defaults, "fused": True})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the stock method; checks the options and the shapes of Stiefel matrices."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        _check_number(name, "lr", group["lr"])
+        for option in ("weight_decay", "penalty"):
+            _check_number(name, option, group[option])
+        if group["method"] not in METHODS:
+            raise ValueError(
+                f"{name}: method must be one of {METHODS}, got {group['method']!r}; choose one"
+            )
+        if not group["stiefel"]:
+            return
+        for parameter in group["params"]:
+            if parameter.dim() != 2:
+                raise ValueError(
+                    f"{name}: parameters of a group with stiefel=True must be matrices, got shape "
+                    f"{tuple(parameter.shape)}; put it into another group"
+                )
+            if not parameter.is_floating_point():
+                raise TypeError(
+                    f"{name}: parameters must be floating-point, got {parameter.dtype}; convert it"
+                )
+            if hasattr(parameter, "placements"):
+                raise TypeError(
+                    f"{name}: Stiefel matrices must be whole on each process, got a DTensor; leave "
+                    "the adapter out of FSDP or use DDP"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step with the gradients in `.grad`, which are left as they are.
+
+        Args:
+            closure: computes the loss anew, as for every optimiser of torch.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in parameters):
+                raise TypeError(
+                    f"{type(self).__name__}: gradients must be dense, got a sparse one; leave "
+                    "sparse=True out of the embedding"
+                )
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for parameter in parameters:
+                by_device.setdefault(parameter.device, []).append(parameter)
+            for part in by_device.values():
+                if group["stiefel"]:
+                    self._step_stiefel(group, part)
+                else:
+                    self._step_euclidean(group, part)
+        return loss
+
+    def _step_stiefel(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        points = [self._point(p) for p in parameters]
+        grads: list[Tensor] = []
+        for parameter, point in zip(parameters, points, strict=True):
+            assert parameter.grad is not None
+            grads.append(parameter.grad.to(point.dtype).contiguous())
+        self._update(group, parameters, points, grads)
+        halves = [(p, x) for p, x in zip(parameters, points, strict=True) if p is not x]
+        if halves:
+            torch._foreach_copy_([p for p, _ in halves], [x for _, x in halves])
+
+    def _point(self, parameter: Tensor) -> Tensor:
+        """The matrix that is stepped: the parameter, or its fp32 copy where it has half precision."""
+        if parameter.dtype not in _HALF:
+            return parameter
+        state = self.state[parameter]
+        if "master" not in state:
+            state["master"] = parameter.detach().float().contiguous()
+        return state["master"]
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        points: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        raise NotImplementedError
+
+    def _step_euclidean(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _matrices(self) -> list[Tensor]:
+        return [
+            self.state[p].get("master", p) if p in self.state else p
+            for group in self.param_groups
+            if group["stiefel"]
+            for p in group["params"]
+        ]
+
+    def orthogonality(self) -> Tensor:
+        """Largest ||Z^T Z - I||_F over all Stiefel matrices: see `orthogonality`."""
+        return orthogonality(self._matrices())
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Put every Stiefel matrix on the manifold, at its nearest point: the polar factor.
+
+        Landing leaves matrices near the manifold; after this they are on it to rounding.
+
+        Raises:
+            ValueError: a matrix has lost its rank.
+        """
+        parameters = [p for g in self.param_groups if g["stiefel"] for p in g["params"]]
+        points = [self._point(p) for p in parameters]
+        for device in dict.fromkeys(p.device for p in points):
+            local = [p for p in points if p.device == device]
+            talls = _tall(local)
+            functional.polar_retract_(talls)
+            _write_back(local, talls)
+        for parameter, point in zip(parameters, points, strict=True):
+            if parameter is not point:
+                parameter.copy_(point)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the stock method; fp32 state of half-precision parameters stays fp32."""
+        super().load_state_dict(state_dict)
+        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        own = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        for index, parameter in zip(saved, own, strict=True):
+            if parameter.dtype not in _HALF:
+                continue
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.dtype == torch.float32:
+                    self.state[parameter][name] = value.to(parameter.device)
+
+
+class StiefelAdamW(_StiefelOptimizer):
+    """AdamW whose groups with `stiefel=True` keep their matrices orthonormal.
+
+    * "landing": the landing field L takes the place of the gradient (after whatever clipping came
+      before) and AdamW's own update follows, elementwise, as PoLAR's code does it.
+    * "polar", "qr": Riemannian Adam with momentum transported by projection. With
+      g = P_Z(G), m = P_Z(beta1 m + (1 - beta1) g) and v = beta2 v + (1 - beta2) mean(g^2),
+
+          Z <- retract(Z - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps))
+
+      v is one number for each matrix, as Becigneul and Ganea have it for manifolds without product
+      structure: the step stays tangent, and rotations of the matrix change nothing. They take the
+      squared norm; the mean over its n r elements is used here, so that a step has the root mean
+      square lr for every shape, and the learning rate means what it means in AdamW.
+      `second_moment="element"` keeps v for each element as AdamW does and projects the quotient.
+
+    Weight decay acts on the other groups only: an orthonormal matrix has a fixed norm. All state is
+    fp32 beside half-precision Stiefel matrices, which get an fp32 copy that is stepped instead.
+
+    Args:
+        params: parameters or groups; a group may set every option below.
+        lr: learning rate; a 0-dim tensor can be changed without recompilation or new CUDA graphs.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        stiefel: whether the group's matrices are to be orthonormal.
+        method: "landing", "polar" or "qr".
+        penalty: weight of the pull to the manifold, for landing. Published: 5e-3 (Llama-2-7B,
+            commonsense) to 1 (GLUE).
+        second_moment: "matrix" or "element", for retractions.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or a Stiefel parameter is no matrix.
+
+    Example:
+        groups = [{"params": [b, a], "stiefel": True}, {"params": [core]}]
+        optimizer = StiefelAdamW(groups, lr=4e-3)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        stiefel: bool = False,
+        method: str = "landing",
+        penalty: float = 5e-3,
+        second_moment: str = "matrix",
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stiefel": stiefel,
+            "method": method,
+            "penalty": penalty,
+            "second_moment": second_moment,
+        }
+        super().__init__(params, options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_number("StiefelAdamW", "eps", group["eps"])
+        if not all(0.0 <= float(beta) < 1.0 for beta in group["betas"]):
+            raise ValueError(f"StiefelAdamW: betas must be in [0, 1), got {group['betas']}")
+        if group["second_moment"] not in SECOND_MOMENTS:
+            raise ValueError(
+                f"StiefelAdamW: second_moment must be one of {SECOND_MOMENTS}, got "
+                f"{group['second_moment']!r}; choose one"
+            )
+
+    def _step_euclidean(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        self._adamw(group, parameters, parameters, grads, group["weight_decay"])
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        points: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        if group["method"] == "landing":
+            fields = _landing_field(points, grads, group["penalty"])
+            self._adamw(group, parameters, points, fields, 0.0)
+        else:
+            self._riemannian_adam(group, parameters, points, grads)
+
+    def _adamw(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        points: list[Tensor],
+        grads: list[Tensor],
+        weight_decay: float,
+    ) -> None:
+        """PyTorch's fused AdamW: one launch for all tensors."""
+        states = [self._state(p, x, x.shape) for p, x in zip(parameters, points, strict=True)]
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, point in enumerate(points):
+            by_dtype.setdefault(point.dtype, []).append(i)
+        beta1, beta2 = group["betas"]
+        for indices in by_dtype.values():
+            adamw(
+                [points[i] for i in indices],
+                [grads[i] for i in indices],
+                [states[i]["exp_avg"] for i in indices],
+                [states[i]["exp_avg_sq"] for i in indices],
+                [],
+                [states[i]["step"] for i in indices],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=weight_decay,
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _state(self, parameter: Tensor, point: Tensor, second: Sequence[int]) -> dict[str, Any]:
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=point.device)
+            state["exp_avg"] = torch.zeros_like(point)
+            state["exp_avg_sq"] = point.new_zeros(tuple(second))
+        return state
+
+    def _riemannian_adam(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        points: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        per_matrix = group["second_moment"] == "matrix"
+        states = [
+            self._state(p, x, () if per_matrix else x.shape)
+            for p, x in zip(parameters, points, strict=True)
+        ]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        directions: list[Tensor] = [points[0]] * len(points)
+        for indices in _same_shapes(points):
+            z, g, m, v, t = (
+                torch.stack([tensors[i] for i in indices])
+                for tensors in (
+                    points,
+                    grads,
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    steps,
+                )
+            )
+            g = _project(z, g)
+            m = _project(z, m.lerp_(g, 1 - beta1))
+            square = g.square().mean((1, 2)) if per_matrix else g.square()
+            v = v.lerp_(square, 1 - beta2)
+            # Bias corrections stay on the device: no read of the step count.
+            correction1 = (1 - beta1**t).to(z.dtype).view(-1, 1, 1)
+            correction2 = (1 - beta2**t).to(z.dtype).view(-1, 1, 1)
+            scale = (v.view(-1, 1, 1) if per_matrix else v) / correction2
+            d = m / (correction1 * (scale.sqrt() + group["eps"]))
+            torch._foreach_copy_([states[i]["exp_avg"] for i in indices], list(m.unbind()))
+            torch._foreach_copy_([states[i]["exp_avg_sq"] for i in indices], list(v.unbind()))
+            for i, direction in zip(indices, d.unbind(), strict=True):
+                directions[i] = direction
+        _retracted_step(points, directions, group["lr"], group["method"])
+
+
+class StiefelSGD(_StiefelOptimizer):
+    """SGD whose groups with `stiefel=True` keep their matrices orthonormal.
+
+    * "landing": Z <- Z - lr b, b = momentum b + L(Z); without momentum one fused update in place.
+      ||Z^T Z - I||_F stays below 1e-2 where lr penalty is about 0.1 and lr ||G||_F below 0.04.
+    * "polar", "qr": Z <- retract(Z - lr b), b = P_Z(momentum b + P_Z(G)).
+
+    Weight decay acts on the other groups only. Half-precision Stiefel matrices get an fp32 copy that
+    is stepped instead.
+
+    Args:
+        params: parameters or groups; a group may set every option below.
+        lr: learning rate, a number or a 0-dim tensor.
+        momentum, weight_decay: as in `torch.optim.SGD`.
+        stiefel: whether the group's matrices are to be orthonormal.
+        method: "landing", "polar" or "qr".
+        penalty: weight of the pull to the manifold, for landing.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, or a Stiefel parameter is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        stiefel: bool = False,
+        method: str = "landing",
+        penalty: float = 1.0,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "stiefel": stiefel,
+            "method": method,
+            "penalty": penalty,
+        }
+        super().__init__(params, options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_number("StiefelSGD", "momentum", group["momentum"])
+
+    def _step_euclidean(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        momentum = group["momentum"]
+        buffers: list[Tensor | None] = [None] * len(parameters)
+        if momentum:
+            buffers = [*self._momenta(parameters, parameters)]
+        sgd(
+            parameters,
+            grads,
+            buffers,
+            fused=True,
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        points: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        momentum, lr, method = group["momentum"], group["lr"], group["method"]
+        if method == "landing" and not momentum:
+            _landing_step(points, grads, lr, group["penalty"])
+            return
+        if method == "landing":
+            buffers = self._momenta(parameters, points)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, _landing_field(points, grads, group["penalty"]))
+            torch._foreach_sub_(points, torch._foreach_mul(buffers, lr))
+            return
+        if momentum:
+            buffers = self._momenta(parameters, points)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads)
+            for indices in _same_shapes(points):
+                z, b = (torch.stack([t[i] for i in indices]) for t in (points, buffers))
+                b = _project(z, b)
+                torch._foreach_copy_([buffers[i] for i in indices], list(b.unbind()))
+            grads = buffers
+        _retracted_step(points, grads, lr, method)
+
+    def _momenta(self, parameters: list[Tensor], points: list[Tensor]) -> list[Tensor]:
+        for parameter, point in zip(parameters, points, strict=True):
+            state = self.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(point)
+        return [self.state[p]["momentum_buffer"] for p in parameters]
+
+
+def orthogonality(matrices: Iterable[Tensor]) -> Tensor:
+    """Largest deviation from orthonormal columns (rows, for wide matrices): max ||Z^T Z - I||_F.
+
+    Args:
+        matrices: at least one matrix.
+
+    Returns:
+        0-dim fp32 (fp64 for fp64 matrices) tensor on the device of the first; no synchronisation.
+
+    Raises:
+        ValueError: there is no matrix.
+    """
+    found: list[Tensor] = []
+    with torch.no_grad():
+        everything = [m.detach() for m in matrices]
+        everything = [m.float() if m.dtype in _HALF else m for m in everything]
+        for device in dict.fromkeys(m.device for m in everything):
+            grams = functional.gram(_tall([m for m in everything if m.device == device]))
+            for indices in _same_shapes(grams):
+                gram = torch.stack([grams[i] for i in indices])
+                gram.diagonal(dim1=1, dim2=2).sub_(1)
+                found.append(torch.linalg.matrix_norm(gram).max())
+    if not found:
+        raise ValueError("orthogonality: matrices must have at least one matrix, got none")
+    return torch.stack([value.to(found[0].device) for value in found]).max()
+
+
+# --- Shapes --------------------------------------------------------------------------------------
+# The ops take contiguous tall matrices. Work on whole stacks of one shape makes the number of
+# launches independent of the number of matrices.
+
+
+def _same_shapes(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Indices of the tensors of each shape and dtype."""
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.shape, tensor.dtype), []).append(i)
+    return groups.values()
+
+
+def _is_wide(matrix: Tensor) -> bool:
+    return matrix.shape[-2] < matrix.shape[-1]
+
+
+def _tall(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous matrices as they are, wide ones as transposed copies: two launches a shape."""
+    talls = [m.contiguous() for m in matrices]
+    for indices in _same_shapes(matrices):
+        if _is_wide(matrices[indices[0]]):
+            stack = torch.stack([matrices[i] for i in indices]).mT.contiguous()
+            for i, tall in zip(indices, stack.unbind(), strict=True):
+                talls[i] = tall
+    return talls
+
+
+def _like(matrices: Sequence[Tensor], talls: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse: tall results in the layout of the matrices that they belong to."""
+    found = list(talls)
+    for indices in _same_shapes(matrices):
+        if _is_wide(matrices[indices[0]]):
+            stack = torch.stack([talls[i] for i in indices]).mT.contiguous()
+            for i, wide in zip(indices, stack.unbind(), strict=True):
+                found[i] = wide
+    return found
+
+
+def _write_back(matrices: Sequence[Tensor], talls: Sequence[Tensor]) -> None:
+    """Copy changed tall matrices into those that are not themselves the tall ones."""
+    changed = [
+        (matrix, new)
+        for matrix, tall, new in zip(matrices, talls, _like(matrices, talls), strict=True)
+        if tall.data_ptr() != matrix.data_ptr()
+    ]
+    if changed:
+        torch._foreach_copy_([m for m, _ in changed], [n for _, n in changed])
+
+
+def _project(points: Tensor, directions: Tensor) -> Tensor:
+    """P_Z(D) = D - Z sym(Z^T D) for stacks of matrices (L, ., .)."""
+    wide = _is_wide(points)
+    inner = directions @ points.mT if wide else points.mT @ directions
+    inner = (inner + inner.mT) * 0.5
+    left, right = (inner, points) if wide else (points, inner)
+    return torch.baddbmm(directions, left, right, alpha=-1)
+
+
+def _landing_field(points: list[Tensor], grads: list[Tensor], penalty: float) -> list[Tensor]:
+    return _like(points, functional.landing_field(_tall(points), _tall(grads), penalty))
+
+
+def _landing_step(
+    points: list[Tensor], grads: list[Tensor], lr: float | Tensor, penalty: float
+) -> None:
+    talls = _tall(points)
+    functional.landing_step_(talls, _tall(grads), lr, penalty)
+    _write_back(points, talls)
+
+
+def _retracted_step(
+    points: list[Tensor], directions: list[Tensor], lr: float | Tensor, method: str
+) -> None:
+    talls = _tall(points)
+    functional.stiefel_step_(talls, _tall(directions), lr, retraction=method)
+    _write_back(points, talls)
+
+
+def _check_number(op: str, name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(
+                f"{op}: {name} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}"
+            )
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{op}: {name} must not be negative, got {value!r}")

@@ -1,0 +1,77 @@
+// Host side of the curvature family, shared by all devices: checks, allocation, launch.
+#include "curvature.h"
+
+#include "torch_stable.h"
+
+namespace bayes_kernels {
+namespace {
+
+#if !defined(BAYES_KERNELS_SIM)
+struct Cpu {
+  static constexpr bool f64 = true;
+  static constexpr auto workspace = low_rank_workspace_cpu;
+  static constexpr auto launch = low_rank_update_cpu;
+};
+#endif
+#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
+struct Cuda {
+  static constexpr bool f64 = false;
+  static constexpr auto workspace = low_rank_workspace_cuda;
+  static constexpr auto launch = low_rank_update_cuda;
+};
+#endif
+
+template <class Device>
+void low_rank_update_(std::vector<Tensor> factors, std::vector<Tensor> rows) {
+  constexpr const char* op = "low_rank_update_";
+  BK_CHECK(!factors.empty() && factors.size() == rows.size(), op,
+           ": factors and rows must be lists of the same length, at least 1, got ", factors.size(),
+           " and ", rows.size());
+  const ScalarType type = factors[0].scalar_type();
+  BK_CHECK(type == ScalarType::Float || (Device::f64 && type == ScalarType::Double), op,
+           ": factors must be float32", Device::f64 ? " or float64" : " on a GPU",
+           "; convert them");
+  std::vector<LowRankItem> items;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const Tensor &factor = factors[i], &x = rows[i];
+    BK_CHECK(factor.dim() == 2 && factor.size(1) >= 1 && factor.size(1) <= kMaxFactorRank, op,
+             ": factor ", i, " must have shape (d, k) with k from 1 to ", kMaxFactorRank);
+    BK_CHECK(x.dim() == 2 && x.size(1) == factor.size(0), op, ": rows ", i,
+             " must have shape (n, d = ", factor.size(0), ")");
+    BK_CHECK(factor.size(0) < (int64_t{1} << 31) && x.size(0) < (int64_t{1} << 31), op, ": item ",
+             i, " must have fewer than 2^31 rows");
+    BK_CHECK(factor.is_contiguous() && x.is_contiguous() && factor.scalar_type() == type &&
+                 x.scalar_type() == type,
+             op, ": factor and rows ", i,
+             " must be contiguous and have the dtype of the first factor");
+    check_device(op, "each factor", factor, factors[0]);
+    check_device(op, "each rows tensor", x, factors[0]);
+    if (factor.size(0) == 0 || x.size(0) == 0) continue;
+    items.push_back(
+        LowRankItem{factor.data_ptr(), x.data_ptr(), factor.size(0), factor.size(1), x.size(0)});
+  }
+  LowRankParams params{items.data(), static_cast<int64_t>(items.size()), type == ScalarType::Double,
+                       nullptr};
+  if (items.empty()) return;
+  OptionalDeviceGuard guard(factors[0]);
+  Tensor workspace = workspace_for(factors[0], params, Device::workspace);
+  raise_if(op, Device::launch(params, current_stream(factors[0])));
+}
+
+}  // namespace
+}  // namespace bayes_kernels
+
+#define BK_REGISTER_CURVATURE(key, Device)                                      \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                               \
+    m.impl("low_rank_update_",                                                  \
+           TORCH_BOX(&bayes_kernels::low_rank_update_<bayes_kernels::Device>)); \
+  }
+
+#if defined(BAYES_KERNELS_SIM)
+BK_REGISTER_CURVATURE(CPU, Cuda)
+#else
+BK_REGISTER_CURVATURE(CPU, Cpu)
+#if defined(BAYES_KERNELS_CUDA)
+BK_REGISTER_CURVATURE(CUDA, Cuda)
+#endif
+#endif

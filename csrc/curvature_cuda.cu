@@ -1,0 +1,288 @@
+// Curvature family on the GPU: three launches for a whole list of factors and a block of new rows.
+//
+// 1. Partial Gram matrices of H = [factor, rows^T], a block for each kSplit rows of H.
+// 2. A block for each factor adds them up in fp64 and takes the eigenvectors.
+// 3. factor <- H V_k, in place: a block holds its rows of H before it writes them.
+// The list travels by value in the kernels' arguments.
+#include "cuda_portable.h"
+#include "curvature.h"
+
+namespace bayes_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kSplit = 1024;  // rows of H in one partial Gram matrix: a constant, for fixed bits
+constexpr int kTile = 32;     // rows of H in shared memory
+constexpr int kQuad = 4;      // a thread multiplies 4 columns with 4 columns
+constexpr int kStatic = 48 * 1024;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+struct Item {
+  float* factor;
+  const float* rows;
+  int32_t d, k, b;
+  int32_t gram_block, apply_block;  // first of this item in its launch
+  int32_t padding;
+  int64_t
+      at;  // of this item in the workspace, in doubles: partial sums, coefficients, eigenproblem
+};
+
+constexpr int kItems = 60;  // 4 KB of kernel arguments is what every driver accepts
+
+struct List {
+  Item items[kItems];
+  int32_t n_items;
+  double* workspace;
+};
+static_assert(sizeof(List) <= 4000, "kernel arguments");
+
+__device__ __host__ __forceinline__ int splits_of(int64_t d) {
+  return static_cast<int>(ceil_div(d, kSplit));
+}
+
+__device__ int item_of(const List& list, int block, bool gram) {
+  int low = 0, high = list.n_items - 1;  // the last item that starts at or before the block
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    const int start = gram ? list.items[middle].gram_block : list.items[middle].apply_block;
+    if (start <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+__device__ __forceinline__ double* coefficients_of(const List& list, const Item& item) {
+  const int c = item.k + item.b;
+  return list.workspace + item.at + static_cast<int64_t>(splits_of(item.d)) * c * c;
+}
+
+__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ List list) {
+  BK_SHARED(float, tile, [kMaxSmall + kQuad][kTile + 1]);
+  BK_SHARED(float, partial, [kThreads * kQuad * kQuad]);
+  const Item& item = list.items[item_of(list, blockIdx.x, true)];
+  const int split = blockIdx.x - item.gram_block;
+  const int c = item.k + item.b;
+  const int quads = (c + kQuad - 1) / kQuad;
+  const int pairs = quads * (quads + 1) / 2;
+  const int used = pairs < kThreads ? pairs : kThreads;  // pairs at a time
+  const int groups = kThreads / used;                    // which share the rows of a tile
+  const int slot = threadIdx.x % used, group = threadIdx.x / used;
+  const int64_t begin = static_cast<int64_t>(split) * kSplit;
+  const int64_t end = begin + kSplit < item.d ? begin + kSplit : item.d;
+  double* out = list.workspace + item.at + static_cast<int64_t>(split) * c * c;
+  for (int first = 0; first < pairs; first += used) {
+    // Pair number p is (row quad i, column quad j <= i).
+    const int p = first + slot;
+    const bool active = group < groups && p < pairs;
+    int i = 0;
+    while ((i + 1) * (i + 2) / 2 <= p) ++i;
+    const int j = p - i * (i + 1) / 2;
+    float sum[kQuad][kQuad];
+    BK_UNROLL
+    for (int t = 0; t < kQuad; ++t) {
+      BK_UNROLL
+      for (int u = 0; u < kQuad; ++u) sum[t][u] = 0;
+    }
+    for (int64_t row = begin; row < end; row += kTile) {
+      __syncthreads();
+      for (int e = threadIdx.x; e < kTile * item.k; e += kThreads) {
+        const int at = e / item.k;
+        tile[e % item.k][at] = row + at < end ? item.factor[(row + at) * item.k + e % item.k] : 0;
+      }
+      for (int e = threadIdx.x; e < kTile * (quads * kQuad - item.k); e += kThreads) {
+        const int at = e % kTile, s = e / kTile;
+        const bool there = row + at < end && s < item.b;
+        tile[item.k + s][at] =
+            there ? item.rows[static_cast<int64_t>(s) * item.d + row + at] : 0.0f;
+      }
+      __syncthreads();
+      if (!active) continue;
+      for (int at = group; at < kTile; at += groups) {
+        float x[kQuad], y[kQuad];
+        BK_UNROLL
+        for (int t = 0; t < kQuad; ++t) {
+          x[t] = tile[i * kQuad + t][at];
+          y[t] = tile[j * kQuad + t][at];
+        }
+        BK_UNROLL
+        for (int t = 0; t < kQuad; ++t) {
+          BK_UNROLL
+          for (int u = 0; u < kQuad; ++u) sum[t][u] = fmaf(x[t], y[u], sum[t][u]);
+        }
+      }
+    }
+    __syncthreads();
+    if (active) {
+      BK_UNROLL
+      for (int t = 0; t < kQuad; ++t) {
+        BK_UNROLL
+        for (int u = 0; u < kQuad; ++u) partial[(threadIdx.x * kQuad + t) * kQuad + u] = sum[t][u];
+      }
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < used * kQuad * kQuad; e += kThreads) {
+      const int q = first + e / (kQuad * kQuad);
+      if (q >= pairs) continue;
+      int qi = 0;
+      while ((qi + 1) * (qi + 2) / 2 <= q) ++qi;
+      const int a = qi * kQuad + e / kQuad % kQuad;
+      const int b = (q - qi * (qi + 1) / 2) * kQuad + e % kQuad;
+      double total = 0;
+      for (int g = 0; g < groups; ++g) total += partial[g * used * kQuad * kQuad + e];
+      if (a < c && b < c) {
+        out[a * c + b] = total;
+        out[b * c + a] = total;
+      }
+    }
+  }
+}
+
+// A block of threads for core/small_linalg.h; a group is a warp.
+struct Block {
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ int threads() { return kThreads; }
+  static __device__ __forceinline__ int group() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int groups() { return kWarps; }
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int lanes() { return 32; }
+  static __device__ __forceinline__ double sum(double v) {
+    BK_UNROLL
+    for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(kAllLanes, v, lanes);
+    return v;
+  }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    eigen_kernel(const __grid_constant__ List list, int shared_bytes) {
+  BK_DYNAMIC_SHARED(double, shared);
+  BK_SHARED(double, values, [kMaxSmall]);
+  BK_SHARED(double, flags, [kWarps]);
+  BK_SHARED(int, order, [kMaxSmall]);
+  const Item& item = list.items[blockIdx.x];
+  const int c = item.k + item.b;
+  const int splits = splits_of(item.d);
+  const double* partial = list.workspace + item.at;
+  double* coefficients = coefficients_of(list, item);
+  const int64_t bytes = int64_t{2} * c * c * static_cast<int64_t>(sizeof(double));
+  double* w = bytes <= shared_bytes ? shared : coefficients + static_cast<int64_t>(c) * item.k;
+  double* v = w + c * c;
+  for (int e = threadIdx.x; e < c * c; e += kThreads) {
+    double total = 0;
+    for (int s = 0; s < splits; ++s) total += partial[static_cast<int64_t>(s) * c * c + e];
+    w[e] = total;
+  }
+  if (threadIdx.x < kMaxSmall) order[threadIdx.x] = 0;  // what a NaN leaves
+  __syncthreads();
+  symmetric_eigen<Block>(w, v, values, flags, c, c);
+  if (threadIdx.x < static_cast<unsigned>(c)) {
+    int rank = 0;
+    const double mine = values[threadIdx.x];
+    for (int j = 0; j < c; ++j)
+      rank += values[j] > mine || (values[j] == mine && j < static_cast<int>(threadIdx.x));
+    // Ranks are distinct, except beside a NaN, where every thread may have rank 0.
+    if (rank > 0 || mine == mine) order[rank] = threadIdx.x;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < c * item.k; e += kThreads)
+    coefficients[e] = v[order[e % item.k] * c + e / item.k];
+}
+
+__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ List list) {
+  BK_DYNAMIC_SHARED(float, shared);
+  const Item& item = list.items[item_of(list, blockIdx.x, false)];
+  const int k = item.k, c = item.k + item.b;
+  float* weights = shared;    // (c, k)
+  float* h = shared + c * k;  // (c, kTile + 1)
+  const double* coefficients = coefficients_of(list, item);
+  for (int e = threadIdx.x; e < c * k; e += kThreads)
+    weights[e] = static_cast<float>(coefficients[e]);
+  const int64_t row = static_cast<int64_t>(blockIdx.x - item.apply_block) * kTile;
+  for (int e = threadIdx.x; e < kTile * k; e += kThreads) {
+    const int at = e / k;
+    h[e % k * (kTile + 1) + at] = row + at < item.d ? item.factor[(row + at) * k + e % k] : 0.0f;
+  }
+  for (int e = threadIdx.x; e < kTile * item.b; e += kThreads) {
+    const int at = e % kTile, s = e / kTile;
+    h[(k + s) * (kTile + 1) + at] =
+        row + at < item.d ? item.rows[static_cast<int64_t>(s) * item.d + row + at] : 0.0f;
+  }
+  __syncthreads();
+  const int at = threadIdx.x % kTile;
+  if (row + at >= item.d) return;
+  for (int j = threadIdx.x / kTile; j < k; j += kThreads / kTile) {
+    float sum = 0;
+    for (int s = 0; s < c; ++s) sum = fmaf(h[s * (kTile + 1) + at], weights[s * k + j], sum);
+    item.factor[(row + at) * k + j] = sum;
+  }
+}
+
+int64_t doubles_of(int64_t d, int64_t k, int64_t b) {
+  const int64_t c = k + b;
+  return splits_of(d) * c * c + c * k + 2 * c * c;
+}
+
+int64_t rows_of(const LowRankItem& item, int64_t done) {
+  return item.n - done < kBlockRows ? item.n - done : kBlockRows;
+}
+
+}  // namespace
+
+int64_t low_rank_workspace_cuda(const LowRankParams& p) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < p.n_items; ++i)
+    total += doubles_of(p.items[i].d, p.items[i].k, rows_of(p.items[i], 0));
+  return total * static_cast<int64_t>(sizeof(double));
+}
+
+const char* low_rank_update_cuda(const LowRankParams& p, void* stream) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < p.n_items; ++i) most = p.items[i].n > most ? p.items[i].n : most;
+  bk_set_max_dynamic_smem(apply_kernel, bk_max_shared_memory_per_block());
+  for (int64_t done = 0; done < most; done += kBlockRows) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < p.n_items;) {
+      List list{};
+      list.workspace = static_cast<double*>(p.workspace);
+      int gram_blocks = 0, apply_blocks = 0, eigen_bytes = 0, apply_bytes = 0;
+      for (; i < p.n_items && list.n_items < kItems; ++i) {
+        const LowRankItem& given = p.items[i];
+        const int64_t b = rows_of(given, done);
+        if (b <= 0) continue;
+        Item item{};
+        item.factor = static_cast<float*>(given.factor);
+        item.rows = static_cast<const float*>(given.rows) + done * given.d;
+        item.d = static_cast<int32_t>(given.d);
+        item.k = static_cast<int32_t>(given.k);
+        item.b = static_cast<int32_t>(b);
+        item.gram_block = gram_blocks;
+        item.apply_block = apply_blocks;
+        item.at = at;
+        list.items[list.n_items++] = item;
+        gram_blocks += splits_of(given.d);
+        apply_blocks += static_cast<int>(ceil_div(given.d, kTile));
+        at += doubles_of(given.d, given.k, b);
+        const int c = item.k + item.b;
+        // Larger eigenproblems lie in the workspace.
+        const int eigen = 2 * c * c * static_cast<int>(sizeof(double));
+        if (eigen <= kStatic - 4096 && eigen > eigen_bytes) eigen_bytes = eigen;
+        const int apply = (c * item.k + c * (kTile + 1)) * static_cast<int>(sizeof(float));
+        if (apply > apply_bytes) apply_bytes = apply;
+      }
+      if (list.n_items == 0) continue;
+      BK_LAUNCH(gram_kernel, dim3(static_cast<unsigned>(gram_blocks)), kThreads, 0, stream, list);
+      BK_LAUNCH(eigen_kernel, dim3(static_cast<unsigned>(list.n_items)), kThreads, eigen_bytes,
+                stream, list, eigen_bytes);
+      BK_LAUNCH(apply_kernel, dim3(static_cast<unsigned>(apply_blocks)), kThreads, apply_bytes,
+                stream, list);
+      const char* error = bk_last_error();
+      if (error != nullptr) return error;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace bayes_kernels

@@ -1,0 +1,102 @@
+// Host side of the predict family, shared by all devices: checks, allocation, launch.
+#include "predict.h"
+
+#include "torch_stable.h"
+
+namespace bayes_kernels {
+namespace {
+
+#if !defined(BAYES_KERNELS_SIM)
+struct Cpu {
+  static constexpr auto workspace = predict_workspace_cpu;
+  static constexpr auto predict = mc_predict_cpu;
+};
+#endif
+#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
+struct Cuda {
+  static constexpr auto workspace = predict_workspace_cuda;
+  static constexpr auto predict = mc_predict_cuda;
+};
+#endif
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, Tensor key,
+                                                      int64_t stream, int64_t row0,
+                                                      std::optional<Tensor> ids, int64_t n_samples,
+                                                      bool antithetic, bool standard_error) {
+  constexpr const char* op = "mc_predict";
+  const ScalarType type = mean.scalar_type();
+  BK_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
+           ": mean must be float32 or float64; convert it");
+#if defined(BAYES_KERNELS_SIM)
+  BK_CHECK(type == ScalarType::Float, op, ": mean must be float32 on a GPU; convert it");
+#else
+  BK_CHECK(type == ScalarType::Float || !mean.is_cuda(), op,
+           ": mean must be float32 on a GPU; convert it");
+#endif
+  BK_CHECK(mean.dim() == 2 && mean.size(1) >= 1, op,
+           ": mean must have shape (B, C) with at least one class");
+  const int64_t rows = mean.size(0), classes = mean.size(1);
+  const bool full = cov.dim() == 3;
+  BK_CHECK(cov.scalar_type() == type && (cov.dim() == 2 || full) && cov.size(0) == rows &&
+               cov.size(1) == classes && (!full || cov.size(2) == classes),
+           op, ": cov must have the dtype of mean and shape (B, C) or (B, C, C)");
+  BK_CHECK(!full || classes <= kMaxFull, op, ": a full covariance must have at most ", kMaxFull,
+           " classes, got ", classes, "; use variances, or reference.mc_predict");
+  BK_CHECK(n_samples >= (antithetic ? 2 : 1) && (!antithetic || n_samples % 2 == 0), op,
+           ": n_samples must be at least 1, and even with antithetic, got ", n_samples);
+  check_device(op, "cov", cov, mean);
+  OptionalDeviceGuard guard(mean);
+  mean = torch::stable::contiguous(mean);
+  cov = torch::stable::contiguous(cov);
+  PredictParams p{};
+  p.key = key_pointer(op, key, mean);
+  p.stream = stream;
+  p.row_ids = RowIds{nullptr, row0, 1};
+  if (ids.has_value()) {
+    BK_CHECK(ids->dim() == 1 && ids->size(0) == rows && ids->scalar_type() == ScalarType::Long &&
+                 ids->is_contiguous(),
+             op, ": ids must be a contiguous int64 tensor of ", rows, " elements");
+    check_device(op, "ids", *ids, mean);
+    p.row_ids.ids = ids->const_data_ptr<int64_t>();
+  }
+  p.f64 = type == ScalarType::Double;
+  p.full = full;
+  p.antithetic = antithetic;
+  p.mean = mean.data_ptr();
+  p.cov = cov.data_ptr();
+  p.rows = rows;
+  p.classes = classes;
+  p.samples = n_samples;
+  Tensor log_probs = empty_like_shape(mean, {rows, classes}, type);
+  Tensor entropy = empty_like_shape(mean, {rows}, type);
+  Tensor expected_entropy = empty_like_shape(mean, {rows}, type);
+  Tensor error = standard_error ? empty_like_shape(mean, {rows, classes}, type)
+                                : empty_like_shape(mean, {0, 0}, type);
+  p.log_probs = log_probs.mutable_data_ptr();
+  p.entropy = entropy.mutable_data_ptr();
+  p.expected_entropy = expected_entropy.mutable_data_ptr();
+  p.standard_error = standard_error ? error.mutable_data_ptr() : nullptr;
+  if (rows > 0) {
+    Tensor workspace = workspace_for(mean, p, Device::workspace);
+    raise_if(op, Device::predict(p, current_stream(mean)));
+  }
+  return {log_probs, entropy, expected_entropy, error};
+}
+
+}  // namespace
+}  // namespace bayes_kernels
+
+#define BK_REGISTER_PREDICT(key, Device)                                                \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                       \
+    m.impl("mc_predict", TORCH_BOX(&bayes_kernels::mc_predict<bayes_kernels::Device>)); \
+  }
+
+#if defined(BAYES_KERNELS_SIM)
+BK_REGISTER_PREDICT(CPU, Cuda)
+#else
+BK_REGISTER_PREDICT(CPU, Cpu)
+#if defined(BAYES_KERNELS_CUDA)
+BK_REGISTER_PREDICT(CUDA, Cuda)
+#endif
+#endif

@@ -1,0 +1,452 @@
+// Tall family on the CPU; compiled once per instruction set (cpu_isa.h).
+//
+// Rows pass through a panel of kPanel rows that stays in the first-level cache: converted, the step
+// added, columns padded. Gram matrices are summed in fp64. The second pass of fp32 matrices
+// computes in fp32 where the coefficients are tame, in fp64 otherwise. A matrix is finished before
+// the next is begun, so that the second pass finds it in the cache.
+#include "tall.h"
+
+#include <cstdlib>
+#include <type_traits>
+
+#include "cpu_isa.h"
+#include "cpu_vector.h"
+#include "parallel.h"
+#include "tall_solve.h"
+
+namespace bayes_kernels {
+namespace {
+
+constexpr int kPanel = 48;  // rows; a multiple of the rows of every register tile
+// Rows for each partial sum: fixed, so that sums are the same bits for any number of threads.
+constexpr int64_t kChunk = 64 * kPanel;
+constexpr int kMaxWidth = 2 * kMaxTallRank;  // columns of [x d]
+// Spread (condition number squared) up to which the second pass may compute in fp32: 1e-7 times 8.
+constexpr double kSinglePrecisionSpread = 64.0;
+// Spread from which an fp64 matrix is retracted once more: the product x p errs by 1e-16 times the
+// condition number.
+constexpr double kPolishSpread = 100.0;
+constexpr int64_t kItemsInParallel = 8;  // lists as long as this are split between matrices
+
+template <class A>
+constexpr int kPad = kLanes<A> > 8 ? kLanes<A> : 8;
+constexpr int round_to(int value, int unit) { return (value + unit - 1) / unit * unit; }
+constexpr int kTileRows = kLanes<double> == 8 ? 8 : 4;
+
+// How the rows of one matrix are read: w = x, or fl(x + d), beside d where parts == 2.
+struct Rows {
+  const TallItem* item;
+  bool add;   // d is added
+  int parts;  // 2: [x d]
+};
+
+// Converts `count` numbers, with those of `added` where it is not null: eight at a time, since
+// loops over a row of 16 would spend their time on their first and last turns.
+template <class T, class A>
+BK_HD void convert(const T* __restrict__ x, const T* __restrict__ added, int64_t count,
+                   A* __restrict__ out) {
+  const int64_t whole = count / 8 * 8;
+  if (added == nullptr) {
+    for (int64_t i = 0; i < whole; i += 8)
+      for (int k = 0; k < 8; ++k) out[i + k] = static_cast<A>(x[i + k]);
+    for (int64_t i = whole; i < count; ++i) out[i] = static_cast<A>(x[i]);
+    return;
+  }
+  for (int64_t i = 0; i < whole; i += 8)
+    for (int k = 0; k < 8; ++k)
+      out[i + k] = static_cast<A>(static_cast<T>(x[i + k] + added[i + k]));
+  for (int64_t i = whole; i < count; ++i) out[i] = static_cast<A>(static_cast<T>(x[i] + added[i]));
+}
+
+// A panel row: parts of `pitch` numbers.
+template <class T, class A>
+void fill_panel(const Rows& from, int64_t first, int rows, int pitch, A* panel) {
+  const int r = static_cast<int>(from.item->r), width = from.parts * pitch;
+  const T* x = static_cast<const T*>(from.item->x) + first * r;
+  const T* d = from.item->d == nullptr ? nullptr : static_cast<const T*>(from.item->d) + first * r;
+  const T* added = from.add ? d : nullptr;
+  if (from.parts == 1 && r == pitch) {
+    convert(x, added, int64_t{rows} * r, panel);
+  } else {
+    for (int i = 0; i < rows; ++i) {
+      A* out = panel + i * width;
+      convert(x + i * r, added == nullptr ? nullptr : added + i * r, r, out);
+      for (int j = r; j < pitch; ++j) out[j] = 0;
+      if (from.parts == 1) continue;
+      convert(d + i * r, static_cast<const T*>(nullptr), r, out + pitch);
+      for (int j = r; j < pitch; ++j) out[pitch + j] = 0;
+    }
+  }
+  for (int64_t i = int64_t{rows} * width; i < int64_t{kPanel} * width; ++i) panel[i] = 0;
+}
+
+// g (width, width) += rows i0 to i0 + kTileRows of panel^T panel, `vectors` vectors from column j0.
+template <int vectors>
+void gram_tile(const double* panel, int width, int i0, int j0, double* g) {
+  Vec<double> acc[kTileRows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b)
+      acc[i][b] = load(g + (i0 + i) * width + j0 + b * kLanes<double>);
+  for (int k = 0; k < kPanel; ++k, panel += width) {
+    Vec<double> v[vectors];
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b) v[b] = in_register(load(panel + j0 + b * kLanes<double>));
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int b = 0; b < vectors; ++b) acc[i][b] += panel[i0 + i] * v[b];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b)
+      store(g + (i0 + i) * width + j0 + b * kLanes<double>, acc[i][b]);
+}
+
+// The blocks of g on and above the diagonal.
+void gram_panel(const double* panel, int width, double* g) {
+  for (int i = 0; i < width; i += kTileRows) {
+    int j = i;
+    for (; j + 2 * kLanes<double> <= width; j += 2 * kLanes<double>)
+      gram_tile<2>(panel, width, i, j, g);
+    if (j < width) gram_tile<1>(panel, width, i, j, g);
+  }
+}
+
+// y = keep x + x a + d b for a row x d; coefficients (parts r, pitch), the rows of a, then of b.
+template <class A>
+struct Coefficients {
+  A* values;
+  A keep;
+};
+
+template <class A, int rows, int vectors, class Put>
+void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c, int row,
+                int column, const Put& put) {
+  const int width = parts * pitch;
+  panel += row * width;
+  const A* kept = panel + column;
+  Vec<A> acc[rows][vectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b) acc[i][b] = Vec<A>{};
+  const A* coefficient = c.values + column;
+  for (int part = 0; part < parts; ++part, panel += pitch)
+    for (int k = 0; k < r; ++k, coefficient += pitch) {
+      Vec<A> v[vectors];
+#pragma GCC unroll 2
+      for (int b = 0; b < vectors; ++b) v[b] = in_register(load(coefficient + b * kLanes<A>));
+#pragma GCC unroll 12
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+        for (int b = 0; b < vectors; ++b) acc[i][b] += panel[i * width + k] * v[b];
+    }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b)
+      put(row + i, column + b * kLanes<A>,
+          acc[i][b] + c.keep * load(kept + i * width + b * kLanes<A>));
+}
+
+// Calls put(row, column, vector) for all of y.
+template <class A, class Put>
+void apply_panel(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c,
+                 const Put& put) {
+  constexpr int kTwoRows = kLanes<double> == 8 ? 12 : 6;
+  int column = 0;
+  for (; column + 2 * kLanes<A> <= pitch; column += 2 * kLanes<A>)
+    for (int row = 0; row < kPanel; row += kTwoRows)
+      apply_tile<A, kTwoRows, 2>(panel, parts, pitch, r, c, row, column, put);
+  if (column < pitch)
+    for (int row = 0; row < kPanel; row += 12)
+      apply_tile<A, 12, 1>(panel, parts, pitch, r, c, row, column, put);
+}
+
+BK_HD void put_vector(float* p, Vec<float> v) { store(p, v); }
+BK_HD void put_vector(double* p, Vec<double> v) { store(p, v); }
+BK_HD void put_vector(float* p, Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; ++i) p[i] = static_cast<float>(v[i]);
+}
+
+// Memory of one matrix at a time, for matrices (n, r) with n and r up to given sizes.
+struct Scratch {
+  double* memory = nullptr;
+  double *partial, *gram;       // (chunks, width, width); (width, width)
+  double *s, *k, *dd;           // parts of gram, r * ld each
+  double *a, *p, *next, *work;  // work: kSolveMatrices
+  double *first, *second;       // coefficients, parts r * pitch
+
+  static int64_t doubles(int64_t chunks) {
+    constexpr int64_t kSmall = kMaxTallRank * kMaxTallRank;
+    return (chunks + 1) * kMaxWidth * kMaxWidth + (6 + kSolveMatrices) * kSmall +
+           4 * kMaxTallRank * kMaxWidth + kSolveNumbers;
+  }
+  bool allocate(int64_t chunks) {
+    const size_t bytes = static_cast<size_t>(doubles(chunks)) * sizeof(double);
+    memory = static_cast<double*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (memory == nullptr) return false;
+    constexpr int64_t kSmall = kMaxTallRank * kMaxTallRank;
+    double* next_free = memory;
+    auto take = [&](int64_t count) {
+      double* start = next_free;
+      next_free += count;
+      return start;
+    };
+    s = take(kSmall);
+    k = take(kSmall);
+    dd = take(kSmall);
+    a = take(kSmall);
+    p = take(kSmall);
+    next = take(kSmall);
+    work = take(kSolveMatrices * kSmall);
+    first = take(2 * kMaxTallRank * kMaxWidth);
+    second = take(2 * kMaxTallRank * kMaxWidth);
+    gram = take(kMaxWidth * kMaxWidth);
+    partial = take(chunks * kMaxWidth * kMaxWidth);
+    return true;
+  }
+  ~Scratch() { std::free(memory); }
+};
+
+// scratch.gram = Gram matrix of the rows [w d], or, with coefficients, of the rows y.
+template <class T>
+void gram_of(const Rows& from, const Coefficients<double>* c, const Scratch& scratch) {
+  const int r = static_cast<int>(from.item->r), pitch = round_to(r, kPad<double>);
+  const int width = (c == nullptr ? from.parts : 1) * pitch;
+  const int64_t n = from.item->n, chunks = ceil_div(n, kChunk);
+  auto body = [&](int64_t begin, int64_t end) {
+    alignas(64) double panel[kPanel * kMaxWidth];
+    alignas(64) double product[kPanel * kMaxTallRank];
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      double* g = scratch.partial + chunk * width * width;
+      for (int i = 0; i < width * width; ++i) g[i] = 0;
+      const int64_t stop = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
+      for (int64_t row = chunk * kChunk; row < stop; row += kPanel) {
+        const int rows = static_cast<int>(stop - row < kPanel ? stop - row : kPanel);
+        fill_panel<T>(from, row, rows, pitch, panel);
+        if (c == nullptr) {
+          gram_panel(panel, width, g);
+          continue;
+        }
+        apply_panel<double>(panel, from.parts, pitch, r, *c, [&](int i, int j, Vec<double> v) {
+          store(product + i * pitch + j, v);
+        });
+        gram_panel(product, width, g);
+      }
+    }
+  };
+  parallel_ranges(chunks, 1, body);
+  for (int i = 0; i < width * width; ++i) scratch.gram[i] = scratch.partial[i];
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int i = 0; i < width * width; ++i)
+      scratch.gram[i] += scratch.partial[chunk * width * width + i];
+}
+
+// A block (r, r) of scratch.gram with rows ld apart; symmetric ones from their upper half.
+void take_block(const Scratch& scratch, int width, int row0, int column0, int r, int ld,
+                double* out) {
+  for (int i = 0; i < r; ++i) {
+    for (int j = 0; j < r; ++j) {
+      const int row = row0 + i, column = column0 + j;
+      out[i * ld + j] =
+          row <= column ? scratch.gram[row * width + column] : scratch.gram[column * width + row];
+    }
+    for (int j = r; j < ld; ++j) out[i * ld + j] = 0;
+  }
+}
+
+// a and b (r, ld) as the coefficients of the panels of A; b may be null.
+template <class A>
+Coefficients<A> pack(const double* a, const double* b, int r, int ld, A* values) {
+  const int pitch = round_to(r, kPad<A>);
+  double far = 0;
+  for (int i = 0; i < r; ++i) far = fabs(a[i * ld + i] - 1) > far ? fabs(a[i * ld + i] - 1) : far;
+  // Close to the identity, what a changes is added to x: its rounding errors are as small as it is.
+  const A keep = far < 0.5 ? 1 : 0;
+  for (int part = 0; part < (b == nullptr ? 1 : 2); ++part)
+    for (int i = 0; i < r; ++i) {
+      const double* from = (part == 0 ? a : b) + i * ld;
+      A* out = values + (part * r + i) * pitch;
+      for (int j = 0; j < r; ++j)
+        out[j] = static_cast<A>(from[j] - (part == 0 && i == j ? keep : A(0)));
+      for (int j = r; j < pitch; ++j) out[j] = 0;
+    }
+  return {values, keep};
+}
+
+template <class T, class A>
+void write_rows(const Rows& from, const Coefficients<A>& c, T* out) {
+  const int r = static_cast<int>(from.item->r), pitch = round_to(r, kPad<A>);
+  const int64_t n = from.item->n;
+  auto body = [&](int64_t begin, int64_t end) {
+    alignas(64) A panel[kPanel * kMaxWidth];
+    const int64_t stop = end * kChunk < n ? end * kChunk : n;
+    for (int64_t row = begin * kChunk; row < stop; row += kPanel) {
+      const int rows = static_cast<int>(stop - row < kPanel ? stop - row : kPanel);
+      fill_panel<T>(from, row, rows, pitch, panel);
+      T* y = out + row * r;
+      apply_panel<A>(panel, from.parts, pitch, r, c, [&](int i, int j, Vec<A> v) {
+        if (i >= rows || j >= r) return;
+        if (j + kLanes<A> <= r) {
+          put_vector(y + i * r + j, v);
+        } else {
+          T buffer[kLanes<A>];
+          put_vector(buffer, v);
+          for (int k = j; k < r; ++k) y[i * r + k] = buffer[k - j];
+        }
+      });
+    }
+  };
+  parallel_ranges(ceil_div(n, kChunk), 1, body);
+}
+
+// out = x a + d b.
+template <class T>
+void combine(const Rows& from, const double* a, const double* b, bool single, T* out,
+             const Scratch& scratch) {
+  const int r = static_cast<int>(from.item->r), ld = round_to(r, 8);
+  if constexpr (std::is_same<T, float>::value) {
+    if (single) {
+      float* values = reinterpret_cast<float*>(scratch.first);
+      write_rows<T, float>(from, pack(a, b, r, ld, values), out);
+      return;
+    }
+  }
+  write_rows<T, double>(from, pack(a, b, r, ld, scratch.first), out);
+}
+
+// scaled = factor * m
+void scale(const double* m, double factor, int r, int ld, double* scaled) {
+  for (int i = 0; i < r * ld; ++i) scaled[i] = factor * m[i];
+}
+
+// x <- retraction of t = w (Stiefel step: of x a - lr d). Returns info.
+template <class T>
+int32_t retract(const TallParams& p, const TallItem& item, bool with_d, const Scratch& scratch,
+                double* spread) {
+  const bool step = with_d && p.op == TallOp::kStiefelStep;
+  const int r = static_cast<int>(item.r), ld = round_to(r, 8);
+  const Rows from{&item, with_d && !step && item.d != nullptr, step ? 2 : 1};
+  const int width = from.parts * ld;
+  double* numbers = scratch.second;
+  double *g = scratch.s, *work = scratch.work;
+  gram_of<T>(from, nullptr, scratch);
+  take_block(scratch, width, 0, 0, r, ld, scratch.s);
+  double cancelled = 1;  // squared size of what is added up over that of the sum
+  const double lr = step ? *p.lr : 0.0;
+  if (step) {
+    take_block(scratch, width, 0, ld, r, ld, scratch.k);
+    take_block(scratch, width, ld, ld, r, ld, scratch.dd);
+    stiefel_gram<OneThread>(scratch.s, scratch.k, scratch.dd, lr, scratch.a, g, work, r, ld);
+    double parts = 0, sum = 0;
+    for (int i = 0; i < r; ++i) {
+      parts += lr * lr * scratch.dd[i * ld + i];
+      sum += g[i * ld + i];
+    }
+    cancelled = 1 + parts / sum;
+  }
+  RetractState state = first_factor<OneThread>(p.retraction, g, scratch.p, work, numbers, r, ld);
+  const double *a = scratch.p, *b = nullptr;
+  for (int again = 0;; ++again) {
+    if (step && state.info < kRankDeficient) {
+      multiply<OneThread>(scratch.a, scratch.p, scratch.k, r, ld);
+      scale(scratch.p, -lr, r, ld, scratch.dd);
+      a = scratch.k;
+      b = scratch.dd;
+    }
+    if (state.more == 0 || again == kMaxRefinements) break;
+    const Coefficients<double> c = pack(a, b, r, ld, scratch.first);
+    gram_of<T>(from, &c, scratch);
+    take_block(scratch, ld, 0, 0, r, ld, scratch.s);
+    next_factor<OneThread>(p.retraction, scratch.s, scratch.p, scratch.next, work, numbers, r, ld,
+                           &state);
+  }
+  *spread = state.spread;
+  if (state.info >= kRankDeficient) return state.info;
+  const bool single = state.spread * cancelled <= kSinglePrecisionSpread;
+  combine<T>(from, a, b, single, static_cast<T*>(item.x), scratch);
+  return state.info;
+}
+
+template <class T>
+void write_small(const double* m, int r, int ld, void* out) {
+  T* to = static_cast<T*>(out);
+  for (int i = 0; i < r; ++i)
+    for (int j = 0; j < r; ++j) to[i * r + j] = static_cast<T>(m[i * ld + j]);
+}
+
+template <class T>
+void one_matrix(const TallParams& p, int64_t index, const Scratch& scratch) {
+  const TallItem& item = p.items[index];
+  const int r = static_cast<int>(item.r), ld = round_to(r, 8);
+  if (p.op == TallOp::kRetract || p.op == TallOp::kStiefelStep) {
+    double spread = 1;
+    int32_t info = retract<T>(p, item, true, scratch, &spread);
+    if (sizeof(T) == sizeof(double) && info < kRankDeficient && spread > kPolishSpread) {
+      retract<T>(p, item, false, scratch, &spread);
+      info = info > kRefined ? info : kRefined;
+    }
+    p.info[index] = info;
+    return;
+  }
+  const Rows from{&item, false, p.op == TallOp::kGram ? 1 : 2};
+  const int width = from.parts * ld;
+  gram_of<T>(from, nullptr, scratch);
+  take_block(scratch, width, 0, 0, r, ld, scratch.s);
+  if (p.op == TallOp::kGram) {
+    write_small<T>(scratch.s, r, ld, item.out);
+    return;
+  }
+  take_block(scratch, width, 0, ld, r, ld, scratch.k);
+  if (p.op == TallOp::kPairGram) {
+    take_block(scratch, width, ld, ld, r, ld, scratch.dd);
+    write_small<T>(scratch.s, r, ld, item.out);
+    write_small<T>(scratch.k, r, ld, item.out_xd);
+    write_small<T>(scratch.dd, r, ld, item.out_dd);
+    return;
+  }
+  const bool step = p.op == TallOp::kLandingStep;
+  double *a = scratch.a, *b = scratch.p;
+  landing_coefficients<OneThread>(scratch.s, scratch.k, *p.lam, step ? *p.lr : 0.0, step, a, b, r,
+                                  ld);
+  combine<T>(from, a, b, true, static_cast<T*>(step ? item.x : item.out), scratch);
+}
+
+template <class T>
+bool run(const TallParams& p) {
+  int64_t chunks = 1;
+  for (int64_t i = 0; i < p.n_items; ++i) {
+    const int64_t needed = ceil_div(p.items[i].n, kChunk);
+    chunks = needed > chunks ? needed : chunks;
+  }
+  int failures = 0;
+  auto body = [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    if (!scratch.allocate(chunks)) {
+      __atomic_fetch_add(&failures, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) one_matrix<T>(p, i, scratch);
+  };
+  // Few matrices: one after another, each split into chunks of rows. The results are the same bits.
+  if (p.n_items < kItemsInParallel)
+    body(0, p.n_items);
+  else
+    parallel_ranges(p.n_items, 1, body);
+  return failures == 0;
+}
+
+}  // namespace
+
+int64_t BK_CPU(tall_workspace)(const TallParams&) { return 0; }
+
+const char* BK_CPU(tall)(const TallParams& p, void*) {
+  const bool done = p.f64 ? run<double>(p) : run<float>(p);
+  return done ? nullptr : "out of memory";
+}
+
+}  // namespace bayes_kernels

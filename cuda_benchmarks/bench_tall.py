@@ -1,0 +1,287 @@
+"""Tall matrices: retractions to the Stiefel manifold and the landing field, for lists of matrices.
+
+    python cuda_benchmarks/bench_tall.py --device cpu [--quick] [--json PATH] [--save]
+
+Providers of a retraction of `count` matrices (n, r) with condition number about 1.2
+    svd            torch.linalg.svd of each matrix, U V^T
+    qr             torch.linalg.qr of each matrix, signs fixed
+    newton_schulz  batched Newton-Schulz on the stacked matrices, as many steps as fp32 needs
+    polar          bayes_kernels.functional.polar_retract_
+    qr_retract     bayes_kernels.functional.qr_retract_
+Providers of the landing field of one matrix
+    published      (G X^T - X G^T) X + lam X (X^T X - I) with the (n, n) product
+    eager          the same reordered, O(n r^2), in plain PyTorch
+    bayes_kernels  bayes_kernels.functional.landing_field
+and of a descent step with retraction
+    eager          projection, step and torch.linalg.qr for each matrix
+    bayes_kernels  bayes_kernels.functional.stiefel_step_
+
+A retraction takes x + step, as in an optimiser. bayes_kernels works in place, on the result of the
+repetition before with steps of alternating sign; the others make new matrices from the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from harness import (
+    Row,
+    assert_agrees,
+    copy_bandwidth,
+    make_row,
+    print_table,
+    results_folder,
+    save_rows,
+    time_interleaved,
+)
+from torch import Tensor
+
+from bayes_kernels import functional, reference
+
+LAMBDA = 0.5
+RATE = 0.01
+TOLERANCE = 2e-5
+
+# Time of the first provider over that of the second, at most.
+BARS = {
+    "cpu": [
+        ("retract", "polar", "svd", 1 / 6),
+        ("retract", "qr_retract", "qr", 1 / 3),
+        ("retract", "polar", "newton_schulz", 1 / 2),
+        ("landing_field", "bayes_kernels", "published", 1 / 500),
+    ],
+    "cuda": [
+        ("retract", "polar", "svd", 1 / 50),
+        ("retract", "qr_retract", "qr", 1 / 50),
+        ("retract", "polar", "newton_schulz", 1 / 3),
+        ("landing_field", "bayes_kernels", "published", 1 / 50),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    count: int
+    n: int
+    r: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.count} x ({self.n}, {self.r})"
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [Case(16, 4096, 16)]
+    return [Case(16, 4096, 16), Case(64, 4096, 16), Case(448, 4096, 16), Case(16, 4096, 64),
+            Case(16, 768, 8)]  # fmt: skip
+
+
+def make_matrices(case: Case, device: str) -> list[Tensor]:
+    """Singular values from 1 / 1.1 to 1.1: what a large step leaves."""
+    generator = torch.Generator().manual_seed(1)
+    q, _ = torch.linalg.qr(torch.randn(case.n, case.r, generator=generator))
+    matrices = []
+    for _ in range(case.count):
+        v, _ = torch.linalg.qr(torch.randn(case.r, case.r, generator=generator))
+        sigma = torch.logspace(-0.0414, 0.0414, case.r)
+        order = torch.randperm(case.n, generator=generator)
+        matrices.append(((q[order] * sigma) @ v).to(device))
+    return matrices
+
+
+# --- providers: f(matrices) -> retracted matrices ----------------------------------------------
+
+
+def svd(xs: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
+    return [reference.polar_retract(x, s) for x, s in zip(xs, steps, strict=True)]
+
+
+def qr(xs: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
+    return [reference.qr_retract(x, s) for x, s in zip(xs, steps, strict=True)]
+
+
+def newton_schulz(stacked: Tensor, steps: int) -> Tensor:
+    """Z <- Z (1.5 I - 0.5 Z^T Z) for matrices with singular values below sqrt(3)."""
+    eye = 1.5 * torch.eye(stacked.shape[2], device=stacked.device)
+    for _ in range(steps):
+        stacked = torch.bmm(stacked, torch.baddbmm(eye, stacked.mT, stacked, alpha=-0.5))
+    return stacked
+
+
+def steps_needed(stacked: Tensor, truth: Tensor) -> int:
+    for steps in range(1, 12):
+        error = (newton_schulz(stacked, steps).double() - truth).abs().max() / truth.abs().max()
+        if error < TOLERANCE:
+            return steps
+    raise AssertionError("Newton-Schulz does not converge on these matrices")
+
+
+def published_field(x: Tensor, g: Tensor, lam: float) -> Tensor:
+    product = g @ x.mT  # (n, n)
+    eye = torch.eye(x.shape[1], device=x.device)
+    return (product - product.mT) @ x + lam * x @ (x.mT @ x - eye)
+
+
+def eager_step(xs: list[Tensor], ds: list[Tensor]) -> None:
+    for x, d in zip(xs, ds, strict=True):
+        x.copy_(reference.stiefel_step(x, d, RATE, retraction="qr"))
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def run_retraction(case: Case, device: str, seconds: float) -> list[Row]:
+    xs = make_matrices(case, device)
+    functional.polar_retract_(xs)
+    generator = torch.Generator().manual_seed(2)
+    plus = [(0.6 / case.n**0.5 * torch.randn(x.shape, generator=generator)).to(device) for x in xs]
+    minus = [-s for s in plus]
+    stacked, stacked_steps = torch.stack(xs), torch.stack(plus)
+    polar_truth, qr_truth = (
+        [f(x.double() + s.double()) for x, s in zip(xs[:4], plus[:4], strict=True)]
+        for f in (reference.polar_retract, reference.qr_retract)
+    )
+    ns_steps = steps_needed((stacked + stacked_steps)[:4], torch.stack(polar_truth))
+
+    def in_place(retract: Callable[..., object]) -> Callable[[], list[Tensor]]:
+        work, turn = [x.clone() for x in xs], [plus, minus]
+
+        def step() -> list[Tensor]:
+            retract(work, turn[0])
+            turn.reverse()
+            return work
+
+        return step
+
+    steps: dict[str, Callable[[], list[Tensor]]] = {
+        "svd": lambda: svd(xs, plus),
+        "qr": lambda: qr(xs, plus),
+        # Kept stacked from step to step: nothing is gathered or written back.
+        "newton_schulz": lambda: list(newton_schulz(stacked + stacked_steps, ns_steps)),
+        "polar": in_place(functional.polar_retract_),
+        "qr_retract": in_place(functional.qr_retract_),
+    }
+    for name, step in steps.items():
+        truth = qr_truth if name.startswith("qr") else polar_truth
+        assert_agrees(f"{name}, {case.name}", step()[:4], truth, TOLERANCE)
+    times = time_interleaved(steps, device, seconds=seconds, max_repeats=60)
+    # Matrix and step read twice, matrix written once.
+    moved = 5 * case.count * case.n * case.r * 4
+    rows = [make_row("retract", case.name, name, f"{ns_steps} Newton-Schulz steps", t, device)
+            for name, t in times.items()]  # fmt: skip
+    for row in rows:
+        row.roofline = round(moved / copy_bandwidth(device) / (row.p50_us * 1e-6), 3)
+    return rows
+
+
+def run_step(case: Case, device: str, seconds: float) -> list[Row]:
+    given = make_matrices(case, device)
+    functional.polar_retract_(given)
+    generator = torch.Generator().manual_seed(2)
+    ds = [torch.randn(x.shape, generator=generator).to(device) for x in given]
+    work = [x.clone() for x in given]
+
+    def ours() -> list[Tensor]:
+        torch._foreach_copy_(work, given)
+        functional.stiefel_step_(work, ds, RATE, retraction="qr")
+        return work
+
+    def eager() -> list[Tensor]:
+        torch._foreach_copy_(work, given)
+        eager_step(work, ds)
+        return work
+
+    truth = [
+        reference.stiefel_step(x.double(), d.double(), RATE, retraction="qr")
+        for x, d in zip(given[:2], ds[:2], strict=True)
+    ]
+    steps: dict[str, Callable[[], list[Tensor]]] = {"eager": eager, "bayes_kernels": ours}
+    for name, step in steps.items():
+        assert_agrees(f"{name}, {case.name}", step()[:2], truth, TOLERANCE)
+    times = time_interleaved(steps, device, seconds=seconds, max_repeats=60)
+    return [make_row("stiefel_step", case.name, n, "qr", t, device) for n, t in times.items()]
+
+
+def run_landing(n: int, r: int, device: str, seconds: float) -> list[Row]:
+    """One matrix; few repetitions, as the published formula makes n^2 numbers."""
+    x = make_matrices(Case(1, n, r), device)[0]
+    g = torch.randn(n, r, generator=torch.Generator().manual_seed(3)).to(device)
+    steps: dict[str, Callable[[], Tensor]] = {
+        "published": lambda: published_field(x, g, LAMBDA),
+        "eager": lambda: reference.landing_field(x, g, LAMBDA),
+        "bayes_kernels": lambda: functional.landing_field([x], [g], LAMBDA)[0],
+    }
+    truth = reference.landing_field(x.double(), g.double(), LAMBDA)
+    for name, step in steps.items():
+        assert_agrees(name, [step()], [truth], TOLERANCE)
+    times = time_interleaved(steps, device, seconds=seconds, max_repeats=15)
+    case = Case(1, n, r).name
+    return [make_row("landing_field", case, name, "", t, device) for name, t in times.items()]
+
+
+def report(rows: list[Row], device: str) -> None:
+    table, verdicts = [], []
+    for op, case in dict.fromkeys((r.op, r.case) for r in rows):
+        group = {r.provider: r for r in rows if r.op == op and r.case == case}
+        ours = group.get("bayes_kernels") or group["polar"]
+        for name, row in group.items():
+            table.append((
+                f"{op} {case}", name,
+                f"{row.p20_us:.0f}", f"{row.p50_us:.0f}", f"{row.p80_us:.0f}",
+                f"{row.p50_us / ours.p50_us:.2f}",
+                "" if row.roofline is None else f"{row.roofline:.0%}",
+            ))  # fmt: skip
+        for bar_op, subject, peer, bar in BARS[device]:
+            if bar_op == op:
+                ratio = group[subject].p50_us / group[peer].p50_us
+                verdicts.append((
+                    f"{op} {case}", f"{subject} / {peer}", f"{ratio:.4f}", f"{bar:.4f}",
+                    "met" if ratio <= bar else "missed",
+                ))  # fmt: skip
+    print_table(("case", "provider", "p20 us", "p50 us", "p80 us", "x ours", "roofline"), table)
+    print()
+    print_table(("case", "bar", "ratio", "at most", "verdict"), verdicts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one shape of each kind")
+    parser.add_argument("--seconds", type=float, help="time for the repetitions of one case")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--save", action="store_true", help="add the rows to results/<machine>/tall.jsonl"
+    )
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    seconds = arguments.seconds or (2.0 if arguments.quick else 5.0)
+    rows: list[Row] = []
+    for case in cases(arguments.quick):
+        rows += run_retraction(case, device, seconds)
+        print(f"measured {case.name}", file=sys.stderr)
+    rows += run_step(Case(16, 4096, 16), device, seconds / 2)
+    for n, r in [(4096, 16)] if arguments.quick else [(4096, 16), (4096, 64), (2048, 8)]:
+        rows += run_landing(n, r, device, seconds)
+    report(rows, device)
+    if arguments.json is not None:
+        save_rows(arguments.json, rows)
+    if arguments.save:
+        save_rows(results_folder(device) / "tall.jsonl", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
