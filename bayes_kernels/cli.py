@@ -1,4 +1,4 @@
-"""The command `bayes-kernels`: info, demo, train, evaluate, predict.
+"""The command `bayes-kernels`: info, demo, train, bayesianize, evaluate, predict.
 
 Everything that trains or scores lives in `bayes_kernels.hf`, imported when first needed; here
 options become an experiment, and results become tables and files. Mistakes of the caller end with
@@ -31,13 +31,13 @@ except ImportError as _error:
 
 if TYPE_CHECKING:
     from .hf.experiment import Run
-    from .hf.recipe import Experiment, Recipe
+    from .hf.recipe import Experiment, Recipe, Source
     from .hf.results import Summary
     from .hf.tasks import Example, Task
     from .hf.training import Interrupted, Saved
 
 USAGE_ERROR = 2
-_DEMO_METHODS = ("map", "blob")
+_BASELINE = "map"  # what `demo` compares with
 
 # What goes wrong by the caller's doing, or by the machine's; anything else is a bug.
 _EXPECTED = (ValueError, TypeError, ImportError, OSError)
@@ -134,6 +134,9 @@ def demo(
     ood_size: OodSize = 200,
     n_samples: Samples = None,
     model: Annotated[str, typer.Option(help="Base model, see train.")] = "minilm",
+    method: Annotated[
+        str, typer.Option(help="Bayesian method to compare with plain LoRA, see train.")
+    ] = "blob",
     data: Data = "stdlib-docs",
     threads: Annotated[
         int | None,
@@ -143,15 +146,19 @@ def demo(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a real language model with plain LoRA and with BLoB, and compare them.
+    """Fine-tune a real language model with plain LoRA and with BLoB, or another method, and compare.
 
     Task: which area of Python's standard library a docstring is from. Out of distribution:
     docstrings of numpy and torch. No download.
     """
     from .hf import experiment, results, training
-    from .hf.recipe import DEMO, METHOD_NAMES, Experiment, Source, write_json
+    from .hf.config import METHODS
+    from .hf.recipe import DEMO, Experiment, Source, write_json
 
     cores = threads or _all_cores()
+    methods = (_BASELINE, method)
+    if method == _BASELINE:
+        raise ValueError(f"method: expected a Bayesian method, got {method!r}, the baseline")
     _start(cores)
     changes: dict[str, Any] = {"steps": steps, "n_samples": n_samples}
     recipe = dataclasses.replace(DEMO, **{k: v for k, v in changes.items() if v is not None})
@@ -163,12 +170,12 @@ def demo(
     for seed in range(seeds):
         with _status(f"reading {source.data}, seed {seed}"):
             task = source.load(seed)
-        for method in _DEMO_METHODS:
-            one = Experiment(source, model=model, method=method, recipe=recipe, seed=seed)
-            folder = out / method if seed == 0 else None
-            jobs.append(experiment.Job(one, task, folder, temperature=method == "map"))
+        for name in methods:
+            one = Experiment(source, model=model, method=name, recipe=recipe, seed=seed)
+            folder = out / name if seed == 0 else None
+            jobs.append(experiment.Job(one, task, folder, temperature=name == _BASELINE))
     _note(task.summary())
-    for job in jobs[: len(_DEMO_METHODS)]:  # whether model, data and options fit
+    for job in jobs[: len(methods)]:  # whether model, data and options fit
         training.build(job.experiment, job.task, device=device)
     _prepare_out(out, overwrite)
     gpu = training.pick_device(device).type == "cuda"
@@ -176,14 +183,14 @@ def demo(
     def done(run: Run) -> None:
         assert run.training is not None
         _note(
-            f"{METHOD_NAMES[run.experiment.method]}, seed {run.experiment.seed}: "
+            f"{METHODS[run.experiment.method].title}, seed {run.experiment.seed}: "
             f"{run.training.steps} steps in {run.training.seconds:.0f} s"
         )
 
     # Longest first, so that all cores are busy to the end.
-    jobs.sort(key=lambda job: job.experiment.method == "map")
+    jobs.sort(key=lambda job: job.experiment.method == _BASELINE)
     runs = experiment.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
-    order = {method: place for place, method in enumerate(_DEMO_METHODS)}
+    order = {name: place for place, name in enumerate(methods)}
     runs.sort(key=lambda run: (run.experiment.seed, order[run.experiment.method]))
     content = results.report(runs, task, command=_command())
     summaries = results.summarise(runs)
@@ -198,8 +205,8 @@ def demo(
     names = ", ".join(path.name for path in pictures)
     console.print(
         f"Wrote {out}/: {results.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters "
-        f"map/ and blob/ (seed 0).\n"
-        f"Try: bayes-kernels predict {out / 'blob'} --text 'Return the sine of x.'",
+        f"{_BASELINE}/ and {method}/ (seed 0).\n"
+        f"Try: bayes-kernels predict {out / method} --text 'Return the sine of x.'",
         highlight=False,
         soft_wrap=True,
     )
@@ -230,7 +237,13 @@ def train(
     quantization: Annotated[
         str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
     ] = None,
-    method: Annotated[str, typer.Option(help="map (plain LoRA) or blob.")] = "blob",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="map (plain LoRA), blob, scalabl, tfb (plain LoRA, then convert), polar or "
+            "polar-vbll."
+        ),
+    ] = "blob",
     rank: Annotated[int | None, typer.Option(help="r of LoRA.")] = None,
     alpha: Annotated[float | None, typer.Option(help="alpha of LoRA.")] = None,
     target_modules: Annotated[
@@ -245,22 +258,55 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Largest number of tokens.")] = None,
     n_samples: Samples = None,
-    prior_std: Annotated[float | None, typer.Option(help="BLoB: deviation of the prior.")] = None,
-    init_rho: Annotated[float | None, typer.Option(help="BLoB: rho at the start.")] = None,
+    prior_std: Annotated[float | None, typer.Option(help="Deviation of the prior.")] = None,
+    init_rho: Annotated[
+        float | None, typer.Option(help="BLoB: rho, ScalaBL: deviation, at the start.")
+    ] = None,
     scope: Annotated[
-        str | None, typer.Option(help="BLoB: who shares noise: token, example, none.")
+        str | None, typer.Option(help="Who shares noise: token (BLoB), example, none.")
     ] = None,
-    kl_schedule: Annotated[
-        str | None, typer.Option(help="BLoB: auto, published or constant.")
-    ] = None,
+    kl_schedule: Annotated[str | None, typer.Option(help="auto, published or constant.")] = None,
     kl_lr: Annotated[
-        float | None, typer.Option(help="BLoB: rate of the KL step (published, constant).")
+        float | None, typer.Option(help="Rate of the KL step (published, constant).")
     ] = None,
     kl_time: Annotated[
-        float | None, typer.Option(help="BLoB: total size of the KL steps (auto).")
+        float | None, typer.Option(help="Total size of the KL steps (auto).")
     ] = None,
     kl_gamma: Annotated[
-        float | None, typer.Option(help="BLoB: gamma of the KL cycle (published, constant).")
+        float | None, typer.Option(help="Gamma of the KL cycle (published, constant).")
+    ] = None,
+    kl_direction: Annotated[
+        str | None, typer.Option(help="ScalaBL: elbo, or code for the published code's reverse KL.")
+    ] = None,
+    covariance: Annotated[str | None, typer.Option(help="ScalaBL: diagonal or full.")] = None,
+    stiefel: Annotated[
+        str | None, typer.Option(help="PoLAR: constraint by landing, polar or qr.")
+    ] = None,
+    stiefel_penalty: Annotated[
+        float | None, typer.Option(help="PoLAR: weight of landing's pull to the manifold.")
+    ] = None,
+    head_covariance: Annotated[
+        str | None, typer.Option(help="PoLAR-VBLL: diagonal, dense or low_rank.")
+    ] = None,
+    head_prior_scale: Annotated[
+        float | None, typer.Option(help="PoLAR-VBLL: prior variance of a weight times D / 2.")
+    ] = None,
+    head_lr: Annotated[float | None, typer.Option(help="PoLAR-VBLL: rate of the head.")] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="PoLAR-VBLL: factor of the divergence.")
+    ] = None,
+    alternation: Annotated[
+        str | None, typer.Option(help="PoLAR-VBLL: jacobi, gauss-seidel or periodic.")
+    ] = None,
+    laplace: Annotated[
+        bool, typer.Option("--laplace", help="PoLAR-VBLL: refine covariances after training.")
+    ] = False,
+    convert: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tfb: option of bayesianize, as name=value (anchors, metric, tolerance, ...); may "
+            "be repeated."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,
@@ -318,7 +364,18 @@ def train(
         kl_lr=kl_lr,
         kl_time=kl_time,
         kl_gamma=kl_gamma,
-        lora=_pairs(lora),
+        kl_direction=kl_direction,
+        covariance=covariance,
+        stiefel=stiefel,
+        stiefel_penalty=stiefel_penalty,
+        head_covariance=head_covariance,
+        head_prior_scale=head_prior_scale,
+        head_lr=head_lr,
+        kl_weight=kl_weight,
+        alternation=alternation,
+        laplace=laplace,
+        convert=_pairs(convert, "--convert"),
+        lora=_pairs(lora, "--lora"),
     )
     source = Source(
         data=source_argument or data or "",
@@ -359,6 +416,132 @@ def train(
 
 
 @app.command()
+def bayesianize(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of a trained adapter: plain LoRA, or BLoB.")
+    ],
+    method: Annotated[str, typer.Option(help="tfb.")] = "tfb",
+    data: Data = None,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    train_size: Annotated[
+        int | None, typer.Option(min=0, help="Training examples that anchors come from; 0 for all.")
+    ] = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
+    anchors: Annotated[
+        int | None, typer.Option(min=1, help="Training examples to look at; 500 by default.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="flips (default), accuracy or nll.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest change; 0.01, or 0.003 (nll), by default.")
+    ] = None,
+    convert: Annotated[
+        list[str] | None,
+        typer.Option(help="Another option of tfb_, as name=value; may be repeated."),
+    ] = None,
+    n_samples: Samples = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the new adapter; ADAPTER-METHOD by default.")
+    ] = None,
+    overwrite: Overwrite = False,
+    plots: Annotated[bool, typer.Option("--plots", help="Also write the pictures.")] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Make a trained adapter Bayesian without training it, score it, and write both.
+
+    Anchors are training examples of the recorded task, or of --data.
+    """
+    from .hf import experiment, results, scoring, training
+    from .hf.config import METHODS
+    from .hf.recipe import write_json
+
+    _start(threads)
+    allowed = [name for name, row in METHODS.items() if row.made == "convert"]
+    if method not in allowed:
+        raise ValueError(f"method: expected one of {', '.join(allowed)}, got {method!r}")
+    saved = training.read_record(adapter)
+    one = _recorded(adapter, saved, model, data)
+    changes: dict[str, Any] = {
+        "train_size": train_size,
+        "test": test,
+        "ood": tuple(ood) if ood else None,
+        "test_size": test_size,
+        "ood_size": ood_size,
+        "label_names": _words(label_names),
+    }
+    source = _source_of(one, saved, data)
+    given = {key: value for key, value in changes.items() if value is not None}
+    source = dataclasses.replace(source, **given)
+    options = {"anchors": anchors, "metric": metric, "tolerance": tolerance}
+    options = {key: value for key, value in options.items() if value is not None}
+    recipe = dataclasses.replace(
+        one.recipe,
+        n_samples=n_samples or one.recipe.n_samples,
+        convert={**options, **(_pairs(convert, "--convert") or {})},
+    )
+    before = one.method
+    one = dataclasses.replace(
+        one, source=source, recipe=recipe, seed=one.seed if seed is None else seed
+    )
+    folder = out or Path(f"{adapter.rstrip('/')}-{method}")
+    _check_out(folder, overwrite)
+    with _status(f"reading {source.data}"):
+        task = source.load(one.seed)
+    if saved is not None:
+        _check_classes(saved.task, task)
+    _note(task.summary())
+    length = None if saved is None else saved.max_length
+    loaded, encoder = training.load_adapter(adapter, one, task, max_length=length, device=device)
+    scores: dict[str, Any] = {
+        "seed": one.seed,
+        "batch_size": recipe.eval_batch_size,
+        "temperature": False,
+    }
+    rows = scoring.evaluate_model(
+        loaded, encoder, task, method=before, n_samples=0, label="before", **scores
+    )
+    one = dataclasses.replace(one, method=method)
+    report = training.convert_model(one, loaded, encoder)
+    draws = recipe.n_samples or METHODS[method].n_samples
+    rows += scoring.evaluate_model(
+        loaded, encoder, task, method=method, n_samples=draws, label="after", **scores
+    )[1:]
+    _prepare_out(folder, overwrite)
+    training.save_adapter(loaded, one, task, encoder, folder)
+    if plots:
+        _plots(rows, folder)
+    run = experiment.Run(one, None, rows)
+    content = results.report([run], task, command=_command())
+    content["conversion"] = report.to_dict()
+    write_json(folder / results.METRICS_FILE, content)
+    table = _table(
+        f"{len(report.trace) + 1} evaluations of {report.anchors} anchors, {report.labels} labels",
+        ("sigma_q", f"change ({report.metric})", "within", "NLL", "ACC", "flips"),
+        left=0,
+    )
+    for trial in (report.before, *report.trace):
+        table.add_row(
+            f"{trial.sigma:.5f}",
+            f"{trial.change:.5f}",
+            "yes" if trial.feasible else "no",
+            f"{trial.nll:.4f}",
+            f"{trial.accuracy:.4f}",
+            f"{trial.flips:.4f}",
+        )
+    console = _console()
+    console.print(table)
+    _print_table(results.summarise([run]), f"{task.name}, {adapter}")
+    console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     adapter: Annotated[str, typer.Argument(help="Folder that train, or PEFT, wrote.")],
     data: Data = None,
@@ -382,16 +565,12 @@ def evaluate(
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data."""
     from .hf import experiment, results, scoring, training
-    from .hf.recipe import Source, write_json
+    from .hf.recipe import write_json
 
     _start(threads)
     saved = training.read_record(adapter)
     one = _recorded(adapter, saved, model, data)
-    source = one.source
-    if data is not None:
-        source = Source(data=data, train_size=0)
-        if saved is not None and saved.task.kind == "classification" and Path(data).exists():
-            source = dataclasses.replace(source, label_names=saved.task.label_names)
+    source = _source_of(one, saved, data)
     changes: dict[str, Any] = {
         "test": test,
         "ood": tuple(ood) if ood else None,
@@ -421,7 +600,7 @@ def evaluate(
         encoder,
         task,
         method=one.method,
-        n_samples=recipe.n_samples if n_samples is None else n_samples,
+        n_samples=one.n_samples if n_samples is None else n_samples,
         seed=one.seed if seed is None else seed,
         batch_size=batch_size or recipe.eval_batch_size,
     )
@@ -462,6 +641,7 @@ def predict(
     if not text and data is None:
         raise ValueError("predict: expected --text or --data, got neither")
     from .hf import scoring, training
+    from .hf.config import METHODS
 
     _start(threads)
     saved = training.read_record(adapter)
@@ -476,8 +656,8 @@ def predict(
     loaded, encoder = training.load_adapter(
         adapter, one, task, max_length=saved.max_length, device=device
     )
-    count = one.recipe.n_samples if n_samples is None else n_samples
-    if one.method == "map" and n_samples is None:
+    count = one.n_samples if n_samples is None else n_samples
+    if not METHODS[one.method].bayesian and n_samples is None:
         count = 0
     prediction, _ = scoring.predict_examples(
         loaded,
@@ -551,7 +731,7 @@ def _words(text: str | None) -> tuple[str, ...] | None:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _pairs(items: Sequence[str] | None) -> dict[str, Any] | None:
+def _pairs(items: Sequence[str] | None, option: str) -> dict[str, Any] | None:
     """name=value as a dictionary; values are JSON where they can be, else text."""
     if not items:
         return None
@@ -559,7 +739,7 @@ def _pairs(items: Sequence[str] | None) -> dict[str, Any] | None:
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name:
-            raise ValueError(f"--lora: expected name=value, got {item!r}")
+            raise ValueError(f"{option}: expected name=value, got {item!r}")
         name = name.strip().replace("-", "_")
         try:
             found[name] = json.loads(value.lower() if value in ("True", "False") else value)
@@ -582,12 +762,25 @@ def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | 
                 "name the data with --data"
             )
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        method = "blob" if config.get("peft_type") == "BAYES_LORA" else "map"
+        bayesian = config.get("peft_type") == "BAYES_LORA"
+        method = config.get("method", "blob") if bayesian else "map"
         base = model or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
         one = Experiment(model=base, method=method)
     return one if model is None else dataclasses.replace(one, model=model)
+
+
+def _source_of(one: Experiment, saved: Saved | None, data: str | None) -> Source:
+    """The recorded data, or other data with the recorded classes."""
+    from .hf.recipe import Source
+
+    if data is None:
+        return one.source
+    source = Source(data=data, train_size=0)
+    if saved is not None and saved.task.kind == "classification" and Path(data).exists():
+        source = dataclasses.replace(source, label_names=saved.task.label_names)
+    return source
 
 
 def _check_classes(expected: Task, got: Task) -> None:
@@ -650,7 +843,7 @@ def _answer(task: Task, example: Example, index: int) -> str:
 # --- Folders -------------------------------------------------------------------------------------
 
 _OWN_FILES = ("metrics.json", "experiment.json", "adapter_config.json")
-_OWN_FOLDERS = ("checkpoints", *_DEMO_METHODS, "evaluation")
+_OWN_FOLDERS = ("checkpoints", "evaluation")
 
 
 def _check_out(
@@ -682,7 +875,14 @@ def _has_results(folder: Path) -> bool:
     if any((folder / name).exists() for name in (*_OWN_FILES, "checkpoints")):
         return True
     parts = (*_OWN_FILES, "adapter_model.safetensors", ".adapter.*")
-    return any(any((folder / name).glob(part)) for name in _DEMO_METHODS for part in parts)
+    return any(any((folder / name).glob(part)) for name in _method_names() for part in parts)
+
+
+def _method_names() -> tuple[str, ...]:
+    """Folders that `demo` writes adapters to."""
+    from .hf.config import METHODS
+
+    return tuple(METHODS)
 
 
 def _prepare_out(folder: Path, overwrite: bool) -> None:
@@ -690,7 +890,7 @@ def _prepare_out(folder: Path, overwrite: bool) -> None:
     import shutil
 
     if overwrite and folder.is_dir():
-        for name in _OWN_FOLDERS:
+        for name in (*_OWN_FOLDERS, *_method_names()):
             shutil.rmtree(folder / name, ignore_errors=True)
         for path in folder.iterdir():
             own = path.suffix == ".png" or path.name == "adapter_model.safetensors"

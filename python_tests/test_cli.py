@@ -138,6 +138,51 @@ def test_evaluation_gives_the_numbers_of_training(trained: Path) -> None:
     assert again["methods"][0]["per_seed"][0]["metrics"]["n"] == 10
 
 
+def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tfb"
+    options = ["--anchors", 16, "--metric", "flips", "--convert", "max_trials=3"]
+    result = call("bayesianize", trained, *options, "--convert", "low=0.01", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "TFB: 4 layers, sigma_q=" in result.stdout and "change (flips)" in result.stdout
+    assert "BLoB mean" in result.stdout and "TFB N=3" in result.stdout
+    content = results(out)
+    assert [m["name"] for m in content["methods"]] == ["BLoB mean", "TFB N=3"]
+    conversion = content["conversion"]
+    assert (conversion["anchors"], conversion["metric"]) == (16, "flips")
+    assert len(conversion["trace"]) in (3, 4) and conversion["sigma"] >= 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["method"] == "tfb" and config["sigma_q"] == conversion["sigma"]
+    result = call("evaluate", out)
+    assert result.exit_code == 0, result.output
+    again = results(out / "evaluation")["methods"]
+    assert [m["name"] for m in again] == ["TFB mean", "TFB mean + temperature", "TFB N=3"]
+    before, after = (m["per_seed"][0]["metrics"] for m in (content["methods"][1], again[2]))
+    assert before == after
+    assert "use --overwrite" in refuse("bayesianize", trained, "--out", out)
+    error = refuse("bayesianize", trained, "--out", tmp_path / "x", "--convert", "speed=2")
+    assert "expected options among anchors, metric" in error and "got speed" in error
+    assert not (tmp_path / "x").exists()
+    assert "expected one of tfb" in refuse("bayesianize", trained, "--method", "blob")
+
+
+def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path) -> None:
+    options = [*SETTINGS, "--method", "tfb", "--convert", "anchors=20"]
+    options += ["--convert", "search=grid", "--convert", "max_trials=2"]
+    result = call("train", data, "--model", model, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = results(tmp_path / "out")
+    assert found["methods"][-1]["name"] == "TFB N=3"
+    assert found["training"][0]["conversion"]["anchors"] == 20
+    assert found["training"][0]["conversion"]["passes"] == 3
+    saved = training.read_record(tmp_path / "out")
+    assert saved is not None and saved.experiment.recipe.convert["search"] == "grid"
+    checkpoint = last_checkpoint(tmp_path / "out" / "checkpoints")
+    assert checkpoint is not None  # plain LoRA, which has no draws yet
+    result = call("evaluate", checkpoint, "--out", tmp_path / "plain")
+    assert result.exit_code == 0, result.output
+    assert results(tmp_path / "plain")["methods"][0]["name"] == "LoRA (MAP)"
+
+
 def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) -> None:
     file = data / "test.jsonl"
     result = call("predict", trained, "--data", file, "--text", "bright warm day", "--json")

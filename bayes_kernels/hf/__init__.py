@@ -10,11 +10,31 @@ from ._compat import check_versions
 
 check_versions()
 
+from . import scalabl  # noqa: E402, F401
+from .bayesianize import bayesianize  # noqa: E402
 from .checkpoints import export_lora, import_lora  # noqa: E402
-from .config import BayesLoraConfig, BlobConfig  # noqa: E402
+from .config import (  # noqa: E402
+    BayesLoraConfig,
+    BlobConfig,
+    PolarConfig,
+    PolarVbllConfig,
+    ScalablConfig,
+    TfbConfig,
+)
+from .last_layer import (  # noqa: E402
+    VariationalLoss,
+    calibrate_head,
+    class_features,
+    class_logits,
+    discard_laplace,
+    laplace_refine,
+    variational_loss,
+)
 from .model import BayesLoraModel  # noqa: E402
+from .polar import parameter_groups, stiefel_error  # noqa: E402
 from .posterior import checkpoint_noise, kl_divergence, posterior, refresh_noise  # noqa: E402
 from .predict import Prediction, fold_samples, predict, predict_dataset  # noqa: E402
+from .tfb import TfbReport  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin, decoupled_kl  # noqa: E402
 
 __all__ = [
@@ -23,15 +43,30 @@ __all__ = [
     "BayesTrainer",
     "BayesTrainerMixin",
     "BlobConfig",
+    "PolarConfig",
+    "PolarVbllConfig",
     "Prediction",
+    "ScalablConfig",
+    "TfbConfig",
+    "TfbReport",
+    "VariationalLoss",
+    "bayesianize",
+    "calibrate_head",
     "checkpoint_noise",
+    "class_features",
+    "class_logits",
     "decoupled_kl",
+    "discard_laplace",
     "export_lora",
     "fold_samples",
     "import_lora",
     "kl_divergence",
+    "laplace_refine",
+    "parameter_groups",
     "posterior",
     "predict",
     "predict_dataset",
     "refresh_noise",
+    "stiefel_error",
+    "variational_loss",
 ]

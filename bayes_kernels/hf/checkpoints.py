@@ -15,10 +15,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import random, reference
-from .config import BAYES_FIELDS, BayesLoraConfig
+from .. import random
+from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
+from .last_layer import (
+    POSTERIOR_TENSORS,
+    bayesian_head_tensors,
+    find_head,
+    plain_head_tensors,
+)
 from .posterior import BayesLayer, bayes_layers
-from .variants import RHO
+from .variants import extra_names, set_tensors
 
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -34,8 +40,8 @@ def import_lora(
 ) -> PeftModel:
     """Read a plain LoRA adapter, or one of the published BLoB code, as a Bayesian adapter.
 
-    * A folder that PEFT wrote for `LoraConfig`: A becomes the posterior mean, rho starts as in a
-      new adapter.
+    * A folder that PEFT wrote for `LoraConfig`: it becomes the posterior mean, and what the method
+      has beside the factors starts as in a new adapter.
     * A folder of bayesian-peft: its keys carry the prefix base_model.model twice, which PEFT would
       silently ignore; rho is read from `lora_A_rho`.
 
@@ -44,7 +50,7 @@ def import_lora(
         path: folder with adapter_config.json and adapter_model.safetensors, or the latter file.
         adapter_name: name of the new adapter.
         is_trainable: whether it can be trained.
-        options: fields of `BayesLoraConfig` that the file does not have (prior_std, init_rho, ...).
+        options: fields of `BayesLoraConfig` that the file does not have (method, prior_std, ...).
 
     Returns:
         The PeftModel.
@@ -82,9 +88,11 @@ def export_lora(
 
         A_s[i, j] = M[i, j] + out_s[i] Omega[i, j] eps[i, j] in_s[j]
 
-    Draws of one seed are uncorrelated but not independent: they share |eps| and differ
-    in its signs. The Monte-Carlo error of their mean therefore has a floor that more draws of the
-    same seed do not lower; average over several seeds for independent draws.
+    for BLoB and TFB. What other methods have in rank space is multiplied into the factors.
+
+    Draws of one seed are, with these two methods, uncorrelated but not independent: they share
+    |eps| and differ in its signs. The Monte-Carlo error of their mean therefore has a floor that
+    more draws of the same seed do not lower; average over several seeds for independent draws.
 
     The folder appears whole or not at all. One that exists is replaced if it holds nothing but an
     adapter: adapter_config.json, adapter_model.safetensors, README.md.
@@ -116,33 +124,44 @@ def export_lora(
     if len(names) != 1:
         raise ValueError(f"export_lora: adapter must name one of the active adapters, got {names}")
     config: Any = peft_model.peft_config[names[0]]
+    if sample is not None and config.method in ("polar", "polar-vbll"):
+        raise ValueError(
+            f"export_lora: which must be 'mean' for method {config.method!r}, whose adapters have no "
+            f"posterior, got {which}"
+        )
     replaced = {}
-    if sample is not None:
-        for item in layers:
-            key = f"{_PREFIX}{item.name}.lora_A.weight"
-            replaced[key] = coherent_draw(item, sample, seed).to(item.mean.dtype)
+    for item in layers:
+        own = item.layer.lora_A[item.adapter].weight, item.layer.lora_B[item.adapter].weight
+        plain = _plain_factors(item, sample, seed)
+        for factor, old, new in zip(("lora_A", "lora_B"), own, plain, strict=True):
+            if new is not old:
+                replaced[f"{_PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
     state = _adapter_state(peft_model, names[0])
+    extra = extra_names()
     tensors = {
         key: replaced.get(key, value).detach().cpu().contiguous()
         for key, value in state.items()
-        if RHO not in key
+        if key.rpartition(".")[2] not in extra
     }
     missing = sorted(set(replaced) - set(tensors))
     assert not missing, missing
+    if find_head(model, names[0]) is not None:
+        tensors = plain_head_tensors(tensors)
     return _write_folder(directory, _plain_config(config), tensors)
 
 
 def coherent_draw(item: BayesLayer, sample: int, seed: int) -> Tensor:
-    """Draw number `sample` of a layer's first factor, (r, in), fp32."""
-    mean, rho = item.mean.detach().float(), item.rho.detach().float()
-    rank, columns = mean.shape
-    key = random.key(seed, mean.device)
-    where: dict[str, Any] = {"stream": item.variant.stream, "row0": sample}
-    noise = random.normal(key, (rank, columns), stream=item.variant.stream)
-    signs_in = random.sign_bits(key, 1, columns, **where).to(noise.dtype)
-    signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
-    deviation = reference.std_of(rho, item.variant.std).expand_as(mean)
-    return mean + signs_out.T * (deviation * noise) * signs_in
+    """First factor (r, in), fp32, of the plain LoRA adapter that is draw number `sample`."""
+    return _plain_factors(item, sample, seed)[0]
+
+
+def _plain_factors(item: BayesLayer, sample: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Factors of the plain LoRA adapter that is the mean (None) or a draw."""
+    if sample is None:
+        return item.variant.mean_factors(item.layer, item.adapter)
+    key = random.key(seed, item.mean.device)
+    with torch.no_grad():
+        return item.variant.draw_factors(item.layer, item.adapter, key, sample)
 
 
 def _peft_model(model: nn.Module) -> PeftModel:
@@ -235,7 +254,13 @@ def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:
             f"import_lora: options must be among {sorted(BAYES_FIELDS)}, got {unknown}; the rest "
             "comes from the checkpoint"
         )
-    return BayesLoraConfig(**{**fields, **options})
+    method = {**fields, **options}.get("method", "blob")
+    if method not in METHODS or METHODS[method].plain:
+        names = [name for name, row in METHODS.items() if not row.plain]
+        raise ValueError(f"import_lora: method must be one of {names}, got {method!r}")
+    fields = {k: v for k, v in {**fields, **options}.items() if k != "method"}
+    config: Any = METHODS[method].config(**fields)
+    return config
 
 
 def _weights(folder: Path, path: Path) -> Path:
@@ -261,8 +286,12 @@ def _single_prefix(key: str) -> str:
 def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
     """Copy a checkpoint into an adapter: no tensor without a place, no factor without a tensor."""
     parameters = dict(_named_slots(model, adapter))
+    extra = extra_names()
+    if find_head(model, adapter) is not None:
+        tensors = bayesian_head_tensors(tensors, parameters)
+        extra = extra | set(POSTERIOR_TENSORS)
     unexpected = sorted(set(tensors) - set(parameters))
-    needed = {k for k in parameters if RHO not in k}
+    needed = {k for k in parameters if k.rpartition(".")[2] not in extra}
     missing = sorted(needed - set(tensors))
     if unexpected or missing:
         raise ValueError(
@@ -279,6 +308,11 @@ def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) ->
                     f"{tuple(tensor.shape)}; use the base model that the adapter was trained on"
                 )
             parameter.copy_(tensor)
+        if not any(k.rpartition(".")[2] in extra for k in tensors):
+            # Beside a method's tensors the factors may mean something else than in plain LoRA.
+            for item in bayes_layers(model, adapter):
+                values = item.variant.initial(item.layer, adapter)
+                set_tensors(item.layer, adapter, item.variant, values)
 
 
 def _named_slots(model: PeftModel, adapter: str) -> Any:

@@ -21,20 +21,33 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from .config import METHODS
 from .machine import progress_bar
-from .recipe import METHOD_NAMES, Experiment
+from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels
 from .tasks import Task
-from .training import CHECKPOINTS, Training, build, count_steps_in, save_adapter, train_model
+from .training import (
+    CHECKPOINTS,
+    Training,
+    build,
+    convert_model,
+    count_steps_in,
+    save_adapter,
+    train_model,
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment, trained and scored. ``training`` is None for a model that was loaded."""
+    """One experiment, trained and scored. ``training`` is None for a model that was loaded.
+
+    ``conversion`` is the report of `bayesianize` for methods that convert plain LoRA.
+    """
 
     experiment: Experiment
     training: Training | None
     rows: list[Row]
+    conversion: dict[str, Any] | None = None
 
 
 def run(
@@ -74,7 +87,7 @@ def run(
     # Encoded here only to find what cannot be encoded before anything is written.
     encoder.dataset([examples[0] for examples in task.splits.values() if examples])
     before_writing()
-    name = f"{METHOD_NAMES[experiment.method]}, seed {experiment.seed}"
+    name = f"{METHODS[experiment.method].title}, seed {experiment.seed}"
     training = train_model(
         experiment,
         model,
@@ -85,6 +98,9 @@ def run(
         progress=progress,
         label=f"{name}: train",
     )
+    conversion = None
+    if METHODS[experiment.method].made == "convert":
+        conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
     if folder is not None:
         save_adapter(model, experiment, task, encoder, folder)
     rows = evaluate_model(
@@ -92,14 +108,14 @@ def run(
         encoder,
         task,
         method=experiment.method,
-        n_samples=experiment.recipe.n_samples,
+        n_samples=experiment.n_samples,
         seed=experiment.seed,
         batch_size=experiment.recipe.eval_batch_size,
         temperature=temperature,
         progress=progress,
         label=name,
     )
-    return Run(experiment, training, rows)
+    return Run(experiment, training, rows, conversion)
 
 
 # --- Side by side --------------------------------------------------------------------------------

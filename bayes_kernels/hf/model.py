@@ -10,15 +10,16 @@ from peft.tuners.lora import LoraModel
 
 from ._compat import register
 from .config import BayesLoraConfig
-from .posterior import NoiseState, advance_before_forward
-from .variants import RHO, attach
+from .last_layer import install_head, plain_heads_
+from .posterior import NoiseState, adapter_devices, advance_before_forward
+from .variants import attach, fp32_parameters
 
 
 class BayesLoraModel(LoraModel):
-    """`peft.LoraModel` whose adapters have a Gaussian posterior over their first factor.
+    """`peft.LoraModel` whose adapters have a posterior.
 
-    Made by `get_peft_model(model, BlobConfig(...))`. The layers are PEFT's own, for every backend;
-    only the formula of their adapter path differs.
+    Made by `get_peft_model(model, BlobConfig(...))` and the like. The layers are PEFT's own, for
+    every backend; only the formula of their adapter path differs.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +33,19 @@ class BayesLoraModel(LoraModel):
                 f"{type(config).__name__}; use BlobConfig(...), or import_lora for a plain LoRA "
                 "checkpoint"
             )
+        given: list[Any] = list(self.peft_config.values())
+        others = {other.method == "polar-vbll" for other in given}
+        if others - {config.method == "polar-vbll"}:
+            raise ValueError(
+                "BayesLoraModel: adapters with and without a variational last layer cannot share a "
+                f"model, got method {config.method!r} beside the others; load the base model again"
+            )
         super()._check_new_adapter_config(config)
+
+    def _prepare_model(self, peft_config: Any, model: Any) -> None:
+        super()._prepare_model(peft_config, model)
+        if peft_config.method == "polar-vbll":
+            install_head(model, peft_config)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -91,28 +104,32 @@ class BayesLoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._remove_noise()
+        plain_heads_(model)
+        return model
+
+    def _remove_noise(self) -> None:
+        """The noise state and its hook, off the base model."""
+        model: Any = self.model
         for handle, hook in list(model._forward_pre_hooks.items()):
             if hook is advance_before_forward:
                 del model._forward_pre_hooks[handle]
                 model._forward_pre_hooks_with_kwargs.pop(handle, None)
-        del model.bayes_noise
-        return model
+        if hasattr(model, "bayes_noise"):
+            del model.bayes_noise
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """`to`, `half`, `cuda`, ...: deviations stay fp32, keys follow the device."""
+        """`to`, `half`, `cuda`, ...: what must stay fp32 does, keys follow the device."""
         kept = {
-            name: parameter.detach()
-            for name, parameter in self.named_parameters()
-            if f".{RHO}." in name and parameter.dtype == torch.float32
+            place: parameter.detach()
+            for place, parameter in fp32_parameters(self)
+            if parameter.dtype == torch.float32
         }
         super()._apply(fn, recurse)
-        devices = set()
-        for name, parameter in self.named_parameters():
-            if f".{RHO}." not in name or parameter.is_meta:
-                continue
-            devices.add(parameter.device)
-            if name in kept and parameter.dtype != torch.float32:
-                parameter.data = kept[name].to(parameter.device)
+        for place, parameter in fp32_parameters(self):
+            if place in kept and parameter.dtype != torch.float32 and not parameter.is_meta:
+                parameter.data = kept[place].to(parameter.device)
+        devices = adapter_devices(self)
         state = getattr(self.model, "bayes_noise", None)
         if state is not None and devices - set(state.keys):
             state.set_key(next(iter(state.keys.values())), devices)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, random, reference
-from .variants import RHO, BlobVariant
+from .last_layer import find_head
+from .variants import RHO, BayesVariant, Divergence
 
 MODES = ("sample", "mean", "flipout")
 
@@ -109,17 +110,21 @@ class BayesLayer(NamedTuple):
     name: str
     layer: Any
     adapter: str
-    variant: BlobVariant
+    variant: BayesVariant
 
     @property
     def mean(self) -> nn.Parameter:
-        """Posterior mean of A, (r, in)."""
+        """`lora_A.weight`, (r, in): for BLoB and TFB the posterior mean of A."""
         return self.layer.lora_A[self.adapter].weight
 
     @property
     def rho(self) -> nn.Parameter:
-        """Parameter of the deviation of A, (r, in), fp32."""
-        return getattr(self.layer, RHO)[self.adapter]
+        """BLoB, TFB: parameter of the deviation of A, (r, in) or (r, 1), fp32."""
+        return self.tensor(getattr(self.variant, "deviation", RHO))
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """A tensor that the method has beside the factors, by its name."""
+        return getattr(self.layer, name)[self.adapter]
 
 
 def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
@@ -141,7 +146,7 @@ def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLaye
         names = module.active_adapters if adapter is None else [adapter]
         for name in names:
             variant = variants.get(name)
-            if isinstance(variant, BlobVariant):
+            if isinstance(variant, BayesVariant):
                 found.append(BayesLayer(variant.name, module, name, variant))
     if not found:
         which = "an active Bayesian adapter" if adapter is None else f"the adapter {adapter!r}"
@@ -160,7 +165,7 @@ def noise_state(model: nn.Module) -> NoiseState:
     """
     for module in model.modules():
         for variant in getattr(module, "lora_variant", {}).values():
-            if isinstance(variant, BlobVariant):
+            if isinstance(variant, BayesVariant):
                 return variant.state
     raise ValueError(
         f"noise_state: the model must have a Bayesian adapter, got {type(model).__name__} without; "
@@ -168,8 +173,16 @@ def noise_state(model: nn.Module) -> NoiseState:
     )
 
 
-def _devices(model: nn.Module) -> set[torch.device]:
-    return {item.mean.device for item in bayes_layers(model) if not item.mean.is_meta}
+def adapter_devices(model: nn.Module) -> set[torch.device]:
+    """Devices of the layers that have Bayesian adapters, active or not."""
+    devices = set()
+    module: Any
+    for module in model.modules():
+        for name, variant in getattr(module, "lora_variant", {}).items():
+            if isinstance(variant, BayesVariant):
+                weight = module.lora_A[name].weight
+                devices.update([] if weight.is_meta else [weight.device])
+    return devices
 
 
 def refresh_noise(
@@ -202,7 +215,7 @@ def refresh_noise(
     with _normal_tensors():
         key = random.key(state.seed if seed is None else seed)
         key = random.fold_in(key, process_rank() if rank is None else rank)
-        state.set_key(random.fold_in(key, step), _devices(model))
+        state.set_key(random.fold_in(key, step), adapter_devices(model))
 
 
 def checkpoint_noise(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
@@ -257,9 +270,10 @@ def posterior(
     * "sample": coherent draws of the weights, folded into the batch: with S = n_samples the first
       dimension of every input is S copies of the examples (`fold_samples`), and copy s uses draw
       first_sample + s. A draw depends on (seed, its number) and nothing else: not on the batch, the
-      process or the other draws. Draws of one seed are uncorrelated but not independent: they share
-      |eps| and differ in its signs, so that the Monte-Carlo error of their mean has a floor, which
-      more draws of the same seed do not lower. Average over several seeds for independent draws.
+      process or the other draws. Draws of one seed are, with BLoB and TFB, uncorrelated but not
+      independent: they share |eps| and differ in its signs, so that the Monte-Carlo error of their
+      mean has a floor, which more draws of the same seed do not lower. Average over several seeds
+      for independent draws.
     * "flipout": the noise of training, new in each forward pass.
     * "mean": the posterior mean.
 
@@ -291,7 +305,7 @@ def posterior(
     state = noise_state(model)
     before = state.snapshot()
     with _normal_tensors():
-        state.set_key(random.key(seed), _devices(model))
+        state.set_key(random.key(seed), adapter_devices(model))
     state.mode, state.n_samples, state.first_sample = mode, n_samples, first_sample
     try:
         yield state
@@ -304,37 +318,48 @@ def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
 
         KL = sum log(sigma_p / Omega) + (Omega^2 + M^2) / (2 sigma_p^2) - 1/2
 
+    for BLoB; the page of each method has its own. 0 for adapters without a prior.
+
     Args:
         model: a model with Bayesian adapters.
         adapter: name of the adapter, or None for the active ones.
 
     Returns:
-        0-dim fp32 tensor on the device of the first layer, differentiable in means and rhos. One
-        launch for each device and parameterisation.
+        0-dim fp32 tensor, differentiable in the parameters of the posterior. One launch for each
+        device and parameterisation.
 
     Raises:
         ValueError: there is no such adapter.
 
     Source: Wang et al., "BLoB", arXiv 2406.11675, section 3.
     """
-    groups: dict[tuple[torch.device, str, bool], list[BayesLayer]] = {}
-    for item in bayes_layers(model, adapter):
-        sharded = hasattr(item.mean, "full_tensor")
-        groups.setdefault((item.mean.device, item.variant.std, sharded), []).append(item)
-    total: Tensor | None = None
-    for (_, std, sharded), items in groups.items():
-        means = [_fp32(item.mean) for item in items]
-        rhos = [_fp32(item.rho) for item in items]
-        priors = [item.variant.prior_std for item in items]
+    layers = bayes_layers(model, adapter)
+    groups: dict[tuple[torch.device, str, str, bool], list[Divergence]] = {}
+    parts: list[Tensor] = []
+    for item in layers:
+        term = item.variant.divergence(item.layer, item.adapter)
+        if isinstance(term, Divergence):
+            sharded = hasattr(term.mean, "full_tensor")
+            kind = (term.mean.device, term.std, term.direction, sharded)
+            groups.setdefault(kind, []).append(term)
+        elif term is not None:
+            parts.append(term)
+    for (_, std, direction, sharded), terms in groups.items():
+        means = [term.mean for term in terms]
+        rhos = [term.rho for term in terms]
+        priors = [term.prior_std for term in terms]
         if sharded:  # FSDP2: the definition, whose sums PyTorch reduces over the shards
-            partial: Any = reference.gaussian_kl(means, rhos, priors, std=std)
-            kl = partial.full_tensor()
+            partial: Any = reference.gaussian_kl(means, rhos, priors, std=std, direction=direction)
+            parts.append(partial.full_tensor())
         else:
-            kl = functional.gaussian_kl(means, rhos, priors, std=std)
-        total = kl if total is None else total + kl.to(total.device)
-    assert total is not None
+            kl = functional.gaussian_kl(means, rhos, priors, std=std, direction=direction)
+            parts.append(kl)
+    head = find_head(model, adapter)
+    if head is not None:
+        parts.append(head.kl())
+    if not parts:
+        return layers[0].mean.new_zeros((), dtype=torch.float32)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
     return total
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float32 else tensor.float()

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .. import functional, random
+from .last_layer import class_logits, find_head
 from .posterior import noise_state, posterior
-from .variants import BlobVariant
+from .variants import BayesVariant
 
 _LABELS = ("labels", "label")
 # Share of free device memory, and bytes on the CPU, that activations of one pass may take.
@@ -127,6 +129,9 @@ def predict(
     in its signs. The Monte-Carlo error of their mean therefore has a floor that more draws of the
     same seed do not lower; average over several seeds for independent draws.
 
+    A variational last layer (PoLAR-VBLL) needs one forward pass whatever S: its draws are draws of
+    the logits, independent, and the same noise serves every example.
+
     Args:
         model: a model with Bayesian adapters whose logits are (B, C), or (B, T, V) of a causal
             language model, of which the last token that the attention mask shows is taken.
@@ -157,6 +162,15 @@ def predict(
     labels = next((inputs.pop(k) for k in _LABELS if inputs.get(k) is not None), None)
     for name in _LABELS:
         inputs.pop(name, None)
+    if find_head(model) is not None:
+        if choices is not None:
+            raise ValueError(
+                f"predict: choices must be None for a model whose last layer has the classes, got "
+                f"{list(choices)}"
+            )
+        with _eval_mode(model):
+            result = _predict_last_layer(model, inputs, n_samples, seed, return_samples)
+        return result if labels is None else replace(result, labels=labels.cpu())
     size = _batch_size(inputs)
     rows = _LogitRows(model, inputs, choices)
     draws = max(n_samples, 1)
@@ -195,6 +209,40 @@ def predict(
     )
 
 
+def _predict_last_layer(
+    model: nn.Module, inputs: Mapping[str, Any], n_samples: int, seed: int, return_samples: bool
+) -> Prediction:
+    """Draws from a variational last layer: one pass of the model, then any number of logits.
+
+    Every example has the same noise, so that results do not depend on how examples are batched.
+    """
+    mean, variance = class_logits(model, inputs)
+    size, classes = mean.shape
+    if n_samples == 0 or return_samples:
+        log_probs = mean.double().log_softmax(-1)[None]
+        if n_samples:
+            noise = random.normal(random.key(seed, mean.device), (n_samples, 1, classes))
+            samples = mean + variance.sqrt() * noise.to(mean.dtype)
+            log_probs = samples.double().log_softmax(-1)
+        log_mean = torch.logsumexp(log_probs, 0) - math.log(log_probs.shape[0])
+        return Prediction(
+            log_probs=log_mean.cpu(),
+            entropy=_entropy(log_mean).cpu(),
+            expected_entropy=_entropy(log_probs).mean(0).cpu(),
+            n_samples=n_samples,
+            sample_log_probs=log_probs.cpu() if return_samples else None,
+        )
+    same = torch.zeros(size, dtype=torch.int64, device=mean.device)
+    key = random.key(seed, mean.device)
+    found: Any = functional.mc_predict(mean, variance, n_samples=n_samples, key=key, ids=same)
+    return Prediction(
+        log_probs=found.log_probs.double().cpu(),
+        entropy=found.entropy.double().cpu(),
+        expected_entropy=found.expected_entropy.double().cpu(),
+        n_samples=n_samples,
+    )
+
+
 def predict_dataset(
     model: nn.Module,
     data: Any,
@@ -223,7 +271,7 @@ def predict_dataset(
     batches: Iterable[Mapping[str, Any]]
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
         batches = data
-    elif collate_fn is None and _are_batches(data):
+    elif collate_fn is None and are_batches(data):
         batches = data
     else:
         batches = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
@@ -236,7 +284,7 @@ def predict_dataset(
     return Prediction.concatenate(parts)
 
 
-def _are_batches(data: Any) -> bool:
+def are_batches(data: Any) -> bool:
     """Whether a sequence holds batches (tensors of token ids with two dimensions), not examples."""
     if not len(data) or not isinstance(data[0], Mapping):
         return False
@@ -311,7 +359,7 @@ def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int |
     """Draws whose activations fit the budget in one pass, at least 1."""
     for module in model.modules():
         for variant in getattr(module, "lora_variant", {}).values():
-            if isinstance(variant, BlobVariant) and variant.routed:
+            if isinstance(variant, BayesVariant) and variant.routed:
                 return 1
     parameter = next(model.parameters())
     if budget is None:

@@ -4,7 +4,7 @@ An :class:`Experiment` says everything about one run and goes to and from JSON.
 
 Methods share everything but the method: with the same seed plain LoRA and BLoB start from the same
 head and the same factors, see the same examples in the same order, and use the same optimiser,
-learning rate, batch size and number of steps.
+learning rate, batch size and number of steps. (PoLAR has other factors, and a rate of its own.)
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config import METHODS
 from .tasks import HUB_DATASETS, Example, Task, choose_subset, load_task
 
-METHODS = ("map", "blob")
-METHOD_NAMES = {"map": "LoRA (MAP)", "blob": "BLoB"}
 # Version of experiment.json and metrics.json.
 FORMAT = 1
 
@@ -37,17 +36,22 @@ class Recipe:
             (query and value projections).
         dropout: Dropout before the adapter.
         base_dropout: Dropout inside the base model; None leaves it as the checkpoint says.
-        lr: Peak learning rate of AdamW, for adapter and head.
+        lr: Peak learning rate of AdamW, for adapter and head; None for the method's default.
         steps: Optimiser steps.
         batch_size: Examples of one step.
         accumulation: Micro-batches that a step is divided into.
         warmup: Share of the steps with rising learning rate; it then falls linearly to 0.
         weight_decay, adam_epsilon, max_grad_norm: Of AdamW; a norm of 0 does not clip.
         max_length: Largest number of tokens; None for what `load_model` chooses.
-        n_samples: Posterior draws of a prediction.
+        n_samples: Posterior draws of a prediction; None for the method's default.
         eval_batch_size: Examples of one batch in prediction.
-        prior_std, init_rho, scope, kl_schedule, kl_lr, kl_time, kl_gamma: Of `BayesLoraConfig`;
-            None for its defaults.
+        prior_std, init_rho, scope, kl_schedule, kl_lr, kl_time, kl_gamma, kl_direction, covariance:
+            Of `BayesLoraConfig`; None for the method's defaults.
+        stiefel, stiefel_penalty, head_covariance, head_prior_scale, head_lr, kl_weight, alternation:
+            Of `BayesLoraConfig`, for PoLAR and PoLAR-VBLL; None for its defaults.
+        laplace: Whether the covariances of PoLAR-VBLL are refined after training.
+        convert: Options of `bayesianize`, for methods that convert plain LoRA; `anchors` is the
+            number of training examples that it looks at.
         lora: More options of `peft.LoraConfig`.
 
     Raises:
@@ -59,7 +63,7 @@ class Recipe:
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     base_dropout: float | None = 0.0
-    lr: float = 1e-3
+    lr: float | None = None
     steps: int = 600
     batch_size: int = 8
     accumulation: int = 1
@@ -68,7 +72,7 @@ class Recipe:
     adam_epsilon: float = 1e-6
     max_grad_norm: float = 0.0
     max_length: int | None = None
-    n_samples: int = 10
+    n_samples: int | None = None
     eval_batch_size: int = 16
     prior_std: float | None = None
     init_rho: float | None = None
@@ -77,6 +81,17 @@ class Recipe:
     kl_lr: float | None = None
     kl_time: float | None = None
     kl_gamma: float | None = None
+    kl_direction: str | None = None
+    covariance: str | None = None
+    stiefel: str | None = None
+    stiefel_penalty: float | None = None
+    head_covariance: str | None = None
+    head_prior_scale: float | None = None
+    head_lr: float | None = None
+    kl_weight: float | None = None
+    alternation: str | None = None
+    laplace: bool = False
+    convert: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,9 +101,10 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"recipe: {name} must be an integer >= 1, got {value!r}")
-        if isinstance(self.n_samples, bool) or self.n_samples < 0:
-            raise ValueError(f"recipe: n_samples must be an integer >= 0, got {self.n_samples!r}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
+        draws = self.n_samples
+        if draws is not None and (isinstance(draws, bool) or draws < 0):
+            raise ValueError(f"recipe: n_samples must be an integer >= 0, got {draws!r}")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"recipe: lr must be a positive number, got {self.lr!r}")
         for name in ("warmup", "dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -182,7 +198,7 @@ class Experiment:
         kind, style: Kind of model and style of prompt, see `load_model`.
         dtype: "float32", "bfloat16" or "float16": type of the base model's weights.
         quantization: "8bit" or "4bit" for a base quantised by bitsandbytes, else None.
-        method: "map" (plain LoRA) or "blob".
+        method: A name of `bayes_kernels.hf.config.METHODS`: "map" (plain LoRA), "blob", ...
         recipe: How it is trained.
         seed: Seed of the training subset, head, factors, order of examples, and noise.
     """
@@ -206,6 +222,19 @@ class Experiment:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
+        if self.recipe.laplace and self.method != "polar-vbll":
+            raise ValueError(f"laplace: expected method polar-vbll with it, got {self.method!r}")
+
+    @property
+    def n_samples(self) -> int:
+        """Posterior draws of a prediction: what the recipe says, or the method's default."""
+        draws = self.recipe.n_samples
+        return METHODS[self.method].n_samples if draws is None else draws
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: what the recipe says, or the method's default."""
+        return METHODS[self.method].lr if self.recipe.lr is None else self.recipe.lr
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, words, lists and dictionaries."""

@@ -90,10 +90,10 @@ def report(runs: Sequence[Run], task: Task, *, command: Sequence[str] = ()) -> d
     each split); ``experiments`` (settings by method); ``methods``: for each predictor ``name``,
     ``method``, ``n_samples``, ``mean``, ``std`` (empty for one seed) and ``per_seed``, a list of
     ``seed``, ``metrics``, ``ood``, ``temperature`` and ``cost``; ``training``: by run the steps,
-    the adapter's options with defaults filled in, and the log; ``versions``; ``machine``.
-    Everything but ``created`` and ``cost`` is the same in every run with the same settings on the
-    same machine with the same number of threads. Numbers that are not finite are
-    null.
+    the adapter's options with defaults filled in, the log, and the report of a conversion;
+    ``versions``; ``machine``. Everything but ``created`` and ``cost`` is the same in every run with
+    the same settings on the same machine with the same number of threads. Numbers that are not
+    finite are null.
     """
     methods = []
     for summary in summarise(runs):
@@ -143,6 +143,7 @@ def report(runs: Sequence[Run], task: Task, *, command: Sequence[str] = ()) -> d
                 "steps": one.training.steps,
                 "adapter": one.training.adapter,
                 "log": one.training.log,
+                "conversion": one.conversion,
             }
             for one in runs
             if one.training is not None

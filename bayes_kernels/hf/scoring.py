@@ -20,11 +20,10 @@ from torch import Tensor
 
 from bayes_kernels import metrics
 
-from .config import BayesLoraConfig
+from .config import METHODS, BayesLoraConfig
 from .machine import peak_memory, progress_bar, synchronise
 from .models import TaskEncoder
 from .predict import Prediction, predict
-from .recipe import METHOD_NAMES
 from .tasks import Example, Task
 
 
@@ -34,7 +33,7 @@ class Row:
 
     Attributes:
         name: What the table calls it.
-        method: "map" or "blob".
+        method: A name of `bayes_kernels.hf.config.METHODS`.
         n_samples: Posterior draws; 0 for one set of weights.
         temperature: Temperature fitted on the validation split; None for none.
         report: Every metric on the test examples, with out-of-distribution detection over all sets
@@ -93,10 +92,10 @@ def predict_examples(
     """
     if not examples:
         raise ValueError(f"{label}: expected at least one example, got none")
-    bayesian = any(isinstance(c, BayesLoraConfig) for c in model.peft_config.values())
+    bayesian = _has_posterior(model)
     if n_samples and not bayesian:
         raise ValueError(
-            "n-samples: expected 0 for a plain LoRA adapter, which has no posterior, got "
+            f"n-samples: expected 0 for an adapter that has no posterior (plain LoRA, PoLAR), got "
             f"{n_samples}"
         )
     items = encoder.dataset(examples).items
@@ -128,6 +127,11 @@ def predict_examples(
         expected_entropy=joined.expected_entropy[back],
     )
     return prediction, milliseconds
+
+
+def _has_posterior(model: PeftModel) -> bool:
+    configs = list(model.peft_config.values())
+    return any(isinstance(c, BayesLoraConfig) and METHODS[c.method].bayesian for c in configs)
 
 
 def _length(item: dict[str, Any]) -> int:
@@ -210,9 +214,11 @@ def evaluate_model(
     labels = known_labels(task.test)
     if labels is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
-    name = METHOD_NAMES[method]
+    # The checkpoints of a run that converts plain LoRA have no posterior yet.
+    bayesian = _has_posterior(model)
+    name = METHODS[method if bayesian or METHODS[method].made == "train" else "map"].title
     rows = []
-    draws = [0] if method == "map" or n_samples == 0 else [0, n_samples]
+    draws = [0] if not bayesian or n_samples == 0 else [0, n_samples]
     for count in draws:
         options: dict[str, Any] = {
             "n_samples": count,
@@ -221,7 +227,7 @@ def evaluate_model(
             "progress": progress,
         }
         with peak_memory() as peak:
-            what = f"{label or name} N={count}" if method != "map" else label or name
+            what = f"{label or name} N={count}" if bayesian else label or name
             test, cost = predict_examples(
                 model, encoder, task.test, label=f"{what}: test", **options
             )
@@ -230,7 +236,7 @@ def evaluate_model(
                 for key, part in task.ood.items()
                 if part
             }
-        row_name = name if method == "map" else f"{name} mean" if not count else f"{name} N={count}"
+        row_name = f"{name} N={count}" if count else f"{name} mean" if bayesian else name
         rows.append(_score(row_name, method, None, test, ood, task, cost, peak.mib))
         held_out = known_labels(task.validation)
         if count == 0 and temperature and held_out is not None:
@@ -238,7 +244,7 @@ def evaluate_model(
                 model, encoder, task.validation, label=f"{what}: validation", **options
             )
             t = fit_temperature(validation.log_probs, held_out)
-            short = "LoRA" if method == "map" else f"{name} mean"
+            short = f"{name} mean" if bayesian else name.removesuffix(" (MAP)")
             rows.append(
                 _score(
                     f"{short} + temperature",

@@ -15,11 +15,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .. import reference
-from ..optim import DecoupledKL, KLSchedule, auto_target_std, flow_time, kl_cycle_length
+from ..optim import KLSchedule, kl_cycle_length
+from ..stiefel import StiefelAdamW
 from ._compat import ignores_item_count, loss_is_scaled
+from .last_layer import class_features, class_logits, find_head, variational_loss
+from .polar import parameter_groups, stiefel_error, stiefel_factors
 from .posterior import BayesLayer, bayes_layers, kl_divergence, refresh_noise
 from .predict import predict
+from .variants import KLPlan, KLStep
 
 # The mixin calls the methods of the trainer class that follows it.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -46,6 +49,13 @@ class BayesTrainerMixin(_Base):
       n_train the number of terms that the likelihood loss averages over the data set, the sum is
       the negative evidence lower bound divided by n_train. Gradient clipping then acts on the sum,
       which the divergence can dominate: raise `max_grad_norm` or set it to 0.
+    * **PoLAR** adapters get `bayes_kernels.stiefel.StiefelAdamW` with the options of their
+      configuration, unless an optimiser is given; the largest ||Z^T Z - I||_F of their factors is
+      logged as orthogonality.
+    * **A variational last layer** (PoLAR-VBLL) has its negative evidence lower bound as the loss, in
+      closed form: nll is then the Jensen bound of the negative log-likelihood, and the divergence,
+      times the configuration's kl_weight, is in the loss unless kl_mode is "none". Adapters and last
+      layer take turns as the configuration's `alternation` says.
     * **Weight decay** leaves out means and deviations, whose decay is the divergence.
     * **Stock classification heads** return the mean loss of a micro-batch and ignore the item count
       that the Trainer passes; their loss is divided by the accumulation steps here, as it should
@@ -95,7 +105,7 @@ class BayesTrainerMixin(_Base):
         self.kl_mode, self.kl_weight = kl_mode, kl_weight
         self.eval_samples, self.eval_seed = eval_samples, eval_seed
         self.noise_seed = noise_seed
-        self.decoupled_kl: DecoupledKL | None = None
+        self.decoupled_kl: KLStep | None = None
         self._n_train = n_train
         self._targets_checked = n_train is not None
         self._given_schedule = kl_schedule
@@ -103,14 +113,31 @@ class BayesTrainerMixin(_Base):
         self._nll = torch.zeros(())
         self._logged_step = 0
         self._last_size = 0.0
-        bayes_layers(self.model)  # type: ignore[attr-defined]
+        for item in bayes_layers(self.model):  # type: ignore[attr-defined]
+            if not item.variant.trained:
+                raise ValueError(
+                    f"BayesTrainer: the adapter must be of a method that is trained, got "
+                    f"{item.variant.config.method!r}; train plain LoRA and convert it with "
+                    "bayes_kernels.hf.bayesianize"
+                )
         if self.args.n_gpu > 1:  # type: ignore[attr-defined]
             raise ValueError(
                 f"BayesTrainer: each process must use one GPU, got {self.args.n_gpu}; launch with "
                 "torchrun or accelerate, or name one in CUDA_VISIBLE_DEVICES"
             )
-        if ignores_item_count(self.model):  # type: ignore[attr-defined]
+        self._head = find_head(self.model)  # type: ignore[attr-defined]
+        self._config: Any = bayes_layers(self.model)[0].variant.config  # type: ignore[attr-defined]
+        self._features: Tensor | None = None  # of the micro-batch, where they are known
+        if self._head is not None or ignores_item_count(self.model):  # type: ignore[attr-defined]
             self.model_accepts_loss_kwargs = False
+        if self._head is not None and self._config.alternation != "jacobi":
+            arguments = self.args  # type: ignore[attr-defined]
+            accumulates = arguments.gradient_accumulation_steps != 1
+            if arguments.world_size > 1 or arguments.fp16 or accumulates:
+                raise ValueError(
+                    f"BayesTrainer: alternation={self._config.alternation!r} needs one process, "
+                    "gradient_accumulation_steps=1 and no fp16 loss scaling; use 'jacobi'"
+                )
         self.add_callback(_AfterOptimizerStep(self))  # type: ignore[attr-defined]
 
     @property
@@ -152,7 +179,13 @@ class BayesTrainerMixin(_Base):
 
     def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
         """Weight decay is for the other parameters: the prior does it for the posterior's."""
-        posterior = {id(p) for item in bayes_layers(model) for p in (item.mean, item.rho)}
+        posterior = {
+            id(p)
+            for item in bayes_layers(model)
+            for p in item.variant.own_decay(item.layer, item.adapter)
+        }
+        if self._head is not None:
+            posterior.update(id(p) for p in self._head.parameters())
         own = {name for name, p in model.named_parameters() if id(p) in posterior}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
@@ -169,7 +202,77 @@ class BayesTrainerMixin(_Base):
             rank=self.args.process_index,
             seed=self.args.seed if self.noise_seed is None else self.noise_seed,
         )
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self._head is None or self._config.alternation == "jacobi":
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        head = list(self._head.parameters())
+        if self._config.alternation == "gauss-seidel":
+            self._step_head(model, inputs, head)
+            others = True
+        else:
+            others = step // self._config.alternation_period % 2 == 0
+        if not others:  # nothing below the head needs gradients
+            with torch.no_grad(), self.compute_loss_context_manager():
+                model.train()
+                self._features = class_features(model, inputs)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._features = None
+        own = {id(p) for p in head}
+        for parameter in model.parameters():
+            if (id(parameter) in own) == others:
+                parameter.grad = None
+        return loss
+
+    def _step_head(self: Any, model: nn.Module, inputs: Any, head: list[nn.Parameter]) -> None:
+        """Gauss-Seidel: step the last layer before the adapters see it; keeps the features."""
+        model.train()
+        with self.compute_loss_context_manager():
+            self._features = class_features(model, inputs)
+            terms = variational_loss(
+                model,
+                inputs,
+                n_train=self.n_train,
+                kl_weight=self._head_weight,
+                features=self._features.detach(),
+            )
+        grads = torch.autograd.grad(terms.loss, head)
+        for parameter, grad in zip(head, grads, strict=True):
+            parameter.grad = grad
+        # Only the head has gradients now, and an optimiser leaves the others alone.
+        getattr(self.optimizer, "optimizer", self.optimizer).step()
+        for parameter in head:
+            parameter.grad = None
+
+    @property
+    def _head_weight(self: Any) -> float:
+        return 0.0 if self.kl_mode == "none" else self.kl_weight * self._config.kl_weight
+
+    def create_optimizer(self: Any, *args: Any) -> torch.optim.Optimizer:
+        """`StiefelAdamW` for PoLAR adapters, else as the stock method."""
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if given or not stiefel_factors(self.model):
+            return super().create_optimizer(*args)
+        trainer: Any = self
+        arguments = trainer.args
+        if not str(arguments.optim).rpartition(".")[2].lower().startswith("adamw_torch"):
+            raise ValueError(
+                f"BayesTrainer: PoLAR adapters need optim='adamw_torch', whose place "
+                f"bayes_kernels.stiefel.StiefelAdamW takes, got {arguments.optim!r}; or pass an "
+                "optimizer that keeps their factors orthonormal"
+            )
+        model = args[0] if args and args[0] is not None else self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        others = {name for name, _ in model.named_parameters()} - decayed
+        groups = parameter_groups(model, weight_decay=arguments.weight_decay, no_decay=others)
+        trainer.optimizer = StiefelAdamW(
+            groups,
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+        )
+        return super().create_optimizer(*args)
 
     def compute_loss(
         self: Any,
@@ -182,6 +285,8 @@ class BayesTrainerMixin(_Base):
         """The stock loss; in training, with kl_mode "loss", plus this micro-batch's share of KL."""
         if model.training and not self._targets_checked:
             self._check_targets(inputs.get("labels"))
+        if model.training and self._head is not None:
+            return self._elbo_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
@@ -197,18 +302,43 @@ class BayesTrainerMixin(_Base):
                 loss = loss + (kl / parts if scaled else kl).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
+    def _elbo_loss(
+        self: Any, model: nn.Module, inputs: Any, return_outputs: bool, num_items: Any
+    ) -> Any:
+        """This micro-batch's share of the negative evidence lower bound of a variational head."""
+        terms = variational_loss(
+            model,
+            inputs,
+            n_train=self.n_train,
+            kl_weight=self._head_weight,
+            features=self._features,
+        )
+        parts = self.current_gradient_accumulation_steps
+        self._nll = self._nll.to(terms.nll.device) + terms.nll.detach() / parts
+        loss = terms.loss / parts if loss_is_scaled(self, num_items) else terms.loss
+        if not return_outputs:
+            return loss
+        mean, _ = class_logits(model, inputs, self._features)
+        return loss, {"loss": loss, "logits": mean}
+
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds nll, kl, elbo and kl_weight to the training logs."""
+        """Adds nll, kl, elbo and kl_weight to the training logs, and orthogonality for PoLAR."""
         steps = self.state.global_step - self._logged_step
         if "loss" in logs and steps > 0:
             nll = self.accelerator.gather(self._nll.reshape(1)).mean().item() / steps
-            with torch.no_grad():
-                kl = kl_divergence(self.model).item()
             logs["nll"] = nll
-            logs["kl"] = kl
-            logs["elbo"] = -(nll + kl / self.n_train)
-            in_loss = self.kl_mode == "loss"
-            logs["kl_weight"] = self.kl_weight / self.n_train if in_loss else self._last_size
+            if self._config.method != "polar":
+                with torch.no_grad():
+                    kl = kl_divergence(self.model).item()
+                logs["kl"] = kl
+                logs["elbo"] = -(nll + kl / self.n_train)
+                logs["kl_weight"] = self._last_size
+                if self._head is not None:
+                    logs["kl_weight"] = self._head_weight / self.n_train
+                elif self.kl_mode == "loss":
+                    logs["kl_weight"] = self.kl_weight / self.n_train
+            if stiefel_factors(self.model):
+                logs["orthogonality"] = stiefel_error(self.model).item()
             self._nll = torch.zeros_like(self._nll)
             self._logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)
@@ -263,8 +393,8 @@ class BayesTrainerMixin(_Base):
             args = self.args
             # A resumed run goes on with the schedule of its beginning.
             saved = (self.state.stateful_callbacks or {}).get(_START)
-            starts = saved["attributes"]["start_stds"] if saved else start_stds(self.model)
-            attributes = {"start_stds": starts}
+            starts = saved["attributes"]["kl_starts"] if saved else kl_starts(self.model)
+            attributes = {"kl_starts": starts}
             self.state.stateful_callbacks[_START] = {"args": {}, "attributes": attributes}
             self.decoupled_kl = decoupled_kl(
                 self.model,
@@ -327,7 +457,7 @@ def decoupled_kl(
     weight: float = 1.0,
     schedule: KLSchedule | None = None,
     starts: Sequence[float] | None = None,
-) -> DecoupledKL:
+) -> KLStep | None:
     """The KL step that the active adapter's configuration asks for; for training loops of one's
     own.
 
@@ -343,23 +473,19 @@ def decoupled_kl(
         processes: number of data-parallel processes.
         weight: factor of the step sizes, of a given schedule too.
         schedule: replaces that of the configuration.
-        starts: `start_stds` of the model at the beginning of the run, for a run that is resumed;
-            None measures them now. Used by "auto": a layer at or above its target gets no flow.
+        starts: `kl_starts` of the model at the beginning of the run, for a run that is resumed;
+            None measures them now. Used by "auto".
+
+    Returns:
+        The step; None for a method without one.
 
     Raises:
-        ValueError: active adapters differ in how the deviation is parameterised, there is none, or
-            "auto" has no rule for the parameterisation.
+        ValueError: active adapters differ in method or in how the deviation is parameterised, there
+            is none, or "auto" has no rule for their options.
     """
-    layers = bayes_layers(model)
-    stds = sorted({item.variant.std for item in layers})
-    if len(stds) != 1:
-        raise ValueError(
-            f"decoupled_kl: active adapters must share one std parameterisation, got {stds}; train "
-            "one adapter at a time"
-        )
+    layers = _of_one_method(model)
     config = layers[0].variant.config
-    priors = [item.variant.prior_std for item in layers]
-    scales = [weight] * len(layers)
+    given = schedule is not None
     if schedule is None:
         schedule = KLSchedule(
             kind=config.kl_schedule,
@@ -367,51 +493,42 @@ def decoupled_kl(
             lr=config.kl_lr * weight,  # shown in the logs
             factor_sum=factor_sum,
         )
-        scales = [1.0] * len(layers)
-        if schedule.kind == "auto":
-            starts = start_stds(model) if starts is None else starts
-            scales = [
-                weight * _flow_time(item, learning_rate * factor_sum, n_train, start)
-                for item, start in zip(layers, starts, strict=True)
-            ]
-    return DecoupledKL(
-        [item.mean for item in layers],
-        [item.rho for item in layers],
-        priors,
-        schedule,
-        std=stds[0],
-        scales=scales,
+        if schedule.kind != "auto":
+            weight = 1.0
+        elif starts is None:
+            starts = kl_starts(model)
+    plan = KLPlan(
+        schedule=schedule,
+        weight=weight,
+        lr_sum=learning_rate * factor_sum,
+        n_train=n_train,
+        starts=[0.0] * len(layers) if starts is None else starts,
+        given=given,
     )
+    return layers[0].variant.kl_step(layers, plan)
 
 
-def start_stds(model: nn.Module) -> list[float]:
-    """Mean deviation Omega of each active Bayesian layer, in the order of `bayes_layers`.
+def kl_starts(model: nn.Module) -> list[float]:
+    """What the schedule "auto" has to know about each active layer at the beginning of a run.
 
-    One read of the deviation parameters and one synchronisation.
+    For BLoB its mean deviation Omega. In the order of `bayes_layers`.
 
     Raises:
-        ValueError: there is no Bayesian layer.
+        ValueError: there is no Bayesian layer, or active adapters differ in method.
     """
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for item in bayes_layers(model):
-            value: Any = reference.std_of(item.rho.detach(), item.variant.std).mean()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            found.append(value.to(found[0].device) if found else value)
-    return torch.stack(found).tolist()
+    layers = _of_one_method(model)
+    return layers[0].variant.kl_starts(layers)
 
 
-def _flow_time(item: BayesLayer, lr_sum: float, n_train: int, start_std: float) -> float:
-    config, prior = item.variant.config, item.variant.prior_std
-    if config.kl_time is not None:
-        return config.kl_time
-    if config.std != "square":
+def _of_one_method(model: nn.Module) -> list[BayesLayer]:
+    layers = bayes_layers(model)
+    methods = sorted({item.variant.config.method for item in layers})
+    if len(methods) != 1:
         raise ValueError(
-            f"decoupled_kl: the rule of kl_schedule='auto' is for std='square', got "
-            f"{config.std!r}; set kl_time, or kl_schedule='published'"
+            f"decoupled_kl: active adapters must share one method, got {methods}; train one "
+            "adapter at a time"
         )
-    target = auto_target_std(item.layer.in_features, lr_sum, n_train, prior)
-    return flow_time(target, prior, start_std) if start_std < target else 0.0
+    return layers
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

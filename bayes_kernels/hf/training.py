@@ -7,6 +7,7 @@ Training cost is the wall-clock time of the training loop, and peak memory as
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -26,13 +27,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
-from .config import BAYES_FIELDS, BayesLoraConfig, BlobConfig
+from .bayesianize import bayesianize
+from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
+from .last_layer import calibrate_head, find_head, laplace_refine
 from .machine import peak_memory, progress_bar, synchronise, versions
-from .models import TaskEncoder, load_model
+from .models import EncodedDataset, TaskEncoder, load_model
 from .recipe import FORMAT, Experiment, write_json
-from .tasks import Task
+from .tasks import Task, choose_subset
+from .tfb import TfbReport, tfb_
 from .trainer import BayesTrainer, last_checkpoint
 
+# Training examples from which the prior of a variational last layer is set.
+_CALIBRATION = 32
 EXPERIMENT_FILE = "experiment.json"
 CHECKPOINTS = "checkpoints"
 
@@ -44,6 +50,15 @@ _POSTERIOR_FIELDS = (
     "kl_lr",
     "kl_time",
     "kl_gamma",
+    "kl_direction",
+    "covariance",
+    "stiefel",
+    "stiefel_penalty",
+    "head_covariance",
+    "head_prior_scale",
+    "head_lr",
+    "kl_weight",
+    "alternation",
 )
 
 
@@ -88,7 +103,8 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
         ValueError: An option is unknown, out of range, or does not go with the method.
     """
     recipe = experiment.recipe
-    config_class = LoraConfig if experiment.method == "map" else BayesLoraConfig
+    method = METHODS[trained_method(experiment)]
+    config_class = LoraConfig if method.plain else BayesLoraConfig
     unknown = sorted(set(recipe.lora) - set(config_class.__dataclass_fields__))
     if unknown:
         raise ValueError(
@@ -106,13 +122,18 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         options["modules_to_save"] = sorted(names & {"classifier", "logits_proj", "score"})
     options.update(recipe.lora)
-    if experiment.method == "map":
-        return LoraConfig(**options)
+    if method.plain:
+        return method.config(**options)
     for name in _POSTERIOR_FIELDS:
         if getattr(recipe, name) is not None:
             options.setdefault(name, getattr(recipe, name))
     options.setdefault("seed", experiment.seed)
-    return BlobConfig(**options)
+    return method.config(**options)
+
+
+def trained_method(experiment: Experiment) -> str:
+    """What training makes: the method, or plain LoRA where the method converts that."""
+    return experiment.method if METHODS[experiment.method].made == "train" else "map"
 
 
 def build(
@@ -332,6 +353,44 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# --- Conversion ----------------------------------------------------------------------------------
+
+ANCHORS = 500
+
+
+def convert_model(
+    experiment: Experiment, model: PeftModel, encoder: TaskEncoder, *, progress: bool = True
+) -> TfbReport:
+    """Make a trained plain adapter Bayesian, in place, with the experiment's method.
+
+    Options are those of the recipe's ``convert``; draws, seed and batch size are the experiment's
+    unless they are among them. Anchors are a subset of the training examples, the same for every
+    seed: ``anchors`` of them (500, or all where there are fewer).
+
+    Raises:
+        ValueError: An option is unknown or out of range, or there are no training examples.
+    """
+    recipe = experiment.recipe
+    options: dict[str, Any] = {"n_samples": recipe.n_samples or 10, "seed": experiment.seed}
+    options.update(recipe.convert)
+    examples = encoder.task.train
+    if not examples:
+        raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
+    size = options.pop("anchors", min(ANCHORS, len(examples)))
+    batch_size = options.pop("batch_size", recipe.eval_batch_size)
+    data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
+    names = inspect.signature(tfb_).parameters
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        known = ["anchors", *(n for n, p in names.items() if p.kind is p.KEYWORD_ONLY)]
+        raise ValueError(
+            f"convert: expected options among {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    options.setdefault("progress", progress)
+    batches = list(_batches(data, encoder, batch_size))
+    return bayesianize(model, experiment.method, batches, **options)
+
+
 # --- Training ------------------------------------------------------------------------------------
 
 
@@ -358,7 +417,7 @@ class Training:
             where it resumed).
         steps: Optimiser steps of this process.
         peak_memory_mib: Peak memory, as `bayes_kernels.hf.machine` measures it.
-        log: What the trainer logged: step, loss, and for BLoB nll, kl and elbo.
+        log: What the trainer logged: step, loss, and for `BayesTrainer` nll, kl and elbo.
         adapter: The adapter's options with all defaults filled in.
     """
 
@@ -380,7 +439,7 @@ def train_model(
     progress: bool = True,
     label: str = "train",
 ) -> Training:
-    """Train an adapter, in place, with the stock Trainer ("map") or `BayesTrainer` ("blob").
+    """Train an adapter, in place, with the stock Trainer (plain LoRA) or `BayesTrainer`.
 
     SIGINT and SIGTERM finish the running step, write a checkpoint and raise `Interrupted`; a second
     SIGINT stops at once, and the last complete checkpoint is the one before.
@@ -402,6 +461,12 @@ def train_model(
     data = encoder.dataset(encoder.task.train)
     if not len(data):
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
+    configured: Any = model.peft_config["default"]
+    if find_head(model) is not None and configured.head_prior_scale is None:
+        # Before a checkpoint is read: a resumed run finds the same prior.
+        batch = encoder.collate(data.items[:_CALIBRATION])
+        device = next(model.parameters()).device
+        calibrate_head(model, {name: value.to(device) for name, value in batch.items()})
     with contextlib.ExitStack() as stack:
         if checkpoints is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayes_kernels."))
@@ -412,7 +477,7 @@ def train_model(
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size // recipe.accumulation,
             gradient_accumulation_steps=recipe.accumulation,
-            learning_rate=recipe.lr,
+            learning_rate=experiment.lr,
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(recipe.warmup * recipe.steps),
             weight_decay=recipe.weight_decay,
@@ -437,7 +502,8 @@ def train_model(
             "train_dataset": data,
             "data_collator": encoder.collate,
         }
-        trainer: Any = (Trainer if experiment.method == "map" else BayesTrainer)(**options)
+        plain = METHODS[trained_method(experiment)].plain
+        trainer: Any = (Trainer if plain else BayesTrainer)(**options)
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(_Bar(label, progress))
@@ -451,6 +517,9 @@ def train_model(
             synchronise(model)
             begin = time.perf_counter()
             trainer.train(resume_from_checkpoint=last)
+            finished = trainer.state.global_step >= recipe.steps
+            if recipe.laplace and finished:
+                laplace_refine(model, _batches(data, encoder, recipe.eval_batch_size))
             synchronise(model)
             seconds = time.perf_counter() - begin
         done = trainer.state.global_step
@@ -459,6 +528,13 @@ def train_model(
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
     return Training(seconds, done - start, peak.mib, log, _resolved(model))
+
+
+def _batches(
+    data: EncodedDataset, encoder: TaskEncoder, size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    for first in range(0, len(data), size):
+        yield encoder.collate(data.items[first : first + size])
 
 
 def _resolved(model: PeftModel) -> dict[str, Any]:

@@ -1,22 +1,29 @@
-"""The maths of Bayesian adapters inside PEFT's LoRA layers."""
+"""The maths of Bayesian adapters inside PEFT's LoRA layers.
+
+A method is one subclass of :class:`BayesVariant`, which names it and so enters :data:`VARIANTS`, and
+one row of `bayes_kernels.hf.config.METHODS`. What is common to all is here: names and noise streams, which
+weights a pass uses, rows of a draw, parameters beside the factors, merging the posterior mean.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, random, reference
+from ..optim import DecoupledKL, KLSchedule, auto_target_std, flow_time
 from ._compat import unsupported_layer
 
 if TYPE_CHECKING:
     from .config import BayesLoraConfig
-    from .posterior import NoiseState
+    from .posterior import BayesLayer, NoiseState
 
 RHO = "lora_A_rho"
 
@@ -30,15 +37,78 @@ def layer_stream(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=5).digest(), "big")
 
 
-class BlobVariant(LoraVariant):
-    """BLoB in one LoRA layer: mean `lora_A.weight`, deviation parameter `lora_A_rho`.
+class Divergence(NamedTuple):
+    """One layer's term of `gaussian_kl`: terms of all layers are summed in one launch."""
 
-    An instance belongs to one layer and one adapter. `state` is shared by the whole model.
+    mean: Tensor
+    rho: Tensor
+    prior_std: float
+    std: str = "square"
+    direction: str = "elbo"
+
+
+class KLPlan(NamedTuple):
+    """What a decoupled KL step knows about the run: see `bayes_kernels.hf.decoupled_kl`.
+
+    Attributes:
+        schedule: step sizes. Those of "auto" are shares of the run: each layer has its own total.
+        weight: factor of the divergence; 1 where the schedule's rate has it already.
+        lr_sum: sum of the main optimiser's learning rates over the run.
+        n_train: terms that the loss averages.
+        starts: `BayesVariant.kl_starts` at the beginning of the run.
+        given: whether the caller gave the schedule: its own total then holds, also for "auto".
     """
+
+    schedule: KLSchedule
+    weight: float
+    lr_sum: float
+    n_train: int
+    starts: Sequence[float]
+    given: bool
+
+
+class KLStep(Protocol):
+    """A decoupled step on the divergence of all layers, taken after each optimiser step."""
+
+    schedule: KLSchedule
+
+    def step(self, lr_factor: float = 1.0, step: int | None = None) -> float:
+        """Take the step of the schedule; returns its size."""
+        ...
+
+
+# By method; a class enters itself. `bayes_kernels.hf` imports the modules of all methods.
+VARIANTS: dict[str, type[BayesVariant]] = {}
+
+
+class BayesVariant(LoraVariant):
+    """A Bayesian adapter in one LoRA layer of PEFT.
+
+    An instance belongs to one layer and one adapter. `state` is shared by the whole model. A method
+    is a subclass, `class XVariant(BayesVariant, method="x")`, that overrides `adapted` (the formula)
+    and what it needs of the other hooks.
+
+    Class attributes:
+        parameters: names of trainable tensors beside the factors; each is a `ParameterDict` of the
+            layer that PEFT trains, saves, moves and deletes with the adapter. Begin with "lora_".
+            Those that a configuration does not need are left out by `initial`.
+        constants: the same for tensors that are saved but not trained.
+        fp32: names whose tensors stay fp32 when the model is cast; may include "lora_A", "lora_B".
+        trained: whether `BayesTrainer` makes such an adapter (False: it is made from a trained one).
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
+    fp32: ClassVar[tuple[str, ...]] = ()
+    trained: ClassVar[bool] = True
+
+    def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if method is not None:
+            VARIANTS[method] = cls
 
     def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
         self.config = config
-        self.std = config.std
         self.scope = config.scope
         self.sample_at_inference = config.sample_at_inference
         self.prior_std = config.prior_std_of(in_features)
@@ -48,44 +118,91 @@ class BlobVariant(LoraVariant):
         self.routed = ".experts." in f".{name}."
         self.state = state
 
+    # --- hooks: what a method is -----------------------------------------------------------------
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """First values of `parameters` and `constants`, fp32, on the device of `lora_A`.
+
+        Called once the factors are there: new, or those of a plain LoRA adapter that is to become
+        the posterior mean. May change the factors in place. Where they are meta tensors, only
+        shapes count. Must leave the global random generator alone: plain LoRA and Bayesian adapters
+        draw the same factors from the same seed.
+        """
+        return {}
+
+    def adapted(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
+    ) -> Tensor:
+        """result + the adapter's output for x (..., in).
+
+        Args:
+            mode: "mean"; "sample": draws `state.first_sample` ... folded into the batch, coherent
+                in each row block (`rows_per_draw`); "flipout": the noise of training.
+            dropout: probability, 0 outside training; `dropped` applies it.
+        """
+        raise NotImplementedError
+
+    def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of the plain LoRA adapter that is the posterior mean."""
+        return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+
+    def draw_factors(
+        self, module: Any, adapter: str, key: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """(A, B) of the plain LoRA adapter that is draw `number` under `key`, as "sample" uses it."""
+        return self.mean_factors(module, adapter)
+
+    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
+        """Divergence from the prior: a term of `gaussian_kl`, a 0-dim tensor, or None for 0."""
+        return None
+
+    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
+        """Parameters that no weight decay may touch: the prior decays them."""
+        return [
+            getattr(module, name)[adapter]
+            for name in self.parameters
+            if adapter in getattr(module, name, ())
+        ]
+
+    @classmethod
+    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
+        """One number for each layer: what "auto" has to know about the beginning of a run."""
+        return [0.0] * len(layers)
+
+    @classmethod
+    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
+        """The decoupled step on the divergence of these layers; None where there is none to take.
+
+        Raises:
+            ValueError: there is none for the configuration's options.
+        """
+        return None
+
+    # --- common ----------------------------------------------------------------------------------
+
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
-        """result + scaling * (dropout(x) A^T) B^T, with A its mean or drawn as the state says."""
-        state = self.state
-        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        scaling = module.scaling[active_adapter]
+        """result + the adapter's output, with weights that are the mean or drawn, as `mode` says."""
         dropout = 0.0
         if module.training:
             dropout = float(getattr(module.lora_dropout[active_adapter], "p", 0.0))
-        mode = state.mode
-        if mode is None:
-            mode = "flipout" if module.training else "mean"
-            if mode == "mean" and self.sample_at_inference:
-                mode = "sample"
-        if mode == "mean":
-            key = state.key_on(x.device) if dropout > 0.0 else None
-            return functional.lora(
-                x, a, b, result, scaling=scaling, dropout=dropout, key=key, stream=self.stream
-            )
-        draw: dict[str, Any] = {"scope": self.scope}
-        if mode == "sample":
-            draw = {"row0": state.first_sample, "rows_per_group": self._rows_per_draw(x)}
-        return functional.flipout_lora(
-            x,
-            a,
-            module.lora_A_rho[active_adapter],
-            b,
-            result,
-            scaling=scaling,
-            key=state.key_on(x.device),
-            stream=self.stream,
-            std=self.std,
-            dropout=dropout,
-            **draw,
-        )
+        return self.adapted(module, active_adapter, x, result, self.mode(module), dropout)
 
-    def _rows_per_draw(self, x: Tensor) -> int:
+    def mode(self, module: Any) -> str:
+        """What an enclosing `posterior` says; else training draws and evaluation does not."""
+        if self.state.mode is not None:
+            return self.state.mode
+        if module.training:
+            return "flipout"
+        return "sample" if self.sample_at_inference else "mean"
+
+    def rows_per_draw(self, x: Tensor) -> int:
+        """Rows of x (flattened to two dimensions) that belong to one of the folded draws.
+
+        Raises:
+            ValueError: the batch is no multiple of the draws, or its rows are routed.
+        """
         draws = self.state.n_samples
         rows = math.prod(x.shape[:-1])
         if draws == 1:
@@ -103,26 +220,48 @@ class BlobVariant(LoraVariant):
             )
         return max(rows // draws, 1)
 
+    def dropped(self, x: Tensor, dropout: float) -> Tensor:
+        """Dropout from the noise key, for ops that do not fuse it: memory for the mask."""
+        if dropout == 0.0:
+            return x
+        keep = random.dropout_mask(
+            self.state.key_on(x.device),
+            math.prod(x.shape[:-1]),
+            x.shape[-1],
+            dropout,
+            stream=self.stream,
+        )
+        return reference.dropped(x, keep.reshape(x.shape), dropout)
+
+    def delta_weight(self, module: Any, adapter: str) -> Tensor:
+        """scaling * B A of the posterior mean, laid out as the base weight is."""
+        a, b = self.mean_factors(module, adapter)
+        delta = (b.float() @ a.float()) * module.scaling[adapter]
+        return delta.T if getattr(module, "fan_in_fan_out", False) else delta
+
     @staticmethod
     def init(module: Any, adapter_name: str, **_: Any) -> None:
         """Nothing: `attach` has done it."""
 
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(  # type: ignore[override]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
         """A new weight with the posterior mean added."""
         _warn_merge()
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight + self.delta_weight(module, active_adapter).to(orig_weight.dtype)
 
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(  # type: ignore[override]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> None:
         """Add the posterior mean in place."""
         _warn_merge()
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        orig_weight.data += self.delta_weight(module, active_adapter).to(orig_weight.dtype)
 
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(  # type: ignore[override]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
         """Take the posterior mean out again."""
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight - self.delta_weight(module, active_adapter).to(orig_weight.dtype)
 
 
 def _warn_merge() -> None:
@@ -133,15 +272,161 @@ def _warn_merge() -> None:
     )
 
 
-VARIANTS: dict[str, type[BlobVariant]] = {"blob": BlobVariant}
+class BlobVariant(BayesVariant, method="blob"):
+    """BLoB: A Gaussian, mean `lora_A.weight`, deviation parameter `lora_A_rho` (r, in).
+
+    `deviation` is the name of that parameter; (r, 1) where it is one number for each row.
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = (RHO,)
+    fp32: ClassVar[tuple[str, ...]] = (RHO,)
+    deviation: ClassVar[str] = RHO
+
+    def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
+        super().__init__(config, name, in_features, state)
+        self.std = config.std
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """rho as the paper draws it."""
+        mean = module.lora_A[adapter].weight
+        eps = self.config.init_rho
+        low, high = eps / math.sqrt(2), eps
+        if self.std == "softplus":
+            low, high = eps - 1, eps
+        elif self.std == "direct":
+            low, high = low * low, high * high
+        return {RHO: uniform_like(mean, mean.shape, low, high, self.stream)}
+
+    def adapted(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
+    ) -> Tensor:
+        """result + scaling * (dropout(x) A^T) B^T, with A its mean or drawn."""
+        state = self.state
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        scaling = module.scaling[adapter]
+        if mode == "mean":
+            key = state.key_on(x.device) if dropout > 0.0 else None
+            return functional.lora(
+                x, a, b, result, scaling=scaling, dropout=dropout, key=key, stream=self.stream
+            )
+        draw: dict[str, Any] = {"scope": self.scope}
+        if mode == "sample":
+            draw = {"row0": state.first_sample, "rows_per_group": self.rows_per_draw(x)}
+        return functional.flipout_lora(
+            x,
+            a,
+            getattr(module, self.deviation)[adapter],
+            b,
+            result,
+            scaling=scaling,
+            key=state.key_on(x.device),
+            stream=self.stream,
+            std=self.std,
+            dropout=dropout,
+            **draw,
+        )
+
+    def draw_factors(
+        self, module: Any, adapter: str, key: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """A = M + out . Omega . eps . in, with the signs of row `number`."""
+        mean, b = self.mean_factors(module, adapter)
+        mean = mean.detach().float()
+        rho = getattr(module, self.deviation)[adapter].detach().float()
+        rank, columns = mean.shape
+        where: dict[str, Any] = {"stream": self.stream, "row0": number}
+        noise = random.normal(key, (rank, columns), stream=self.stream)
+        signs_in = random.sign_bits(key, 1, columns, **where).to(noise.dtype)
+        signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
+        deviation = reference.std_of(rho, self.std).expand_as(mean)
+        return mean + signs_out.T * (deviation * noise) * signs_in, b
+
+    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
+        """That of N(M, Omega^2) from N(0, sigma_p^2)."""
+        mean, rho = module.lora_A[adapter].weight, module.lora_A_rho[adapter]
+        return Divergence(_fp32(mean), _fp32(rho), self.prior_std, self.std)
+
+    def delta_weight(self, module: Any, adapter: str) -> Tensor:
+        """PEFT's own: the mean is an ordinary LoRA adapter."""
+        return module.get_delta_weight(adapter)
+
+    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
+        """Means and deviations."""
+        return [module.lora_A[adapter].weight, module.lora_A_rho[adapter]]
+
+    @classmethod
+    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
+        """Mean deviation Omega of each layer: one read of rho and one synchronisation."""
+        found: list[Tensor] = []
+        with torch.no_grad():
+            for item in layers:
+                value: Any = reference.std_of(item.rho.detach(), item.variant.config.std).mean()
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                found.append(value.to(found[0].device) if found else value)
+        return torch.stack(found).tolist()
+
+    @classmethod
+    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
+        """Gradient step or exact gradient flow on all means and deviations."""
+        stds = sorted({item.variant.config.std for item in layers})
+        if len(stds) != 1:
+            raise ValueError(
+                f"decoupled_kl: active adapters must share one std parameterisation, got {stds}; "
+                "train one adapter at a time"
+            )
+        scales = [plan.weight] * len(layers)
+        if plan.schedule.kind == "auto" and not plan.given:
+            scales = [
+                plan.weight * cls._flow_time(item, plan, start)
+                for item, start in zip(layers, plan.starts, strict=True)
+            ]
+        return DecoupledKL(
+            [item.mean for item in layers],
+            [item.rho for item in layers],
+            [item.variant.prior_std for item in layers],
+            plan.schedule,
+            std=stds[0],
+            scales=scales,
+        )
+
+    @staticmethod
+    def _flow_time(item: BayesLayer, plan: KLPlan, start_std: float) -> float:
+        config, prior = item.variant.config, item.variant.prior_std
+        if config.kl_time is not None:
+            return config.kl_time
+        if config.std != "square":
+            raise ValueError(
+                f"decoupled_kl: the rule of kl_schedule='auto' is for std='square', got "
+                f"{config.std!r}; set kl_time, or kl_schedule='published'"
+            )
+        target = auto_target_std(item.layer.in_features, plan.lr_sum, plan.n_train, prior)
+        return flow_time(target, prior, start_std) if start_std < target else 0.0
+
+
+def extra_names() -> frozenset[str]:
+    """Names of all tensors that only Bayesian adapters have, for every method."""
+    return frozenset(n for v in VARIANTS.values() for n in (*v.parameters, *v.constants))
+
+
+def fp32_parameters(model: nn.Module) -> Iterator[tuple[tuple[str, str, str], nn.Parameter]]:
+    """Tensors of Bayesian adapters that stay fp32, with (module name, tensor name, adapter)."""
+    layer: Any
+    for where, layer in model.named_modules():
+        for adapter, variant in getattr(layer, "lora_variant", {}).items():
+            if isinstance(variant, BayesVariant):
+                for name in variant.fp32:
+                    entries = getattr(layer, name, ())
+                    if adapter in entries:
+                        entry = entries[adapter]
+                        yield (where, name, adapter), getattr(entry, "weight", entry)
 
 
 def attach(
     layer: Any, adapter: str, config: BayesLoraConfig, name: str, state: NoiseState
-) -> BlobVariant:
+) -> BayesVariant:
     """Turn the adapter `adapter` of a PEFT LoRA layer into a Bayesian one, in place.
 
-    Adds the trainable `lora_A_rho` (r, in), always fp32, beside the mean `lora_A.weight`.
+    Adds the method's tensors beside the factors, for BLoB the trainable `lora_A_rho` (r, in).
 
     Args:
         layer: a LoRA layer of PEFT that has the adapter.
@@ -162,33 +447,43 @@ def attach(
             "torchao"
         )
     variant = VARIANTS[config.method](config, name, layer.in_features, state)
-    mean = layer.lora_A[adapter].weight
-    if not hasattr(layer, RHO):
-        layer.lora_A_rho = nn.ParameterDict()
-        layer.adapter_layer_names = (*layer.adapter_layer_names, RHO)
-    rho = nn.Parameter(_initial_rho(mean, config, variant.stream), requires_grad=mean.requires_grad)
-    layer.lora_A_rho[adapter] = rho
+    set_tensors(layer, adapter, variant, variant.initial(layer, adapter))
     layer.lora_variant[adapter] = variant
     # The ops take activations as they are and keep the factors in fp32 themselves.
     layer.cast_input_dtype_enabled = False
     return variant
 
 
-def _initial_rho(mean: Tensor, config: BayesLoraConfig, stream: int) -> Tensor:
-    """rho as the paper draws it, from a generator of its own.
+def set_tensors(
+    layer: Any, adapter: str, variant: BayesVariant, values: Mapping[str, Tensor]
+) -> None:
+    """Make the tensors of a variant parameters of the layer, where PEFT finds them."""
+    trains = layer.lora_A[adapter].weight.requires_grad
+    for name, value in values.items():
+        trained = name in variant.parameters
+        if not hasattr(layer, name):
+            setattr(layer, name, nn.ParameterDict())
+            # PEFT trains the former when the adapter is active; it moves and deletes both.
+            kind = "adapter_layer_names" if trained else "other_param_names"
+            setattr(layer, kind, (*getattr(layer, kind), name))
+        getattr(layer, name)[adapter] = nn.Parameter(value, requires_grad=trained and trains)
+
+
+def uniform_like(
+    reference_tensor: Tensor, shape: Sequence[int], low: float, high: float, stream: int
+) -> Tensor:
+    """fp32 uniform numbers on a tensor's device, from a generator of their own.
 
     The global generator stays where plain LoRA leaves it, so that the means are those that plain
     LoRA would draw with the same seed.
     """
-    eps = config.init_rho
-    low, high = eps / math.sqrt(2), eps
-    if config.std == "softplus":
-        low, high = eps - 1, eps
-    elif config.std == "direct":
-        low, high = low * low, high * high
-    if mean.is_meta:
-        return torch.empty_like(mean, dtype=torch.float32)
+    if reference_tensor.is_meta:
+        return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
     seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + stream) & 0x7FFFFFFFFFFFFFFF
     generator = torch.Generator().manual_seed(seed)
-    rho = torch.empty(mean.shape, dtype=torch.float32).uniform_(low, high, generator=generator)
-    return rho.to(mean.device)
+    value = torch.empty(tuple(shape), dtype=torch.float32)
+    return value.uniform_(low, high, generator=generator).to(reference_tensor.device)
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()

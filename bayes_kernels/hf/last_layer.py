@@ -1,0 +1,503 @@
+"""A variational Bayesian last layer in place of a classifier's: the "VBLL" of PoLAR-VBLL.
+
+The last linear layer of a sequence classifier, or the answer-token head of a causal language model
+(`bayes_kernels.hf.models.trim_head`), becomes a `bayes_kernels.vbll.VBLLClassification` whose mean
+rows start at the rows of that layer. A plain forward pass gives the mean logits, so that stock code
+goes on working; PEFT trains, saves and loads the head as one of its `modules_to_save`.
+
+What is Bayesian needs the features phi that enter the head, (B, D): `class_features` takes them
+from one forward pass of the model, whatever the model does around its head (pooling, choosing the last
+token). From them follow the loss (`variational_loss`), in closed form, and predictions, for which any
+number of posterior draws costs one pass (`bayes_kernels.hf.predict`).
+
+Sources: Harrison, Willes and Snoek, "Variational Bayesian Last Layers", arXiv 2404.11599; Xiang, Li
+and Lu, "PoLAR-VBLL", arXiv 2604.03388.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..vbll import LaplaceReport, VBLLClassification
+from .models import MASKED_LOGIT
+
+if TYPE_CHECKING:
+    from .config import BayesLoraConfig
+
+_NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
+
+
+# --- Placing the head ----------------------------------------------------------------------------
+
+
+def install_head(model: Any, config: BayesLoraConfig) -> None:
+    """Put a VBLL head where the model's last linear layer is, in place, and have PEFT train it.
+
+    Once a head is there it serves further adapters, which get a copy of their own.
+
+    Args:
+        model: a sequence classifier of transformers, or a causal model with a trimmed head.
+        config: options of the head; its `modules_to_save` gets the head's module.
+
+    Raises:
+        ValueError: the model has no such layer, or a head with other options is there.
+    """
+    top, owner, name, layer = _locate(model)
+    config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), top])]
+    if isinstance(layer, VBLLClassification):
+        wanted = _options(config)
+        given = {key: getattr(layer, key) for key in ("covariance", "rank")}
+        given["noise"] = layer.noise_log_scale is not None
+        if any(given[key] != wanted[key] for key in given):
+            raise ValueError(
+                f"PolarVbllConfig: adapters of one model must share the last layer's options, got "
+                f"{ {key: wanted[key] for key in given} } beside {given}; use the same"
+            )
+        return
+    # Drawn on the CPU from a generator of its own: the global one stays where it is.
+    generator = torch.Generator().manual_seed(config.seed)
+    d, classes = layer.in_features, layer.out_features
+    options = _options(config)
+    options["rank"] = options["rank"] or 1
+    head = VBLLClassification(
+        d,
+        classes,
+        bias=layer.bias is not None,
+        prior_scale=1.0 if config.head_prior_scale is None else config.head_prior_scale,
+        generator=generator,
+        **options,
+    )
+    if head.weight_mean.is_meta:  # PEFT loads an adapter with empty weights
+        head.to_empty(device="cpu").reset_parameters(generator)
+    if config.head_init == "rows":
+        variance = config.head_init_variance or 0.1 * head.prior_variance
+        weight, bias = layer.weight.detach().cpu(), layer.bias
+        bias = None if bias is None else bias.detach().cpu()
+        head.init_from(weight, bias, variance=variance, generator=generator)
+    if config.laplace is not None:  # room for the covariances that are loaded next
+        rank = config.laplace_rank
+        head.laplace_tril = torch.zeros(classes, rank * (rank + 1) // 2)
+        if config.laplace == "subspace":
+            head.laplace_basis, head.laplace_variance = torch.zeros(rank, d), torch.ones(())
+    setattr(owner, name, head.to(layer.weight.device))
+
+
+def _options(config: BayesLoraConfig) -> dict[str, Any]:
+    low_rank = config.head_covariance == "low_rank"
+    return {
+        "covariance": config.head_covariance,
+        "rank": config.head_rank if low_rank else 0,
+        "noise": config.head_noise,
+    }
+
+
+def _locate(model: Any) -> tuple[str, Any, str, Any]:
+    """Name of the module that PEFT saves, and where the layer with the classes is in it."""
+    kind = type(model).__name__
+    top = None
+    if hasattr(model, "answer_ids"):
+        output = model.get_output_embeddings()
+        top = next(name for name, module in model.named_modules() if module is output)
+    elif not kind.endswith("ForMultipleChoice") and "MultipleChoice" not in kind:
+        top = next((name for name in ("classifier", "score") if hasattr(model, name)), None)
+    if top is None:
+        raise ValueError(
+            f"PolarVbllConfig: the model must be a sequence classifier, or a causal model with a "
+            f"trimmed head, got {kind}; load it with AutoModelForSequenceClassification or with "
+            "bayes_kernels.hf.models.load_model, or use PolarConfig"
+        )
+    parent, _, leaf = top.rpartition(".")
+    owner, name = model.get_submodule(parent), leaf
+    if isinstance(getattr(owner, name), ModulesToSaveWrapper):
+        owner, name = getattr(owner, name), "original_module"
+    inner = getattr(owner, name)
+    if not isinstance(inner, (nn.Linear, VBLLClassification)):
+        layers = [
+            path
+            for path, module in inner.named_modules()
+            if isinstance(module, (nn.Linear, VBLLClassification))
+        ]
+        if layers:
+            parent, _, name = layers[-1].rpartition(".")
+            owner = inner.get_submodule(parent)
+    layer = getattr(owner, name)
+    fits = isinstance(layer, VBLLClassification) or (
+        isinstance(layer, nn.Linear)
+        and layer.weight.is_floating_point()
+        and layer.out_features >= 2
+    )
+    if not fits:
+        raise ValueError(
+            f"PolarVbllConfig: the last layer must be a floating-point nn.Linear with at least two "
+            f"classes, got {layer} in {top!r}; leave it out of quantisation"
+        )
+    return top, owner, name, layer
+
+
+def find_head(model: nn.Module, adapter: str | None = None) -> VBLLClassification | None:
+    """The VBLL head of an adapter, by default of the active one; None where there is none."""
+    for module in model.modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        names = module.active_adapters if adapter is None else [adapter]
+        for name in names:
+            if name in module.modules_to_save:
+                for part in module.modules_to_save[name].modules():
+                    if isinstance(part, VBLLClassification):
+                        return part
+    return None
+
+
+def plain_head(head: VBLLClassification) -> nn.Linear:
+    """The linear layer that gives the head's mean logits, fp32."""
+    bias = head.bias is not None
+    layer = nn.Linear(head.in_features, head.n_classes, bias=bias, device="meta")
+    layer.weight = nn.Parameter(head.weight_mean.detach().clone())
+    if head.bias is not None:
+        layer.bias = nn.Parameter(head.bias.detach().clone())
+    return layer
+
+
+def plain_heads_(model: nn.Module) -> None:
+    """Replace every VBLL head of a model by the linear layer of its mean, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, VBLLClassification):
+                setattr(parent, name, plain_head(child))
+
+
+def plain_head_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint with VBLL heads as one with linear layers: `weight_mean` becomes `weight`."""
+    found = dict(tensors)
+    for key in tensors:
+        prefix, _, leaf = key.rpartition(".")
+        if leaf == "weight_mean":
+            found[f"{prefix}.weight"] = found.pop(key)
+            for other in POSTERIOR_TENSORS:
+                found.pop(f"{prefix}.{other}", None)
+    return found
+
+
+def bayesian_head_tensors(
+    tensors: Mapping[str, Tensor], slots: Container[str]
+) -> dict[str, Tensor]:
+    """The inverse, for a model with those slots: a linear layer's `weight` becomes the mean."""
+    found = {}
+    for key, value in tensors.items():
+        mean = f"{key}_mean"
+        found[mean if key not in slots and mean in slots else key] = value
+    return found
+
+
+# What a head has beside its mean and bias.
+POSTERIOR_TENSORS = (
+    "log_scale",
+    "factor",
+    "scale_tril",
+    "noise_log_scale",
+    "laplace_tril",
+    "laplace_basis",
+    "laplace_variance",
+)
+
+
+# --- Features and logits -------------------------------------------------------------------------
+
+
+def class_features(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Features phi (B, D) that enter the head for each example: one forward pass, with its graph.
+
+    The head stands aside meanwhile and hands its input on, so that whatever the model does with
+    logits (the last token, the pooled position) it does with features.
+
+    Args:
+        model: a model with an active VBLL head, wrapped by DDP or not.
+        batch: inputs as tensors; labels and `choice_mask` are left out.
+
+    Raises:
+        ValueError: the model has no VBLL head, or it is disabled.
+    """
+    head = _need_head(model, "class_features")
+    return _instead_of_logits(model, head, batch, lambda features: features, head.in_features)
+
+
+def _instead_of_logits(
+    model: nn.Module,
+    head: VBLLClassification,
+    batch: Mapping[str, Any],
+    forward: Callable[[Tensor], Tensor],
+    columns: int,
+) -> Tensor:
+    """What the model gives where its head computes something else: (B, columns)."""
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        outputs = model(**inputs)
+    finally:
+        del head.__dict__["forward"]
+    result = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    if result.dim() != 2 or result.shape[1] != columns:
+        raise ValueError(
+            f"class_features: the model must give one row of {columns} numbers for each example, "
+            f"got {tuple(result.shape)}; enable the adapter"
+        )
+    return result
+
+
+def class_logits(
+    model: nn.Module, batch: Mapping[str, Any], features: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the class logits (B, C), which are independent Gaussians.
+
+    Classes that `choice_mask` leaves out have mean -10,000 and variance 0.
+
+    Args:
+        model, batch: as in `class_features`.
+        features: of the batch, where they are known; else one forward pass.
+
+    Raises:
+        ValueError: as `class_features`.
+    """
+    head = _need_head(model, "class_logits")
+    if features is None and not isinstance(model, nn.parallel.DistributedDataParallel):
+        features = class_features(model, batch)
+    if features is None:
+        # Within the model's own pass, where data parallelism sees that the head is used.
+        both = _instead_of_logits(
+            model,
+            head,
+            batch,
+            lambda phi: torch.cat(head.logit_distribution(phi), -1),
+            2 * head.n_classes,
+        )
+        mean, variance = both.chunk(2, -1)
+    else:
+        mean, variance = head.logit_distribution(features)
+    mask = batch.get("choice_mask")
+    if mask is not None:
+        missing = ~mask.to(device=mean.device, dtype=torch.bool)
+        mean, variance = mean.masked_fill(missing, MASKED_LOGIT), variance.masked_fill(missing, 0)
+    return mean, variance
+
+
+def _need_head(model: nn.Module, op: str) -> VBLLClassification:
+    head = find_head(model)
+    if head is None:
+        raise ValueError(
+            f"{op}: the model must have an active variational last layer, got "
+            f"{type(model).__name__} without; make one with "
+            "get_peft_model(model, PolarVbllConfig(...))"
+        )
+    return head
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+class VariationalLoss(NamedTuple):
+    """Terms of the negative evidence lower bound.
+
+    Attributes:
+        loss: nll + kl_weight / n_train * kl, to be minimised.
+        nll: mean over the batch of the negative Jensen bound of E log p(y): at least the expected
+            negative log-likelihood.
+        kl: divergence of the last layer from its prior, nats; with learned noise less the log
+            density of its hyperprior.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+def variational_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    n_train: float,
+    kl_weight: float = 1.0,
+    features: Tensor | None = None,
+) -> VariationalLoss:
+    """Negative evidence lower bound per training example, in closed form: no sampling.
+
+        loss = mean_i [ logsumexp_c(m_ic + v_ic / 2) - m_iy ] + kl_weight / n_train KL
+
+    with mean m and variance v of the logits. `BayesTrainer` uses it by itself; for a loop of one's
+    own, with `parameter_groups` for the optimiser. `.loss.backward()` reaches adapters and head in
+    one pass ("jacobi"). With `features` of an earlier call it costs no forward pass of the model.
+
+    Args:
+        model: a model with an active VBLL head.
+        batch: inputs and int64 `labels` (B,), -100 for rows that do not count.
+        n_train: number of training examples.
+        kl_weight: factor of the divergence; below 1 the posterior is tempered.
+        features: of the batch, where they are known.
+
+    Raises:
+        ValueError, TypeError: as `class_features`, or labels are missing or out of range.
+        RuntimeError: the covariances have been refined: see `laplace_refine`.
+
+    Sources: Harrison et al., arXiv 2404.11599; Xiang et al., arXiv 2604.03388.
+    """
+    head = _need_head(model, "variational_loss")
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("variational_loss: batch must have labels, got none; add int64 (B,)")
+    mean, variance = class_logits(model, batch, features)
+    labels = labels.to(mean.device)
+    bound = _bound(mean, variance, labels, head.ignore_index)
+    nll = -bound.sum() / (labels != head.ignore_index).sum().clamp_min(1)
+    kl = head.kl() - head.wishart()
+    return VariationalLoss(nll + kl_weight / n_train * kl, nll, kl)
+
+
+def _bound(mean: Tensor, variance: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """mean_y - logsumexp(mean + variance / 2) for each example, 0 where the label is ignored."""
+    counted = labels != ignored
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(counted.any()):
+        low, high = int(labels[counted].min()), int(labels[counted].max())
+        if low < 0 or high >= mean.shape[1]:
+            raise ValueError(
+                f"variational_loss: labels must be in [0, {mean.shape[1]}) or {ignored}, got "
+                f"{low if low < 0 else high}"
+            )
+    chosen = mean.gather(1, labels.where(counted, 0)[:, None]).squeeze(1)
+    return (chosen - (mean + variance / 2).logsumexp(1)).masked_fill(~counted, 0.0)
+
+
+@torch.no_grad()
+def calibrate_head(
+    model: nn.Module, batch: Mapping[str, Any], *, logit_variance: float = 0.25
+) -> float:
+    """Set the prior of a new head from the size of the model's features, before training.
+
+    Norms of features differ by orders of magnitude between models (1.6 for the pooled output of
+    MiniLM with D = 384, 7,400 for the final norm of a small Llama with D = 192), so that no scale of
+    the prior serves all. This one gives a logit the same variance a priori:
+
+        q = logit_variance / mean ||phi||^2,  head_prior_scale = q D / 2
+
+    which goes into the configuration. Covariances start again at a tenth of the prior's, unless the
+    configuration says otherwise.
+
+    Args:
+        model: a PeftModel with an active, untrained VBLL head.
+        batch: some training examples as tensors, the same in every process.
+        logit_variance: chosen on validation rows.
+
+    Returns:
+        head_prior_scale.
+
+    Raises:
+        ValueError: there is no VBLL head, or logit_variance is not positive.
+    """
+    head = _need_head(model, "calibrate_head")
+    if not logit_variance > 0:
+        raise ValueError(f"calibrate_head: logit_variance must be positive, got {logit_variance}")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        features = class_features(model, batch).float()
+    finally:
+        for module in training:
+            module.training = True
+    head.prior_variance = logit_variance / max(float(features.square().sum(1).mean()), 1e-12)
+    config = _config(model)
+    config.head_prior_scale = head.prior_variance * head.in_features / 2
+    if config.head_init == "rows" and config.head_init_variance is None:
+        generator = torch.Generator(head.weight_mean.device).manual_seed(config.seed)
+        bias = None if head.bias is None else head.bias.clone()
+        variance = 0.1 * head.prior_variance
+        head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)
+    return config.head_prior_scale
+
+
+# --- Laplace refinement --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def laplace_refine(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    prior_variance: float | None = None,
+    method: str = "auto",
+) -> LaplaceReport:
+    """Replace the last layer's covariances by its exact Laplace ones, class by class, after training.
+
+        Sigma_c = (sum_i p_ic (1 - p_ic) phi_i phi_i^T + I / q)^-1
+
+    One pass over the training data in eval mode. The mean stays, so that the plain prediction does;
+    no evidence lower bound describes the result, and training on is refused (`discard_laplace`).
+
+    Args:
+        model: a PeftModel with an active VBLL head.
+        batches: training data: mappings of tensors.
+        prior_variance: q, by default that of the head.
+        method: "auto", "cholesky" or "subspace", see `VBLLClassification.laplace_refine`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: there is no VBLL head, or no data.
+
+    Source: Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
+    """
+    head = _need_head(model, "laplace_refine")
+    device = head.weight_mean.device
+    training = [module for module in model.modules() if module.training]
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            features = class_features(model, moved)
+            mean, _ = class_logits(model, moved, features)
+            yield features, mean.double().softmax(1)
+
+    head.discard_refinement()
+    model.eval()
+    try:
+        report = head.laplace_refine(pairs(), prior_variance=prior_variance, method=method)
+    finally:
+        for module in training:
+            module.training = True
+    _record(model, report.method, report.rank)
+    return report
+
+
+def discard_laplace(model: nn.Module) -> None:
+    """Go back to the covariances that were trained.
+
+    Raises:
+        ValueError: there is no VBLL head.
+    """
+    _need_head(model, "discard_laplace").discard_refinement()
+    _record(model, None, 0)
+
+
+def _record(model: Any, method: str | None, rank: int) -> None:
+    """Into the configuration, from which a loaded adapter knows the shapes."""
+    config = _config(model)
+    config.laplace, config.laplace_rank = method, rank
+
+
+def _config(model: Any) -> Any:
+    return model.peft_config[model.active_adapter]
+
+
+__all__ = [
+    "VariationalLoss",
+    "calibrate_head",
+    "class_features",
+    "class_logits",
+    "discard_laplace",
+    "find_head",
+    "laplace_refine",
+    "variational_loss",
+]

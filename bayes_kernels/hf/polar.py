@@ -1,0 +1,185 @@
+"""PoLAR: adapters whose factors are orthonormal, with a free matrix between them.
+
+    W = W0 + scaling X Theta Y^T,  X (out, r) and Y (in, r) with X^T X = Y^T Y = I
+
+X is `lora_B.weight`, Y^T is `lora_A.weight`, Theta is `lora_core`: (r, r), or (r,) for a diagonal.
+Theta starts at zero, so that the first prediction is the base model's. A product of two free factors
+uses few of its r directions (its stable rank stays near 1.5 in the papers); with orthonormal factors
+Theta alone says how much each pair of directions counts. `bayes_kernels.stiefel` keeps the factors
+orthonormal, `BayesTrainer` takes that optimiser by itself, and a loop of one's own takes
+`parameter_groups`. Factors stay fp32: bf16 would leave X^T X - I at 4e-3 sqrt(r).
+
+Sources: Lion et al., "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv 2506.03133,
+and its code; Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..stiefel import orthogonality
+from .last_layer import find_head
+from .variants import BayesVariant
+
+CORE = "lora_core"
+
+
+class PolarVariant(BayesVariant, method="polar"):
+    """PoLAR in one LoRA layer. It has no posterior: every mode is the same."""
+
+    parameters = (CORE,)
+    fp32 = ("lora_A", "lora_B", CORE)
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """Orthonormal factors and a zero core; or the same update as that of given factors.
+
+        Given factors (B not zero, as `import_lora` reads them) have the singular value decomposition
+        B A = X diag(s) Y^T, which becomes the adapter.
+        """
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        rank, limit = a.shape[0], min(a.shape[1], b.shape[0])
+        if rank > limit:
+            raise ValueError(
+                f"PolarConfig: r must be at most the layer's smaller side, got {rank} and {limit} in "
+                f"{self.name}: more columns cannot be orthonormal; lower r, set rank_pattern, or "
+                "leave the layer out"
+            )
+        shape = (rank,) if self.config.core == "diagonal" else (rank, rank)
+        core = torch.zeros(shape, dtype=torch.float32, device=a.device)
+        with torch.no_grad():
+            a.data, b.data = a.data.float(), b.data.float()
+            if a.is_meta:
+                return {CORE: core}
+            if bool((b != 0).any()):
+                left, upper_b = torch.linalg.qr(b.double())
+                right, upper_a = torch.linalg.qr(a.double().T)
+                u, s, vh = torch.linalg.svd(upper_b @ upper_a.T)
+                b.copy_(left @ u)
+                a.copy_(vh @ right.T)
+                core.copy_(s if core.dim() == 1 else torch.diag(s))
+            else:
+                # A generator of its own: the global one stays where plain LoRA leaves it.
+                seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + self.stream) & (2**63 - 1)
+                generator = torch.Generator().manual_seed(seed)
+                for factor in (a, b):
+                    start = torch.empty(factor.shape, dtype=torch.float32)
+                    factor.copy_(nn.init.orthogonal_(start, generator=generator))
+        return {CORE: core}
+
+    def adapted(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
+    ) -> Tensor:
+        """result + scaling * ((dropout(x) Y) Theta^T) X^T."""
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        core, scaling = getattr(module, CORE)[adapter], module.scaling[adapter]
+        x = self.dropped(x, dropout)
+        if core.dim() == 1:
+            return functional.scaled_lora(x, a, core, b, result, scaling=scaling)
+        return functional.core_lora(x, a, core, b, result, scaling=scaling)
+
+    def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """(Y^T, X Theta)."""
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        core = getattr(module, CORE)[adapter]
+        return a, b * core if core.dim() == 1 else b @ core
+
+    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
+        """The factors: their norm is fixed."""
+        return [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
+
+
+class PolarVbllVariant(PolarVariant, method="polar-vbll"):
+    """PoLAR below a variational Bayesian last layer, which has the posterior: see `last_layer`."""
+
+
+def stiefel_factors(model: nn.Module) -> list[nn.Parameter]:
+    """X and Y^T of all active PoLAR adapters; empty where there is none."""
+    return [p for layer, name in _polar_layers(model) for p in _factors(layer, name)]
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float = 0.0, no_decay: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters for `bayes_kernels.stiefel.StiefelAdamW`.
+
+    Options of the configuration (`stiefel`, `stiefel_penalty`, `head_lr`) are set in the groups.
+    Weight decay leaves out the factors, whose norm is fixed, and a variational last layer, whose
+    prior decays it.
+
+    Args:
+        model: a model with an active PoLAR adapter.
+        weight_decay: of all other parameters.
+        no_decay: names of parameters without it.
+
+    Returns:
+        Groups with at least one parameter each.
+
+    Raises:
+        ValueError: there is no active PoLAR adapter.
+
+    Example:
+        optimizer = StiefelAdamW(parameter_groups(model), lr=4e-3)
+    """
+    layers = _polar_layers(model)
+    if not layers:
+        raise ValueError(
+            f"parameter_groups: the model must have an active PoLAR adapter, got "
+            f"{type(model).__name__} without; make one with get_peft_model(model, PolarConfig(...))"
+        )
+    config = layers[0][0].lora_variant[layers[0][1]].config
+    factors = {id(p) for layer, name in layers for p in _factors(layer, name)}
+    head = find_head(model)
+    head_ids = set() if head is None else {id(p) for p in head.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"stiefel": [], "head": [], "decay": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in factors:
+            kind = "stiefel"
+        elif id(parameter) in head_ids:
+            kind = "head"
+        else:
+            kind = "decay" if weight_decay and name not in no_decay else "rest"
+        groups[kind].append(parameter)
+    options: dict[str, dict[str, Any]] = {
+        "stiefel": {"stiefel": True, "method": config.stiefel, "penalty": config.stiefel_penalty},
+        "head": {} if config.head_lr is None else {"lr": config.head_lr},
+        "decay": {"weight_decay": weight_decay},
+    }
+    return [
+        {"params": parameters, **options.get(kind, {})}
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+
+
+def stiefel_error(model: nn.Module) -> Tensor:
+    """Largest ||Z^T Z - I||_F over the factors of all active PoLAR adapters, 0-dim.
+
+    Raises:
+        ValueError: there is no active PoLAR adapter.
+    """
+    return orthogonality(stiefel_factors(model))
+
+
+def _polar_layers(model: nn.Module) -> list[tuple[Any, str]]:
+    found = []
+    module: Any
+    for module in model.modules():
+        variants = getattr(module, "lora_variant", None) or {}
+        for name in getattr(module, "active_adapters", ()) if variants else ():
+            if isinstance(variants.get(name), PolarVariant):
+                found.append((module, name))
+    return found
+
+
+def _factors(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+
+
+__all__ = ["PolarVariant", "PolarVbllVariant", "parameter_groups", "stiefel_error"]

@@ -1,0 +1,343 @@
+"""ScalaBL: a posterior over the r singular values of each adapter.
+
+    W = W0 + scaling B diag(s) V^T,  s ~ N(exp(log_s), diag(exp(log_s_sigma))^2)
+
+V^T = `lora_A.weight` has orthonormal rows at the start: it is the right factor of the thin SVD of
+the A that plain LoRA would draw, whose singular values are where exp(log_s) starts; the left factor
+goes into B. All of them are trained, V^T without a constraint. Source: "ScalaBL", arXiv 2506.21408.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, random
+from ..optim import KLSchedule
+from .variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
+
+if TYPE_CHECKING:
+    from .posterior import BayesLayer
+
+LOG_S, LOG_SIGMA = "lora_log_s", "lora_log_s_sigma"
+EIGENVALUES, EIGENVECTORS = "lora_s_eigenvalues", "lora_s_eigenvectors"
+
+# Deviation over mean of the singular values that "auto" aims at; docs/scalabl.md has the figures.
+AUTO_RATIO = 0.5
+# Added to each variance of the full covariance, as in the published code.
+_JITTER = 1e-8
+# Below this step size nothing is computed: gradients are below 2^24 for deviations above 1e-4, so
+# that no parameter would change by more than 2^-40.
+_SMALLEST_STEP = 2.0**-64
+
+
+class ScalablVariant(BayesVariant, method="scalabl"):
+    """ScalaBL in one LoRA layer: 2 r numbers beside the factors, r^2 more with covariance "full"."""
+
+    parameters = (LOG_S, LOG_SIGMA, EIGENVALUES, EIGENVECTORS)
+    fp32 = parameters
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """Singular values of A; A becomes V^T and B takes the left factor, so that B A stays."""
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        rank, columns = a.shape
+        if rank > columns:
+            raise ValueError(
+                f"ScalablConfig: r must be at most the layer's input features, got {rank} and "
+                f"{columns} in {self.name}; lower r or set rank_pattern"
+            )
+        s = torch.empty(rank, dtype=torch.float32, device=a.device)
+        if not a.is_meta:
+            with torch.no_grad():
+                left, s, right = thin_svd(a)
+                a.copy_(right)
+                b.copy_(b.double() @ left)
+                s = s.clamp(min=1e-6 * max(float(s.max()), 1e-30)).float()
+        eps = self.config.init_rho
+        sigma = uniform_like(a, (rank,), eps / math.sqrt(2), eps, self.stream)
+        if self.config.covariance == "diagonal":
+            return {LOG_S: s.log(), LOG_SIGMA: sigma.log()}
+        variance = sigma.double().square()
+        return {
+            LOG_S: s.log(),
+            EIGENVALUES: _softplus_inverse(variance).float(),
+            EIGENVECTORS: torch.eye(rank, dtype=torch.float32, device=a.device),
+        }
+
+    def adapted(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
+    ) -> Tensor:
+        """result + scaling * ((dropout(x) V) . s) B^T, with s its mean or drawn."""
+        d = self._mean(module, adapter)
+        rows = math.prod(x.shape[:-1])
+        if mode == "sample" and self.state.n_samples > 1:
+            per_draw = self.rows_per_draw(x)
+            first, count = self.state.first_sample, self.state.n_samples
+        elif mode == "flipout" and self.scope == "example" and x.dim() > 1:
+            first, count = 0, x.shape[0]
+            per_draw = rows // max(count, 1)
+        else:
+            first, count, per_draw = self.state.first_sample * (mode == "sample"), 1, rows
+        if mode != "mean":
+            key = self.state.key_on(x.device)
+            d = d + self._noise(module, adapter, key, first, count)
+        groups = None
+        if d.dim() == 2 and count == 1:
+            d = d[0]
+        elif d.dim() == 2:
+            # One row for each token, so that the backward pass is a sum in fixed order; gathering
+            # shared rows would add with atomics on a GPU.
+            d = d[:, None].expand(count, per_draw, d.shape[1]).reshape(rows, d.shape[1])
+            groups = torch.arange(rows, device=x.device).reshape(x.shape[:-1])
+        return functional.scaled_lora(
+            self.dropped(x, dropout),
+            module.lora_A[adapter].weight,
+            d,
+            module.lora_B[adapter].weight,
+            result,
+            scaling=module.scaling[adapter],
+            groups=groups,
+        )
+
+    def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """diag(exp(log_s)) V^T, and B."""
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        return self._mean(module, adapter)[:, None] * a.float(), b
+
+    def draw_factors(
+        self, module: Any, adapter: str, key: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """diag(s) V^T with s of draw `number`, and B."""
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        s = self._mean(module, adapter) + self._noise(module, adapter, key, number, 1)[0]
+        return s[:, None] * a.float(), b
+
+    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
+        """That of N(mean, covariance) from N(0, sigma_p^2 I), or its reverse ("code")."""
+        mean = self._mean(module, adapter)
+        direction = self.config.kl_direction
+        if self.config.covariance == "diagonal":
+            sigma = module.lora_log_s_sigma[adapter].exp()
+        else:
+            sigma, vectors = self._spectrum(module, adapter)
+            if direction == "code":  # elbo depends on the eigenvalues alone
+                mean = vectors.T @ mean
+        return Divergence(mean, sigma, self.prior_std, "direct", direction)
+
+    @classmethod
+    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
+        """The flow time of each layer, or -1 where the configuration's `kl_time` is to be used."""
+        if layers[0].variant.config.kl_time is not None:
+            return [-1.0] * len(layers)
+        with torch.no_grad():
+            table = torch.stack(
+                [
+                    torch.stack([p.double().square().mean().sqrt().cpu() for p in _moments(item)])
+                    for item in layers
+                ]
+            )
+        found = []
+        for item, (mean, sigma) in zip(layers, table.tolist(), strict=True):
+            found.append(ratio_time(AUTO_RATIO, mean, sigma, item.variant.prior_std))
+        return found
+
+    @classmethod
+    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
+        """Gradient steps or exact gradient flow on log_s and log_s_sigma of all layers."""
+        config = layers[0].variant.config
+        scales = [plan.weight] * len(layers)
+        if plan.schedule.kind == "auto":
+            if config.kl_direction != "elbo":
+                raise ValueError(
+                    "decoupled_kl: kl_schedule='auto' is for kl_direction='elbo', got "
+                    f"{config.kl_direction!r}; set kl_schedule='published'"
+                )
+            if not plan.given:
+                times = [start if start >= 0 else config.kl_time for start in plan.starts]
+                scales = [plan.weight * float(time or 0.0) for time in times]
+        return ScaleKL(layers, plan.schedule, scales)
+
+    def _mean(self, module: Any, adapter: str) -> Tensor:
+        return module.lora_log_s[adapter].exp()
+
+    def _noise(self, module: Any, adapter: str, key: Tensor, first: int, count: int) -> Tensor:
+        """(count, r) deviations of draws first ... first + count - 1 from the mean."""
+        rank = module.lora_log_s[adapter].shape[0]
+        normal = random.normal(key, (first + count, rank), stream=self.stream)[first:]
+        if self.config.covariance == "diagonal":
+            return normal * module.lora_log_s_sigma[adapter].exp()
+        sigma, vectors = self._spectrum(module, adapter)
+        return (normal * sigma) @ vectors.T
+
+    def _spectrum(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """Roots of the eigenvalues (r,) and eigenvectors (r, r) of the full covariance."""
+        values = module.lora_s_eigenvalues[adapter]
+        vectors, _ = torch.linalg.qr(module.lora_s_eigenvectors[adapter])
+        return (nn.functional.softplus(values) + _JITTER).sqrt(), vectors
+
+
+class ScaleKL:
+    """The decoupled KL step on the singular values of a list of ScalaBL layers.
+
+    "published" and "constant" take gradient steps on log_s and log_s_sigma (or on the eigenvalues
+    and eigenvectors), as the published code's second optimiser does; "auto" follows the gradient
+    flow of the divergence exactly:
+
+        sigma^2(t) = p^2 / (1 + (p^2 / sigma^2(0) - 1) e^(-2 t))
+        s^2(t) = s^2(0) / (1 + 2 t s^2(0) / p^2)
+
+    (for the full covariance in the logarithm of its eigenvalues). All layers are one vector: about
+    forty launches a step, in fp64, rounded once.
+
+    Args:
+        layers: of one configuration.
+        schedule: step sizes.
+        scales: factor of the step size for each layer.
+    """
+
+    def __init__(
+        self, layers: Sequence[BayesLayer], schedule: KLSchedule, scales: Sequence[float]
+    ) -> None:
+        self.layers, self.schedule, self.scales = list(layers), schedule, list(scales)
+        config = layers[0].variant.config
+        self.full, self.direction = config.covariance == "full", config.kl_direction
+        self.step_count = self.skipped = 0
+        second = EIGENVALUES if self.full else LOG_SIGMA
+        self._log_s = [item.tensor(LOG_S) for item in layers]
+        self._spread = [item.tensor(second) for item in layers]
+        # Only the reverse divergence depends on the eigenvectors.
+        turned = self.full and self.direction == "code"
+        self._vectors = [item.tensor(EIGENVECTORS) for item in layers] if turned else []
+        counts = torch.tensor([p.numel() for p in self._log_s])
+        priors = torch.tensor([item.variant.prior_std for item in layers], dtype=torch.float64)
+        device = self._log_s[0].device
+        self._prior = priors.repeat_interleave(counts).to(device)
+        scale = torch.tensor(self.scales, dtype=torch.float64)
+        self._scale = scale.repeat_interleave(counts).to(device)
+
+    def step(self, lr_factor: float = 1.0, step: int | None = None) -> float:
+        """Take the step of the schedule.
+
+        Args:
+            lr_factor: learning rate of the main optimiser over its peak.
+            step: number of the step, from 0; None counts by itself.
+
+        Returns:
+            The step size, before the layers' scales.
+        """
+        number = self.step_count if step is None else step
+        self.step_count = number + 1
+        size = self.schedule.step_size(number, lr_factor)
+        if size * max(self.scales) < _SMALLEST_STEP:
+            self.skipped += 1
+        elif self.schedule.kind == "auto":
+            self._flow(size)
+        else:
+            self._gradient_step(size)
+        return size
+
+    @torch.no_grad()
+    def _flow(self, time: float) -> None:
+        t, p2 = time * self._scale, self._prior.square()
+        log_s, spread = _flat(self._log_s), _flat(self._spread)
+        u = nn.functional.softplus(spread) if self.full else (2 * spread).exp()
+        u = p2 / (1 + (p2 / u - 1) * (-2 * t).exp())
+        _write(self._spread, _softplus_inverse(u) if self.full else u.log() / 2)
+        _write(self._log_s, log_s - torch.log1p(2 * t * (2 * log_s).exp() / p2) / 2)
+
+    def _gradient_step(self, size: float) -> None:
+        groups = [self._log_s, self._spread, *([self._vectors] if self._vectors else [])]
+        flat = [_flat(group).requires_grad_() for group in groups]
+        with torch.enable_grad():
+            mean = flat[0].exp()
+            if self.full:
+                sigma = (nn.functional.softplus(flat[1]) + _JITTER).sqrt()
+            else:
+                sigma = flat[1].exp()
+            if self._vectors:
+                sizes = [p.numel() for p in self._log_s]
+                parts = zip(mean.split(sizes), flat[2].split([n * n for n in sizes]), strict=True)
+                turned = [torch.linalg.qr(v.view(len(m), -1))[0].T @ m for m, v in parts]
+                mean = torch.cat(turned)
+            p = self._prior
+            if self.direction == "elbo":
+                terms = (p / sigma).log() + (sigma**2 + mean**2) / (2 * p**2)
+            else:
+                terms = (sigma / p).log() + (p**2 + mean**2) / (2 * sigma**2)
+            gradients = torch.autograd.grad((terms * self._scale).sum(), flat)
+        with torch.no_grad():
+            for group, value, gradient in zip(groups, flat, gradients, strict=True):
+                _write(group, value - size * gradient)
+
+
+def ratio_time(ratio: float, mean: float, sigma: float, prior_std: float = 1.0) -> float:
+    """Time in which the flow of `ScaleKL` brings sigma / s of a layer to a ratio; 0 if it is there.
+
+    Args:
+        ratio: sigma / s to reach.
+        mean, sigma: s and sigma at the beginning, positive.
+        prior_std: sigma_p.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    if min(ratio, mean, sigma, prior_std) <= 0:
+        raise ValueError(
+            "ratio_time: ratio, mean, sigma and prior_std must be positive, got "
+            f"{ratio}, {mean}, {sigma}, {prior_std}"
+        )
+    p2 = prior_std**2
+
+    def log_ratio(t: float) -> float:
+        u = p2 / (1 + (p2 / sigma**2 - 1) * math.exp(-2 * t))
+        return 0.5 * math.log(u / mean**2 * (1 + 2 * t * mean**2 / p2)) - math.log(ratio)
+
+    if log_ratio(0.0) >= 0:
+        return 0.0
+    high = 1.0
+    while log_ratio(high) < 0:  # s falls like t^(-1/2) for ever: every ratio is reached
+        high *= 2
+    low = 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_ratio(middle) < 0 else (low, middle)
+    return high
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (r, r), s (r,), V^T (r, n) of a wide matrix (r, n), in fp64.
+
+    QR of the transpose, then the SVD of an r x r matrix: O(n r^2).
+    """
+    q, r = torch.linalg.qr(matrix.detach().double().T)
+    left, s, right = torch.linalg.svd(r.T)
+    return left, s, right @ q.T
+
+
+def _moments(item: BayesLayer) -> tuple[Tensor, Tensor]:
+    """Means and deviations of a layer's singular values, (r,) each."""
+    mean = item.tensor(LOG_S).exp()
+    if item.variant.config.covariance == "diagonal":
+        return mean, item.tensor(LOG_SIGMA).exp()
+    return mean, (nn.functional.softplus(item.tensor(EIGENVALUES)) + _JITTER).sqrt()
+
+
+def _softplus_inverse(value: Tensor) -> Tensor:
+    """x with log(1 + e^x) = value, for small values too."""
+    return value + torch.log(-torch.expm1(-value))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    device = tensors[0].device
+    return torch.cat([t.detach().reshape(-1).double().to(device) for t in tensors])
+
+
+def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    parts = flat.split([t.numel() for t in tensors])
+    with torch.no_grad():
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))

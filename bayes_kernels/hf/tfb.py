@@ -1,0 +1,640 @@
+"""TFB: make a trained adapter Bayesian without training it.
+
+The thin SVD B = U diag(d) V^T regroups an adapter as B' = U, A' = diag(d) V^T A, with B' A' = B A.
+Gaussian noise of deviation sigma_q on every element of A' is then isotropic noise on the column
+space of B:
+
+    W = W0 + scaling U (A' + sigma_q eps),  eps ~ N(0, 1)
+
+The paper writes B' = U diag(d), A' = V^T A and the deviation sigma_q / d_i, which is the same and
+divides by singular values. sigma_q, one number for all layers, is the largest one that changes the
+predictions on anchor examples by no more than a tolerance. Source: Shi et al., "Training-Free
+Bayesianization for Low-Rank Adapters of Large Language Models", arXiv 2412.05723.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ._compat import unsupported_layer
+from .config import TfbConfig
+from .machine import progress_bar
+from .model import BayesLoraModel
+from .posterior import BayesLayer, bayes_layers
+from .predict import Prediction, are_batches, predict
+from .variants import BayesVariant, BlobVariant, Divergence, KLPlan, KLStep, attach
+
+SIGMA = "lora_A_sigma"
+
+METRICS = ("flips", "accuracy", "nll")
+TOLERANCES = {"flips": 0.01, "accuracy": 0.01, "nll": 0.003}
+RULES = ("feasible", "code")
+SEARCHES = ("bisection", "grid")
+LABELS = ("auto", "true", "pseudo")
+
+# Added to a singular value where it divides, in the published code: directions that B does not have
+# (d = 0) get no noise.
+_SMALL = 1e-6
+
+
+class TfbVariant(BlobVariant, method="tfb"):
+    """TFB in one LoRA layer: mean `lora_A.weight`, one deviation for each row, B orthonormal."""
+
+    parameters = ()
+    constants = (SIGMA,)
+    fp32 = (SIGMA,)
+    trained = False
+    deviation: ClassVar[str] = SIGMA
+
+    def __init__(self, config: Any, name: str, in_features: int, state: Any) -> None:
+        super().__init__(config, name, in_features, state)
+        self.std = "direct"
+        chosen = config.noise_layers
+        self.noisy = chosen is None or any(f".{name}".endswith(f".{part}") for part in chosen)
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """No noise; `tfb_` finds out how much there may be."""
+        mean = module.lora_A[adapter].weight
+        shape = (mean.shape[0], 1)
+        return {SIGMA: torch.zeros(shape, dtype=torch.float32, device=mean.device)}
+
+    def adapted(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
+    ) -> Tensor:
+        """As BLoB; the mean in layers without noise."""
+        return super().adapted(module, adapter, x, result, mode if self.noisy else "mean", dropout)
+
+    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
+        """None: there is no prior."""
+        return None
+
+    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
+        """None: the adapter is not trained."""
+        return []
+
+    @classmethod
+    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
+        """Nothing to know."""
+        return [0.0] * len(layers)
+
+    @classmethod
+    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
+        """None: there is no prior."""
+        return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation of the anchors.
+
+    Attributes:
+        sigma: deviation sigma_q.
+        change: what the tolerance bounds.
+        feasible: whether it is within it.
+        nll, accuracy: against the labels of the search, nats and share.
+        flips: share of anchors whose class differs from that of the mean.
+    """
+
+    sigma: float
+    change: float
+    feasible: bool
+    nll: float
+    accuracy: float
+    flips: float
+
+
+@dataclass(frozen=True)
+class TfbReport:
+    """What a search found.
+
+    Attributes:
+        sigma: the deviation sigma_q that the adapter has now; 0 where none was feasible.
+        layers: number of layers with noise.
+        metric, tolerance, rule, search, labels: as asked for; labels "true" or "pseudo".
+        anchors: number of anchor examples.
+        n_samples: draws of an evaluation.
+        passes: evaluations of the anchors, the one of the mean included.
+        before: the mean's; `before.change` is 0.
+        after: that of `sigma`; None where it was interpolated or was not evaluated.
+        trace: all evaluations with noise, in their order.
+        at_range_end: whether the search ended at the upper end of its range: more may be feasible.
+        seconds: wall-clock time.
+    """
+
+    sigma: float
+    layers: int
+    metric: str
+    tolerance: float
+    rule: str
+    search: str
+    labels: str
+    anchors: int
+    n_samples: int
+    passes: int
+    before: Trial
+    after: Trial | None
+    trace: tuple[Trial, ...]
+    at_range_end: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, words, lists and dictionaries; without the time, which differs by run."""
+        content = dataclasses.asdict(self)
+        del content["seconds"]
+        return {**content, "trace": list(content["trace"])}
+
+    def __str__(self) -> str:
+        text = (
+            f"TFB: {self.layers} layers, sigma_q={self.sigma:.6g} after {self.passes} passes over "
+            f"{self.anchors} anchors ({self.seconds:.0f} s)"
+        )
+        if self.after is not None:
+            text += (
+                f"; {self.labels}-label NLL {self.before.nll:.4f} -> {self.after.nll:.4f}, "
+                f"argmax flips {self.after.flips:.1%}"
+            )
+        return text + ("; the end of the range: raise high" if self.at_range_end else "")
+
+
+def tfb_(
+    model: nn.Module,
+    anchors: Any,
+    *,
+    metric: str = "flips",
+    tolerance: float | None = None,
+    labels: str = "auto",
+    low: float = 0.001,
+    high: float = 0.2,
+    max_trials: int = 10,
+    resolution: float = 5e-4,
+    rule: str = "feasible",
+    search: str = "bisection",
+    per_anchor: bool = False,
+    n_samples: int = 10,
+    seed: int = 0,
+    choices: Sequence[int] | None = None,
+    layers: Sequence[str] | None = None,
+    batch_size: int = 16,
+    collate_fn: Any = None,
+    samples_per_pass: int | None = None,
+    progress: bool = True,
+) -> TfbReport:
+    """Make the active adapter of a PEFT model Bayesian, in place, by training-free Bayesianization.
+
+    Plain LoRA (MAP) adapters, and the mean of Bayesian ones, become adapters of type BAYES_LORA,
+    method "tfb": same mean, and noise of the largest deviation sigma_q in [low, high] for which
+
+    * "flips": share of anchors whose class changes <= tolerance (0.01),
+    * "accuracy": |accuracy(sigma_q) - accuracy(mean)| <= tolerance (0.01),
+    * "nll": |NLL(sigma_q) - NLL(mean)| / NLL(mean) <= tolerance (0.003): little noise for an adapter
+      that fits its anchors,
+
+    where NLL and accuracy are those of the mean prediction of n_samples coherent draws, as `predict`
+    makes it. All evaluations use the same draws of eps (common random numbers), so that the changes
+    are a smooth function of sigma_q. The noise of the update is scaling * sigma_q, as published.
+
+    Where an exception stops the search the adapter is left as it was.
+
+    Args:
+        model: a PeftModel whose only adapter is to be converted.
+        anchors: examples to measure the change on, as `predict_dataset` takes them: a loader or
+            list of batches, or a data set. The paper uses 500 training examples.
+        metric: "flips", "accuracy" or "nll".
+        tolerance: None for 0.003 ("nll") or 0.01.
+        labels: "true"; "pseudo": the classes that the mean predicts, which needs no labels and makes
+            "accuracy" the same as "flips"; "auto": true ones where all batches have them.
+        low, high: range of sigma_q. The published code searches [0.001, 0.015].
+        max_trials: evaluations of the search (grid: number of points).
+        resolution: the bisection stops where high - low is below it; 0 takes all trials.
+        rule: what a bisection returns: "feasible", the largest evaluated sigma_q within tolerance
+            (low is tried where no midpoint is; 0 where low is not feasible either); "code", as the
+            published code, the last midpoint that was not, or high where all were.
+        search: "bisection", or "grid": max_trials points in geometric progression from low to high,
+            and the first crossing of the tolerance by piecewise-linear interpolation.
+        per_anchor: divide the change by the number of anchors, as the published "nll" code does;
+            its tolerance of 0.003 then is one of 150 % with 500 anchors.
+        n_samples: draws of an evaluation.
+        seed: their seed.
+        choices: ids of the answer tokens, for causal language models; see `predict`.
+        layers: names, or last parts of names, of the adapted layers that get noise; None for all.
+        batch_size, collate_fn: for a data set.
+        samples_per_pass: as in `predict`.
+        progress: show a bar where it takes longer than two seconds.
+
+    Returns:
+        `TfbReport`. Cost: passes * n_samples forward passes of the anchors.
+
+    Raises:
+        ValueError: an option is out of range, the adapter is not trained or cannot carry noise,
+            no layer matches, there are no anchors, or true labels are asked for and missing.
+    """
+    words = (
+        ("metric", metric, METRICS),
+        ("labels", labels, LABELS),
+        ("rule", rule, RULES),
+        ("search", search, SEARCHES),
+    )
+    for option, word, allowed in words:
+        if word not in allowed:
+            raise ValueError(f"tfb_: {option} must be one of {allowed}, got {word!r}; choose one")
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"tfb_: range must be 0 < low < high, got low={low} and high={high}")
+    for option, number in (("tolerance", tolerance), ("resolution", resolution)):
+        if number is not None and not 0 <= number < math.inf:
+            raise ValueError(f"tfb_: {option} must not be negative, got {number}")
+    for option, count in (("max_trials", max_trials), ("n_samples", n_samples)):
+        if count < 1:
+            raise ValueError(f"tfb_: {option} must be at least 1, got {count}")
+    begin = time.perf_counter()
+    bound = TOLERANCES[metric] if tolerance is None else tolerance
+    batches = _batches(anchors, batch_size, collate_fn)
+    options: dict[str, Any] = {
+        "seed": seed,
+        "choices": choices,
+        "samples_per_pass": samples_per_pass,
+    }
+    undo: list[Callable[[], None]] = []
+    try:
+        noisy, weights = _convert(model, layers, undo)
+        evaluations = 1 + (
+            max_trials if search == "grid" else _bisections(low, high, max_trials, resolution)
+        )
+        bar = progress_bar(progress, total=evaluations * len(batches), desc="TFB", unit="batch")
+
+        def evaluate(sigma: float) -> Prediction:
+            _set_sigma(noisy, weights, sigma)
+            bar.set_postfix_str(f"sigma_q {sigma:.4g}", refresh=False)
+            parts = []
+            for batch in batches:
+                parts.append(predict(model, batch, n_samples=n_samples if sigma else 0, **options))
+                bar.update()
+            return Prediction.concatenate(parts)
+
+        with bar:
+            mean = evaluate(0.0)
+            if labels == "true" and mean.labels is None:
+                raise ValueError("tfb_: anchors must have labels for labels='true', got none")
+            kind = "pseudo" if labels == "pseudo" or mean.labels is None else "true"
+            truth = mean.classes if kind == "pseudo" or mean.labels is None else mean.labels
+            score = _Score(metric, bound, truth, mean, per_anchor)
+            trial = lambda sigma: score.trial(sigma, evaluate(sigma))  # noqa: E731
+            if search == "grid":
+                sigma, trace = _grid(trial, low, high, max_trials, bound)
+            else:
+                sigma, trace = bisect(trial, low, high, max_trials, resolution, rule)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    _set_sigma(noisy, weights, sigma)
+    for config in {id(item.variant.config): item.variant.config for item in noisy}.values():
+        config.sigma_q = sigma
+    if sigma == 0.0:
+        warnings.warn(
+            f"tfb_: no sigma_q in [{low}, {high}] keeps the change within {bound}: the adapter has "
+            "no noise; lower `low` or raise the tolerance",
+            stacklevel=2,
+        )
+    last = trace[-1] if trace else None
+    return TfbReport(
+        sigma=sigma,
+        layers=len(noisy),
+        metric=metric,
+        tolerance=bound,
+        rule=rule,
+        search=search,
+        labels=kind,
+        anchors=len(mean),
+        n_samples=n_samples,
+        passes=1 + len(trace),
+        before=score.trial(0.0, mean),
+        after=next((t for t in trace if t.sigma == sigma), None),
+        trace=tuple(trace),
+        at_range_end=bool(last and all(t.feasible for t in trace)),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def regroup(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A', B', d) with B' = U, A' = diag(d) V^T A for the thin SVD B = U diag(d) V^T.
+
+    B' A' = B A, and nothing is divided by a singular value. QR of B, then the SVD of an r x r
+    matrix, in fp64; leading dimensions are a batch.
+
+    Args:
+        a: (..., r, n).
+        b: (..., m, r), r at most m.
+
+    Returns:
+        A' (..., r, n) and B' (..., m, r) in fp64, d (..., r) descending.
+    """
+    q, upper = torch.linalg.qr(b.double())
+    left, d, right = torch.linalg.svd(upper)
+    return d[..., None] * (right @ a.double()), q @ left, d
+
+
+def bisect(
+    trial: Callable[[float], Trial],
+    low: float,
+    high: float,
+    max_trials: int,
+    resolution: float,
+    rule: str = "feasible",
+) -> tuple[float, list[Trial]]:
+    """Search for the largest feasible sigma by halving [low, high].
+
+    Args:
+        trial: evaluates a sigma.
+        low, high, max_trials, resolution, rule: as in `tfb_`.
+
+    Returns:
+        The sigma of the rule, and all evaluations in their order.
+    """
+    trace: list[Trial] = []
+    feasible: float | None = None
+    while len(trace) < max_trials and high - low >= resolution:
+        middle = (low + high) / 2
+        found = trial(middle)
+        trace.append(found)
+        if found.feasible:
+            low = feasible = middle
+        else:
+            high = middle
+    if rule == "code":
+        return high, trace
+    if feasible is None:
+        trace.append(trial(low))
+        return (low if trace[-1].feasible else 0.0), trace
+    return feasible, trace
+
+
+def _bisections(low: float, high: float, max_trials: int, resolution: float) -> int:
+    steps = 0
+    while steps < max_trials and high - low >= resolution:
+        high, steps = (low + high) / 2, steps + 1
+    return steps
+
+
+def _grid(
+    trial: Callable[[float], Trial], low: float, high: float, points: int, bound: float
+) -> tuple[float, list[Trial]]:
+    """First crossing of the bound along a grid, between the points by a straight line."""
+    ratio = (high / low) ** (1 / max(points - 1, 1))
+    trace = [trial(low * ratio**i if i < points - 1 else high) for i in range(points)]
+    before, change = 0.0, 0.0
+    for found in trace:
+        if not found.feasible:
+            rise = found.change - change
+            share = (bound - change) / rise if math.isfinite(rise) else 0.0
+            return before + share * (found.sigma - before), trace
+        before, change = found.sigma, found.change
+    return high, trace
+
+
+class _Score:
+    """Turns predictions of the anchors into trials."""
+
+    def __init__(
+        self, metric: str, bound: float, labels: Tensor, mean: Prediction, per_anchor: bool
+    ) -> None:
+        self.metric, self.bound, self.labels = metric, bound, labels
+        self.classes = mean.classes
+        self.divisor = len(mean) if per_anchor else 1
+        self.nll, self.accuracy = self._scores(mean)
+
+    def _scores(self, prediction: Prediction) -> tuple[float, float]:
+        chosen = prediction.log_probs.gather(1, self.labels[:, None])
+        right = (prediction.classes == self.labels).double().mean()
+        return -float(chosen.mean()), float(right)
+
+    def trial(self, sigma: float, prediction: Prediction) -> Trial:
+        nll, accuracy = self._scores(prediction)
+        flips = float((prediction.classes != self.classes).double().mean())
+        change = {
+            # An NLL of 0 leaves no room for any change.
+            "nll": abs(nll - self.nll) / max(self.nll, 1e-300),
+            "accuracy": abs(accuracy - self.accuracy),
+            "flips": flips,
+        }[self.metric] / self.divisor
+        return Trial(sigma, change, change <= self.bound, nll, accuracy, flips)
+
+
+def _batches(anchors: Any, batch_size: int, collate_fn: Any) -> list[Mapping[str, Any]]:
+    batches: Iterable[Mapping[str, Any]] = anchors
+    if hasattr(anchors, "__getitem__") and not isinstance(anchors, DataLoader):
+        if collate_fn is not None or not are_batches(anchors):
+            batches = DataLoader(anchors, batch_size=batch_size, collate_fn=collate_fn)
+    found = list(batches)
+    if not found:
+        raise ValueError("tfb_: anchors must have at least one example, got none")
+    return found
+
+
+def _set_sigma(layers: Sequence[BayesLayer], weights: Sequence[Tensor], sigma: float) -> None:
+    with torch.no_grad():
+        for item, weight in zip(layers, weights, strict=True):
+            item.tensor(SIGMA).copy_((sigma * weight)[:, None])
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+
+def _convert(
+    model: nn.Module, chosen: Sequence[str] | None, undo: list[Callable[[], None]]
+) -> tuple[list[BayesLayer], list[Tensor]]:
+    """Regroup the adapter and make it a TFB adapter without noise.
+
+    Returns:
+        Layers that get noise, and for each of them the share (r,) of sigma_q of each direction.
+    """
+    peft_model = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
+    if peft_model is None:
+        raise ValueError(
+            f"tfb_: model must be a PeftModel, got {type(model).__name__}; load the adapter with "
+            "PeftModel.from_pretrained"
+        )
+    names = list(peft_model.peft_config)
+    if len(names) != 1:
+        raise ValueError(
+            f"tfb_: model must have one adapter, got {names}; delete the others or load the one "
+            "into a model of its own"
+        )
+    name = names[0]
+    old: Any = peft_model.peft_config[name]
+    tuner: Any = peft_model.base_model
+    if not isinstance(old, LoraConfig) or type(tuner) not in (LoraModel, BayesLoraModel):
+        raise ValueError(
+            f"tfb_: the adapter must be a LoRA adapter, got {type(old).__name__} in "
+            f"{type(tuner).__name__}"
+        )
+    if any(getattr(m, "merged_adapters", None) for m in tuner.model.modules()):
+        raise ValueError(
+            "tfb_: the adapter must not be merged, got a merged one; unmerge_adapter()"
+        )
+    again = getattr(old, "method", None) == "tfb"
+    if getattr(old, "method", None) == "polar-vbll":
+        raise ValueError(
+            "tfb_: the adapter must not have a variational last layer, got method 'polar-vbll'"
+        )
+    kept = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"]
+    fields = {f: getattr(old, f) for f in (*kept, "seed", "sample_at_inference") if hasattr(old, f)}
+    config = TfbConfig(noise_layers=None if chosen is None else sorted(chosen), **fields)
+    found = [(key, m) for key, m in tuner.model.named_modules() if _has_adapter(m, name)]
+    for key, layer in found:
+        reason = unsupported_layer(layer)
+        if reason is not None:
+            raise ValueError(f"tfb_: layer {key} cannot carry noise: {reason}")
+        out, rank = layer.lora_B[name].weight.shape
+        if rank > out:
+            raise ValueError(
+                f"tfb_: r must be at most the layer's output features, got {rank} and {out} in {key}"
+            )
+    plain = [_plain_factors(layer, name) for _, layer in found]
+    weights = _old_weights(found, name, old) if again else []
+    new = plain if again else _regroup_all(plain, weights)
+    if not again and not any(bool((w > 0.5).any()) for w in weights):
+        raise ValueError(
+            "tfb_: the adapter must be trained, got B = 0 in all layers; train it first"
+        )
+    _change_type(peft_model, name, config, undo)
+    for (key, layer), (a, b) in zip(found, new, strict=True):
+        _replace_adapter(tuner, key, layer, name, a, b, undo)
+    order = {key: weight for (key, _), weight in zip(found, weights, strict=True)}
+    items = [item for item in bayes_layers(tuner, name) if _noisy(item)]
+    if not items:
+        raise ValueError(
+            f"tfb_: layers must name adapted layers, got {list(chosen or ())}, and there are "
+            f"{sorted({key.rpartition('.')[2] for key, _ in found})}"
+        )
+    return items, [order[item.name] for item in items]
+
+
+def _noisy(item: BayesLayer) -> bool:
+    return isinstance(item.variant, TfbVariant) and item.variant.noisy
+
+
+def _has_adapter(module: Any, name: str) -> bool:
+    if not hasattr(module, "lora_variant"):
+        return False
+    return name in module.lora_A or name in module.lora_embedding_A
+
+
+def _plain_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    variant = layer.lora_variant.get(name)
+    if isinstance(variant, BayesVariant):
+        a, b = variant.mean_factors(layer, name)
+    else:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return a.detach(), b.detach()
+
+
+def _old_weights(found: Sequence[tuple[str, Any]], name: str, config: Any) -> list[Tensor]:
+    """Shares of sigma_q of an adapter that is TFB's already, whose B has forgotten d."""
+    if not config.sigma_q:
+        raise ValueError(
+            "tfb_: the adapter must have noise to be searched again, got a TFB adapter with "
+            "sigma_q = 0; convert the plain adapter instead"
+        )
+    weights = []
+    for key, layer in found:
+        if not layer.lora_variant[name].noisy:
+            raise ValueError(
+                f"tfb_: the adapter must have noise in all layers to be searched again, got none in "
+                f"{key}; convert the plain adapter instead"
+            )
+        weights.append(layer.lora_A_sigma[name].detach()[:, 0] / config.sigma_q)
+    return weights
+
+
+def _regroup_all(
+    plain: Sequence[tuple[Tensor, Tensor]], weights: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Regroup layers of equal shapes together; appends the shares of sigma_q to `weights`."""
+    groups: dict[Any, list[int]] = {}
+    for i, (a, b) in enumerate(plain):
+        groups.setdefault((a.shape, b.shape, b.device), []).append(i)
+    new: dict[int, tuple[Tensor, Tensor]] = {}
+    share: dict[int, Tensor] = {}
+    for indices in groups.values():
+        stacked = [torch.stack([plain[i][k] for i in indices]) for k in (0, 1)]
+        if not all(bool(t.isfinite().all()) for t in stacked):
+            raise ValueError("tfb_: the adapter must be finite, got nan or inf in a factor")
+        first, second, d = regroup(*stacked)
+        for place, i in enumerate(indices):
+            new[i] = first[place], second[place]
+            share[i] = (d[place] / (d[place] + _SMALL)).float()
+    weights.extend(share[i] for i in range(len(plain)))
+    return [new[i] for i in range(len(plain))]
+
+
+def _change_type(
+    peft_model: PeftModel, name: str, config: Any, undo: list[Callable[[], None]]
+) -> None:
+    tuner: Any = peft_model.base_model
+    old = peft_model.peft_config[name], peft_model.peft_type, type(tuner)
+    had_noise = hasattr(tuner.model, "bayes_noise")
+
+    def back() -> None:
+        if not had_noise:
+            tuner._remove_noise()
+        peft_model.peft_config[name], peft_model.peft_type, tuner.__class__ = old
+
+    undo.append(back)
+    tuner.__class__ = BayesLoraModel
+    peft_model.peft_config[name] = config
+    peft_model.peft_type = config.peft_type
+    tuner.peft_config[name] = config
+
+
+def _replace_adapter(
+    tuner: Any,
+    key: str,
+    layer: Any,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    undo: list[Callable[[], None]],
+) -> None:
+    """New factors and the TFB variant in one layer, in place of what it had."""
+    parts = layer.lora_A[name], layer.lora_B[name]
+    before = [part.weight.data for part in parts]
+    variant = layer.lora_variant.get(name)
+    cast = layer.cast_input_dtype_enabled
+    extra = {}
+    if isinstance(variant, BayesVariant):
+        for tensor in (*variant.parameters, *variant.constants):
+            entries = getattr(layer, tensor, {})
+            if name in entries:
+                extra[tensor] = entries[name]
+                del entries[name]
+
+    def back() -> None:
+        if SIGMA not in extra and name in getattr(layer, SIGMA, {}):
+            del getattr(layer, SIGMA)[name]
+        for part, value in zip(parts, before, strict=True):
+            part.weight.data = value
+        for tensor, value in extra.items():
+            getattr(layer, tensor)[name] = value
+        layer.lora_variant.pop(name, None)
+        if variant is not None:
+            layer.lora_variant[name] = variant
+        layer.cast_input_dtype_enabled = cast
+
+    undo.append(back)
+    for part, value in zip(parts, (a, b), strict=True):
+        double = part.weight.dtype == torch.float64
+        part.weight.data = value.to(torch.float64 if double else torch.float32)
+    config = tuner.peft_config[name]
+    attach(layer, name, config, key, tuner._noise(config))

@@ -1,0 +1,403 @@
+"""TFB: regrouping, search, conversion, noise, persistence, and the way back after an error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_hf_scalabl import BASES, IDS, TARGETS, TYPES, arguments, logits
+from torch import Tensor, nn
+
+from bayes_kernels.hf import (
+    BayesLoraConfig,
+    BayesLoraModel,
+    BayesTrainer,
+    BlobConfig,
+    ScalablConfig,
+    bayesianize,
+    export_lora,
+    fold_samples,
+    kl_divergence,
+    posterior,
+    predict,
+    refresh_noise,
+)
+from bayes_kernels.hf.checkpoints import coherent_draw
+from bayes_kernels.hf.posterior import bayes_layers
+from bayes_kernels.hf.tfb import Trial, bisect, regroup
+
+LABELS = torch.tensor([0, 2, 1, 0])
+BATCHES = [
+    {"input_ids": IDS[:2], "labels": LABELS[:2]},
+    {"input_ids": IDS[2:], "labels": LABELS[2:]},
+]
+QUICK: dict[str, Any] = {"metric": "nll", "n_samples": 3, "max_trials": 4, "progress": False}
+
+
+def adapter(kind: str = "bert", config: Any = LoraConfig, **options: Any) -> Any:
+    """A trained adapter: factors that are not zero, one layer's B of rank 3."""
+    options = {"r": 4, "target_modules": TARGETS[kind], "task_type": TYPES[kind], **options}
+    model = get_peft_model(BASES[kind](), config(**options))
+    generator = torch.Generator().manual_seed(2)
+    first = True
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+                if first:
+                    p[:, 3] = p[:, 0] - 2 * p[:, 1]
+                    first = False
+    return model.eval()
+
+
+def choices(kind: str) -> dict[str, Any]:
+    return {} if kind == "bert" else {"choices": [5, 6, 7]}
+
+
+def convert(model: nn.Module, kind: str = "bert", **options: Any) -> Any:
+    return bayesianize(model, "tfb", BATCHES, **{**QUICK, **choices(kind), **options})
+
+
+# --- regrouping ----------------------------------------------------------------------------------
+
+
+def test_regrouping_keeps_the_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(3, 50, 6, generator=generator), torch.randn(3, 6, 70, generator=generator)
+    b[1, :, 5] = b[1, :, 0] + b[1, :, 4]  # rank 5
+    b[2] = 0
+    a2, b2, d = regroup(a, b)
+    product = b.double() @ a.double()
+    assert (b2 @ a2 - product).abs().max() < 1e-12 * product.abs().max()
+    error = (b2.float() @ a2.float()).double() - product
+    assert error.abs().max() < 1e-6 * product.abs().max()
+    torch.testing.assert_close(b2.mT @ b2, torch.eye(6).double().expand(3, 6, 6))
+    torch.testing.assert_close(d, torch.linalg.svdvals(b.double()), rtol=1e-10, atol=1e-12)
+    assert d[1, 5] < 1e-6 and not d[2].any()
+    # The published factors: B' = U diag(d), A' = V^T A.
+    torch.testing.assert_close((b2[0] * d[0]) @ (a2[0] / d[0][:, None]), product[0])
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def threshold(largest: float) -> tuple[Callable[[float], Trial], list[float]]:
+    seen: list[float] = []
+
+    def trial(sigma: float) -> Trial:
+        seen.append(sigma)
+        return Trial(sigma, sigma, sigma <= largest, 0.0, 0.0, 0.0)
+
+    return trial, seen
+
+
+@pytest.mark.parametrize(
+    ("largest", "order", "feasible", "code"),
+    [
+        (0.0071, [0.008, 0.0045, 0.00625, 0.007125], 0.00625, 0.007125),
+        (0.0110, [0.008, 0.0115, 0.00975, 0.010625], 0.010625, 0.0115),
+        (0.1000, [0.008, 0.0115, 0.01325, 0.014125], 0.014125, 0.015),
+        (0.0001, [0.008, 0.0045, 0.00275, 0.001875], 0.0, 0.001875),
+        (0.0012, [0.008, 0.0045, 0.00275, 0.001875], 0.001, 0.001875),
+    ],
+)
+def test_bisection_of_the_published_range(
+    largest: float, order: list[float], feasible: float, code: float
+) -> None:
+    trial, seen = threshold(largest)
+    sigma, trace = bisect(trial, 0.001, 0.015, 4, 5e-4)
+    assert seen[:4] == pytest.approx(order) and sigma == pytest.approx(feasible)
+    assert [t.sigma for t in trace] == seen
+    assert len(seen) == (5 if largest < 0.0018 else 4)  # then low itself is tried
+    trial, seen = threshold(largest)
+    sigma, trace = bisect(trial, 0.001, 0.015, 4, 5e-4, "code")
+    assert seen == pytest.approx(order) and sigma == pytest.approx(code)
+    assert [t.sigma for t in trace] == seen
+
+
+@pytest.mark.parametrize("published", [0.005375, 0.00625, 0.0045, 0.00975])
+def test_published_results_are_midpoints(published: float) -> None:
+    """The deviations of the authors' scripts are what their rule returns in five halvings."""
+    trial, seen = threshold(published - 1e-6)
+    sigma, _ = bisect(trial, 0.001, 0.015, 5, 5e-4, "code")
+    assert sigma == pytest.approx(published, abs=1e-9) and sigma in seen
+
+
+def test_bisection_stops_early() -> None:
+    trial, seen = threshold(0.01)
+    bisect(trial, 0.001, 0.015, 50, 5e-4)
+    assert len(seen) == 5  # 0.014 / 2^5 < 5e-4 <= 0.014 / 2^4
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("metric", ["nll", "accuracy", "flips"])
+def test_search_keeps_its_tolerance(kind: str, metric: str) -> None:
+    model = adapter(kind)
+    mean = logits(model)
+    tolerance = {"nll": 0.01, "accuracy": 0.3, "flips": 0.3}[metric]
+    report = convert(model, kind, metric=metric, tolerance=tolerance, high=2.0, max_trials=6)
+    assert report.passes == 1 + len(report.trace) and report.labels == "true"
+    assert (report.anchors, report.layers, report.before.change) == (4, 4, 0.0)
+    assert report.after is not None and report.after.feasible
+    assert report.after.change <= tolerance and report.sigma == report.after.sigma > 0
+    assert all(t.feasible == (t.change <= tolerance) for t in report.trace)
+    assert "sigma_q=" in str(report) and report.to_dict()["trace"][0]["sigma"] > 0
+    torch.testing.assert_close(logits(model), mean, rtol=1e-4, atol=1e-4)
+    # The scores of the search are those of the adapter as it is now.
+    truth = LABELS
+    found = predict(model, {"input_ids": IDS}, n_samples=3, **choices(kind))
+    nll = -float(found.log_probs.gather(1, truth[:, None]).mean())
+    assert report.after.nll == pytest.approx(nll, rel=1e-4)
+    if metric != "nll":
+        return
+    # Common random numbers: a second search of the same adapter takes the same way.
+    again = adapter(kind)
+    other = convert(again, kind, metric=metric, tolerance=tolerance, high=2.0, max_trials=6)
+    assert other.trace == report.trace
+
+
+def test_pseudo_labels_need_no_labels() -> None:
+    unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
+    reports = []
+    for metric in ("accuracy", "flips"):
+        model = adapter()
+        options = {**QUICK, "metric": metric, "high": 3.0, "tolerance": 0.25}
+        report = bayesianize(model, "tfb", unlabelled, labels="auto", **options)
+        assert report.labels == "pseudo" and report.before.accuracy == 1.0
+        reports.append(report)
+    assert [t.change for t in reports[0].trace] == [t.change for t in reports[1].trace]
+    with pytest.raises(ValueError, match="anchors must have labels for labels='true'"):
+        bayesianize(adapter(), "tfb", unlabelled, labels="true", **QUICK)
+    # The published code divides the change by the number of anchors.
+    one = convert(adapter(), high=2.0, per_anchor=True)
+    two = convert(adapter(), high=2.0)
+    assert one.trace[0].change == pytest.approx(two.trace[0].change / 4)
+
+
+def test_grid_interpolates_between_its_points() -> None:
+    tolerance = 0.02
+    report = convert(adapter(), search="grid", low=0.1, high=6.4, max_trials=4, tolerance=tolerance)
+    assert [t.sigma for t in report.trace] == pytest.approx([0.1, 0.4, 1.6, 6.4])
+    points = [(0.0, 0.0), *((t.sigma, t.change) for t in report.trace)]
+    first = next(i for i, (_, change) in enumerate(points) if change > tolerance)
+    (x0, y0), (x1, y1) = points[first - 1], points[first]
+    assert x0 <= report.sigma < x1 and report.after is None
+    assert y0 + (y1 - y0) * (report.sigma - x0) / (x1 - x0) == pytest.approx(tolerance)
+    everything = convert(adapter(), search="grid", low=1e-4, high=2e-4, tolerance=1.0)
+    assert everything.sigma == 2e-4 and everything.at_range_end
+    assert "raise high" in str(everything)
+
+
+def test_nothing_feasible_leaves_no_noise() -> None:
+    model = adapter()
+    with pytest.warns(UserWarning, match="no sigma_q in"):
+        report = convert(model, low=50.0, high=100.0, tolerance=1e-9)
+    assert report.sigma == 0.0 and report.after is None
+    with posterior(model, "sample"):
+        draw = logits(model)
+    torch.testing.assert_close(draw, logits(model), rtol=1e-6, atol=1e-6)
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+def test_noise_is_isotropic_in_the_column_space() -> None:
+    """In the basis U the perturbation of B A has deviation sigma_q, in every direction of B."""
+    plain = adapter()
+    old = {name: p.detach().double() for name, p in plain.named_parameters() if "lora_" in name}
+    report = convert(plain, low=0.05, high=0.0500001, tolerance=100.0)
+    assert report.sigma == pytest.approx(0.05, rel=1e-3)
+    deficient = 0
+    for item in bayes_layers(plain):
+        prefix = f"base_model.model.{item.name}"
+        before = old[f"{prefix}.lora_B.default.weight"] @ old[f"{prefix}.lora_A.default.weight"]
+        b = item.layer.lora_B["default"].weight.detach().double()
+        product = b @ item.mean.detach().double()
+        assert (product - before).abs().max() < 1e-6 * before.abs().max()
+        torch.testing.assert_close(b.T @ b, torch.eye(4).double(), rtol=0, atol=1e-6)
+        u, d, _ = torch.linalg.svd(old[f"{prefix}.lora_B.default.weight"], full_matrices=False)
+        draws = torch.stack([coherent_draw(item, s, seed=s) for s in range(60)]).double()
+        noise = u.T @ (b @ draws - before)  # (60, r, in)
+        deviation = noise.std(dim=(0, 2))
+        expected = 0.05 * d / (d + 1e-6)
+        deficient += int((d < 1e-5).sum())
+        torch.testing.assert_close(deviation, expected, rtol=0.08, atol=1e-5)
+        assert (d[-1] < 1e-5) == (item.rho[-1] < 0.049)
+        assert item.rho.shape == (4, 1) and not item.rho.requires_grad
+    assert deficient == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_train_and_eval_mode_with_sampling_on_and_off(kind: str, tmp_path: Path) -> None:
+    model = adapter(kind)
+    convert(model, kind, low=0.5, high=0.500001, tolerance=100.0)
+    mean = logits(model)
+    assert torch.equal(mean, logits(model))
+    with posterior(model, "sample", n_samples=3, seed=5):
+        folded = logits(model, fold_samples({"input_ids": IDS}, 3)["input_ids"]).unflatten(
+            0, (3, 4)
+        )
+    for s in (0, 2):
+        with posterior(model, "sample", seed=5, first_sample=s):
+            torch.testing.assert_close(logits(model), folded[s], rtol=1e-4, atol=1e-4)
+    assert (folded[0] - mean).abs().max() > 1e-2
+    model.train()
+    refresh_noise(model, step=0)
+    first, second = logits(model), logits(model)
+    assert not torch.equal(first, second) and not torch.equal(first, mean)
+    with posterior(model, "mean"):
+        assert torch.equal(logits(model), mean)
+    model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path / "saved", low_cpu_mem_usage=low)
+        config = loaded.peft_config["default"]
+        assert isinstance(config, BayesLoraConfig) and config.method == "tfb"
+        assert config.sigma_q == model.peft_config["default"].sigma_q > 0
+        assert torch.equal(logits(loaded), mean)
+        with posterior(loaded, "sample", seed=5, first_sample=2):
+            torch.testing.assert_close(logits(loaded), folded[2], rtol=1e-4, atol=1e-4)
+    for which, expected in (("mean", mean), (2, folded[2])):
+        folder = export_lora(model, tmp_path / str(which), which, seed=5)
+        stock = PeftModel.from_pretrained(BASES[kind](), folder)
+        assert type(stock.peft_config["default"]) is LoraConfig
+        torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="posterior mean only"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), mean, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_in_chosen_layers_only(tmp_path: Path) -> None:
+    model = adapter()
+    chosen = ["encoder.layer.1.attention.self.value"]
+    report = convert(model, layers=chosen, low=0.5, high=0.500001, tolerance=100.0)
+    assert report.layers == 1
+    moved = [item.name for item in bayes_layers(model) if item.rho.any()]
+    assert moved == ["bert.encoder.layer.1.attention.self.value"]
+    with posterior(model, "sample", seed=1):
+        draw = logits(model)
+    assert not torch.equal(draw, logits(model))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BASES["bert"](), tmp_path)
+    assert loaded.peft_config["default"].noise_layers == chosen
+    with posterior(loaded, "sample", seed=1):
+        assert torch.equal(logits(loaded), draw)
+    by_kind = adapter()
+    assert convert(by_kind, layers=["value"]).layers == 2
+    with pytest.raises(ValueError, match=r"layers must name adapted layers, got \['dense'\]"):
+        convert(adapter(), layers=["dense"])
+
+
+# --- what can be converted -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [BlobConfig, ScalablConfig])
+def test_the_mean_of_a_bayesian_adapter(config: Any, tmp_path: Path) -> None:
+    model = adapter(config=config)
+    mean = logits(model)
+    assert kl_divergence(model) > 0
+    convert(model, low=0.5, high=0.500001, tolerance=100.0)
+    torch.testing.assert_close(logits(model), mean, rtol=1e-4, atol=1e-4)
+    names = {name.rpartition(".default")[0].rpartition(".")[2] for name in model.state_dict()}
+    assert "lora_A_sigma" in names and not names & {"lora_A_rho", "lora_log_s"}
+    assert float(kl_divergence(model)) == 0.0
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BASES["bert"](), tmp_path)
+    torch.testing.assert_close(logits(loaded), mean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tfb_adapter_can_be_searched_again() -> None:
+    model = adapter()
+    convert(model, low=0.05, high=0.0500001, tolerance=100.0)
+    shares = [item.rho.detach() / 0.05 for item in bayes_layers(model)]
+    convert(model, low=0.2, high=0.2000001, tolerance=100.0)
+    for item, share in zip(bayes_layers(model), shares, strict=True):
+        torch.testing.assert_close(item.rho, 0.2 * share, rtol=1e-3, atol=1e-7)
+
+
+def test_it_is_not_trained(tmp_path: Path) -> None:
+    model = adapter()
+    convert(model)
+    with pytest.raises(ValueError, match="method that is trained, got 'tfb'"):
+        BayesTrainer(model=model, args=arguments(tmp_path), train_dataset=[{"input_ids": IDS[0]}])
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("config", [LoraConfig, BlobConfig])
+def test_an_error_leaves_the_adapter_as_it_was(config: Any) -> None:
+    model = adapter(config=config)
+    before, mean, types = state(model), logits(model), type(model.base_model)
+    with pytest.raises(ValueError, match=r"choices=\[1, 2\]"):
+        convert(model, choices=[1, 2])
+    after = state(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert type(model.base_model) is types and torch.equal(logits(model), mean)
+    assert type(model.peft_config["default"]) is type(config(target_modules=["x"]))
+    assert model.peft_type == model.peft_config["default"].peft_type
+    assert hasattr(model.get_base_model(), "bayes_noise") == (config is BlobConfig)
+    convert(model)
+    assert isinstance(model.base_model, BayesLoraModel)
+
+
+def test_untrained_adapters_and_bad_options() -> None:
+    untrained = adapter()
+    with torch.no_grad():
+        for name, p in untrained.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+    with pytest.raises(ValueError, match="must be trained, got B = 0 in all layers"):
+        convert(untrained)
+    assert type(untrained.peft_config["default"]) is LoraConfig
+    broken = copy.deepcopy(adapter())
+    with torch.no_grad():
+        broken.base_model.model.bert.encoder.layer[0].attention.self.query.lora_A["default"].weight[
+            0, 0
+        ] = float("nan")
+    with pytest.raises(ValueError, match="must be finite"):
+        convert(broken)
+    two = adapter()
+    two.add_adapter("other", LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"must have one adapter, got \['default', 'other'\]"):
+        convert(two)
+    with pytest.raises(ValueError, match="must be a PeftModel, got BertForSequence"):
+        convert(BASES["bert"]())
+    dora = get_peft_model(BASES["bert"](), LoraConfig(target_modules=["query"], use_dora=True))
+    with pytest.raises(ValueError, match="use_dora"):
+        convert(dora)
+    merged = adapter()
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="must not be merged"):
+        convert(merged)
+    for options, message in (
+        ({"metric": "brier"}, "metric must be one of"),
+        ({"rule": "best"}, "rule must be one of"),
+        ({"low": 0.0}, "range must be 0 < low < high"),
+        ({"tolerance": -1.0}, "tolerance must not be negative"),
+        ({"n_samples": 0}, "n_samples must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(adapter(), **options)
+    with pytest.raises(ValueError, match="at least one example"):
+        bayesianize(adapter(), "tfb", [])
+    with pytest.raises(ValueError, match="data must be the anchor examples"):
+        bayesianize(adapter(), "tfb")
+    with pytest.raises(ValueError, match="method must be one of"):
+        bayesianize(adapter(), "swag", BATCHES)
+
+
+def test_anchors_may_be_a_data_set() -> None:
+    data = [{"input_ids": ids, "labels": int(y)} for ids, y in zip(IDS, LABELS, strict=True)]
+    one = convert(adapter(), high=2.0)
+    options = {**QUICK, "high": 2.0, "batch_size": 3}
+    two = bayesianize(adapter(), "tfb", data, **options)
+    assert two.anchors == 4 and two.metric == "nll"
+    assert [t.nll for t in two.trace] == pytest.approx([t.nll for t in one.trace], rel=1e-4)
