@@ -18,7 +18,8 @@ Errors are ValueError or TypeError in one line, raised before any kernel runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -384,7 +385,7 @@ RETRACTIONS = ("polar", "qr")
 
 @torch.no_grad()
 def gram(xs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Gram matrices of a list of tall matrices: x^T x for each, in one grouped launch.
+    """Gram matrices of a list of tall matrices: x^T x for each, in launches for 60 matrices each.
 
     Args:
         xs: matrices (n_i, r_i), fp32 (fp64 on the CPU); n_i >= r_i >= 1; shapes may differ. A matrix
@@ -403,7 +404,8 @@ def gram(xs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not matrices:
         return []
     if _beyond_fused(matrices):
-        return [reference.gram(x) for x in matrices]
+        with _no_autocast(matrices[0]):
+            return [reference.gram(x) for x in matrices]
     return _library.ops.tall_gram([x.contiguous() for x in matrices])
 
 
@@ -503,12 +505,14 @@ def stiefel_step_(
     if not matrices:
         return torch.empty(0, dtype=torch.int32)
     rate = _scalar(op, "lr", lr, matrices[0])
+    _check_once(op, matrices)
     if _beyond_fused(matrices):
-        stepped = [
-            x - rate.to(x.dtype) * reference.tangent_projection(x, d)
-            for x, d in zip(matrices, others, strict=True)
-        ]
-        return _retract_one_by_one(matrices, stepped, retraction)
+        with _no_autocast(matrices[0]):
+            stepped = [
+                x - rate.to(x.dtype) * reference.tangent_projection(x, d)
+                for x, d in zip(matrices, others, strict=True)
+            ]
+            return _retract_one_by_one(matrices, stepped, retraction)
     rows = [x.contiguous() for x in matrices]
     info = _library.ops.tall_stiefel_step_(rows, [d.contiguous() for d in others], rate, retraction)
     _copy_back(matrices, rows)
@@ -549,10 +553,11 @@ def landing_field(
         return []
     weight = _scalar(op, "lam", lam, matrices[0])
     if _beyond_fused(matrices):
-        return [
-            reference.landing_field(x, g, weight.to(x.dtype))
-            for x, g in zip(matrices, others, strict=True)
-        ]
+        with _no_autocast(matrices[0]):
+            return [
+                reference.landing_field(x, g, weight.to(x.dtype))
+                for x, g in zip(matrices, others, strict=True)
+            ]
     return _library.ops.tall_landing_field(
         [x.contiguous() for x in matrices], [g.contiguous() for g in others], weight
     )
@@ -585,9 +590,11 @@ def landing_step_(
     if not matrices:
         return
     rate, weight = (_scalar(op, k, v, matrices[0]) for k, v in (("lr", lr), ("lam", lam)))
+    _check_once(op, matrices)
     if _beyond_fused(matrices):
-        for x, g in zip(matrices, others, strict=True):
-            x.copy_(reference.landing_step(x, g, rate.to(x.dtype), weight.to(x.dtype)))
+        with _no_autocast(matrices[0]):
+            for x, g in zip(matrices, others, strict=True):
+                x.copy_(reference.landing_step(x, g, rate.to(x.dtype), weight.to(x.dtype)))
         return
     rows = [x.contiguous() for x in matrices]
     _library.ops.tall_landing_step_(rows, [g.contiguous() for g in others], rate, weight)
@@ -624,11 +631,12 @@ def kron_accumulate_(
     triples = _check_curvature(op, factors, rows, masks, square=True)
     with torch.no_grad():
         for factor, x, mask in triples:
-            x = reference.valid_rows(x.to(factor.dtype), mask)
-            if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-                factor.mul_(beta).add_((x.T @ x).mul_(alpha))
-            else:
-                factor.addmm_(x.T, x, beta=beta, alpha=alpha)
+            with _no_autocast(factor):
+                x = reference.valid_rows(x.to(factor.dtype), mask)
+                if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+                    factor.mul_(beta).add_((x.T @ x).mul_(alpha))
+                else:
+                    factor.addmm_(x.T, x, beta=beta, alpha=alpha)
 
 
 def low_rank_update_(
@@ -658,7 +666,7 @@ def low_rank_update_(
         ValueError, TypeError: lists, shapes, dtypes or devices do not fit.
 
     Cost: O(d (k + b)^2) for each block of b rows, and an eigendecomposition of a (k + b)-sided matrix in
-    fp64. On a GPU three launches for a block of rows of the whole list; on the CPU a factor is one
+    fp64. On a GPU three launches for every 60 factors and 32 rows; on the CPU a factor is one
     thread's work. Same inputs, same bits for any number of threads.
 
     Source: Yang et al., "Bayesian Low-rank Adaptation for Large Language Models", arXiv 2308.13111,
@@ -666,6 +674,8 @@ def low_rank_update_(
     """
     op = "low_rank_update_"
     triples = _check_curvature(op, factors, rows, masks, square=False)
+    for factor, _, _ in triples:
+        _library.require_device(op, factor)
     fused: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     with torch.no_grad():
         for factor, x, mask in triples:
@@ -680,7 +690,6 @@ def low_rank_update_(
             else:
                 fused.setdefault((factor.device, factor.dtype), []).append((factor, x))
         for members in fused.values():
-            _library.require_device(op, members[0][0])
             matrices = [factor for factor, _ in members]
             contiguous = [factor.contiguous() for factor in matrices]
             _library.ops.low_rank_update_(contiguous, [x for _, x in members])
@@ -693,10 +702,11 @@ def low_rank_update_(
 def _low_rank_update(factor: Tensor, rows: Tensor) -> None:
     """The path of ranks above 96, and of fp64 on a GPU: PyTorch's products and eigensolver."""
     k = factor.shape[1]
-    for x in rows.split(_FACTOR_ROWS):
-        h = torch.cat([factor.T, x])  # transposed, so that both products read rows of length d
-        vectors = torch.linalg.eigh((h @ h.T).double()).eigenvectors
-        factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).T)
+    with _no_autocast(factor):
+        for x in rows.split(_FACTOR_ROWS):
+            h = torch.cat([factor.T, x])  # transposed, so that both products read rows of length d
+            vectors = torch.linalg.eigh((h @ h.T).double()).eigenvectors
+            factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).T)
 
 
 def _check_curvature(
@@ -1210,7 +1220,7 @@ def _tall_partners(
 
 
 def _scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A 0-dim fp64 tensor on the device of `like`; no copy from host memory."""
+    """A 0-dim fp64 tensor on the device of `like`; a number needs no copy from host memory."""
     if not isinstance(value, Tensor):
         return torch.full((), float(value), dtype=torch.float64, device=like.device)
     if value.numel() != 1 or not value.is_floating_point():
@@ -1226,9 +1236,36 @@ def _beyond_fused(matrices: list[Tensor]) -> bool:
 
 
 def _copy_back(matrices: list[Tensor], rows: list[Tensor]) -> None:
-    for x, row_major in zip(matrices, rows, strict=True):
-        if not x.is_contiguous():
+    """Finish an in-place op on row-major copies: autograd learns of those that were no copies."""
+    pairs = list(zip(matrices, rows, strict=True))
+    torch.autograd.graph.increment_version([x for x, row_major in pairs if x is row_major])
+    for x, row_major in pairs:
+        if x is not row_major:
             x.copy_(row_major)
+
+
+def _check_once(op: str, matrices: list[Tensor]) -> None:
+    """Refuses a matrix that comes twice, also where copies would hide it from the op."""
+    if torch.compiler.is_compiling():
+        return
+    if len({x.data_ptr() for x in matrices}) < len(matrices):
+        raise ValueError(f"{op}: xs must not overlap in memory; pass each matrix once")
+
+
+def _no_autocast(t: Tensor) -> torch.autocast:
+    """Products of fp32 operands stay fp32 products."""
+    return torch.autocast(t.device.type, enabled=False)
+
+
+def _outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Products of a backward pass that is run within autocast stay in the dtype of their operands."""
+
+    @wraps(backward)
+    def run(ctx: Any, first: Tensor, *rest: Tensor) -> Any:
+        with _no_autocast(first):
+            return backward(ctx, first, *rest)
+
+    return run
 
 
 def _retract(
@@ -1241,9 +1278,11 @@ def _retract(
     added = [] if steps is None else _tall_partners(op, "steps", steps, matrices)
     if not matrices:
         return torch.empty(0, dtype=torch.int32)
+    _check_once(op, matrices)
     if _beyond_fused(matrices):
-        sums = [x + s for x, s in zip(matrices, added, strict=True)] if added else matrices
-        return _retract_one_by_one(matrices, sums, retraction)
+        with _no_autocast(matrices[0]):
+            sums = [x + s for x, s in zip(matrices, added, strict=True)] if added else matrices
+            return _retract_one_by_one(matrices, sums, retraction)
     rows = [x.contiguous() for x in matrices]
     info = _library.ops.tall_retract_(rows, [s.contiguous() for s in added], retraction)
     _copy_back(matrices, rows)
@@ -1381,6 +1420,10 @@ def mc_predict(
     with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
         acc = _acc(mean)
         mean, cov = mean.detach().to(acc), cov.detach().to(acc)
+        if method != "mc":
+            variances = _variances(cov)
+            proper = ((variances >= 0) & (variances < math.inf)).all(-1, keepdim=True)
+            mean = torch.where(proper, mean, math.nan)
         if method == "quadrature":
             return _quadrature(op, mean, cov)
         if method == "probit":
@@ -1640,7 +1683,7 @@ def _predict_by_example(
 
 def _entropy(log_probs: Tensor) -> Tensor:
     p = log_probs.exp()
-    return -torch.where(p > 0, p * log_probs, 0.0).sum(-1)
+    return -torch.where(p == 0, 0.0, p * log_probs).sum(-1)  # NaN stays NaN
 
 
 def _variances(cov: Tensor) -> Tensor:
@@ -1670,7 +1713,7 @@ def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     def binary(z: Tensor) -> Tensor:  # entropy of a coin with logit z
         magnitude = z.abs()
         e = (-magnitude).exp()
-        return e.log1p() + magnitude * e / (1 + e)
+        return e.log1p() + torch.where(e > 0, magnitude * e / (1 + e), 0.0)
 
     narrow = torch.stack(
         [torch.logsumexp(log_weights + F.logsigmoid(s * z), 1) for s in (-1, 1)], 1
@@ -1741,6 +1784,7 @@ class _TriangularForm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_outside_autocast
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         phi, lower = ctx.saved_tensors
         dphi = torch.zeros_like(phi) if ctx.needs_input_grad[0] else None

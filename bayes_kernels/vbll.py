@@ -47,7 +47,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -56,6 +55,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import functional, random
+from .functional import _no_autocast, _outside_autocast
 from .random import check_key
 
 COVARIANCES = ("dense", "diagonal", "low_rank")
@@ -63,21 +63,6 @@ INITS = ("vbll", "prior")
 BOUNDS = ("jensen", "mc")
 MIN_VARIANCE = 1e-12
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def _outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Products of a backward pass that is run within autocast stay in the dtype of their operands."""
-
-    @wraps(backward)
-    def run(ctx: Any, first: Tensor, *rest: Tensor) -> Any:
-        with _no_autocast(first):
-            return backward(ctx, first, *rest)
-
-    return run
-
-
-def _no_autocast(t: Tensor) -> torch.autocast:
-    return torch.autocast(t.device.type, enabled=False)
 
 
 # --- packed triangles --------------------------------------------------------------------------

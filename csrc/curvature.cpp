@@ -50,6 +50,11 @@ void low_rank_update_(std::vector<Tensor> factors, std::vector<Tensor> rows) {
     items.push_back(
         LowRankItem{factor.data_ptr(), x.data_ptr(), factor.size(0), factor.size(1), x.size(0)});
   }
+  std::vector<ByteRange> written, read;
+  const int64_t size = type == ScalarType::Double ? 8 : 4;
+  for (const Tensor& factor : factors) written.push_back(byte_range(factor, size));
+  for (const Tensor& x : rows) read.push_back(byte_range(x, size));
+  check_disjoint(op, written, read, /*same_ok=*/false);
   LowRankParams params{items.data(), static_cast<int64_t>(items.size()), type == ScalarType::Double,
                        nullptr};
   if (items.empty()) return;

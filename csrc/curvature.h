@@ -1,6 +1,7 @@
 // Curvature family: rank-k factors of growing sums of outer products. Torch-free.
 //
-// For each block of at most kBlockRows rows: H = [factor, rows^T]; the Gram matrix H^T H in fp64;
+// For each block of at most kBlockRows rows: H = [factor, rows^T]; the Gram matrix H^T H,
+// of which partial sums are fp32 and their sum is fp64;
 // its eigenvectors of the k largest eigenvalues (core/small_linalg.h); factor <- H V_k, in place.
 #pragma once
 

@@ -1,8 +1,6 @@
 // Host side of the tall family, shared by all devices: checks, allocation, launch.
 #include "tall.h"
 
-#include <algorithm>
-
 #include "torch_stable.h"
 
 namespace bayes_kernels {
@@ -60,17 +58,11 @@ void check_list(const char* op, const std::vector<Tensor>& xs, const std::vector
     out->items.push_back(item);
   }
   if (in_place) {
-    // A matrix that comes twice would be written by two blocks at once.
-    std::vector<std::pair<const char*, const char*>> ranges;
+    std::vector<ByteRange> written, read;
     const int64_t size = type == ScalarType::Double ? 8 : 4;
-    for (const TallItem& item : out->items) {
-      const char* start = static_cast<const char*>(item.x);
-      ranges.emplace_back(start, start + item.n * item.r * size);
-    }
-    std::sort(ranges.begin(), ranges.end());
-    for (size_t i = 1; i < ranges.size(); ++i)
-      BK_CHECK(ranges[i].first >= ranges[i - 1].second, op,
-               ": matrices must not overlap in memory; pass each of them once");
+    for (const Tensor& x : xs) written.push_back(byte_range(x, size));
+    for (const Tensor& d : ds) read.push_back(byte_range(d, size));
+    check_disjoint(op, written, read, /*same_ok=*/true);
   }
   out->params.items = out->items.data();
   out->params.n_items = static_cast<int64_t>(out->items.size());

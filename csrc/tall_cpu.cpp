@@ -6,6 +6,8 @@
 // the next is begun, so that the second pass finds it in the cache.
 #include "tall.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <type_traits>
 
@@ -342,14 +344,10 @@ int32_t retract(const TallParams& p, const TallItem& item, bool with_d, const Sc
     take_block(scratch, width, 0, ld, r, ld, scratch.k);
     take_block(scratch, width, ld, ld, r, ld, scratch.dd);
     stiefel_gram<OneThread>(scratch.s, scratch.k, scratch.dd, lr, scratch.a, g, work, r, ld);
-    double parts = 0, sum = 0;
-    for (int i = 0; i < r; ++i) {
-      parts += lr * lr * scratch.dd[i * ld + i];
-      sum += g[i * ld + i];
-    }
-    cancelled = 1 + parts / sum;
+    cancelled = cancellation(g, scratch.dd, lr, r, ld);
   }
   RetractState state = first_factor<OneThread>(p.retraction, g, scratch.p, work, numbers, r, ld);
+  refine_if_cancelled(cancelled, &state);
   const double *a = scratch.p, *b = nullptr;
   for (int again = 0;; ++again) {
     if (step && state.info < kRankDeficient) {
@@ -367,7 +365,11 @@ int32_t retract(const TallParams& p, const TallItem& item, bool with_d, const Sc
   }
   *spread = state.spread;
   if (state.info >= kRankDeficient) return state.info;
-  const bool single = state.spread * cancelled <= kSinglePrecisionSpread;
+  double most = 0;  // fp32 coefficients of matrices far from unit size would overflow
+  for (int i = 0; i < r; ++i)
+    for (int j = 0; j < r; ++j) most = std::max(most, std::fabs(scratch.p[i * ld + j]));
+  const bool single =
+      state.spread * cancelled <= kSinglePrecisionSpread && most > 1e-30 && most < 1e30;
   combine<T>(from, a, b, single, static_cast<T*>(item.x), scratch);
   return state.info;
 }

@@ -334,15 +334,19 @@ __global__ void __launch_bounds__(kThreads) solve_kernel(SolveArguments s) {
                                     region + g.second, r, ld);
     return;
   }
+  double cancelled = 1;
   if (s.op == TallOp::kStiefelStep) {
     double *k = free, *dd = free + matrix, *work = free + 2 * matrix;
     add_partials(item, s.op, 1, false, k, ld);
     add_partials(item, s.op, 2, true, dd, ld);
     stiefel_gram<BlockTeam>(gram, k, dd, *s.lr, region + g.a, gram, work, r, ld);
+    cancelled = cancellation(gram, dd, *s.lr, r, ld);
+    BlockTeam::sync();  // dd is room to work in for what follows
   }
   double* p = free;
-  const RetractState state =
+  RetractState state =
       first_factor<BlockTeam>(s.retraction, gram, p, free + matrix, numbers, r, ld);
+  refine_if_cancelled(cancelled, &state);
   if (state.info < kRankDeficient) {
     copy_matrix(p, region + g.p, r, ld);
     retraction_coefficients(s, g, region, r, ld);

@@ -2,6 +2,8 @@
 // team of threads (core/small_linalg.h), the same source for all devices.
 #pragma once
 
+#include <cmath>
+
 #include "core/small_linalg.h"
 #include "tall.h"
 
@@ -31,8 +33,8 @@ enum class Factor : int { kResolved, kShifted, kNotFinite, kZero };
 // kShifted. g is used up; pivots of at most `least` count as zero. work: 4 matrices of r * ld;
 // numbers: kSolveNumbers.
 template <class Team>
-BK_HD Factor factor_gram(Retraction retraction, double* g, double* p, double* work, double* numbers,
-                         int r, int ld, double least, double* spread) {
+BK_HD_LARGE Factor factor_gram(Retraction retraction, double* g, double* p, double* work,
+                               double* numbers, int r, int ld, double least, double* spread) {
   double trace = 0, check = 0;
   for (int i = 0; i < r; ++i) {
     trace += g[i * ld + i];
@@ -100,8 +102,8 @@ struct RetractState {
 
 // After the first Gram matrix of t: p and what is to be done.
 template <class Team>
-BK_HD RetractState first_factor(Retraction retraction, double* g, double* p, double* work,
-                                double* numbers, int r, int ld) {
+BK_HD_LARGE RetractState first_factor(Retraction retraction, double* g, double* p, double* work,
+                                      double* numbers, int r, int ld) {
   RetractState state{kRetracted, 0, 1.0};
   switch (factor_gram<Team>(retraction, g, p, work, numbers, r, ld, 0.0, &state.spread)) {
     case Factor::kNotFinite:
@@ -121,11 +123,29 @@ BK_HD RetractState first_factor(Retraction retraction, double* g, double* p, dou
   return state;
 }
 
+// Of the Gram matrix g of a Stiefel step: squared size of what is added up over that of the sum.
+BK_HD double cancellation(const double* g, const double* dd, double lr, int r, int ld) {
+  double parts = 0, sum = 0;
+  for (int i = 0; i < r; ++i) {
+    parts += lr * lr * dd[i * ld + i];
+    sum += g[i * ld + i];
+  }
+  return 1 + parts / fabs(sum);
+}
+
+// A Gram matrix that is the small difference of large ones has lost digits, which the spread of its
+// eigenvalues does not show: a step 1e5 times the size of x left a defect of 5e-5.
+BK_HD void refine_if_cancelled(double cancelled, RetractState* state) {
+  if (state->info >= kRankDeficient || !(cancelled > kRefineSpread)) return;
+  state->more = 1;
+  if (state->info == kRetracted) state->info = kRefined;
+}
+
 // After the Gram matrix g of t p: p <- p times its factor. next: one matrix; work: 4, of which
 // p may not be a part.
 template <class Team>
-BK_HD void next_factor(Retraction retraction, double* g, double* p, double* next, double* work,
-                       double* numbers, int r, int ld, RetractState* state) {
+BK_HD_LARGE void next_factor(Retraction retraction, double* g, double* p, double* next,
+                             double* work, double* numbers, int r, int ld, RetractState* state) {
   double spread;
   // The columns of t p are at most of unit length: what is left of one may be rounding errors.
   const Factor factor =

@@ -8,10 +8,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/portable.h"
@@ -124,6 +126,32 @@ void parallel_for(int64_t end, int64_t grain, const F& body) {
     return;
   }
   torch::stable::parallel_for(0, end, grain, body);
+}
+
+using ByteRange = std::pair<const char*, const char*>;
+
+inline ByteRange byte_range(const Tensor& t, int64_t item_size) {
+  const char* start = static_cast<const char*>(t.data_ptr());
+  return {start, start + t.numel() * item_size};
+}
+
+// No two of `written` may overlap, as two blocks would write them at once, and none of `read` may
+// overlap one of them, except, where `same_ok`, its own one, exactly.
+inline void check_disjoint(const char* op, const std::vector<ByteRange>& written,
+                           const std::vector<ByteRange>& read, bool same_ok) {
+  std::vector<ByteRange> sorted = written;
+  std::sort(sorted.begin(), sorted.end());
+  for (size_t i = 1; i < sorted.size(); ++i)
+    BK_CHECK(sorted[i].first >= sorted[i - 1].second, op,
+             ": matrices must not overlap in memory; pass each of them once");
+  for (size_t i = 0; i < read.size(); ++i) {
+    if (same_ok && read[i] == written[i]) continue;
+    auto w =
+        std::upper_bound(sorted.begin(), sorted.end(), read[i],
+                         [](const ByteRange& a, const ByteRange& b) { return a.first < b.second; });
+    BK_CHECK(w == sorted.end() || w->first >= read[i].second, op,
+             ": an input must not overlap a matrix that is changed; clone it");
+  }
 }
 
 // Device guard that does nothing for CPU tensors.

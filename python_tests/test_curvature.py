@@ -46,6 +46,20 @@ def test_low_rank_update_is_the_truncated_svd(device, d: int, k: int, rows: int)
     assert bool((gram.diagonal().diff() <= 1e-6 * scale).all())
 
 
+def test_memory_that_overlaps_is_refused(device):
+    factor = torch.zeros(8, 2, device=device.torch)
+    x = torch.ones(3, 8, device=device.torch)
+    with pytest.raises(RuntimeError, match="must not overlap in memory"):
+        low_rank_update_([factor, factor], [x, x])
+
+
+def test_accumulation_is_exact_under_autocast():
+    factor, x = torch.zeros(6, 6), decaying(20, 6).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        kron_accumulate_(factor, x, alpha=torch.tensor(0.5), beta=torch.tensor(1.0))
+    torch.testing.assert_close(factor, 0.5 * x.T @ x)
+
+
 def test_fp64_agrees_to_rounding():
     factor = torch.zeros(50, 7, dtype=torch.float64)
     truth = factor.clone()

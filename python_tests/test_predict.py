@@ -532,3 +532,11 @@ def test_errors(mean, cov, options, text):
 def test_linear_errors(scale, options, text):
     with pytest.raises((ValueError, TypeError), match=f"linear_logits: .*{text}"):
         linear_logits(torch.zeros(3, 7), torch.zeros(4, 7), scale, **options)
+
+
+@pytest.mark.parametrize("method", ["quadrature", "probit", "bridge"])
+def test_improper_variances_are_nan_in_their_example_only(method: str):
+    variances = torch.tensor([[-0.5, 1.0], [0.5, 1.0]])
+    log_probs, entropy, _ = mc_predict(torch.zeros(2, 2), variances, method=method)[:3]
+    assert log_probs[0].isnan().all() and entropy[0].isnan()
+    assert log_probs[1].isfinite().all() and entropy[1].isfinite()

@@ -396,10 +396,49 @@ def test_rank_above_64_takes_pytorch(kind: str):
 
 def test_no_gradient_and_parameters_change_in_place():
     x = torch.nn.Parameter(with_condition(9, 3, 2.0))
+    loss = (x**2).sum()
     F.polar_retract_([x])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     assert x.requires_grad and x.grad_fn is None and defect(x.detach()) < 1e-6
     assert not F.gram([x])[0].requires_grad
     assert not F.landing_field([x], [torch.ones(9, 3)], 0.1)[0].requires_grad
+
+
+def test_memory_that_overlaps_is_refused(device):
+    a, b = (with_condition(9, 3, 2.0).to(device.torch) for _ in range(2))
+    with pytest.raises(RuntimeError, match="must not overlap a matrix that is changed"):
+        F.polar_retract_([a, b], [b, a])
+    wide = with_condition(9, 3, 2.0).T.contiguous().to(device.torch)
+    with pytest.raises(ValueError, match="pass each matrix once"):
+        F.polar_retract_([wide.T, wide.T])
+    F.polar_retract_([a], [a])  # the step may be the matrix itself
+    assert defect(a) < 1e-6
+
+
+def test_huge_steps_are_retracted_exactly_all_the_same(device):
+    """The Gram matrix of x - lr d is then a small difference of large numbers."""
+    x = with_condition(40, 4, 1.0)
+    symmetric = torch.arange(16.0).reshape(4, 4)
+    direction = 1e4 * x @ (symmetric + symmetric.T)  # normal to the manifold: the step is nothing
+    x, direction = x.to(device.torch), direction.to(device.torch)
+    info = F.stiefel_step_([x], [direction], 1.0)
+    assert int(info[0]) == 1 and defect(x) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e37])
+def test_matrices_far_from_unit_size(device, scale: float):
+    x = (with_condition(40, 4, 1.5).double() * scale).float().to(device.torch)
+    F.polar_retract_([x])
+    assert defect(x) < 1e-5
+
+
+def test_ranks_beyond_the_kernels_are_exact_under_autocast():
+    x = with_condition(90, 70, 1.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.gram([x])[0].dtype == torch.float32
+        F.polar_retract_([x])
+    assert defect(x) < 1e-4
 
 
 def test_compile_in_one_graph():

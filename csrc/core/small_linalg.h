@@ -80,8 +80,8 @@ BK_HD void pair_products(const double* p, const double* q, int n, double* pp, do
 
 // (sum of squares of a - shift I, trace of a)
 template <class Team>
-BK_HD void square_sum(const double* a, int r, int ld, double shift, double* squares,
-                      double* trace) {
+BK_HD_LARGE void square_sum(const double* a, int r, int ld, double shift, double* squares,
+                            double* trace) {
   double s = 0, t = 0;
   for (int i = 0; i < r; ++i) {
     for (int j = Team::lane(); j < r; j += Team::lanes()) {
@@ -96,7 +96,7 @@ BK_HD void square_sum(const double* a, int r, int ld, double shift, double* squa
 
 // c = a b; c is neither a nor b. On the host ld is a multiple of 8, and rows are filled to ld.
 template <class Team>
-BK_HD void multiply(const double* a, const double* b, double* c, int r, int ld) {
+BK_HD_LARGE void multiply(const double* a, const double* b, double* c, int r, int ld) {
 #if defined(BK_SMALL_VECTORS)
   for (int i = 0; i < r; i += 4) {
     const double* row[4];  // behind the last row: the last once more, not stored
@@ -141,8 +141,8 @@ BK_HD void multiply(const double* a, const double* b, double* c, int r, int ld) 
 // tell. True and root = s^(-1/2), *spread = that factor; false, and root is undefined, where not.
 // work: 3 matrices of r * ld; none of them may be s. Higham, Functions of Matrices, chapter 6.
 template <class Team>
-BK_HD bool inverse_root_near_identity(const double* s, double* root, double* work, int r, int ld,
-                                      double limit, double* spread) {
+BK_HD_LARGE bool inverse_root_near_identity(const double* s, double* root, double* work, int r,
+                                            int ld, double limit, double* spread) {
   double squares, trace;
   square_sum<Team>(s, r, ld, 0.0, &squares, &trace);
   if (!(trace > 0)) return false;
@@ -205,8 +205,8 @@ BK_HD bool inverse_root_near_identity(const double* s, double* root, double* wor
 // Cholesky factor s = u^T u, u upper triangular with positive diagonal; s and u may be the same. A
 // pivot of at most max(tolerance * s[j][j], least) counts as zero: then false, and u is undefined.
 template <class Team>
-BK_HD bool cholesky(const double* s, double* u, double* diagonal, int r, int ld, double tolerance,
-                    double least) {
+BK_HD_LARGE bool cholesky(const double* s, double* u, double* diagonal, int r, int ld,
+                          double tolerance, double least) {
   for (int i = Team::thread(); i < r; i += Team::threads()) diagonal[i] = s[i * ld + i];
   if (u != s)
     for (int i = 0; i < r; ++i)
@@ -232,7 +232,7 @@ BK_HD bool cholesky(const double* s, double* u, double* diagonal, int r, int ld,
 
 // x = u^(-1) for an upper triangular u; x is not u.
 template <class Team>
-BK_HD void invert_upper(const double* u, double* x, int r, int ld) {
+BK_HD_LARGE void invert_upper(const double* u, double* x, int r, int ld) {
   for (int i = 0; i < r; ++i)
     for (int j = Team::thread(); j < r; j += Team::threads()) x[i * ld + j] = i == j ? 1.0 : 0.0;
   Team::sync();
@@ -255,7 +255,8 @@ BK_HD void invert_upper(const double* u, double* x, int r, int ld) {
 // order; w is used up. flags: groups() numbers. Returns the number of sweeps. Small eigenvalues
 // keep an absolute error of a few ulp of the largest. Hestenes 1958; Brent and Luk 1985.
 template <class Team>
-BK_HD int symmetric_eigen(double* w, double* v, double* values, double* flags, int r, int ld) {
+BK_HD_LARGE int symmetric_eigen(double* w, double* v, double* values, double* flags, int r,
+                                int ld) {
   constexpr int kSweeps = 40;
   for (int i = 0; i < r; ++i)
     for (int j = Team::thread(); j < r; j += Team::threads()) v[i * ld + j] = i == j ? 1.0 : 0.0;
@@ -313,7 +314,7 @@ BK_HD int symmetric_eigen(double* w, double* v, double* values, double* flags, i
 
 // out = v^T diag(weights) v for the eigenvectors in the rows of v; out is not v.
 template <class Team>
-BK_HD void compose(const double* v, const double* weights, double* out, int r, int ld) {
+BK_HD_LARGE void compose(const double* v, const double* weights, double* out, int r, int ld) {
   for (int i = Team::group(); i < r; i += Team::groups()) {
     for (int j = Team::lane(); j < r; j += Team::lanes()) out[i * ld + j] = 0;
     for (int k = 0; k < r; ++k) {
