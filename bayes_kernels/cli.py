@@ -127,7 +127,7 @@ def info(debug: Debug = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     train_size: Annotated[int, typer.Option(min=1, help="Training examples.")] = 400,
     test_size: TestSize = 400,
@@ -482,13 +482,18 @@ def bayesianize(
     options = {key: value for key, value in options.items() if value is not None}
     recipe = dataclasses.replace(
         one.recipe,
-        n_samples=n_samples or one.recipe.n_samples,
+        n_samples=one.recipe.n_samples if n_samples is None else n_samples,
         convert={**options, **(_pairs(convert, "--convert") or {})},
     )
     before = one.method
     one = dataclasses.replace(
-        one, source=source, recipe=recipe, seed=one.seed if seed is None else seed
+        one,
+        source=source,
+        method=method,
+        recipe=recipe,
+        seed=one.seed if seed is None else seed,
     )
+    training.conversion_options(one)
     folder = out or Path(f"{adapter.rstrip('/')}-{method}")
     _check_out(folder, overwrite)
     with _status(f"reading {source.data}"):
@@ -506,12 +511,13 @@ def bayesianize(
     rows = scoring.evaluate_model(
         loaded, encoder, task, method=before, n_samples=0, label="before", **scores
     )
-    one = dataclasses.replace(one, method=method)
     report = training.convert_model(one, loaded, encoder)
-    draws = recipe.n_samples or METHODS[method].n_samples
-    rows += scoring.evaluate_model(
+    draws = one.n_samples
+    after = scoring.evaluate_model(
         loaded, encoder, task, method=method, n_samples=draws, label="after", **scores
-    )[1:]
+    )[-1]
+    # Rows of one name would be taken for seeds of one method.
+    rows = [*(row for row in rows if row.name != after.name), after]
     _prepare_out(folder, overwrite)
     training.save_adapter(loaded, one, task, encoder, folder)
     if plots:

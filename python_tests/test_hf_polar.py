@@ -32,6 +32,7 @@ from bayes_kernels.hf import (  # noqa: E402
     kl_divergence,
     laplace_refine,
     parameter_groups,
+    posterior,
     predict,
     predict_dataset,
     stiefel_error,
@@ -208,6 +209,15 @@ def test_merging(make: Any, config: Any) -> None:
         merged = model.merge_and_unload()
     assert not any("lora" in name or "log_scale" in name for name in merged.state_dict())
     torch.testing.assert_close(logits(merged), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_keeps_the_dtype_of_the_base() -> None:
+    model = fill(wrap(llama_base(torch.bfloat16), PolarVbllConfig))
+    mean = logits(model)
+    with pytest.warns(UserWarning, match="posterior mean only"):
+        merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(merged).float(), mean.float(), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +418,17 @@ def test_one_pass_serves_any_number_of_draws() -> None:
     assert torch.equal(again.log_probs, result.log_probs)
     other = predict(model, BATCH, n_samples=1000, seed=4)
     assert not torch.equal(other.log_probs, result.log_probs)
-    # Against draws that are written out.
+    # The draws that are written out are those that were averaged.
+    few = predict(model, BATCH, n_samples=37, seed=3)
+    same = predict(model, BATCH, n_samples=37, seed=3, return_samples=True)
+    draws = same.sample_log_probs
+    assert draws is not None and torch.equal(same.log_probs, few.log_probs)
+    assert torch.equal(same.expected_entropy, few.expected_entropy)
+    mean_of_draws = draws.logsumexp(0) - torch.tensor(37.0).double().log()
+    torch.testing.assert_close(mean_of_draws, few.log_probs, rtol=0, atol=1e-5)
+    entropy = -(draws.exp() * draws).sum(-1).mean(0)
+    torch.testing.assert_close(entropy, few.expected_entropy, rtol=0, atol=1e-5)
+    # And they agree with those of another seed.
     kept = predict(model, BATCH, n_samples=4000, seed=0, return_samples=True)
     assert kept.sample_log_probs is not None and kept.sample_log_probs.shape == (4000, 8, 3)
     torch.testing.assert_close(kept.probs, result.probs, rtol=0, atol=0.03)
@@ -438,11 +458,14 @@ def test_calibration(tmp_path: Path) -> None:
     torch.testing.assert_close(kl_divergence(loaded), kl)  # the prior is saved too
     with pytest.raises(ValueError, match="logit_variance must be positive"):
         calibrate_head(model, BATCH, logit_variance=0.0)
+    for known in (model, loaded, wrap(bert_base(), PolarVbllConfig, head_prior_scale=2.0)):
+        with pytest.raises(ValueError, match="the head must be new, got head_prior_scale="):
+            calibrate_head(known, BATCH)
 
 
 @pytest.mark.parametrize("method", ["cholesky", "subspace"])
 def test_laplace_refinement(method: str, tmp_path: Path) -> None:
-    model = fill(wrap(bert_base(), PolarVbllConfig))
+    model = fill(wrap(bert_base(), PolarVbllConfig, head_prior_scale=0.4))
     before = class_logits(model, BATCH)
     batches = [BATCH, {"input_ids": IDS[8:16]}]
     report = laplace_refine(model, batches, method=method)
@@ -454,14 +477,28 @@ def test_laplace_refinement(method: str, tmp_path: Path) -> None:
     p = logits(model, IDS[:16]).double().softmax(1)
     for c in range(3):
         weighted = phi * (p * (1 - p))[:, c, None]
-        hessian = phi.T @ weighted + torch.eye(32).double() * 32 / 2
+        hessian = phi.T @ weighted + torch.eye(32).double() * 32 / 0.8
         want = (phi[:8] @ torch.linalg.inv(hessian) * phi[:8]).sum(1)
         torch.testing.assert_close(variance[:, c].double(), want, rtol=1e-4, atol=1e-8)
     with pytest.raises(RuntimeError, match="covariances are the Laplace ones"):
         variational_loss(model, BATCH, n_train=32)
+    with pytest.raises(ValueError, match="the head must be new, got one with Laplace"):
+        calibrate_head(model, BATCH)
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(bert_base(), str(tmp_path)).eval()
     assert torch.equal(class_logits(loaded, BATCH)[1], variance)
+    # Beside another adapter, whose prior is another and whose head is not refined.
+    beside = wrap(bert_base(), PolarVbllConfig)
+    beside.load_adapter(str(tmp_path), "second")
+    beside.set_adapter("second")
+    for mine, other in zip(class_logits(beside, BATCH), (mean, variance), strict=True):
+        assert torch.equal(mine, other)
+    alone, second = find_head(loaded), find_head(beside)
+    assert alone is not None and second is not None and second.refined
+    assert second.prior_variance == alone.prior_variance == pytest.approx(0.8 / 32)
+    beside.set_adapter("default")
+    first = find_head(beside)
+    assert first is not None and not first.refined and first.prior_variance == 2 / 32
     discard_laplace(loaded)
     assert torch.equal(class_logits(loaded, BATCH)[1], before[1])
     loaded.save_pretrained(str(tmp_path / "again"))
@@ -655,7 +692,8 @@ def test_parameter_groups() -> None:
         (g.get("stiefel"), g.get("lr"), g.get("weight_decay"), len(g["params"])) for g in groups
     ]
     assert flags == [(True, None, None, 8), (None, 0.5, None, 3), (None, None, 0.1, 4)]
-    assert groups[0]["penalty"] == 0.25
+    assert groups[0]["penalty"] == 0.25 and groups[0]["eps"] == 1e-6
+    assert "eps" not in parameter_groups(wrap(bert_base(), stiefel="qr"))[0]
     every = sum(len(g["params"]) for g in groups)
     assert every == sum(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="must have an active PoLAR adapter"):
@@ -689,9 +727,23 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
             args=arguments(tmp_path, gradient_accumulation_steps=2),
             train_dataset=DATA,
         )
-    with pytest.raises(ValueError, match="PoLAR adapters need optim='adamw_torch'"):
-        fit(wrap(bert_base()), tmp_path, optim="sgd")
+    for optim in ("sgd", "adamw_torch_8bit"):
+        with pytest.raises(ValueError, match="PoLAR adapters need optim='adamw_torch'"):
+            fit(wrap(bert_base()), tmp_path, optim=optim)
+    headed = wrap(bert_base(), PolarVbllConfig, head_prior_scale=1.0)
+    with pytest.raises(ValueError, match="label_smoothing_factor must not be given"):
+        BayesTrainer(model=headed, args=arguments(tmp_path, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match="compute_loss_func must not be given"):
+        BayesTrainer(model=headed, args=arguments(tmp_path), compute_loss_func=lambda *_: 0)
+    with pytest.warns(UserWarning, match="call calibrate_head"):
+        BayesTrainer(model=wrap(bert_base(), PolarVbllConfig), args=arguments(tmp_path))
     plain = wrap(bert_base())
+    for pointwise in (plain, headed):
+        with pytest.raises(ValueError, match="weights have no draws"), posterior(pointwise):
+            pass
+    with pytest.raises(ValueError, match="n_samples must be 0 for adapters without a posterior"):
+        predict(plain, BATCH)
+    assert predict(plain, BATCH, n_samples=0).probs.shape == (8, 3)
     with pytest.raises(ValueError, match="must have an active variational last layer"):
         variational_loss(plain, BATCH, n_train=3)
     with pytest.raises(ValueError, match="batch must have labels"):
@@ -703,6 +755,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 # --- The command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:BayesTrainer. head_prior_scale")  # calibrated before
 @pytest.mark.parametrize("method", ["polar", "polar-vbll"])
 def test_command_line(method: str, tmp_path: Path) -> None:
     pytest.importorskip("typer")

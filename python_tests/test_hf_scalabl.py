@@ -139,6 +139,15 @@ def test_parameters_and_their_first_values(covariance: str) -> None:
     assert layers[0].tensor("lora_log_s").dtype == torch.float32
 
 
+def test_rows_are_orthonormal_on_a_half_precision_base() -> None:
+    base = bert_base().to(torch.bfloat16)
+    model = get_peft_model(base, ScalablConfig(r=4, target_modules=TARGETS["bert"]))
+    for item in bayes_layers(model):
+        assert item.mean.dtype == item.layer.lora_B["default"].weight.dtype == torch.float32
+        torch.testing.assert_close(item.mean @ item.mean.T, torch.eye(4), rtol=0, atol=1e-6)
+    assert logits(model).isfinite().all()
+
+
 def test_plain_lora_becomes_the_mean(tmp_path: Path) -> None:
     plain = new(config=LoraConfig)
     with torch.no_grad():

@@ -179,6 +179,26 @@ def test_pseudo_labels_need_no_labels() -> None:
     assert one.trace[0].change == pytest.approx(two.trace[0].change / 4)
 
 
+def test_labels_are_class_indices() -> None:
+    # A causal collator's labels: one for each token, and as many as the longest text has.
+    ragged = [
+        {**batch, "labels": batch["input_ids"][:, : 3 + i]} for i, batch in enumerate(BATCHES)
+    ]
+    model = adapter()
+    for labels in ("auto", "true"):
+        with pytest.raises(ValueError, match=r"class indices \(B,\), got shape \(2, 3\) .*pseudo"):
+            bayesianize(model, "tfb", ragged, labels=labels, **QUICK)
+    soft = [{**batch, "labels": batch["labels"].float()} for batch in BATCHES]
+    with pytest.raises(ValueError, match=r"of torch\.float32; pass labels='pseudo'"):
+        bayesianize(model, "tfb", soft, **QUICK)
+    ignored = [{**batch, "labels": batch["labels"] - 100} for batch in BATCHES]
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), got -100 to -98"):
+        bayesianize(model, "tfb", ignored, **QUICK)
+    assert type(model.peft_config["default"]) is LoraConfig
+    report = bayesianize(model, "tfb", ragged, labels="pseudo", **QUICK)
+    assert report.labels == "pseudo" and report.before.accuracy == 1.0
+
+
 def test_grid_interpolates_between_its_points() -> None:
     tolerance = 0.02
     report = convert(adapter(), search="grid", low=0.1, high=6.4, max_trials=4, tolerance=tolerance)
@@ -291,6 +311,10 @@ def test_noise_in_chosen_layers_only(tmp_path: Path) -> None:
     assert convert(by_kind, layers=["value"]).layers == 2
     with pytest.raises(ValueError, match=r"layers must name adapted layers, got \['dense'\]"):
         convert(adapter(), layers=["dense"])
+    typo = adapter()
+    with pytest.raises(ValueError, match=r"got \['valeu'\], and there are \['query', 'value'\]"):
+        convert(typo, layers=["query", "valeu"])
+    assert type(typo.peft_config["default"]) is LoraConfig
 
 
 # --- what can be converted -----------------------------------------------------------------------
@@ -383,6 +407,10 @@ def test_untrained_adapters_and_bad_options() -> None:
         ({"low": 0.0}, "range must be 0 < low < high"),
         ({"tolerance": -1.0}, "tolerance must not be negative"),
         ({"n_samples": 0}, "n_samples must be at least 1"),
+        ({"high": "wide"}, "high must be a number, got 'wide'"),
+        ({"max_trials": 2.5}, "max_trials must be an integer, got 2.5"),
+        ({"layers": "value"}, "layers must be a list of names, got 'value'"),
+        ({"layers": []}, r"layers must name adapted layers, got \[\]"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(adapter(), **options)

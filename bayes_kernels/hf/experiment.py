@@ -26,10 +26,12 @@ from .machine import progress_bar
 from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels
 from .tasks import Task
+from .tfb import check_layers, check_options
 from .training import (
     CHECKPOINTS,
     Training,
     build,
+    conversion_options,
     convert_model,
     count_steps_in,
     save_adapter,
@@ -83,7 +85,11 @@ def run(
     """
     if known_labels(task.test) is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
+    converts = METHODS[experiment.method].made == "convert"
+    options = conversion_options(experiment) if converts else {}
+    check_options(**options)
     model, encoder = build(experiment, task, device=device)
+    check_layers(model, options.get("layers"))
     # Encoded here only to find what cannot be encoded before anything is written.
     encoder.dataset([examples[0] for examples in task.splits.values() if examples])
     before_writing()
@@ -99,7 +105,7 @@ def run(
         label=f"{name}: train",
     )
     conversion = None
-    if METHODS[experiment.method].made == "convert":
+    if converts:
         conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
     if folder is not None:
         save_adapter(model, experiment, task, encoder, folder)

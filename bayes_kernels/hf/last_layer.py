@@ -53,11 +53,13 @@ def install_head(model: Any, config: BayesLoraConfig) -> None:
         wanted = _options(config)
         given = {key: getattr(layer, key) for key in ("covariance", "rank")}
         given["noise"] = layer.noise_log_scale is not None
+        wanted["init"], given["init"] = config.head_init, getattr(layer, "start", config.head_init)
         if any(given[key] != wanted[key] for key in given):
             raise ValueError(
                 f"PolarVbllConfig: adapters of one model must share the last layer's options, got "
                 f"{ {key: wanted[key] for key in given} } beside {given}; use the same"
             )
+        _prepare_template(layer, config)
         return
     # Drawn on the CPU from a generator of its own: the global one stays where it is.
     generator = torch.Generator().manual_seed(config.seed)
@@ -79,12 +81,34 @@ def install_head(model: Any, config: BayesLoraConfig) -> None:
         weight, bias = layer.weight.detach().cpu(), layer.bias
         bias = None if bias is None else bias.detach().cpu()
         head.init_from(weight, bias, variance=variance, generator=generator)
-    if config.laplace is not None:  # room for the covariances that are loaded next
-        rank = config.laplace_rank
-        head.laplace_tril = torch.zeros(classes, rank * (rank + 1) // 2)
-        if config.laplace == "subspace":
-            head.laplace_basis, head.laplace_variance = torch.zeros(rank, d), torch.ones(())
+    marked: Any = head
+    marked.start = config.head_init  # which further adapters must share
+    _make_room(head, config)
     setattr(owner, name, head.to(layer.weight.device))
+
+
+def _prepare_template(head: VBLLClassification, config: BayesLoraConfig) -> None:
+    """Bring the head that a further adapter copies to that adapter's prior and start."""
+    scale = 1.0 if config.head_prior_scale is None else config.head_prior_scale
+    head.prior_variance = 2.0 * scale / head.in_features
+    if config.head_init == "rows":
+        variance = config.head_init_variance or 0.1 * head.prior_variance
+        generator = torch.Generator(head.weight_mean.device).manual_seed(config.seed)
+        bias = None if head.bias is None else head.bias.clone()
+        head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)
+    _make_room(head, config)
+
+
+def _make_room(head: VBLLClassification, config: BayesLoraConfig) -> None:
+    """Buffers for the Laplace covariances that are loaded next; none for a head without."""
+    head.laplace_tril = head.laplace_basis = head.laplace_variance = None
+    if config.laplace is None:
+        return
+    rank, like = config.laplace_rank, head.weight_mean.detach()
+    head.laplace_tril = like.new_zeros(head.n_classes, rank * (rank + 1) // 2)
+    if config.laplace == "subspace":
+        head.laplace_basis = like.new_zeros(rank, head.in_features)
+        head.laplace_variance = like.new_ones(())
 
 
 def _options(config: BayesLoraConfig) -> dict[str, Any]:
@@ -153,22 +177,27 @@ def find_head(model: nn.Module, adapter: str | None = None) -> VBLLClassificatio
     return None
 
 
-def plain_head(head: VBLLClassification) -> nn.Linear:
-    """The linear layer that gives the head's mean logits, fp32."""
+def plain_head(head: VBLLClassification, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """The linear layer that gives the head's mean logits."""
     bias = head.bias is not None
     layer = nn.Linear(head.in_features, head.n_classes, bias=bias, device="meta")
-    layer.weight = nn.Parameter(head.weight_mean.detach().clone())
+    layer.weight = nn.Parameter(head.weight_mean.detach().to(dtype, copy=True))
     if head.bias is not None:
-        layer.bias = nn.Parameter(head.bias.detach().clone())
+        layer.bias = nn.Parameter(head.bias.detach().to(dtype, copy=True))
     return layer
 
 
 def plain_heads_(model: nn.Module) -> None:
-    """Replace every VBLL head of a model by the linear layer of its mean, in place."""
+    """Replace every VBLL head of a model by the linear layer of its mean, in place.
+
+    The layer has the dtype of the model's first floating-point parameter, which is that of the
+    features, embeddings coming first.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, VBLLClassification):
-                setattr(parent, name, plain_head(child))
+                setattr(parent, name, plain_head(child, dtype))
 
 
 def plain_head_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -394,11 +423,20 @@ def calibrate_head(
         head_prior_scale.
 
     Raises:
-        ValueError: there is no VBLL head, or logit_variance is not positive.
+        ValueError: there is no VBLL head, it is not new (refined, or head_prior_scale is set), or
+            logit_variance is not positive.
     """
     head = _need_head(model, "calibrate_head")
     if not logit_variance > 0:
         raise ValueError(f"calibrate_head: logit_variance must be positive, got {logit_variance}")
+    config = _config(model)
+    if head.refined or config.head_prior_scale is not None:
+        raise ValueError(
+            f"calibrate_head: the head must be new, got "
+            f"{'one with Laplace covariances' if head.refined else ''}"
+            f"{'' if head.refined else f'head_prior_scale={config.head_prior_scale:.4g}'}; call it "
+            "once, before training, and leave head_prior_scale out"
+        )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -407,7 +445,6 @@ def calibrate_head(
         for module in training:
             module.training = True
     head.prior_variance = logit_variance / max(float(features.square().sum(1).mean()), 1e-12)
-    config = _config(model)
     config.head_prior_scale = head.prior_variance * head.in_features / 2
     if config.head_init == "rows" and config.head_init_variance is None:
         generator = torch.Generator(head.weight_mean.device).manual_seed(config.seed)

@@ -173,6 +173,15 @@ def noise_state(model: nn.Module) -> NoiseState:
     )
 
 
+def draws_weights(model: nn.Module) -> bool:
+    """Whether weights of a Bayesian adapter, active or not, have draws."""
+    return any(
+        isinstance(variant, BayesVariant) and variant.samples
+        for module in model.modules()
+        for variant in getattr(module, "lora_variant", {}).values()
+    )
+
+
 def adapter_devices(model: nn.Module) -> set[torch.device]:
     """Devices of the layers that have Bayesian adapters, active or not."""
     devices = set()
@@ -287,7 +296,8 @@ def posterior(
         first_sample: number of the first draw.
 
     Raises:
-        ValueError: mode or counts are out of range, or the model has no Bayesian adapter.
+        ValueError: mode or counts are out of range, the model has no Bayesian adapter, or the mode is
+            "sample" and no adapter's weights have draws (PoLAR).
 
     Example:
         with posterior(model, "sample", n_samples=8, seed=0):
@@ -303,6 +313,11 @@ def posterior(
     if first_sample < 0:
         raise ValueError(f"posterior: first_sample must not be negative, got {first_sample}")
     state = noise_state(model)
+    if mode == "sample" and not draws_weights(model):
+        raise ValueError(
+            "posterior: mode must be 'mean' for adapters whose weights have no draws (PoLAR), got "
+            "'sample'; draws of a variational last layer come from predict"
+        )
     before = state.snapshot()
     with _normal_tensors():
         state.set_key(random.key(seed), adapter_devices(model))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .. import functional, random
+from .. import functional, random, reference
 from .last_layer import class_logits, find_head
-from .posterior import noise_state, posterior
+from .posterior import draws_weights, noise_state, posterior
 from .variants import BayesVariant
 
 _LABELS = ("labels", "label")
@@ -150,13 +150,19 @@ def predict(
         calls; memory (S, B, C) for the draws' logits of one pass.
 
     Raises:
-        ValueError: counts are out of range, the logits do not fit, or there is no Bayesian adapter.
+        ValueError: counts are out of range, the logits do not fit, there is no Bayesian adapter, or
+            draws are asked for where neither the adapters nor the last layer have a posterior.
     """
     if n_samples < 0:
         raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
     if samples_per_pass is not None and samples_per_pass < 1:
         raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
     noise_state(model)
+    if n_samples and find_head(model) is None and not draws_weights(model):
+        raise ValueError(
+            f"predict: n_samples must be 0 for adapters without a posterior (PoLAR), got "
+            f"{n_samples}; pass n_samples=0, or use PolarVbllConfig"
+        )
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     labels = next((inputs.pop(k) for k in _LABELS if inputs.get(k) is not None), None)
@@ -218,28 +224,30 @@ def _predict_last_layer(
     """
     mean, variance = class_logits(model, inputs)
     size, classes = mean.shape
-    if n_samples == 0 or return_samples:
-        log_probs = mean.double().log_softmax(-1)[None]
-        if n_samples:
-            noise = random.normal(random.key(seed, mean.device), (n_samples, 1, classes))
-            samples = mean + variance.sqrt() * noise.to(mean.dtype)
-            log_probs = samples.double().log_softmax(-1)
-        log_mean = torch.logsumexp(log_probs, 0) - math.log(log_probs.shape[0])
+    if n_samples == 0:
+        log_mean = mean.double().log_softmax(-1)
+        entropy = _entropy(log_mean).cpu()
         return Prediction(
             log_probs=log_mean.cpu(),
-            entropy=_entropy(log_mean).cpu(),
-            expected_entropy=_entropy(log_probs).mean(0).cpu(),
-            n_samples=n_samples,
-            sample_log_probs=log_probs.cpu() if return_samples else None,
+            entropy=entropy,
+            expected_entropy=entropy,
+            n_samples=0,
+            sample_log_probs=log_mean[None].cpu() if return_samples else None,
         )
     same = torch.zeros(size, dtype=torch.int64, device=mean.device)
     key = random.key(seed, mean.device)
     found: Any = functional.mc_predict(mean, variance, n_samples=n_samples, key=key, ids=same)
+    kept = None
+    if return_samples:  # the draws that mc_predict has averaged, written out
+        noise = reference.logit_noise(key, 1, n_samples, classes, ids=same[:1])
+        samples = mean + variance.sqrt() * noise.transpose(0, 1).to(mean.dtype)
+        kept = samples.double().log_softmax(-1).cpu()
     return Prediction(
         log_probs=found.log_probs.double().cpu(),
         entropy=found.entropy.double().cpu(),
         expected_entropy=found.expected_entropy.double().cpu(),
         n_samples=n_samples,
+        sample_log_probs=kept,
     )
 
 

@@ -224,6 +224,9 @@ class Experiment:
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
         if self.recipe.laplace and self.method != "polar-vbll":
             raise ValueError(f"laplace: expected method polar-vbll with it, got {self.method!r}")
+        if self.recipe.convert and METHODS[self.method].made != "convert":
+            words = ", ".join(name for name, row in METHODS.items() if row.made == "convert")
+            raise ValueError(f"convert: expected method {words} with it, got {self.method!r}")
 
     @property
     def n_samples(self) -> int:

@@ -44,6 +44,10 @@ class ScalablVariant(BayesVariant, method="scalabl"):
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
         """Singular values of A; A becomes V^T and B takes the left factor, so that B A stays."""
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        for factor in (a, b):
+            # PEFT gives new factors the type of the base, whose rounding would undo V^T V = I.
+            if factor.dtype in (torch.bfloat16, torch.float16):
+                factor.data = factor.data.float()
         rank, columns = a.shape
         if rank > columns:
             raise ValueError(
@@ -190,7 +194,7 @@ class ScaleKL:
         sigma^2(t) = p^2 / (1 + (p^2 / sigma^2(0) - 1) e^(-2 t))
         s^2(t) = s^2(0) / (1 + 2 t s^2(0) / p^2)
 
-    (for the full covariance in the logarithm of its eigenvalues). All layers are one vector: about
+    (for the full covariance, sigma are the square roots of its eigenvalues). All layers are one vector: about
     forty launches a step, in fp64, rounded once.
 
     Args:

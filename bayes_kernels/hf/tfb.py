@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -238,28 +239,25 @@ def tfb_(
 
     Raises:
         ValueError: an option is out of range, the adapter is not trained or cannot carry noise,
-            no layer matches, there are no anchors, or true labels are asked for and missing.
+            an entry of `layers` matches no layer, there are no anchors, true labels are asked for
+            and missing, or labels are not class indices.
     """
-    words = (
-        ("metric", metric, METRICS),
-        ("labels", labels, LABELS),
-        ("rule", rule, RULES),
-        ("search", search, SEARCHES),
+    check_options(
+        metric=metric,
+        tolerance=tolerance,
+        labels=labels,
+        low=low,
+        high=high,
+        max_trials=max_trials,
+        resolution=resolution,
+        rule=rule,
+        search=search,
+        n_samples=n_samples,
+        layers=layers,
     )
-    for option, word, allowed in words:
-        if word not in allowed:
-            raise ValueError(f"tfb_: {option} must be one of {allowed}, got {word!r}; choose one")
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"tfb_: range must be 0 < low < high, got low={low} and high={high}")
-    for option, number in (("tolerance", tolerance), ("resolution", resolution)):
-        if number is not None and not 0 <= number < math.inf:
-            raise ValueError(f"tfb_: {option} must not be negative, got {number}")
-    for option, count in (("max_trials", max_trials), ("n_samples", n_samples)):
-        if count < 1:
-            raise ValueError(f"tfb_: {option} must be at least 1, got {count}")
     begin = time.perf_counter()
     bound = TOLERANCES[metric] if tolerance is None else tolerance
-    batches = _batches(anchors, batch_size, collate_fn)
+    batches = _with_labels(_batches(anchors, batch_size, collate_fn), labels)
     options: dict[str, Any] = {
         "seed": seed,
         "choices": choices,
@@ -288,6 +286,12 @@ def tfb_(
                 raise ValueError("tfb_: anchors must have labels for labels='true', got none")
             kind = "pseudo" if labels == "pseudo" or mean.labels is None else "true"
             truth = mean.classes if kind == "pseudo" or mean.labels is None else mean.labels
+            classes = mean.log_probs.shape[1]
+            if bool(((truth < 0) | (truth >= classes)).any()):
+                raise ValueError(
+                    f"tfb_: labels must be in [0, {classes}), got {int(truth.min())} to "
+                    f"{int(truth.max())}; pass labels='pseudo'"
+                )
             score = _Score(metric, bound, truth, mean, per_anchor)
             trial = lambda sigma: score.trial(sigma, evaluate(sigma))  # noqa: E731
             if search == "grid":
@@ -325,6 +329,77 @@ def tfb_(
         at_range_end=bool(last and all(t.feasible for t in trace)),
         seconds=time.perf_counter() - begin,
     )
+
+
+def check_options(
+    *,
+    metric: str = "flips",
+    tolerance: float | None = None,
+    labels: str = "auto",
+    low: float = 0.001,
+    high: float = 0.2,
+    max_trials: int = 10,
+    resolution: float = 5e-4,
+    rule: str = "feasible",
+    search: str = "bisection",
+    n_samples: int = 10,
+    layers: Sequence[str] | None = None,
+    **others: Any,
+) -> None:
+    """Whether `tfb_` takes these options, which can be asked before an adapter is trained.
+
+    Args:
+        metric, tolerance, labels, low, high, max_trials, resolution, rule, search, n_samples,
+            layers: as in `tfb_`.
+        others: its other options, of which none is looked at.
+
+    Raises:
+        ValueError: an option is out of range or of the wrong kind.
+    """
+    words = (
+        ("metric", metric, METRICS),
+        ("labels", labels, LABELS),
+        ("rule", rule, RULES),
+        ("search", search, SEARCHES),
+    )
+    for option, word, allowed in words:
+        if word not in allowed:
+            raise ValueError(f"tfb_: {option} must be one of {allowed}, got {word!r}; choose one")
+    counted = {"low": low, "high": high, "resolution": resolution, "max_trials": max_trials}
+    for option, value in {**counted, "n_samples": n_samples, "tolerance": tolerance or 0}.items():
+        whole = option in ("max_trials", "n_samples")
+        wanted = numbers.Integral if whole else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            kind = "an integer" if whole else "a number"
+            raise ValueError(f"tfb_: {option} must be {kind}, got {value!r}")
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"tfb_: range must be 0 < low < high, got low={low} and high={high}")
+    for option, number in (("tolerance", tolerance), ("resolution", resolution)):
+        if number is not None and not 0 <= number < math.inf:
+            raise ValueError(f"tfb_: {option} must not be negative, got {number}")
+    for option, count in (("max_trials", max_trials), ("n_samples", n_samples)):
+        if count < 1:
+            raise ValueError(f"tfb_: {option} must be at least 1, got {count}")
+    if isinstance(layers, str):
+        raise ValueError(f"tfb_: layers must be a list of names, got {layers!r}")
+
+
+def check_layers(model: PeftModel, layers: Sequence[str] | None) -> None:
+    """Whether every entry of `layers` names an adapted layer of a PEFT model; None always does.
+
+    Raises:
+        ValueError: there is no entry, or one matches no layer; the message names those.
+    """
+    if layers is None:
+        return
+    tuner: Any = model.base_model
+    keys = [key for key, m in tuner.model.named_modules() if hasattr(m, "lora_variant")]
+    unmatched = [part for part in layers if not any(f".{key}".endswith(f".{part}") for key in keys)]
+    if unmatched or not layers:
+        raise ValueError(
+            f"tfb_: layers must name adapted layers, got {unmatched}, and there are "
+            f"{sorted({key.rpartition('.')[2] for key in keys})}"
+        )
 
 
 def regroup(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -442,6 +517,26 @@ def _batches(anchors: Any, batch_size: int, collate_fn: Any) -> list[Mapping[str
     return found
 
 
+def _with_labels(batches: list[Mapping[str, Any]], labels: str) -> list[Mapping[str, Any]]:
+    """The batches, of which the labels are class indices or, for pseudo-labels, left out."""
+    names = ("labels", "label")
+    if labels == "pseudo":
+        return [{k: v for k, v in batch.items() if k not in names} for batch in batches]
+    for batch in batches:
+        found = next((batch[k] for k in names if batch.get(k) is not None), None)
+        if found is None:
+            continue
+        whole = isinstance(found, Tensor) and not (found.is_floating_point() or found.is_complex())
+        if not whole or found.dim() != 1 or found.dtype == torch.bool:
+            got = type(found).__name__
+            if isinstance(found, Tensor):
+                got = f"shape {tuple(found.shape)} of {found.dtype}"
+            raise ValueError(
+                f"tfb_: labels must be class indices (B,), got {got}; pass labels='pseudo'"
+            )
+    return batches
+
+
 def _set_sigma(layers: Sequence[BayesLayer], weights: Sequence[Tensor], sigma: float) -> None:
     with torch.no_grad():
         for item, weight in zip(layers, weights, strict=True):
@@ -492,6 +587,7 @@ def _convert(
     fields = {f: getattr(old, f) for f in (*kept, "seed", "sample_at_inference") if hasattr(old, f)}
     config = TfbConfig(noise_layers=None if chosen is None else sorted(chosen), **fields)
     found = [(key, m) for key, m in tuner.model.named_modules() if _has_adapter(m, name)]
+    check_layers(peft_model, chosen)
     for key, layer in found:
         reason = unsupported_layer(layer)
         if reason is not None:
@@ -513,11 +609,6 @@ def _convert(
         _replace_adapter(tuner, key, layer, name, a, b, undo)
     order = {key: weight for (key, _), weight in zip(found, weights, strict=True)}
     items = [item for item in bayes_layers(tuner, name) if _noisy(item)]
-    if not items:
-        raise ValueError(
-            f"tfb_: layers must name adapted layers, got {list(chosen or ())}, and there are "
-            f"{sorted({key.rpartition('.')[2] for key, _ in found})}"
-        )
     return items, [order[item.name] for item in items]
 
 

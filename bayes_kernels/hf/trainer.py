@@ -80,7 +80,8 @@ class BayesTrainerMixin(_Base):
         kl_schedule: replaces the schedule that the configuration asks for; kl_weight still counts.
 
     Raises:
-        ValueError: an option is out of range, or the model has no Bayesian adapter.
+        ValueError: an option is out of range, the model has no Bayesian adapter, or label smoothing or
+            a loss function is given beside a variational last layer.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class BayesTrainerMixin(_Base):
         self._head = find_head(self.model)  # type: ignore[attr-defined]
         self._config: Any = bayes_layers(self.model)[0].variant.config  # type: ignore[attr-defined]
         self._features: Tensor | None = None  # of the micro-batch, where they are known
+        if self._head is not None:
+            self._check_head_options()
         if self._head is not None or ignores_item_count(self.model):  # type: ignore[attr-defined]
             self.model_accepts_loss_kwargs = False
         if self._head is not None and self._config.alternation != "jacobi":
@@ -256,16 +259,20 @@ class BayesTrainerMixin(_Base):
             return super().create_optimizer(*args)
         trainer: Any = self
         arguments = trainer.args
-        if not str(arguments.optim).rpartition(".")[2].lower().startswith("adamw_torch"):
+        optim = getattr(arguments.optim, "value", arguments.optim)
+        if optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
                 f"BayesTrainer: PoLAR adapters need optim='adamw_torch', whose place "
-                f"bayes_kernels.stiefel.StiefelAdamW takes, got {arguments.optim!r}; or pass an "
-                "optimizer that keeps their factors orthonormal"
+                f"bayes_kernels.stiefel.StiefelAdamW takes, got {optim!r}; or pass an optimizer that "
+                "keeps their factors orthonormal"
             )
         model = args[0] if args and args[0] is not None else self.model
         decayed = set(self.get_decay_parameter_names(model))
         others = {name for name, _ in model.named_parameters()} - decayed
         groups = parameter_groups(model, weight_decay=arguments.weight_decay, no_decay=others)
+        for group in groups:  # a larger one that was asked for counts
+            if "eps" in group:
+                group["eps"] = max(group["eps"], arguments.adam_epsilon)
         trainer.optimizer = StiefelAdamW(
             groups,
             lr=arguments.learning_rate,
@@ -367,6 +374,21 @@ class BayesTrainerMixin(_Base):
         if prediction_loss_only:
             return loss, None, None
         return loss, logits, labels
+
+    def _check_head_options(self: Any) -> None:
+        """A variational head has its own loss, and its prior depends on the features' norms."""
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            what = "label_smoothing_factor" if self.label_smoother is not None else None
+            raise ValueError(
+                f"BayesTrainer: {what or 'compute_loss_func'} must not be given with a variational "
+                "last layer, whose loss is its evidence lower bound; leave it out"
+            )
+        if self._config.head_prior_scale is None:
+            warnings.warn(
+                "BayesTrainer: head_prior_scale is not set, and no scale of the last layer's prior "
+                "serves all models; call calibrate_head(model, batch), or set head_prior_scale",
+                stacklevel=3,
+            )
 
     def _check_targets(self: Any, labels: Any) -> None:
         """Warn once where the loss averages tokens and n_train counts examples."""

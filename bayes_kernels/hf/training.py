@@ -358,6 +358,29 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 ANCHORS = 500
 
 
+def conversion_options(experiment: Experiment) -> dict[str, Any]:
+    """Options of an experiment's conversion: its own draws and seed, and the recipe's ``convert``.
+
+    Raises:
+        ValueError: An option is unknown, or ``anchors`` or ``batch_size`` is no positive integer.
+    """
+    recipe = experiment.recipe
+    options: dict[str, Any] = {"n_samples": recipe.n_samples or 10, "seed": experiment.seed}
+    options.update(recipe.convert)
+    names = inspect.signature(tfb_).parameters.values()
+    known = ["anchors", *(p.name for p in names if p.kind is p.KEYWORD_ONLY)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"convert: expected options among {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    for name in ("anchors", "batch_size"):
+        value = options.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"convert: {name} must be an integer >= 1, got {value!r}")
+    return options
+
+
 def convert_model(
     experiment: Experiment, model: PeftModel, encoder: TaskEncoder, *, progress: bool = True
 ) -> TfbReport:
@@ -371,21 +394,13 @@ def convert_model(
         ValueError: An option is unknown or out of range, or there are no training examples.
     """
     recipe = experiment.recipe
-    options: dict[str, Any] = {"n_samples": recipe.n_samples or 10, "seed": experiment.seed}
-    options.update(recipe.convert)
+    options = conversion_options(experiment)
     examples = encoder.task.train
     if not examples:
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
     size = options.pop("anchors", min(ANCHORS, len(examples)))
     batch_size = options.pop("batch_size", recipe.eval_batch_size)
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
-    names = inspect.signature(tfb_).parameters
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        known = ["anchors", *(n for n, p in names.items() if p.kind is p.KEYWORD_ONLY)]
-        raise ValueError(
-            f"convert: expected options among {', '.join(known)}, got {', '.join(unknown)}"
-        )
     options.setdefault("progress", progress)
     batches = list(_batches(data, encoder, batch_size))
     return bayesianize(model, experiment.method, batches, **options)

@@ -95,12 +95,14 @@ class BayesVariant(LoraVariant):
         constants: the same for tensors that are saved but not trained.
         fp32: names whose tensors stay fp32 when the model is cast; may include "lora_A", "lora_B".
         trained: whether `BayesTrainer` makes such an adapter (False: it is made from a trained one).
+        samples: whether the adapter's weights have draws (False: every mode is the mean).
     """
 
     parameters: ClassVar[tuple[str, ...]] = ()
     constants: ClassVar[tuple[str, ...]] = ()
     fp32: ClassVar[tuple[str, ...]] = ()
     trained: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
