@@ -28,6 +28,8 @@ constexpr double kSinglePrecisionSpread = 64.0;
 // Spread from which an fp64 matrix is retracted once more: the product x p errs by 1e-16 times the
 // condition number.
 constexpr double kPolishSpread = 100.0;
+// The arithmetic on a panel is too long for the processor to read on by itself.
+constexpr int64_t kAheadRows = kPanel;
 constexpr int64_t kItemsInParallel = 8;  // lists as long as this are split between matrices
 
 template <class A>
@@ -40,51 +42,81 @@ struct Rows {
   const TallItem* item;
   bool add;   // d is added
   int parts;  // 2: [x d]
+  bool dd;    // d^T d is wanted
 };
 
-// Converts `count` numbers, with those of `added` where it is not null: eight at a time, since
-// loops over a row of 16 would spend their time on their first and last turns.
+template <class T>
+struct EightOf {
+  typedef T type __attribute__((vector_size(8 * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(8 * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
+// out = x + added, rounded to T, as numbers of A; added may be null. Eight at a time, since loops
+// over a row of 16 would spend their time on their first and last turns.
 template <class T, class A>
 BK_HD void convert(const T* __restrict__ x, const T* __restrict__ added, int64_t count,
                    A* __restrict__ out) {
+  typedef typename EightOf<T>::unaligned From;
+  typedef typename EightOf<A>::unaligned To;
   const int64_t whole = count / 8 * 8;
-  if (added == nullptr) {
-    for (int64_t i = 0; i < whole; i += 8)
-      for (int k = 0; k < 8; ++k) out[i + k] = static_cast<A>(x[i + k]);
-    for (int64_t i = whole; i < count; ++i) out[i] = static_cast<A>(x[i]);
-    return;
+  for (int64_t i = 0; i < whole; i += 8) {
+    typename EightOf<T>::type v = *reinterpret_cast<const From*>(x + i);
+    if (added != nullptr) v += *reinterpret_cast<const From*>(added + i);
+    typename EightOf<A>::type converted = __builtin_convertvector(v, typename EightOf<A>::type);
+    // Or else g++ makes a loop over a row without conversion into a call of memcpy.
+    if constexpr (8 * sizeof(A) <= kVectorBytes) converted = in_register(converted);
+    *reinterpret_cast<To*>(out + i) = converted;
   }
-  for (int64_t i = 0; i < whole; i += 8)
-    for (int k = 0; k < 8; ++k)
-      out[i + k] = static_cast<A>(static_cast<T>(x[i + k] + added[i + k]));
-  for (int64_t i = whole; i < count; ++i) out[i] = static_cast<A>(static_cast<T>(x[i] + added[i]));
+  for (int64_t i = whole; i < count; ++i)
+    out[i] = static_cast<A>(added == nullptr ? x[i] : static_cast<T>(x[i] + added[i]));
 }
 
-// A panel row: parts of `pitch` numbers.
+// What to read into the cache meanwhile, one line of memory for each row of a panel.
+struct Ahead {
+  const char *x, *d;
+  int64_t stride;  // bytes of a row
+};
+
+// Rows from `row` on. Behind the matrix it may be anything: nothing is read.
+template <class T>
+Ahead ahead_of(const Rows& from, int64_t row) {
+  const int64_t stride = from.item->r * static_cast<int64_t>(sizeof(T));
+  const char* x = static_cast<const char*>(from.item->x) + row * stride;
+  const bool two = from.add || from.parts == 2;
+  return {x, two ? static_cast<const char*>(from.item->d) + row * stride : x, stride};
+}
+
+// Row i of x, or x + d, to panel + i * stride, padded with zeros to `pitch` columns; row i of d
+// `part` numbers behind it where there are two parts. Rows up to kPanel are zero.
 template <class T, class A>
-void fill_panel(const Rows& from, int64_t first, int rows, int pitch, A* panel) {
-  const int r = static_cast<int>(from.item->r), width = from.parts * pitch;
+void fill_panel(const Rows& from, int64_t first, int rows, int pitch, int stride, int part,
+                A* panel) {
+  const int r = static_cast<int>(from.item->r);
   const T* x = static_cast<const T*>(from.item->x) + first * r;
   const T* d = from.item->d == nullptr ? nullptr : static_cast<const T*>(from.item->d) + first * r;
   const T* added = from.add ? d : nullptr;
-  if (from.parts == 1 && r == pitch) {
+  if (from.parts == 1 && r == stride) {
     convert(x, added, int64_t{rows} * r, panel);
   } else {
     for (int i = 0; i < rows; ++i) {
-      A* out = panel + i * width;
+      A* out = panel + i * stride;
       convert(x + i * r, added == nullptr ? nullptr : added + i * r, r, out);
       for (int j = r; j < pitch; ++j) out[j] = 0;
       if (from.parts == 1) continue;
-      convert(d + i * r, static_cast<const T*>(nullptr), r, out + pitch);
-      for (int j = r; j < pitch; ++j) out[pitch + j] = 0;
+      convert(d + i * r, static_cast<const T*>(nullptr), r, out + part);
+      for (int j = r; j < pitch; ++j) out[part + j] = 0;
     }
   }
-  for (int64_t i = int64_t{rows} * width; i < int64_t{kPanel} * width; ++i) panel[i] = 0;
+  for (int i = rows; i < kPanel; ++i)
+    for (int j = 0; j < pitch; ++j) {
+      panel[i * stride + j] = 0;
+      if (from.parts == 2) panel[i * stride + part + j] = 0;
+    }
 }
 
 // g (width, width) += rows i0 to i0 + kTileRows of panel^T panel, `vectors` vectors from column j0.
 template <int vectors>
-void gram_tile(const double* panel, int width, int i0, int j0, double* g) {
+void gram_tile(const double* panel, int width, int i0, int j0, double* g, Ahead ahead) {
   Vec<double> acc[kTileRows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
@@ -92,6 +124,10 @@ void gram_tile(const double* panel, int width, int i0, int j0, double* g) {
     for (int b = 0; b < vectors; ++b)
       acc[i][b] = load(g + (i0 + i) * width + j0 + b * kLanes<double>);
   for (int k = 0; k < kPanel; ++k, panel += width) {
+    __builtin_prefetch(ahead.x);
+    __builtin_prefetch(ahead.d);
+    ahead.x += ahead.stride;
+    ahead.d += ahead.stride;
     Vec<double> v[vectors];
 #pragma GCC unroll 2
     for (int b = 0; b < vectors; ++b) v[b] = in_register(load(panel + j0 + b * kLanes<double>));
@@ -107,13 +143,25 @@ void gram_tile(const double* panel, int width, int i0, int j0, double* g) {
       store(g + (i0 + i) * width + j0 + b * kLanes<double>, acc[i][b]);
 }
 
-// The blocks of g on and above the diagonal.
-void gram_panel(const double* panel, int width, double* g) {
-  for (int i = 0; i < width; i += kTileRows) {
+// The blocks of the first `rows` rows of g on and above the diagonal.
+void gram_panel(const double* panel, int rows, int width, double* g, Ahead ahead) {
+  int64_t line = 0;  // of each row
+  auto next = [&] {
+    Ahead now = ahead;
+    if (line < ahead.stride) {
+      now.x += line;
+      now.d += line;
+    } else {
+      now = {reinterpret_cast<const char*>(panel), reinterpret_cast<const char*>(panel), 0};
+    }
+    line += 64;
+    return now;
+  };
+  for (int i = 0; i < rows; i += kTileRows) {
     int j = i;
     for (; j + 2 * kLanes<double> <= width; j += 2 * kLanes<double>)
-      gram_tile<2>(panel, width, i, j, g);
-    if (j < width) gram_tile<1>(panel, width, i, j, g);
+      gram_tile<2>(panel, width, i, j, g, next());
+    if (j < width) gram_tile<1>(panel, width, i, j, g, next());
   }
 }
 
@@ -124,19 +172,23 @@ struct Coefficients {
   A keep;
 };
 
-template <class A, int rows, int vectors, class Put>
-void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c, int row,
-                int column, const Put& put) {
-  const int width = parts * pitch;
-  panel += row * width;
-  const A* kept = panel + column;
+// Panels that coefficients are applied to have rows of this length whatever r is: with lengths
+// known only at run time a tile of 12 rows takes 12 address registers, and the sums go to memory.
+// 16 more than needed, so that the rows of narrow matrices lie in different sets of the cache.
+constexpr int kApplyStride = kMaxTallRank + 16;
+constexpr int kApplyPart = kPanel * kApplyStride;  // the panel of d lies behind that of x
+
+template <class A, int rows, int vectors>
+void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c, A* out,
+                int stride) {
+  const A* coefficient = c.values;
   Vec<A> acc[rows][vectors];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
     for (int b = 0; b < vectors; ++b) acc[i][b] = Vec<A>{};
-  const A* coefficient = c.values + column;
-  for (int part = 0; part < parts; ++part, panel += pitch)
+  for (int part = 0; part < parts; ++part) {
+    const A* x = panel + part * kApplyPart;
     for (int k = 0; k < r; ++k, coefficient += pitch) {
       Vec<A> v[vectors];
 #pragma GCC unroll 2
@@ -144,34 +196,35 @@ void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<
 #pragma GCC unroll 12
       for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-        for (int b = 0; b < vectors; ++b) acc[i][b] += panel[i * width + k] * v[b];
+        for (int b = 0; b < vectors; ++b) acc[i][b] += x[i * kApplyStride + k] * v[b];
     }
+  }
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-    for (int b = 0; b < vectors; ++b)
-      put(row + i, column + b * kLanes<A>,
-          acc[i][b] + c.keep * load(kept + i * width + b * kLanes<A>));
+    for (int b = 0; b < vectors; ++b) store(out + i * stride + b * kLanes<A>, acc[i][b]);
 }
 
-// Calls put(row, column, vector) for all of y.
-template <class A, class Put>
-void apply_panel(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c,
-                 const Put& put) {
+// out (kPanel, pitch), rows `stride` apart = y of a panel.
+template <class A>
+void apply_panel(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c, A* out,
+                 int stride) {
   constexpr int kTwoRows = kLanes<double> == 8 ? 12 : 6;
+  constexpr int kWidth = kLanes<A>;
   int column = 0;
-  for (; column + 2 * kLanes<A> <= pitch; column += 2 * kLanes<A>)
+  for (; column + 2 * kWidth <= pitch; column += 2 * kWidth)
     for (int row = 0; row < kPanel; row += kTwoRows)
-      apply_tile<A, kTwoRows, 2>(panel, parts, pitch, r, c, row, column, put);
+      apply_tile<A, kTwoRows, 2>(panel + row * kApplyStride, parts, pitch, r,
+                                 {c.values + column, c.keep}, out + row * stride + column, stride);
   if (column < pitch)
     for (int row = 0; row < kPanel; row += 12)
-      apply_tile<A, 12, 1>(panel, parts, pitch, r, c, row, column, put);
-}
-
-BK_HD void put_vector(float* p, Vec<float> v) { store(p, v); }
-BK_HD void put_vector(double* p, Vec<double> v) { store(p, v); }
-BK_HD void put_vector(float* p, Vec<double> v) {
-  for (int i = 0; i < kLanes<double>; ++i) p[i] = static_cast<float>(v[i]);
+      apply_tile<A, 12, 1>(panel + row * kApplyStride, parts, pitch, r, {c.values + column, c.keep},
+                           out + row * stride + column, stride);
+  if (c.keep == 0) return;
+  for (int row = 0; row < kPanel; ++row)
+    for (int j = 0; j < pitch; j += kWidth)
+      store(out + row * stride + j,
+            load(out + row * stride + j) + load(panel + row * kApplyStride + j));
 }
 
 // Memory of one matrix at a time, for matrices (n, r) with n and r up to given sizes.
@@ -219,9 +272,10 @@ template <class T>
 void gram_of(const Rows& from, const Coefficients<double>* c, const Scratch& scratch) {
   const int r = static_cast<int>(from.item->r), pitch = round_to(r, kPad<double>);
   const int width = (c == nullptr ? from.parts : 1) * pitch;
+  const int gram_rows = from.dd ? width : pitch;
   const int64_t n = from.item->n, chunks = ceil_div(n, kChunk);
   auto body = [&](int64_t begin, int64_t end) {
-    alignas(64) double panel[kPanel * kMaxWidth];
+    alignas(64) double panel[2 * kApplyPart];
     alignas(64) double product[kPanel * kMaxTallRank];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       double* g = scratch.partial + chunk * width * width;
@@ -229,15 +283,14 @@ void gram_of(const Rows& from, const Coefficients<double>* c, const Scratch& scr
       const int64_t stop = (chunk + 1) * kChunk < n ? (chunk + 1) * kChunk : n;
       for (int64_t row = chunk * kChunk; row < stop; row += kPanel) {
         const int rows = static_cast<int>(stop - row < kPanel ? stop - row : kPanel);
-        fill_panel<T>(from, row, rows, pitch, panel);
         if (c == nullptr) {
-          gram_panel(panel, width, g);
+          fill_panel<T>(from, row, rows, pitch, width, pitch, panel);
+          gram_panel(panel, gram_rows, width, g, ahead_of<T>(from, row + kAheadRows));
           continue;
         }
-        apply_panel<double>(panel, from.parts, pitch, r, *c, [&](int i, int j, Vec<double> v) {
-          store(product + i * pitch + j, v);
-        });
-        gram_panel(product, width, g);
+        fill_panel<T>(from, row, rows, pitch, kApplyStride, kApplyPart, panel);
+        apply_panel<double>(panel, from.parts, pitch, r, *c, product, pitch);
+        gram_panel(product, pitch, width, g, ahead_of<T>(from, row + kAheadRows));
       }
     }
   };
@@ -285,22 +338,22 @@ void write_rows(const Rows& from, const Coefficients<A>& c, T* out) {
   const int r = static_cast<int>(from.item->r), pitch = round_to(r, kPad<A>);
   const int64_t n = from.item->n;
   auto body = [&](int64_t begin, int64_t end) {
-    alignas(64) A panel[kPanel * kMaxWidth];
+    alignas(64) A panel[2 * kApplyPart];
+    alignas(64) A product[kPanel * kMaxTallRank];
     const int64_t stop = end * kChunk < n ? end * kChunk : n;
     for (int64_t row = begin * kChunk; row < stop; row += kPanel) {
       const int rows = static_cast<int>(stop - row < kPanel ? stop - row : kPanel);
-      fill_panel<T>(from, row, rows, pitch, panel);
+      fill_panel<T>(from, row, rows, pitch, kApplyStride, kApplyPart, panel);
       T* y = out + row * r;
-      apply_panel<A>(panel, from.parts, pitch, r, c, [&](int i, int j, Vec<A> v) {
-        if (i >= rows || j >= r) return;
-        if (j + kLanes<A> <= r) {
-          put_vector(y + i * r + j, v);
-        } else {
-          T buffer[kLanes<A>];
-          put_vector(buffer, v);
-          for (int k = j; k < r; ++k) y[i * r + k] = buffer[k - j];
+      if constexpr (std::is_same<T, A>::value) {
+        if (r == pitch && rows == kPanel) {
+          apply_panel<A>(panel, from.parts, pitch, r, c, y, r);
+          continue;
         }
-      });
+      }
+      apply_panel<A>(panel, from.parts, pitch, r, c, product, pitch);
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < r; ++j) y[i * r + j] = static_cast<T>(product[i * pitch + j]);
     }
   };
   parallel_ranges(ceil_div(n, kChunk), 1, body);
@@ -332,7 +385,7 @@ int32_t retract(const TallParams& p, const TallItem& item, bool with_d, const Sc
                 double* spread) {
   const bool step = with_d && p.op == TallOp::kStiefelStep;
   const int r = static_cast<int>(item.r), ld = round_to(r, 8);
-  const Rows from{&item, with_d && !step && item.d != nullptr, step ? 2 : 1};
+  const Rows from{&item, with_d && !step && item.d != nullptr, step ? 2 : 1, step};
   const int width = from.parts * ld;
   double* numbers = scratch.second;
   double *g = scratch.s, *work = scratch.work;
@@ -395,7 +448,7 @@ void one_matrix(const TallParams& p, int64_t index, const Scratch& scratch) {
     p.info[index] = info;
     return;
   }
-  const Rows from{&item, false, p.op == TallOp::kGram ? 1 : 2};
+  const Rows from{&item, false, p.op == TallOp::kGram ? 1 : 2, p.op == TallOp::kPairGram};
   const int width = from.parts * ld;
   gram_of<T>(from, nullptr, scratch);
   take_block(scratch, width, 0, 0, r, ld, scratch.s);
