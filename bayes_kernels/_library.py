@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,11 @@ ops: Any = None
 
 def _register_fakes(namespace: str) -> None:
     """Shape logic of every op; the counterpart of the schemas in csrc/ops.cpp."""
-    fake = torch.library.register_fake
+
+    def fake(name: str) -> Callable[[Callable[..., Any]], object]:
+        """Register a fake kernel; a library that was built from older sources may lack the op."""
+        known = hasattr(getattr(torch.ops, namespace), name.removeprefix(f"{namespace}::"))
+        return torch.library.register_fake(name) if known else lambda kernel: kernel
 
     def acc(t: Tensor) -> torch.dtype:
         return torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -159,6 +163,25 @@ def _register_fakes(namespace: str) -> None:
     @fake(f"{namespace}::adapter_expand")
     def _(h: Tensor, b: Tensor, base: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
         return h.new_empty((h.shape[0], b.shape[0]), dtype=dtype)
+
+    @fake(f"{namespace}::adapter_forward")
+    def _(
+        x: Tensor,
+        a: Tensor,
+        rho: Tensor | None,
+        b: Tensor,
+        base: Tensor | None,
+        key: Tensor | None,
+        stream: int,
+        row0: int,
+        rows_per_id: int,
+        ids: Tensor | None,
+        dropout: float,
+        std: str,
+        scaling: float,
+    ) -> Tensor:
+        dtype = x.dtype if base is None else base.dtype
+        return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
 
     @fake(f"{namespace}::adapter_expand_backward")
     def _(

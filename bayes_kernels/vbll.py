@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import functional, random
-from .functional import _no_autocast, _outside_autocast
+from .functional.arguments import no_autocast, outside_autocast
 from .random import check_key
 
 COVARIANCES = ("dense", "diagonal", "low_rank")
@@ -165,7 +165,7 @@ class _TriangularVariance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_outside_autocast
+    @outside_autocast
     def backward(  # type: ignore[override]
         ctx: Any, dvariance: Tensor, dtrace: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -212,7 +212,7 @@ class _DiagonalVariance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_outside_autocast
+    @outside_autocast
     def backward(  # type: ignore[override]
         ctx: Any, dvariance: Tensor, dtrace: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -256,7 +256,7 @@ class _LowRankVariance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_outside_autocast
+    @outside_autocast
     def backward(  # type: ignore[override]
         ctx: Any, dvariance: Tensor, dtrace: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -302,7 +302,7 @@ class _JensenBound(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_outside_autocast
+    @outside_autocast
     def backward(  # type: ignore[override]
         ctx: Any, dbound: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -349,7 +349,7 @@ class _MonteCarloBound(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_outside_autocast
+    @outside_autocast
     def backward(  # type: ignore[override]
         ctx: Any, dbound: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -637,7 +637,7 @@ class _LastLayer(nn.Module):
             (..., C), fp32 or fp64.
         """
         phi = self._rows("forward", features)
-        with _no_autocast(phi):
+        with no_autocast(phi):
             return self._mean(phi).reshape(*features.shape[:-1], self.outputs)
 
     def kl(self) -> Tensor:
@@ -646,7 +646,7 @@ class _LastLayer(nn.Module):
         1/2 sum_c [(||mu_c||^2 + tr S_c) / q + D log q - logdet S_c - D].
         """
         dtype = self.weight_mean.dtype if self.weight_mean.dtype not in _HALF else torch.float32
-        with _no_autocast(self.weight_mean):
+        with no_autocast(self.weight_mean):
             empty = torch.empty((0, self.in_features), dtype=dtype, device=self.weight_mean.device)
             _, trace, logdet = self._weight_variance(empty)
             return self._divergence(trace, logdet)
@@ -839,7 +839,7 @@ class VBLLClassification(_LastLayer):
             mean (..., C) and var (..., C), noise included, both fp32 or fp64. Differentiable.
         """
         phi = self._rows("logit_distribution", features)
-        with _no_autocast(phi):
+        with no_autocast(phi):
             mean, variance, _, _ = self._moments(phi)
         shape = (*features.shape[:-1], self.outputs)
         return mean.reshape(shape), variance.reshape(shape)
@@ -877,7 +877,7 @@ class VBLLClassification(_LastLayer):
         op = "bound"
         rows, targets, counted = self._targets(op, features, labels, mask)
         self._check_bound(op, bound, n_samples, antithetic, key)
-        with _no_autocast(rows):
+        with no_autocast(rows):
             mean, variance, _, _ = self._moments(rows)
             value = self._bound(mean, variance, targets, counted, bound, n_samples, antithetic, key)
         return value.reshape(features.shape[:-1])
@@ -921,7 +921,7 @@ class VBLLClassification(_LastLayer):
         )
         rows, targets, counted = self._targets(op, features, labels, mask)
         self._check_bound(op, bound, n_samples, antithetic, key)
-        with _no_autocast(rows):
+        with no_autocast(rows):
             mean, variance, trace, logdet = self._moments(rows)
             value = self._bound(mean, variance, targets, counted, bound, n_samples, antithetic, key)
             return self._regulariser(trace, logdet) * weight - _mean_over(value, counted)
@@ -1285,7 +1285,7 @@ class VBLLRegression(_LastLayer):
     def output_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the targets, noise included: two (..., K). Differentiable."""
         phi = self._rows("output_distribution", features)
-        with _no_autocast(phi):
+        with no_autocast(phi):
             mean, variance = self._mean(phi), self._add_noise(self._weight_variance(phi)[0])
         shape = (*features.shape[:-1], self.outputs)
         return mean.reshape(shape), variance.reshape(shape)
@@ -1304,7 +1304,7 @@ class VBLLRegression(_LastLayer):
             ValueError, TypeError: shapes or dtypes do not fit.
         """
         phi = self._check_targets("expected_log_likelihood", features, targets, mask)
-        with _no_autocast(phi):
+        with no_autocast(phi):
             variance = self._weight_variance(phi)[0]
             value = self._log_likelihood(phi, variance, targets, mask)
         return value.reshape(features.shape[:-1])
@@ -1337,7 +1337,7 @@ class VBLLRegression(_LastLayer):
         weight = _weight_of_divergence(op, n_train, regularization_weight)
         phi = self._check_targets("loss", features, targets, mask)
         counted = None if mask is None else mask.reshape(-1)
-        with _no_autocast(phi):
+        with no_autocast(phi):
             variance, trace, logdet = self._weight_variance(phi)
             value = self._log_likelihood(phi, variance, targets, mask)
             return self._regulariser(trace, logdet) * weight - _mean_over(value, counted)

@@ -1,6 +1,7 @@
 // Host side of the adapter family, shared by all devices: checks, allocation, launch.
 #include "adapter.h"
 
+#include "scaled_normal.h"
 #include "torch_stable.h"
 
 namespace bayes_kernels {
@@ -16,6 +17,7 @@ struct Cpu {
   static constexpr auto shrink_backward = shrink_backward_cpu;
   static constexpr auto expand = expand_cpu;
   static constexpr auto expand_backward = expand_backward_cpu;
+  static constexpr auto scaled_normal = scaled_normal_cpu;
 };
 #endif
 
@@ -29,22 +31,28 @@ struct Cuda {
   static constexpr auto shrink_backward = shrink_backward_cuda;
   static constexpr auto expand = expand_cuda;
   static constexpr auto expand_backward = expand_backward_cuda;
+  static constexpr auto scaled_normal = scaled_normal_cuda;
 };
 #endif
 
 // Rows of a matrix must be contiguous; any row stride is taken as it is.
 Tensor unit_column_stride(const Tensor& t) {
-  return t.size(0) <= 1 || t.size(1) <= 1 || t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
+  return t.size(0) <= 1 || t.size(1) <= 1 || t.stride(1) != 1 ? row_major(t) : t;
 }
 
-int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
+// The same of (..., columns), which is copied where it is neither a matrix nor contiguous.
+Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? unit_column_stride(t) : row_major(t); }
+
+int64_t row_stride(const Tensor& t) {
+  return t.dim() == 2 && t.size(0) > 1 ? t.stride(0) : t.size(-1);
+}
 
 Tensor factor(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   BK_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions, got ", t.dim());
   BK_CHECK(t.scalar_type() == accumulate_type(like), op, ": ", name,
            " must be float32 (float64 beside float64 activations); convert it");
   check_device(op, name, t, like);
-  return torch::stable::contiguous(t);
+  return row_major(t);
 }
 
 int rank_of(const char* op, const Tensor& a) {
@@ -56,8 +64,7 @@ int rank_of(const char* op, const Tensor& a) {
 
 AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t stream,
                       int64_t row0, int64_t rows_per_id, const std::optional<Tensor>& ids,
-                      double dropout, bool has_noise, const Tensor& x) {
-  const int64_t tokens = x.size(0);
+                      double dropout, bool has_noise, const Tensor& x, int64_t tokens) {
   BK_CHECK(dropout >= 0.0 && dropout < 1.0, op, ": dropout must be in [0, 1), got ", dropout);
   BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
   AdapterNoise noise{nullptr, stream, RowIds{nullptr, row0, rows_per_id}, dropout};
@@ -76,6 +83,38 @@ AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t 
   return noise;
 }
 
+// h of `tokens` rows, which lie in x (..., n) as `as_rows` leaves it.
+template <class Device>
+Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor& first,
+                   const std::optional<Tensor>& noise, const std::optional<Tensor>& key,
+                   int64_t stream, int64_t row0, int64_t rows_per_id,
+                   const std::optional<Tensor>& ids, double dropout) {
+  const Tensor a = factor(op, "a", first, x);
+  ShrinkParams p{};
+  p.dtype = dtype_of(op, x);
+  p.tokens = tokens;
+  p.n = x.size(-1);
+  BK_CHECK(a.size(1) == p.n, op, ": a must have ", p.n, " columns, got ", a.size(1));
+  p.r = rank_of(op, a);
+  p.x = x.data_ptr();
+  p.x_stride = row_stride(x);
+  p.a = a.data_ptr();
+  std::optional<Tensor> e;
+  if (noise.has_value()) {
+    e = factor(op, "e", *noise, x);
+    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op,
+             ": e must have the shape of a");
+    p.e = e->data_ptr();
+  }
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x, tokens);
+  Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
+  if (p.tokens == 0) return h;
+  p.h = h.mutable_data_ptr();
+  Tensor workspace = workspace_for(x, p, Device::shrink_workspace);
+  raise_if(op, Device::shrink(p, current_stream(x)));
+  return h;
+}
+
 template <class Device>
 Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor> key,
               int64_t stream, int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids,
@@ -84,29 +123,7 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
   BK_CHECK(x.dim() == 2, op, ": x must have two dimensions, got ", x.dim());
   OptionalDeviceGuard guard(x);
   x = unit_column_stride(x);
-  a = factor(op, "a", a, x);
-  BK_CHECK(a.size(1) == x.size(1), op, ": a must have ", x.size(1), " columns, got ", a.size(1));
-  ShrinkParams p{};
-  p.dtype = dtype_of(op, x);
-  p.tokens = x.size(0);
-  p.n = x.size(1);
-  p.r = rank_of(op, a);
-  p.x = x.data_ptr();
-  p.x_stride = row_stride(x);
-  p.a = a.data_ptr();
-  if (e.has_value()) {
-    e = factor(op, "e", *e, x);
-    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op,
-             ": e must have the shape of a");
-    p.e = e->data_ptr();
-  }
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x);
-  Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
-  if (p.tokens == 0) return h;
-  p.h = h.mutable_data_ptr();
-  Tensor workspace = workspace_for(x, p, Device::shrink_workspace);
-  raise_if(op, Device::shrink(p, current_stream(x)));
-  return h;
+  return shrink_rows<Device>(op, x, x.size(0), a, e, key, stream, row0, rows_per_id, ids, dropout);
 }
 
 template <class Device>
@@ -141,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
     p.e = e->data_ptr();
   }
   need_de = need_de && e.has_value();
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x);
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x, p.tokens);
   const ScalarType acc = accumulate_type(x);
   Tensor dx = empty_like_shape(x, {need_dx ? p.tokens : 0, need_dx ? p.n : 0}, x.scalar_type());
   Tensor da = empty_like_shape(x, {need_da ? p.r : 0, need_da ? p.n : 0}, acc);
@@ -161,14 +178,14 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
   return {dx, da, de};
 }
 
+// y of the rows of h; `shape` is its own, (..., m), and that of base.
 template <class Device>
-Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, ScalarType dtype) {
-  constexpr const char* op = "adapter_expand";
-  BK_CHECK(h.dim() == 2 && b.dim() == 2, op, ": h and b must have two dimensions");
-  OptionalDeviceGuard guard(h);
-  h = torch::stable::contiguous(h);
-  b = torch::stable::contiguous(b);
-  BK_CHECK(b.size(1) == h.size(1), op, ": b must have ", h.size(1), " columns, got ", b.size(1));
+Tensor expand_rows(const char* op, const Tensor& given, const Tensor& second,
+                   const std::optional<Tensor>& added, double scaling, ScalarType dtype,
+                   const std::vector<int64_t>& shape) {
+  const Tensor h = row_major(given);
+  const Tensor b = row_major(second);
+  BK_CHECK(b.dim() == 2 && b.size(1) == h.size(1), op, ": b must have ", h.size(1), " columns");
   BK_CHECK(b.scalar_type() == h.scalar_type(), op, ": h and b must have the same dtype");
   check_device(op, "b", b, h);
   ExpandParams p{};
@@ -180,16 +197,19 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
   p.h = h.data_ptr();
   p.b = b.data_ptr();
   p.scaling = scaling;
-  Tensor y = empty_like_shape(h, {p.tokens, p.m}, dtype);
+  Tensor y = empty_like_shape(h, shape, dtype);
   p.dtype = dtype_of(op, y);
   BK_CHECK(accumulate_type(y) == h.scalar_type(), op,
            ": h and b must be float32 (float64 beside float64 outputs)");
-  if (base.has_value()) {
-    BK_CHECK(base->dim() == 2 && base->size(0) == p.tokens && base->size(1) == p.m, op,
-             ": base must have shape (", p.tokens, ", ", p.m, ")");
-    BK_CHECK(base->scalar_type() == dtype, op, ": base must have the output's dtype");
-    check_device(op, "base", *base, h);
-    base = unit_column_stride(*base);
+  std::optional<Tensor> base;
+  if (added.has_value()) {
+    bool fits = added->dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i)
+      fits = added->size(static_cast<int64_t>(i)) == shape[i];
+    BK_CHECK(fits, op, ": base must have the output's shape, ", p.tokens, " rows of ", p.m);
+    BK_CHECK(added->scalar_type() == dtype, op, ": base must have the output's dtype");
+    check_device(op, "base", *added, h);
+    base = as_rows(*added);
     p.base = base->data_ptr();
     p.base_stride = row_stride(*base);
   }
@@ -198,6 +218,44 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
   Tensor workspace = workspace_for(h, p, Device::expand_workspace);
   raise_if(op, Device::expand(p, current_stream(h)));
   return y;
+}
+
+template <class Device>
+Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, ScalarType dtype) {
+  constexpr const char* op = "adapter_expand";
+  BK_CHECK(h.dim() == 2 && b.dim() == 2, op, ": h and b must have two dimensions");
+  OptionalDeviceGuard guard(h);
+  return expand_rows<Device>(op, h, b, base, scaling, dtype, {h.size(0), b.size(0)});
+}
+
+// The whole adapter in one call, for passes that need no gradient: the kernels of scaled_normal,
+// shrink and expand in turn.
+template <class Device>
+Tensor forward(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b, std::optional<Tensor> base,
+               std::optional<Tensor> key, int64_t stream, int64_t row0, int64_t rows_per_id,
+               std::optional<Tensor> ids, double dropout, std::string std, double scaling) {
+  constexpr const char* op = "adapter_forward";
+  BK_CHECK(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2, op,
+           ": x must have shape (..., n), a and b two dimensions");
+  OptionalDeviceGuard guard(x);
+  std::vector<int64_t> shape;
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    shape.push_back(x.size(i));
+    tokens *= x.size(i);
+  }
+  shape.push_back(b.size(0));
+  x = as_rows(x);
+  std::optional<Tensor> e;
+  if (rho.has_value()) {
+    BK_CHECK(key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
+    check_device(op, "rho", *rho, x);
+    e = draw_scaled_normal(op, *rho, a.size(1), *key, stream, std, Device::scaled_normal);
+  }
+  const Tensor h =
+      shrink_rows<Device>(op, x, tokens, a, e, key, stream, row0, rows_per_id, ids, dropout);
+  const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
+  return expand_rows<Device>(op, h, b, base, scaling, dtype, shape);
 }
 
 template <class Device>
@@ -243,14 +301,15 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
 }  // namespace
 }  // namespace bayes_kernels
 
-#define BK_REGISTER_ADAPTER(key, Device)                                                \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                       \
-    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>)); \
-    m.impl("adapter_shrink_backward",                                                   \
-           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));          \
-    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>)); \
-    m.impl("adapter_expand_backward",                                                   \
-           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));          \
+#define BK_REGISTER_ADAPTER(key, Device)                                                  \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                         \
+    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>));   \
+    m.impl("adapter_shrink_backward",                                                     \
+           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));            \
+    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>));   \
+    m.impl("adapter_forward", TORCH_BOX(&bayes_kernels::forward<bayes_kernels::Device>)); \
+    m.impl("adapter_expand_backward",                                                     \
+           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));            \
   }
 
 #if defined(BAYES_KERNELS_SIM)

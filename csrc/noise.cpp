@@ -1,6 +1,7 @@
 // Host side of the noise family, shared by all devices: checks, allocation, launch.
 #include "noise.h"
 
+#include "scaled_normal.h"
 #include "torch_stable.h"
 
 namespace bayes_kernels {
@@ -93,34 +94,10 @@ Tensor dropout_mask(Tensor key, int64_t stream, int64_t rows, int64_t columns, i
   return out;
 }
 
-ScaledNormalParams scaled_params(const char* op, const Tensor& rho, int64_t n, const Tensor& key,
-                                 int64_t stream, const std::string& std) {
-  BK_CHECK(rho.dim() == 2 && (rho.size(1) == n || rho.size(1) == 1), op,
-           ": rho must have shape (r, ", n, ") or (r, 1)");
-  BK_CHECK(rho.scalar_type() == ScalarType::Float || rho.scalar_type() == ScalarType::Double, op,
-           ": rho must be float32 or float64; convert it");
-  ScaledNormalParams p{};
-  p.key = key_pointer(op, key, rho);
-  p.stream = stream;
-  p.std = std_of_name(op, std);
-  p.f64 = rho.scalar_type() == ScalarType::Double;
-  p.row_constant = rho.size(1) == 1 && n != 1;
-  p.rho = rho.data_ptr();
-  p.r = rho.size(0);
-  p.n = n;
-  return p;
-}
-
 template <class Device>
 Tensor scaled_normal(Tensor rho, int64_t n, Tensor key, int64_t stream, std::string std) {
-  constexpr const char* op = "scaled_normal";
   OptionalDeviceGuard guard(rho);
-  rho = torch::stable::contiguous(rho);
-  ScaledNormalParams p = scaled_params(op, rho, n, key, stream, std);
-  Tensor out = empty_like_shape(rho, {p.r, n}, rho.scalar_type());
-  p.out = out.mutable_data_ptr();
-  if (p.r > 0 && n > 0) raise_if(op, Device::scaled_normal(p, current_stream(rho)));
-  return out;
+  return draw_scaled_normal("scaled_normal", rho, n, key, stream, std, Device::scaled_normal);
 }
 
 template <class Device>
@@ -130,9 +107,9 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
   BK_CHECK(de.scalar_type() == rho.scalar_type(), op, ": de and rho must have the same dtype");
   check_device(op, "de", de, rho);
   OptionalDeviceGuard guard(rho);
-  rho = torch::stable::contiguous(rho);
-  de = torch::stable::contiguous(de);
-  ScaledNormalParams p = scaled_params(op, rho, de.size(1), key, stream, std);
+  rho = row_major(rho);
+  de = row_major(de);
+  ScaledNormalParams p = scaled_normal_params(op, rho, de.size(1), key, stream, std);
   p.de = de.data_ptr();
   Tensor out = empty_like_shape(rho, {rho.size(0), rho.size(1)}, rho.scalar_type());
   p.out = out.mutable_data_ptr();

@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "adapter_expand(Tensor h, Tensor b, Tensor? base, float scaling, ScalarType dtype) -> "
       "Tensor");
   m.def(
+      "adapter_forward(Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor? base, Tensor? key, "
+      "SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
+      "float scaling) -> Tensor");
+  m.def(
       "adapter_expand_backward(Tensor dy, Tensor h, Tensor b, float scaling, bool need_dh, "
       "bool need_db) -> (Tensor, Tensor)");
 

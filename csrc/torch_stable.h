@@ -27,7 +27,7 @@
 #define BK_LIBRARY bayes_kernels
 #endif
 
-// Shape and type errors are raised by Python before an op is called (functional.py); these checks
+// Shape and type errors are raised by Python before an op is called (functional/); these checks
 // protect direct calls of torch.ops. `op: argument must be ..., got ...`.
 #define BK_CHECK(condition, ...)                                                       \
   do {                                                                                 \
@@ -68,9 +68,26 @@ inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty_like_shape(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+// A contiguous tensor on the device of `like`. Past the dispatcher, which costs more than a small
+// kernel.
+inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& sizes,
+                               ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+// t itself where it is contiguous; asking costs less than a call of the op.
+inline Tensor row_major(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 inline Std std_of_name(const char* op, const std::string& name) {

@@ -1,6 +1,6 @@
 """Low-rank adapter with flipped-sign noise (BLoB): forward and backward, without the base layer.
 
-    python cuda_benchmarks/bench_adapter.py --device cpu [--quick] [--json PATH] [--save]
+    python cuda_benchmarks/bench_adapter.py --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers
     published      bayesian-peft's formula: two paths through b, dense sign tensors, fp32 adapters
@@ -17,27 +17,22 @@ tensors are allocated within the measured time, as in training.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
+import harness
 import torch
 import torch.nn.functional as F
 from harness import (
+    Family,
+    Options,
     Row,
     assert_agrees,
-    copy_bandwidth,
+    bandwidth_share,
+    count_launches,
     make_row,
     peak_bytes,
-    print_table,
-    results_folder,
-    save_rows,
     saved_bytes,
     time_interleaved,
 )
@@ -48,14 +43,6 @@ from bayes_kernels import reference
 
 SCALING = 2.0
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-# Time of `bayes_kernels` (in decoding: of `lora`) over that of a peer, at most.
-BARS = {
-    "cpu": [("published", 1 / 4), ("peft_lora", 1.0), ("compiled", 1 / 1.5)],
-    "cuda": [("published", 1 / 8), ("peft_lora", 1.0), ("compiled", 1 / 2)],
-}
-SAVED_BAR = 1 / 4
-ROOFLINE_BAR = 0.6
 
 
 @dataclass(frozen=True)
@@ -151,7 +138,7 @@ def published(i: Inputs, noise: Noise | None) -> Tensor:
     e = i.rho**2 * eps
     if noise is None:
         r_in = torch.empty_like(x).uniform_(-1, 1).sign()
-        r_out = torch.empty(x.shape[0], e.shape[0], device=x.device).uniform_(-1, 1).sign()
+        r_out = torch.empty(*x.shape[:-1], e.shape[0], device=x.device).uniform_(-1, 1).sign()
     else:
         r_in, r_out = noise.r_in, noise.r_out
     result += F.linear(F.linear(x * r_in, e) * r_out, i.b) * SCALING
@@ -179,12 +166,14 @@ def eager(i: Inputs, noise: Noise | None) -> Tensor:
     eps = torch.randn_like(i.rho) if noise is None else noise.eps
     e = i.rho * i.rho * eps
     if noise is None:
-        r_in = _random_signs(i.x.shape[0], i.x.shape[1], i.x)
-        r_out = _random_signs(i.x.shape[0], i.rho.shape[0], i.x)
+        r_in = _random_signs(*i.x.shape[-2:], i.x)
+        r_out = _random_signs(i.x.shape[-2], i.rho.shape[0], i.x)
     else:
         r_in, r_out = noise.r_in.to(torch.int8), noise.r_out.to(torch.int8)
     h = F.linear(i.x, i.mean.to(dtype)) + F.linear(i.x * r_in, e.to(dtype)) * r_out
-    return torch.addmm(i.base, h, i.b.to(dtype).t(), alpha=SCALING)
+    base = i.base.flatten(0, -2)
+    y = torch.addmm(base, h.flatten(0, -2), i.b.to(dtype).t(), alpha=SCALING)
+    return y.view_as(i.base)
 
 
 def flipout_lora(i: Inputs, key: Tensor) -> Tensor:
@@ -246,15 +235,17 @@ def check(case: Case, i: Inputs, key: Tensor, compiled: Callable | None) -> None
 
 # --- runs --------------------------------------------------------------------------------------
 
+OURS = ("bayes_kernels", "lora")
+PEERS = ("published", "peft_lora", "peft_lora_low", "eager", "compiled")
 
-def run_training(case: Case, device: str, seconds: float, with_compiled: bool) -> list[Row]:
+
+def run_training(case: Case, options: Options) -> list[Row]:
+    """One training step of an adapted layer, without its base layer."""
+    device = options.device
     i = make_inputs(case, device)
     key = bayes_kernels.random.key(1, device)
-    compiled = (
-        torch.compile(eager, fullgraph=True, dynamic=False)
-        if with_compiled and case.compiled
-        else None
-    )
+    with_compiled = case.compiled and not options.quick
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False) if with_compiled else None
     check(case, i, key, compiled)
     forwards: dict[str, Callable[[], Tensor]] = {
         "published": lambda: published(i, None),
@@ -267,124 +258,73 @@ def run_training(case: Case, device: str, seconds: float, with_compiled: bool) -
         forwards["peft_lora_low"] = lambda: peft_lora_low(i, None)
     if compiled is not None:
         forwards["compiled"] = lambda: compiled(i, None)
+    forwards = options.pick(forwards, OURS)
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(), i.leaves, i.dy, allow_unused=True)
 
     steps = {name: step(f) for name, f in forwards.items()}
-    times = time_interleaved(steps, device, seconds=seconds)
+    times = time_interleaved(steps, device, seconds=options.time_for(3.0, 2.0))
     # Forward reads x and base and writes y; backward reads dy and x and writes dx.
     moved = (3 * case.tokens * case.n + 3 * case.tokens * case.m) * i.x.element_size()
     rows = []
     for name, forward in forwards.items():
-        row = make_row("adapter", case.name, name, "forward+backward", times[name], device)
+        row = make_row("adapter", case.name, name, "forward+backward", times, device)
         row.saved_bytes = saved_bytes(forward, (i.mean, i.rho, i.b))
         row.peak_bytes = peak_bytes(steps[name], device)
-        row.roofline = round(moved / copy_bandwidth(device) / (row.p50_us * 1e-6), 3)
+        row.launches = count_launches(steps[name], device)
+        row.roofline = bandwidth_share(moved, row, device)
         rows.append(row)
     return rows
 
 
-def run_decode(device: str, seconds: float) -> list[Row]:
-    """One token, forward only: what generation pays for an adapted layer."""
-    case = Case(1, 4096, 4096, 8, torch.float32)
+# One token: what generation pays for an adapted layer, and what a call costs beside its kernels.
+DECODE = [Case(1, 4096, 4096, r, t) for r in (8, 16) for t in (torch.float32, torch.bfloat16)]
+OVERHEAD = Case(1, 64, 64, 8, torch.float32)
+
+
+def run_forward(case: Case, options: Options, mode: str) -> list[Row]:
+    """Forward pass only, of x (1, 1, n): in mode "forward" without gradients."""
+    device = options.device
     i = make_inputs(case, device)
     key = bayes_kernels.random.key(1, device)
-
-    def no_grad(f: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(f)
-
+    check(case, i, key, None)
+    i.x, i.base = i.x.detach()[None], i.base[None]  # a token of a batch of sequences
+    forwards = options.pick(
+        {
+            "peft_lora": lambda: peft_lora(i, None),
+            "eager": lambda: eager(i, None),
+            "lora": lambda: plain_lora(i),
+            "bayes_kernels": lambda: flipout_lora(i, key),
+        },
+        OURS,
+    )
     steps = {
-        "peft_lora": no_grad(lambda: peft_lora(i, None)),
-        "eager": no_grad(lambda: eager(i, None)),
-        "lora": no_grad(lambda: plain_lora(i)),
-        "bayes_kernels": no_grad(lambda: flipout_lora(i, key)),
+        name: torch.no_grad()(forward) if mode == "forward" else forward
+        for name, forward in forwards.items()
     }
-    times = time_interleaved(steps, device, seconds=seconds)
-    return [make_row("adapter", case.name, name, "forward", times[name], device) for name in steps]
+    times = time_interleaved(steps, device, seconds=options.time_for(1.5, 1.0))
+    rows = []
+    for name, step in steps.items():
+        row = make_row("adapter", case.name, name, mode, times, device)
+        row.launches = count_launches(step, device)
+        rows.append(row)
+    return rows
 
 
-def report(rows: list[Row], device: str) -> None:
-    table, verdicts = [], []
-    for case, mode in dict.fromkeys((r.case, r.mode) for r in rows):
-        group = {r.provider: r for r in rows if r.case == case and r.mode == mode}
-        ours = group["bayes_kernels"]
-        for name, row in group.items():
-            table.append((
-                case if mode == "forward+backward" else f"{case} {mode}", name,
-                f"{row.p20_us:.0f}", f"{row.p50_us:.0f}", f"{row.p80_us:.0f}",
-                f"{row.p50_us / ours.p50_us:.2f}",
-                "" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.2f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
-                "" if row.roofline is None else f"{row.roofline:.0%}",
-            ))  # fmt: skip
-        for peer, bar in BARS[device]:
-            subject = group["lora"] if mode == "forward" else ours
-            if peer in group and (mode == "forward+backward" or peer == "peft_lora"):
-                verdicts.append(
-                    _verdict(
-                        case,
-                        f"{subject.provider} / {peer} time",
-                        subject.p50_us / group[peer].p50_us,
-                        bar,
-                    )
-                )
-        if ours.saved_bytes is not None:
-            ratio = ours.saved_bytes / (group["published"].saved_bytes or 1)
-            verdicts.append(
-                _verdict(case, "bayes_kernels / published bytes kept", ratio, SAVED_BAR)
-            )
-        if device == "cuda" and ours.roofline is not None:
-            verdicts.append(
-                _verdict(case, "roofline share, inverse", 1 / ours.roofline, 1 / ROOFLINE_BAR)
-            )
-    header = (
-        "case",
-        "provider",
-        "p20 us",
-        "p50 us",
-        "p80 us",
-        "x ours",
-        "kept MB",
-        "peak MB",
-        "roofline",
-    )
-    print_table(header, table)
-    print()
-    print_table(("case", "bar", "ratio", "at most", "verdict"), verdicts)
+def run(options: Options) -> Iterator[Row]:
+    """All cases."""
+    for case in cases(options.device, options.quick):
+        if options.wants(case.name):
+            yield from run_training(case, options)
+    for case in [*DECODE[: 1 if options.quick else None], OVERHEAD]:
+        if options.wants(f"decode {case.name}"):
+            yield from run_forward(case, options, "forward")
+    if options.wants(f"overhead {OVERHEAD.name}"):
+        yield from run_forward(OVERHEAD, options, "forward with gradients")
 
 
-def _verdict(case: str, what: str, ratio: float, bar: float) -> tuple[str, ...]:
-    return case, what, f"{ratio:.3f}", f"{bar:.3f}", "met" if ratio <= bar else "missed"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="three shapes, no torch.compile")
-    parser.add_argument("--seconds", type=float, help="time for the repetitions of one case")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--save", action="store_true", help="add the rows to results/<machine>/adapter.jsonl"
-    )
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
-    seconds = arguments.seconds or (2.0 if arguments.quick else 3.0)
-    rows: list[Row] = []
-    for case in cases(arguments.device, arguments.quick):
-        rows += run_training(case, arguments.device, seconds, with_compiled=not arguments.quick)
-        print(f"measured {case.name}", file=sys.stderr)
-    rows += run_decode(arguments.device, seconds / 2)
-    report(rows, arguments.device)
-    if arguments.json is not None:
-        save_rows(arguments.json, rows)
-    if arguments.save:
-        save_rows(results_folder(arguments.device) / "adapter.jsonl", rows)
-    return 0
-
+FAMILY = Family("adapter", "one adapted layer of BLoB without its base layer", OURS, PEERS, run)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("adapter"))

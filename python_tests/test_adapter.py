@@ -312,6 +312,56 @@ def test_gradients_only_where_needed(device):
 # --- properties ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1), (7,), (3, 5), (2, 0)], ids=str)
+def test_inference_is_the_forward_pass_bit_for_bit(device, lead, dtype):
+    """Without gradients one op does all: the same numbers, for any leading shape, stride and option."""
+    p = make(device, (1, 40, 9, 5), dtype, batch=lead)
+    x, base = p["x"].detach(), p["base"].detach()
+    key = random.key(3, device.torch)
+    mean, rho, b = (p[k] for k in ("mean", "rho", "b"))
+    groups = torch.arange(math.prod(lead), device=device.torch).reshape(lead) // 2
+    calls = {
+        "plain": lambda x, base: F.lora(x, mean, b, base, scaling=0.5),
+        "dropped": lambda x, base: F.lora(x, mean, b, base, dropout=0.25, key=key, row0=3),
+        "token": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key, stream=2, row0=1),
+        "sample": lambda x, base: F.flipout_lora(
+            x, mean, rho[:, :1], b, base, key=key, row0=5, rows_per_group=2, std="softplus"
+        ),
+        "direct": lambda x, base: F.flipout_lora(
+            x, mean, rho, b, base, key=key, std="direct", dropout=0.25, scaling=3.0
+        ),
+        "example": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key, scope="example"),
+        "none": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key, scope="none"),
+        "groups": lambda x, base: F.flipout_lora(
+            x, mean, rho[:, :1], b, base, key=key, groups=groups, std="softplus", dropout=0.25
+        ),
+    }
+    strided = torch.stack([x, x], -1)[..., 0]
+    for name, call in calls.items():
+        for added in (None, base):
+            y = call(x, added)
+            assert y.requires_grad
+            with torch.no_grad():
+                for same in (x, strided):
+                    got = call(same, added)
+                    assert got.shape == y.shape and got.dtype == y.dtype, name
+                    assert torch.equal(got, y), name
+
+
+@pytest.mark.parametrize("name", ["x", "mean", "rho", "b", "base", "key"])
+def test_tensors_without_data_are_refused(name):
+    """A fake kernel must not answer for one tensor on the meta device among others with data."""
+
+    class Cpu:
+        torch = torch.device("cpu")
+
+    made = make(Cpu, (4, 8, 3, 2), torch.float32, grad=False) | {"key": random.key(0)}
+    p = {k: v.to("meta") if k == name else v for k, v in made.items()}
+    with torch.no_grad(), pytest.raises(ValueError, match="must be on"):
+        F.flipout_lora(p["x"], p["mean"], p["rho"], p["b"], p["base"], key=p["key"])
+
+
 @pytest.mark.parametrize("scope", ["token", "example", "none"])
 def test_zero_deviation_is_plain_lora_bit_for_bit(device, scope):
     for dtype in half_or_single(device):

@@ -64,6 +64,12 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (h, b, None, 1.0, dtype),
             (h[:0], b, None, 1.0, dtype),
         ],
+        "adapter_forward": [
+            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0),
+            (x, a, e, b, None, key, 4, 2, 3, None, 0.25, "square", 1.0),
+            (x[None, :0], a, e[:, :1], b, base[None, :0], key, 0, 0, 1, None, 0.0, "direct", 1.0),
+            (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.0, "softplus", 1.0),
+        ],
         "adapter_expand_backward": [(dy, h, b, 2.0, True, True), (dy, h, b, 1.0, False, True)],
         "gaussian_kl": [(means, rhos, [0.2, 0.3], "square", "elbo")],
         "gaussian_kl_backward": [(weight, means, rhos, [0.2], "softplus", "code")],

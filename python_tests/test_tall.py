@@ -63,6 +63,15 @@ def test_gram(device):
         )
 
 
+@pytest.mark.parametrize("r", [5, 16])
+def test_partial_sums_of_long_matrices_are_all_added(r: int):
+    """The CPU kernels add up 3,072 rows at a time; there are three sums here, and a bit of a fourth."""
+    x = torch.randn(3 * 3072 + 5, r, generator=torch.Generator().manual_seed(r))
+    assert_no_worse_than_torch(F.gram(x)[0], x.mT @ x, x.double().mT @ x.double(), what="gram")
+    F.polar_retract_([x])
+    assert defect(x) < 1e-6 * math.sqrt(r)
+
+
 def test_pair_of_grams(device):
     xs = randoms(talls(device))
     gs = randoms(xs, seed=3)
@@ -380,6 +389,12 @@ def test_rank_above_64_takes_pytorch(kind: str):
     assert info.tolist() == [F.RETRACTED, F.NOT_FINITE, F.RANK_DEFICIENT, F.RETRACTED]
     torch.testing.assert_close(xs[0], DEFINITION[kind](x), rtol=0, atol=1e-6)
     assert torch.equal(xs[2], deficient) and xs[1].isnan().all()
+    # Those that the kernels can take go to the kernels, whatever else is in the list.
+    mixed, alone = with_condition(9, 2, 2.0), with_condition(9, 2, 2.0)
+    step, wide = torch.full((9, 2), 0.1), with_condition(80, 66, 2.0)
+    RETRACT[kind]([wide, mixed], [torch.zeros(80, 66), step])
+    RETRACT[kind]([alone], [step])
+    assert torch.equal(mixed, alone) and torch.equal(F.gram([wide, mixed])[1], F.gram(mixed)[0])
     g = torch.randn_like(x)
     torch.testing.assert_close(F.gram(x)[0], x.mT @ x)
     torch.testing.assert_close(

@@ -1,0 +1,76 @@
+"""Drop-in ops: adapters with flipped-sign noise, divergence, tall matrices, prediction.
+
+Shapes: x (..., n) activations; a, mean (r, n) and b (m, r) low-rank factors; base (..., m) the output
+of the frozen layer. Dtypes: activations fp32, bf16, fp16 (fp64 on the CPU); factors and variances are
+fp32 (fp64 beside fp64 activations) and are converted to that where they are not. The result has the
+dtype of `base`, or of x without one. Under autocast x is taken in the autocast dtype, factors stay
+fp32. First derivatives only.
+Tall matrices (Stiefel parameters) are fp32 in lists, changed in place and without derivatives.
+
+Cost of a call with T tokens: x is read once, base read once and y written once; forward keeps x, h
+(T, r) in fp32 and the key for the backward pass, and never a sign, a mask or a noise tensor. Ranks
+above 64 run the formulas of `bayes_kernels.reference` on materialised noise: slower and with memory
+for the signs, with the same numbers.
+
+Errors are ValueError or TypeError in one line, raised before any kernel runs.
+"""
+
+from __future__ import annotations
+
+from .adapter import core_lora, flipout_lora, lora, scaled_lora
+from .curvature import kron_accumulate_, low_rank_update_
+from .divergence import check_divergence, gaussian_kl
+from .noise import SCOPES, STDS
+from .predict import (
+    COVARIANCES,
+    PREDICT_METHODS,
+    McPrediction,
+    linear_logits,
+    mc_predict,
+    mc_predict_linear,
+)
+from .tall import (
+    NOT_FINITE,
+    RANK_DEFICIENT,
+    REFINED,
+    RETRACTED,
+    RETRACTIONS,
+    SHIFTED,
+    gram,
+    landing_field,
+    landing_step_,
+    polar_retract_,
+    qr_retract_,
+    stiefel_step_,
+)
+
+__all__ = [
+    "COVARIANCES",
+    "NOT_FINITE",
+    "PREDICT_METHODS",
+    "RANK_DEFICIENT",
+    "REFINED",
+    "RETRACTED",
+    "RETRACTIONS",
+    "SCOPES",
+    "SHIFTED",
+    "STDS",
+    "McPrediction",
+    "check_divergence",
+    "core_lora",
+    "flipout_lora",
+    "gaussian_kl",
+    "gram",
+    "kron_accumulate_",
+    "landing_field",
+    "landing_step_",
+    "linear_logits",
+    "lora",
+    "low_rank_update_",
+    "mc_predict",
+    "mc_predict_linear",
+    "polar_retract_",
+    "qr_retract_",
+    "scaled_lora",
+    "stiefel_step_",
+]

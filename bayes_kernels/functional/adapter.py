@@ -1,0 +1,531 @@
+"""Low-rank adapters: plain, with flipped-sign noise, with a diagonal or a matrix in rank space.
+
+shrink (x to rank space) -> middle -> expand (rank space to the output, added to base), with the
+derivatives of all three in one autograd function.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _library, reference
+from .._library import MAX_FUSED_RANK
+from ..random import check_key
+from .arguments import (
+    ACTIVATIONS,
+    accumulate_dtype,
+    autocast_input,
+    check_choice,
+    check_double_on_cpu,
+    check_factor,
+    check_same_device,
+)
+from .noise import SCOPES, STDS, Noise, dense_noise, group_ids, group_size, keep_mask
+
+
+def lora(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    stream: int = 0,
+    row0: int = 0,
+) -> Tensor:
+    """Low-rank adapter: base + scaling * (dropout(x) a^T) b^T.
+
+    Args:
+        x: (..., n).
+        a: (r, n).
+        b: (m, r).
+        base: (..., m) or None.
+        scaling: lora_alpha / r in PEFT's terms; a constant.
+        dropout: probability in [0, 1) of dropping an element of x, drawn from the key.
+        key: noise key; needed with dropout.
+        stream: the layer's noise stream.
+        row0: index of the first token of x, for batches that are split.
+
+    Returns:
+        (..., m) in the dtype of base, or of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+    """
+    op = "lora"
+    if key is None or dropout > 0.0:
+        y = _infer(x, a, None, b, base, Noise(key, stream, row0, 1, None, dropout), "", scaling)
+        if y is not None:
+            return y
+    x = autocast_input(x)
+    _check(op, x, a, b, base, dropout, key)
+    noise = Noise(key, stream, row0, dropout=dropout)
+    if a.shape[0] > MAX_FUSED_RANK:
+        keep = keep_mask(x, noise)
+        x_kept = x.to(accumulate_dtype(x))
+        if keep is not None:
+            x_kept = reference.dropped(x_kept, keep.reshape(x.shape), dropout)
+        a, b = _factors(x, a, b)
+        return _cast_base(reference.lora(x_kept, a, b, scaling=scaling), base, x)
+    return _adapter(x, a, b, base, noise=noise, scaling=scaling)
+
+
+def flipout_lora(
+    x: Tensor,
+    mean: Tensor,
+    rho: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    key: Tensor,
+    stream: int = 0,
+    scope: str = "token",
+    groups: Tensor | None = None,
+    std: str = "square",
+    row0: int = 0,
+    rows_per_group: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Low-rank adapter whose first factor is Gaussian, sampled with flipped signs.
+
+    A ~ N(mean, Omega^2) elementwise, Omega = std(rho). With E = Omega . eps, eps ~ N(0, 1) of shape
+    (r, n) drawn once per call, and signs R_in (tokens, n), R_out (tokens, r) in {-1, +1}:
+
+        y = base + scaling * (x mean^T + ((x . R_in) E^T) . R_out) b^T
+
+    Every group of rows that shares its signs sees one coherent draw of A with the right marginal law;
+    draws of different groups are uncorrelated (they share |eps|).
+
+    Args:
+        x: (..., n).
+        mean: (r, n).
+        rho: (r, n), or (r, 1) for a deviation that is constant along each row.
+        b: (m, r).
+        base: (..., m) or None.
+        scaling: multiplies mean path and noise.
+        key: int64 tensor of two elements (`random.key`); refresh it before each micro-batch.
+        stream: the layer's noise stream.
+        scope: "token": signs of their own for every row (BLoB's published code); "example": one draw
+            for each index of x's first dimension (the paper); "none": one draw for the whole call.
+        groups: int64 (...,) or any shape that broadcasts to it: the sign row of each row, in place of
+            counted ones.
+        std: "square" (rho^2), "softplus" or "direct".
+        row0: number of the first group, for batches that are split.
+        rows_per_group: that many successive rows share a group; overrides the scope's count. S
+            coherent posterior samples folded into the batch: rows of one sample.
+        dropout: probability of dropping an element of x (one mask for both paths).
+
+    Returns:
+        (..., m) in the dtype of base, or of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, scope, std or key do not fit.
+
+    Sources: Wang et al., "BLoB", arXiv 2406.11675; Wen et al., "Flipout", arXiv 1803.04386.
+    """
+    op = "flipout_lora"
+    if groups is None and scope == "token":
+        rows = 1 if rows_per_group is None else rows_per_group
+        noise = Noise(key, stream, row0, rows, None, dropout)
+        y = _infer(x, mean, rho, b, base, noise, std, scaling)
+        if y is not None:
+            return y
+    x = autocast_input(x)
+    check_key(op, key)
+    _check(op, x, mean, b, base, dropout, key)
+    check_choice(op, "scope", scope, SCOPES)
+    check_choice(op, "std", std, STDS)
+    r, n = mean.shape
+    if rho.dim() != 2 or rho.shape[0] != r or rho.shape[1] not in (1, n):
+        raise ValueError(
+            f"{op}: rho must have shape (r, n) = ({r}, {n}) or ({r}, 1), got {tuple(rho.shape)}"
+        )
+    check_factor(op, "rho", rho, x)
+    ids = group_ids(op, groups, x)
+    rows_per_id = group_size(op, x, scope, rows_per_group)
+    noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
+    flipped = scope != "none" or ids is not None
+    if r > MAX_FUSED_RANK:
+        mean, rho, b = _factors(x, mean, rho, b)
+        y = reference.flipout_lora(
+            x.to(accumulate_dtype(x)),
+            mean,
+            rho,
+            b,
+            scaling=scaling,
+            noise=dense_noise(x, r, noise, signs=flipped),
+            std=std,
+            dropout=dropout,
+        )
+        return _cast_base(y, base, x)
+    kind = "flipped" if flipped else "shared"
+    return _adapter(x, mean, b, base, rho=rho, noise=noise, scaling=scaling, std=std, kind=kind)
+
+
+def scaled_lora(
+    x: Tensor,
+    a: Tensor,
+    d: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Low-rank adapter with a diagonal in rank space: base + scaling * ((x a^T) . d) b^T.
+
+    Args:
+        x: (..., n).
+        a: (r, n).
+        d: (r,), or (G, r) with groups: a sampled diagonal for each group of rows.
+        b: (m, r).
+        base: (..., m) or None.
+        scaling: constant factor.
+        groups: int64 (...,) in [0, G), needed when d has two dimensions.
+
+    Returns:
+        (..., m) in the dtype of base, or of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Source: "ScalaBL", arXiv 2506.21408.
+    """
+    op = "scaled_lora"
+    x = autocast_input(x)
+    _check(op, x, a, b, base, 0.0, None)
+    r = a.shape[0]
+    if d.dim() not in (1, 2) or d.shape[-1] != r:
+        raise ValueError(f"{op}: d must have shape ({r},) or (G, {r}), got {tuple(d.shape)}")
+    if (d.dim() == 2) != (groups is not None):
+        raise ValueError(
+            f"{op}: groups must be given exactly when d is (G, r), got d of shape {tuple(d.shape)}"
+        )
+    check_factor(op, "d", d, x)
+    acc = accumulate_dtype(x)
+    middle = d.to(acc)
+    if groups is not None:
+        ids = group_ids(op, groups, x)
+        middle = middle.index_select(0, ids)  # type: ignore[arg-type]
+    if r > MAX_FUSED_RANK:
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        a, b = _factors(x, a, b)
+        y = (((rows.to(acc) @ a.T) * middle) @ b.T * scaling).reshape(*x.shape[:-1], b.shape[0])
+        return _cast_base(y, base, x)
+    return _adapter(x, a, b, base, middle=middle, scaling=scaling, kind="scaled")
+
+
+def core_lora(
+    x: Tensor,
+    a: Tensor,
+    core: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+) -> Tensor:
+    """Low-rank adapter with a full matrix in rank space: base + scaling * ((x a^T) core^T) b^T.
+
+    Args:
+        x: (..., n).
+        a: (r, n); Y^T in PoLAR's terms.
+        core: (r, r); Theta.
+        b: (m, r); X.
+        base: (..., m) or None.
+        scaling: constant factor.
+
+    Returns:
+        (..., m) in the dtype of base, or of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Source: "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv 2506.03133.
+    """
+    op = "core_lora"
+    x = autocast_input(x)
+    _check(op, x, a, b, base, 0.0, None)
+    r = a.shape[0]
+    if tuple(core.shape) != (r, r):
+        raise ValueError(f"{op}: core must have shape ({r}, {r}), got {tuple(core.shape)}")
+    check_factor(op, "core", core, x)
+    acc = accumulate_dtype(x)
+    core = core.to(acc)
+    if r > MAX_FUSED_RANK:
+        a, b = _factors(x, a, b)
+        return _cast_base(reference.core_lora(x.to(acc), a, core, b, scaling=scaling), base, x)
+    return _adapter(x, a, b, base, middle=core, scaling=scaling, kind="core")
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    base: Tensor | None,
+    dropout: float,
+    key: Tensor | None,
+) -> None:
+    if x.dtype not in ACTIVATIONS:
+        raise TypeError(
+            f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it"
+        )
+    _library.require_device(op, x)
+    check_double_on_cpu(op, x)
+    if x.dim() < 1 or a.dim() != 2 or b.dim() != 2:
+        raise ValueError(
+            f"{op}: x must have shape (..., n), the factors (r, n) and (m, r), got {tuple(x.shape)}, "
+            f"{tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    n, r = x.shape[-1], a.shape[0]
+    if a.shape[1] != n:
+        hint = "; pass the transposed tensor" if a.shape[0] == n else ""
+        raise ValueError(
+            f"{op}: the first factor must have shape (r, n = {n}), got {tuple(a.shape)}{hint}"
+        )
+    if b.shape[1] != r:
+        hint = "; pass the transposed tensor" if b.shape[0] == r else ""
+        raise ValueError(f"{op}: b must have shape (m, r = {r}), got {tuple(b.shape)}{hint}")
+    if r < 1:
+        raise ValueError(
+            f"{op}: the rank must be at least 1, got factors of shape {tuple(a.shape)}"
+        )
+    check_factor(op, "the first factor", a, x)
+    check_factor(op, "b", b, x)
+    if base is not None:
+        if base.shape[:-1] != x.shape[:-1] or base.shape[-1] != b.shape[0]:
+            raise ValueError(
+                f"{op}: base must have shape {(*x.shape[:-1], b.shape[0])}, got {tuple(base.shape)}"
+            )
+        check_same_device(op, "base", base, x)
+        if base.dtype not in ACTIVATIONS or (base.dtype == torch.float64) != (
+            x.dtype == torch.float64
+        ):
+            raise TypeError(
+                f"{op}: base must have a dtype that fits x ({x.dtype}), got {base.dtype}"
+            )
+    if dropout != 0.0:
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}; pass a probability")
+        if key is None:
+            raise ValueError(f"{op}: key is needed with dropout; make it with random.key(seed)")
+        check_key(op, key)
+    if key is not None:
+        check_same_device(op, "key", key, x)
+
+
+def _infer(
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    noise: Noise,
+    std: str,
+    scaling: float,
+) -> Tensor | None:
+    """The output where the arguments are as the op takes them and nothing needs a gradient; else None.
+
+    The checks of this module take longer than the kernels of one token, so the op's own come first.
+    What it refuses is looked at again by the caller, which converts it or says what does not fit.
+    """
+    key = noise.key
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or type(x) is not Tensor
+        or x.is_meta
+        or (base is not None and base.is_meta)
+        or (key is not None and (type(key) is not Tensor or key.is_meta))
+        or not _is_stored_float(a)
+        or not _is_stored_float(b)
+        or not (rho is None or _is_stored_float(rho))
+        or _needs_gradient(x, a, rho, b, base)
+    ):
+        return None
+    try:
+        return _library.ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling)
+    except (RuntimeError, AttributeError):  # the latter: a library built from older sources
+        return None
+
+
+def _is_stored_float(factor: Tensor) -> bool:
+    return factor.dtype == torch.float32 and not factor.is_meta
+
+
+def _factors(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    acc = accumulate_dtype(x)
+    return tuple(f if f.dtype == acc else f.to(acc) for f in factors)
+
+
+def _cast_base(y: Tensor, base: Tensor | None, x: Tensor) -> Tensor:
+    return y.to(x.dtype) if base is None else base + y.to(base.dtype)
+
+
+def _adapter(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    base: Tensor | None,
+    *,
+    rho: Tensor | None = None,
+    middle: Tensor | None = None,
+    noise: Noise = Noise(),  # noqa: B008 - immutable
+    scaling: float,
+    std: str = "",
+    kind: str = "plain",
+) -> Tensor:
+    """The fused path: checked arguments of any leading shape. `kind` as in `_Adapter`."""
+    acc = accumulate_dtype(x)
+    if a.dtype != acc:
+        a = a.to(acc)
+    if b.dtype != acc:
+        b = b.to(acc)
+    if rho is not None and rho.dtype != acc:
+        rho = rho.to(acc)
+    m = b.shape[0]
+    shape = x.shape
+    tokens = math.prod(shape[:-1])
+    rows = x if x.dim() == 2 else x.reshape(tokens, shape[-1])
+    base_rows = base if base is None or base.dim() == 2 else base.reshape(tokens, m)
+    if _needs_gradient(x, a, rho, middle, b, base):
+        y = _Adapter.apply(rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
+    else:
+        y, _ = _shrink_expand(rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
+    return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd's function has to be called; inference is faster without it.
+
+    Also under forward-mode differentiation and torch.func transforms, which it refuses with a clear
+    error; the raw ops would silently drop the tangents.
+    """
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+def _shrink_expand(
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    middle: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    noise: Noise,
+    scaling: float,
+    std: str,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """The output and the rank-space activations before the middle."""
+    ops = _library.ops
+    factor, e = _noisy_factor(a, rho, noise, std, kind)
+    h = ops.adapter_shrink(x, factor, e, *noise)
+    dtype = x.dtype if base is None else base.dtype
+    return ops.adapter_expand(_apply_middle(h, middle, kind), b, base, scaling, dtype), h
+
+
+class _Adapter(torch.autograd.Function):
+    """shrink -> middle -> expand, and the derivatives of all three.
+
+    kind: "plain"; "flipped" (noise with signs); "shared" (one draw for all rows: a + E is an ordinary
+    factor); "scaled" (middle (r,) or (tokens, r)); "core" (middle (r, r)).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        rho: Tensor | None,
+        middle: Tensor | None,
+        b: Tensor,
+        base: Tensor | None,
+        noise: Noise,
+        *options: Any,
+    ) -> Tensor:
+        y, h = _shrink_expand(x, a, rho, middle, b, base, noise, *options)
+        ctx.save_for_backward(x, a, rho, middle, b, h, noise.key, noise.ids)
+        ctx.noise, ctx.options = noise._replace(key=None, ids=None), options
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ops = _library.ops
+        x, a, rho, middle, b, h, key, ids = ctx.saved_tensors
+        noise = ctx.noise._replace(key=key, ids=ids)
+        scaling, std, kind = ctx.options
+        need_x, need_a, need_rho, need_middle, need_b, need_base = ctx.needs_input_grad[:6]
+        need_h = need_x or need_a or need_rho or need_middle
+        dx = da = drho = dmiddle = db = None
+        if need_h or need_b:
+            dh, db = ops.adapter_expand_backward(
+                dy, _apply_middle(h, middle, kind), b, scaling, need_h, need_b
+            )
+            if not need_b:
+                db = None
+        if need_middle:
+            dmiddle = _middle_gradient(dh, h, middle, kind)
+        if need_x or need_a or need_rho:
+            if kind == "scaled":
+                dh = dh * middle
+            elif kind == "core":
+                dh = dh @ middle
+            factor, e = _noisy_factor(a, rho, noise, std, kind)
+            need_da = need_a or (need_rho and kind == "shared")
+            need_de = need_rho and kind == "flipped"
+            dx, da, de = ops.adapter_shrink_backward(
+                dh, x, factor, e, *noise, need_x, need_da, need_de
+            )
+            if need_rho:
+                drho = ops.scaled_normal_backward(
+                    da if kind == "shared" else de, rho, key, noise.stream, std
+                )
+            dx = dx if need_x else None
+            da = da if need_a else None
+        dbase = dy if need_base else None
+        return dx, da, drho, dmiddle, db, dbase, None, None, None, None
+
+
+def _noisy_factor(
+    a: Tensor, rho: Tensor | None, noise: Noise, std: str, kind: str
+) -> tuple[Tensor, Tensor | None]:
+    """The factor and noise matrix that shrink takes."""
+    if kind not in ("flipped", "shared"):
+        return a, None
+    e = _library.ops.scaled_normal(rho, a.shape[1], noise.key, noise.stream, std)
+    return (a, e) if kind == "flipped" else (a + e, None)
+
+
+def _apply_middle(h: Tensor, middle: Tensor | None, kind: str) -> Tensor:
+    if kind == "scaled":
+        return h * middle  # type: ignore[operator]
+    if kind == "core":
+        return h @ middle.T  # type: ignore[union-attr]
+    return h
+
+
+def _middle_gradient(dh: Tensor, h: Tensor, middle: Tensor, kind: str) -> Tensor:
+    if kind == "core":
+        return dh.T @ h
+    product = dh * h
+    return product.sum(0) if middle.dim() == 1 else product

@@ -1,0 +1,170 @@
+"""Curvature factors that grow in place: Kronecker factors and factors of rank k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _library, reference
+from .arguments import as_list, no_autocast
+
+# low_rank_update_: rows that it takes at once, and the largest fused rank.
+_FACTOR_ROWS, _MAX_FACTOR_RANK = 32, 96
+
+
+def kron_accumulate_(
+    factors: Tensor | Sequence[Tensor],
+    rows: Tensor | Sequence[Tensor],
+    *,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 1.0,
+    masks: Tensor | Sequence[Tensor | None] | None = None,
+) -> None:
+    """Kronecker factors, in place: factor <- beta factor + alpha sum_i w_i x_i x_i^T.
+
+    Args:
+        factors: symmetric (d, d), fp32 or fp64, one or a list; changed in place.
+        rows: (..., d) in any floating dtype, one for each factor; leading dimensions are flattened.
+            Half-precision rows are summed in the factor's dtype.
+        alpha, beta: numbers or 0-dim tensors. With the number beta = 0 the old values are not read.
+        masks: None, or one for each factor of the leading shape of its rows (or None): bool, where
+            False leaves a row out, or floating weights w_i >= 0. Rows left out may hold anything.
+
+    Raises:
+        ValueError, TypeError: lists, shapes, dtypes or devices do not fit.
+
+    Cost: N d^2 multiply-adds for N rows, and a copy of the rows in the factor's dtype.
+
+    Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature", arXiv 1503.05671.
+    """
+    op = "kron_accumulate_"
+    triples = _check_curvature(op, factors, rows, masks, square=True)
+    with torch.no_grad():
+        for factor, x, mask in triples:
+            with no_autocast(factor):
+                x = reference.valid_rows(x.to(factor.dtype), mask)
+                if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+                    factor.mul_(beta).add_((x.T @ x).mul_(alpha))
+                else:
+                    factor.addmm_(x.T, x, beta=beta, alpha=alpha)
+
+
+def low_rank_update_(
+    factors: Tensor | Sequence[Tensor],
+    rows: Tensor | Sequence[Tensor],
+    *,
+    masks: Tensor | Sequence[Tensor | None] | None = None,
+) -> None:
+    """Rank-k factors L (d, k) of a growing sum, in place: L L^T <- best rank k of L L^T + sum x x^T.
+
+    With H = [L, rows^T] (d, k + b) and the eigenvectors V_k of the k largest eigenvalues of its Gram
+    matrix H^T H:
+
+        L <- H V_k
+
+    which are the k leading left singular vectors of H times their singular values (columns
+    orthogonal, in falling order), without a singular value decomposition of d rows. Exact, up to
+    rounding, while no more than k independent rows have been seen. Column signs are arbitrary.
+    More than 32 rows are taken in blocks of 32, in order. Ranks above 96 take a slower path.
+
+    Args:
+        factors: (d, k), fp32 or fp64, one or a list; changed in place. Zeros to start with.
+        rows: (..., d) in any floating dtype, one for each factor; leading dimensions are flattened.
+        masks: as in `kron_accumulate_`.
+
+    Raises:
+        ValueError, TypeError: lists, shapes, dtypes or devices do not fit.
+
+    Cost: O(d (k + b)^2) for each block of b rows, and an eigendecomposition of a (k + b)-sided matrix in
+    fp64. On a GPU three launches for every 60 factors and 32 rows; on the CPU a factor is one
+    thread's work. Same inputs, same bits for any number of threads.
+
+    Source: Yang et al., "Bayesian Low-rank Adaptation for Large Language Models", arXiv 2308.13111,
+    Algorithm 1, which takes singular value decompositions.
+    """
+    op = "low_rank_update_"
+    triples = _check_curvature(op, factors, rows, masks, square=False)
+    for factor, _, _ in triples:
+        _library.require_device(op, factor)
+    fused: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    with torch.no_grad():
+        for factor, x, mask in triples:
+            if mask is not None or x.dim() != 2 or x.dtype != factor.dtype:
+                x = reference.valid_rows(x.to(factor.dtype), mask)
+            x = x.contiguous()
+            if x.shape[0] == 0 or factor.numel() == 0:
+                continue
+            on_cpu = factor.device.type == "cpu"
+            if factor.shape[1] > _MAX_FACTOR_RANK or (factor.dtype == torch.float64 and not on_cpu):
+                _low_rank_update(factor, x)
+            else:
+                fused.setdefault((factor.device, factor.dtype), []).append((factor, x))
+        for members in fused.values():
+            matrices = [factor for factor, _ in members]
+            contiguous = [factor.contiguous() for factor in matrices]
+            _library.ops.low_rank_update_(contiguous, [x for _, x in members])
+            torch.autograd.graph.increment_version(contiguous)
+            for factor, new in zip(matrices, contiguous, strict=True):
+                if new is not factor:
+                    factor.copy_(new)
+
+
+def _low_rank_update(factor: Tensor, rows: Tensor) -> None:
+    """The path of ranks above 96, and of fp64 on a GPU: PyTorch's products and eigensolver."""
+    k = factor.shape[1]
+    with no_autocast(factor):
+        for x in rows.split(_FACTOR_ROWS):
+            h = torch.cat([factor.T, x])  # transposed, so that both products read rows of length d
+            vectors = torch.linalg.eigh((h @ h.T).double()).eigenvectors
+            factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).T)
+
+
+def _check_curvature(
+    op: str,
+    factors: Tensor | Sequence[Tensor],
+    rows: Tensor | Sequence[Tensor],
+    masks: Tensor | Sequence[Tensor | None] | None,
+    *,
+    square: bool,
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Argument checks shared by the curvature ops; returns (factor, rows, mask) triples."""
+    factor_list: list[Tensor] = as_list(factors)
+    row_list: list[Tensor] = as_list(rows)
+    mask_list: list[Tensor | None]
+    mask_list = [None] * len(factor_list) if masks is None else as_list(masks)
+    if not len(factor_list) == len(row_list) == len(mask_list):
+        raise ValueError(
+            f"{op}: factors, rows and masks must be lists of the same length, got "
+            f"{len(factor_list)}, {len(row_list)} and {len(mask_list)}"
+        )
+    triples = list(zip(factor_list, row_list, mask_list, strict=True))
+    for i, (factor, x, mask) in enumerate(triples):
+        if factor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{op}: factor {i} must be float32 or float64, got {factor.dtype}; convert it"
+            )
+        if factor.dim() != 2 or (square and factor.shape[0] != factor.shape[1]):
+            wanted = "(d, d)" if square else "(d, k)"
+            raise ValueError(
+                f"{op}: factor {i} must have shape {wanted}, got {tuple(factor.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{op}: rows {i} must be floating-point, got {x.dtype}; convert them")
+        if x.dim() < 1 or x.shape[-1] != factor.shape[0]:
+            raise ValueError(
+                f"{op}: rows {i} must have shape (..., {factor.shape[0]}), got {tuple(x.shape)}"
+            )
+        if x.device != factor.device or (mask is not None and mask.device != factor.device):
+            raise ValueError(f"{op}: rows and mask {i} must be on {factor.device}; move them")
+        if mask is None:
+            continue
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{op}: mask {i} must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}"
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{op}: mask {i} must be bool or floating weights, got {mask.dtype}")
+    return triples

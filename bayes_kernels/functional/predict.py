@@ -1,0 +1,520 @@
+"""Predictive distributions of Gaussian logits, and the logits of a last layer with Gaussian weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from numpy.polynomial import hermite
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _library, reference
+from .._library import MAX_FUSED_CLASSES
+from ..random import check_key
+from .arguments import (
+    ACTIVATIONS,
+    accumulate_dtype,
+    check_choice,
+    check_double_on_cpu,
+    check_factor,
+    check_same_device,
+    outside_autocast,
+)
+
+PREDICT_METHODS = ("mc", "quadrature", "probit", "bridge")
+COVARIANCES = ("diagonal", "low_rank", "dense")
+
+
+class McPrediction(NamedTuple):
+    """Predictive distribution of a Gaussian over logits.
+
+    Attributes:
+        log_probs: (B, C) logarithm of the mean softmax; exact far below the smallest float's
+            logarithm, -inf for a class whose mean logit is -inf.
+        entropy: (B,) entropy of the mean softmax in nats: total uncertainty.
+        expected_entropy: (B,) mean entropy of the softmax in nats, the part that is not due to the
+            weights; None for method="probit".
+        standard_error: (B, C) Monte-Carlo standard error of the probabilities, where asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor | None
+    standard_error: Tensor | None = None
+
+    @property
+    def probs(self) -> Tensor:
+        """(B, C) mean softmax."""
+        return self.log_probs.exp()
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """(B,) entropy - expected_entropy in nats; rounding may put it slightly below zero."""
+        if self.expected_entropy is None:
+            raise ValueError(
+                "mutual_information: method 'probit' gives no expected entropy; use 'mc' or 'bridge'"
+            )
+        return self.entropy - self.expected_entropy
+
+
+def mc_predict(
+    mean: Tensor,
+    cov: Tensor,
+    *,
+    n_samples: int | None = None,
+    key: Tensor | None = None,
+    antithetic: bool = False,
+    method: str = "mc",
+    return_standard_error: bool = False,
+    stream: int = 0,
+    row0: int = 0,
+    ids: Tensor | None = None,
+) -> McPrediction:
+    """Mean softmax of Gaussian logits and its uncertainty: z ~ N(mean, cov), p = E softmax(z).
+
+    Samples are streamed: noise is made in registers and no (samples, B, C) tensor exists. Prediction
+    only: results carry no gradient.
+
+    Methods:
+        mc: the average over n_samples samples. Standard error of a probability: at most
+            0.5 / sqrt(n_samples).
+        quadrature: C = 2 only, no sampling. Only d = z_1 - z_0 matters: 20-point Gauss-Hermite where
+            its variance is at most 1, above that the trapezoidal rule on 161 points of the logistic
+            density; probabilities and entropies err by less than 1e-8 before rounding.
+        probit: softmax(mean / sqrt(1 + pi/8 var)); cheap, keeps the ranking of classes only for equal
+            variances; no expected entropy.
+        bridge: Laplace bridge to a Dirichlet distribution, after the zero-sum correction.
+
+    Args:
+        mean: (B, C) mean logits, fp32 (bf16 and fp16 are converted; fp64 on the CPU). -inf removes a
+            class.
+        cov: (B, C) variances of independent logits, or (B, C, C) covariances, of which the lower
+            triangle is read. Converted to the dtype of the computation. Up to C = 32 a covariance is
+            factorised in fp64 inside the kernel; above, the definition in `bayes_kernels.reference`
+            runs one example at a time with O(n_samples C) memory: slower, same numbers.
+        n_samples: samples, at least 1; needed for "mc".
+        key: noise key (`random.key`); needed for "mc".
+        antithetic: samples in pairs mean + e, mean - e; n_samples must be even.
+        method: "mc", "quadrature", "probit" or "bridge".
+        return_standard_error: also the Monte-Carlo standard error of every probability ("mc" only);
+            NaN for a single sample or pair.
+        stream: noise stream.
+        row0: number of the first example, for batches that are split.
+        ids: int64 (B,) number of each example, in place of counted ones.
+
+    A singular covariance is used as it is, without jitter: directions whose variance is within
+    rounding of zero get none, and cov = 0 gives log_softmax(mean). A negative variance, or a
+    covariance with a clearly negative pivot, gives NaN in that example and only there (an exception
+    would cost a synchronisation); see `reference.semidefinite_cholesky`.
+
+    Returns:
+        McPrediction, fp32 (fp64 beside fp64 logits).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, key, n_samples or options do not fit.
+
+    Cost: n_samples C normals and exponentials per example (on a GPU with C > 32 twice as many
+    normals); memory O(B C), on a GPU with C > 32 also O(B n_samples). Same inputs, same bits for any
+    number of threads and any split of the batch.
+
+    Sources: Daxberger et al., "Laplace Redux", arXiv 2106.14806 (probit, bridge); Harrison et al.,
+    "Variational Bayesian Last Layers", arXiv 2404.11599 (sampling of the last layer).
+    """
+    op = "mc_predict"
+    _check_predict(op, mean, cov)
+    check_choice(op, "method", method, PREDICT_METHODS)
+    if return_standard_error and method != "mc":
+        raise ValueError(f"{op}: method must be 'mc' for a standard error, got {method!r}")
+    with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
+        acc = accumulate_dtype(mean)
+        mean, cov = mean.detach().to(acc), cov.detach().to(acc)
+        if method != "mc":
+            variances = _variances(cov)
+            proper = ((variances >= 0) & (variances < math.inf)).all(-1, keepdim=True)
+            mean = torch.where(proper, mean, math.nan)
+        if method == "quadrature":
+            return _quadrature(op, mean, cov)
+        if method == "probit":
+            return _probit(mean, cov)
+        if method == "bridge":
+            return _bridge(op, mean, cov)
+        if key is None or n_samples is None:
+            raise ValueError(f"{op}: n_samples and key must be given with method 'mc'")
+        check_key(op, key)
+        check_same_device(op, "key", key, mean)
+        if n_samples < 1 or (antithetic and n_samples % 2):
+            what = "even with antithetic" if antithetic else "at least 1"
+            raise ValueError(f"{op}: n_samples must be {what}, got {n_samples}")
+        if ids is not None:
+            if ids.shape != mean.shape[:1] or ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(
+                    f"{op}: ids must be int64 of shape ({mean.shape[0]},), got {ids.dtype} of shape "
+                    f"{tuple(ids.shape)}"
+                )
+            check_same_device(op, "ids", ids, mean)
+            ids = ids.to(torch.int64).contiguous()
+        if cov.dim() == 3 and mean.shape[1] > MAX_FUSED_CLASSES:
+            results = _predict_by_example(mean, cov, n_samples, key, stream, row0, ids, antithetic)
+        else:
+            results = _library.ops.mc_predict(
+                mean, cov, key, stream, row0, ids, n_samples, antithetic, return_standard_error
+            )
+    log_probs, entropy, expected, error = results
+    return McPrediction(log_probs, entropy, expected, error if return_standard_error else None)
+
+
+def mc_predict_linear(
+    features: Tensor,
+    weight_mean: Tensor,
+    weight_scale: Tensor | tuple[Tensor, Tensor],
+    *,
+    noise_var: Tensor | float | None = None,
+    covariance: str = "diagonal",
+    n_samples: int | None = None,
+    key: Tensor | None = None,
+    antithetic: bool = False,
+    method: str = "mc",
+    return_standard_error: bool = False,
+    stream: int = 0,
+    row0: int = 0,
+    ids: Tensor | None = None,
+) -> McPrediction:
+    """`mc_predict` of a last layer with Gaussian weights, independent over classes.
+
+    Weights of class c: w_c ~ N(weight_mean_c, S_c); logits z_c = w_c^T phi + e_c, e_c ~ N(0,
+    noise_var_c). Only the C logits are sampled, never the weights.
+
+    Args:
+        features: (B, D) phi; fp32, bf16, fp16 (fp64 on the CPU).
+        weight_mean: (C, D).
+        weight_scale, covariance: S_c, see `linear_logits`.
+        noise_var: variance of e_c, a number or (C,); None for none.
+        n_samples, key, antithetic, method, return_standard_error, stream, row0, ids: as in
+            `mc_predict`.
+
+    Returns:
+        McPrediction, fp32 (fp64 beside fp64 features).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options do not fit.
+
+    Source: Harrison et al., "Variational Bayesian Last Layers", arXiv 2404.11599.
+    """
+    with torch.no_grad():
+        mean, var = linear_logits(
+            features, weight_mean, weight_scale, noise_var, covariance=covariance
+        )
+    return mc_predict(
+        mean,
+        var,
+        n_samples=n_samples,
+        key=key,
+        antithetic=antithetic,
+        method=method,
+        return_standard_error=return_standard_error,
+        stream=stream,
+        row0=row0,
+        ids=ids,
+    )
+
+
+def linear_logits(
+    features: Tensor,
+    weight_mean: Tensor,
+    weight_scale: Tensor | tuple[Tensor, Tensor],
+    noise_var: Tensor | float | None = None,
+    *,
+    covariance: str = "diagonal",
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the logits of a last layer with Gaussian weights; differentiable.
+
+    mean_c = phi^T weight_mean_c and var_c = phi^T S_c phi + noise_var_c, with
+
+        diagonal   S_c = diag(s_c^2), s (C, D) standard deviations
+        low_rank   S_c = V_c V_c^T + diag(d_c), weight_scale = (V (C, D, k), d (C, D) variances)
+        dense      S_c = L_c L_c^T, L (C, D, D) lower triangular (the upper triangle is not read), or
+                   its packed triangle (C, D (D + 1) / 2), element (i, j) at i (i + 1) / 2 + j
+
+    Args:
+        features: (B, D) phi; fp32, bf16 or fp16 (fp64 on the CPU); converted to fp32.
+        weight_mean: (C, D).
+        weight_scale: as above.
+        noise_var: a number or (C,); None for none.
+        covariance: "diagonal", "low_rank" or "dense".
+
+    Returns:
+        mean and var, (B, C) each, fp32 (fp64 beside fp64 features).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or covariance do not fit.
+
+    Cost: one product of size (B, D, C) for the mean and one for the diagonal; (B, D, k C) for low
+    rank, with a (B, C, k) intermediate; C triangles for dense, one class at a time, with (B, D)
+    memory: no (B, C, D) tensor in either direction.
+
+    Source: Harrison et al., "Variational Bayesian Last Layers", arXiv 2404.11599.
+    """
+    op = "linear_logits"
+    _check_linear(op, features, weight_mean, weight_scale, noise_var, covariance)
+    acc = accumulate_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        phi, weight_mean = features.to(acc), weight_mean.to(acc)
+        mean = phi @ weight_mean.T
+        if covariance == "low_rank":
+            factor, variances = weight_scale
+            c, d, k = factor.shape
+            columns = factor.to(acc).transpose(0, 1).reshape(d, c * k)
+            var = (phi @ columns).reshape(-1, c, k).square().sum(-1)
+            var = var + phi.square() @ variances.to(acc).T
+        elif covariance == "diagonal":
+            var = phi.square() @ weight_scale.to(acc).square().T  # type: ignore[union-attr]
+        else:
+            var = _TriangularForm.apply(phi, weight_scale.to(acc))  # type: ignore[union-attr]
+        if noise_var is not None:
+            var = var + (noise_var.to(acc) if isinstance(noise_var, Tensor) else noise_var)
+    return mean, var
+
+
+def _check_predict(op: str, mean: Tensor, cov: Tensor) -> None:
+    if mean.dtype not in ACTIVATIONS or not cov.is_floating_point():
+        raise TypeError(
+            f"{op}: mean and cov must be float32, bfloat16, float16 or float64, got {mean.dtype} and "
+            f"{cov.dtype}; convert them"
+        )
+    _library.require_device(op, mean)
+    check_double_on_cpu(op, mean)
+    if mean.dim() != 2 or mean.shape[1] < 1:
+        raise ValueError(
+            f"{op}: mean must have shape (B, C) with at least one class, got {tuple(mean.shape)}"
+        )
+    b, c = mean.shape
+    if tuple(cov.shape) not in ((b, c), (b, c, c)):
+        raise ValueError(
+            f"{op}: cov must have shape ({b}, {c}) or ({b}, {c}, {c}), got {tuple(cov.shape)}"
+        )
+    check_same_device(op, "cov", cov, mean)
+
+
+def _check_linear(
+    op: str,
+    features: Tensor,
+    weight_mean: Tensor,
+    weight_scale: Tensor | tuple[Tensor, Tensor],
+    noise_var: Tensor | float | None,
+    covariance: str,
+) -> None:
+    check_choice(op, "covariance", covariance, COVARIANCES)
+    if features.dtype not in ACTIVATIONS:
+        raise TypeError(
+            f"{op}: features must be float32, bfloat16, float16 or float64, got {features.dtype}; "
+            "convert them"
+        )
+    _library.require_device(op, features)
+    if features.dim() != 2 or weight_mean.dim() != 2 or weight_mean.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"{op}: features and weight_mean must have shapes (B, D) and (C, D), got "
+            f"{tuple(features.shape)} and {tuple(weight_mean.shape)}"
+        )
+    c, d = weight_mean.shape
+    check_factor(op, "weight_mean", weight_mean, features)
+    if isinstance(noise_var, Tensor):
+        check_factor(op, "noise_var", noise_var, features)
+        if tuple(noise_var.shape) not in ((c,), (1,), ()):
+            raise ValueError(
+                f"{op}: noise_var must be a number or of shape ({c},), got {tuple(noise_var.shape)}"
+            )
+    is_pair = not isinstance(weight_scale, Tensor)
+    if is_pair != (covariance == "low_rank") or (is_pair and len(weight_scale) != 2):
+        raise ValueError(
+            f"{op}: weight_scale must be a pair (V, variances) exactly with covariance='low_rank', got "
+            f"{'a pair' if is_pair else 'a tensor'} with {covariance!r}"
+        )
+    if isinstance(weight_scale, Tensor):
+        check_factor(op, "weight_scale", weight_scale, features)
+        allowed = [(c, d)] if covariance == "diagonal" else [(c, d, d), (c, d * (d + 1) // 2)]
+        if tuple(weight_scale.shape) not in allowed:
+            raise ValueError(
+                f"{op}: weight_scale must have shape {' or '.join(map(str, allowed))} with "
+                f"covariance={covariance!r}, got {tuple(weight_scale.shape)}"
+            )
+        return
+    factor, variances = weight_scale
+    check_factor(op, "V", factor, features)
+    check_factor(op, "the variances", variances, features)
+    if factor.dim() != 3 or tuple(factor.shape[:2]) != (c, d) or tuple(variances.shape) != (c, d):
+        raise ValueError(
+            f"{op}: weight_scale must have shapes ({c}, {d}, k) and ({c}, {d}), got "
+            f"{tuple(factor.shape)} and {tuple(variances.shape)}"
+        )
+
+
+def _predict_by_example(
+    mean: Tensor,
+    cov: Tensor,
+    n_samples: int,
+    key: Tensor,
+    stream: int,
+    row0: int,
+    ids: Tensor | None,
+    antithetic: bool,
+) -> tuple[Tensor, ...]:
+    """Full covariances beyond the fused size: the definition, one example at a time."""
+    parts = []
+    for b in range(mean.shape[0]):
+        one = None if ids is None else ids[b : b + 1]
+        eps = reference.logit_noise(
+            key,
+            1,
+            n_samples,
+            mean.shape[1],
+            stream=stream,
+            row0=row0 + b,
+            ids=one,
+            antithetic=antithetic,
+        ).to(mean.dtype)
+        parts.append(
+            reference.mc_predict(mean[b : b + 1], cov[b : b + 1], eps, antithetic=antithetic)
+        )
+    if not parts:
+        return mean.new_empty(mean.shape), *(mean.new_empty(0) for _ in range(2)), mean.clone()
+    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    p = log_probs.exp()
+    return -torch.where(p == 0, 0.0, p * log_probs).sum(-1)  # NaN stays NaN
+
+
+def _variances(cov: Tensor) -> Tensor:
+    return cov if cov.dim() == 2 else cov.diagonal(dim1=-2, dim2=-1)
+
+
+def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
+    if mean.shape[1] != 2:
+        raise ValueError(
+            f"{op}: method 'quadrature' is for C = 2 classes, got C = {mean.shape[1]}; use 'mc'"
+        )
+    m, v = mean.double(), cov.double()
+    difference = m[:, 1] - m[:, 0]
+    if cov.dim() == 2:
+        variance = v.sum(1)
+    else:
+        variance = v[:, 0, 0] + v[:, 1, 1] - 2 * v[:, 1, 0]
+    eps = torch.finfo(cov.dtype).eps
+    # Rounding of a singular covariance may leave a difference just below zero.
+    rounding = 8 * eps * _variances(v).abs().sum(1)
+    variance = torch.where(variance.abs() <= rounding, variance.clamp_min(0.0), variance)
+    std = variance.sqrt()
+    nodes, weights = hermite.hermgauss(20)
+    z = difference[:, None] + math.sqrt(2) * std[:, None] * torch.tensor(nodes, device=mean.device)
+    log_weights = torch.tensor(weights / math.sqrt(math.pi), device=mean.device).log()
+
+    def binary(z: Tensor) -> Tensor:  # entropy of a coin with logit z
+        magnitude = z.abs()
+        e = (-magnitude).exp()
+        return e.log1p() + torch.where(e > 0, magnitude * e / (1 + e), 0.0)
+
+    narrow = torch.stack(
+        [torch.logsumexp(log_weights + F.logsigmoid(s * z), 1) for s in (-1, 1)], 1
+    )
+    narrow_expected = (log_weights.exp() * binary(z)).sum(1)
+    # For wide distributions the Gaussian is the smooth factor: E sigmoid(d) is the mean of
+    # Phi((difference + u) / std) over the logistic density of u.
+    step = 0.5
+    u = torch.arange(-80, 81, device=mean.device).double() * step
+    log_density = F.logsigmoid(u) + F.logsigmoid(-u) + math.log(step)
+    wide_std = std.clamp_min(1.0)[:, None]
+    wide = torch.stack(
+        [
+            torch.logsumexp(
+                log_density + torch.special.log_ndtr((s * difference[:, None] + u) / wide_std), 1
+            )
+            for s in (-1, 1)
+        ],
+        1,
+    )
+    gaussian = (-0.5 * ((u - difference[:, None]) / wide_std).square()).exp()
+    wide_expected = (binary(u) * gaussian / wide_std).sum(1) * step / math.sqrt(2 * math.pi)
+    is_narrow = ~(variance > 1.0)
+    log_probs = torch.where(is_narrow[:, None], narrow, wide).to(mean.dtype)
+    expected = torch.where(is_narrow, narrow_expected, wide_expected).to(mean.dtype)
+    return McPrediction(log_probs, _entropy(log_probs), expected)
+
+
+def _probit(mean: Tensor, cov: Tensor) -> McPrediction:
+    log_probs = torch.log_softmax(mean * (1 + math.pi / 8 * _variances(cov)).rsqrt(), dim=-1)
+    return McPrediction(log_probs, _entropy(log_probs), None)
+
+
+def _bridge(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
+    c = mean.shape[1]
+    if c < 2:
+        raise ValueError(f"{op}: method 'bridge' needs at least 2 classes, got C = {c}; use 'mc'")
+    m, variance = mean.double(), _variances(cov).double()
+    rows = variance if cov.dim() == 2 else cov.double().sum(-1)  # cov 1
+    total = rows.sum(-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny
+    share = rows / total.clamp_min(tiny)
+    m = m - share * m.sum(-1, keepdim=True)
+    variance = (variance - share * rows).clamp_min(tiny)
+    growth = torch.logaddexp(
+        torch.tensor(1 - 2 / c, dtype=m.dtype, device=m.device).log(),
+        m + torch.logsumexp(-m, dim=-1, keepdim=True) - 2 * math.log(c),
+    )
+    log_alpha = growth - variance.log()
+    log_sum = torch.logsumexp(log_alpha, dim=-1, keepdim=True)
+    log_probs = (log_alpha - log_sum).to(mean.dtype)
+    # Mean entropy of the Dirichlet distribution; beyond 1e12 its samples are their mean.
+    alpha, alpha_sum = log_alpha.exp().clamp_max(1e12), log_sum.exp().clamp_max(1e12)
+    p = (log_alpha - log_sum).exp()
+    spread = torch.digamma(alpha_sum + 1) - torch.digamma(alpha + 1)
+    expected = (p * spread).sum(-1).to(mean.dtype)
+    return McPrediction(log_probs, _entropy(log_probs), expected)
+
+
+class _TriangularForm(torch.autograd.Function):
+    """|L_c^T phi_b|^2 for every example and class, one class at a time in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, lower: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(phi, lower)
+        forms = [(phi @ _triangle(t, phi)).square().sum(1) for t in lower.unbind(0)]
+        return torch.stack(forms, 1) if forms else phi.new_empty(phi.shape[0], 0)
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        phi, lower = ctx.saved_tensors
+        dphi = torch.zeros_like(phi) if ctx.needs_input_grad[0] else None
+        dlower = torch.empty_like(lower) if ctx.needs_input_grad[1] else None
+        for c, t in enumerate(lower.unbind(0)):
+            triangle = _triangle(t, phi)
+            scaled = (phi @ triangle) * (2 * dv[:, c : c + 1])
+            if dphi is not None:
+                dphi.addmm_(scaled, triangle.T)
+            if dlower is not None:
+                full = phi.T @ scaled
+                dlower[c] = full.tril_() if t.dim() == 2 else full.flatten()[_packed_index(phi)]
+        return dphi, dlower
+
+
+def _mask(phi: Tensor) -> Tensor:
+    d = phi.shape[1]
+    return torch.ones(d, d, dtype=torch.bool, device=phi.device).tril_()
+
+
+def _packed_index(phi: Tensor) -> Tensor:
+    i, j = torch.tril_indices(phi.shape[1], phi.shape[1], device=phi.device)
+    return i * phi.shape[1] + j
+
+
+def _triangle(lower: Tensor, phi: Tensor) -> Tensor:
+    """(D, D) lower triangular matrix of one class, from the full or the packed form."""
+    if lower.dim() == 2:
+        return lower.tril()
+    d = phi.shape[1]
+    return phi.new_zeros(d, d).masked_scatter_(_mask(phi), lower)

@@ -1,0 +1,40 @@
+// Host side of E = std(rho) . eps, which the op of that name and the adapter's forward op share.
+#pragma once
+
+#include "noise.h"
+#include "torch_stable.h"
+
+namespace bayes_kernels {
+
+inline ScaledNormalParams scaled_normal_params(const char* op, const Tensor& rho, int64_t n,
+                                               const Tensor& key, int64_t stream,
+                                               const std::string& std) {
+  BK_CHECK(rho.dim() == 2 && (rho.size(1) == n || rho.size(1) == 1), op,
+           ": rho must have shape (r, ", n, ") or (r, 1)");
+  BK_CHECK(rho.scalar_type() == ScalarType::Float || rho.scalar_type() == ScalarType::Double, op,
+           ": rho must be float32 or float64; convert it");
+  ScaledNormalParams p{};
+  p.key = key_pointer(op, key, rho);
+  p.stream = stream;
+  p.std = std_of_name(op, std);
+  p.f64 = rho.scalar_type() == ScalarType::Double;
+  p.row_constant = rho.size(1) == 1 && n != 1;
+  p.rho = rho.data_ptr();
+  p.r = rho.size(0);
+  p.n = n;
+  return p;
+}
+
+// (r, n) in the dtype of rho, by a device's launch function.
+template <class Launch>
+Tensor draw_scaled_normal(const char* op, const Tensor& given, int64_t n, const Tensor& key,
+                          int64_t stream, const std::string& std, Launch launch) {
+  const Tensor rho = row_major(given);
+  ScaledNormalParams p = scaled_normal_params(op, rho, n, key, stream, std);
+  Tensor out = empty_like_shape(rho, {p.r, n}, rho.scalar_type());
+  p.out = out.mutable_data_ptr();
+  if (p.r > 0 && n > 0) raise_if(op, launch(p, current_stream(rho)));
+  return out;
+}
+
+}  // namespace bayes_kernels
