@@ -56,8 +56,11 @@ test: $(VENV)/.testing
 	$(PY) -m bayes_kernels
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+# All families, a few cases of each: under five minutes on a machine left alone. ARGS="adapter --vs compiled"
+# or the like chooses; without --quick (make bench QUICK=) all cases are measured.
+QUICK ?= --quick
 bench: $(VENV)/.library
-	OMP_NUM_THREADS=1 $(PY) cuda_benchmarks/bench_adapter.py --device cpu $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) cuda_benchmarks --device cpu $(QUICK) $(ARGS)
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.library
 	$(PIP) 'ruff==0.17.6' 'clang-format==23.1.5' 'mypy>=1.11'

@@ -1,6 +1,6 @@
 """Rank-k factors of a growing sum of outer products: one update of a list of layers.
 
-    python cuda_benchmarks/bench_curvature.py --device cpu [--quick] [--json PATH] [--save]
+    python cuda_benchmarks/bench_curvature.py --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers
     svd_fp64       bayesian_lora's update: for each layer an fp64 singular value decomposition of
@@ -13,33 +13,24 @@ Every provider updates factors of its own again and again with the same rows.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import harness
 import torch
 from harness import (
+    Family,
+    Options,
     Row,
     assert_agrees,
+    count_launches,
     make_row,
-    print_table,
-    results_folder,
-    save_rows,
     time_interleaved,
 )
 from torch import Tensor
 
 from bayes_kernels import functional
-
-# Time of `bayes_kernels` over that of `svd_fp64`, at most, for d = 4096, k = 10, b = 4.
-BARS = {
-    "cpu": [("1 x (4096, 10), 4 rows", 1 / 8), ("128 x (4096, 10), 4 rows", 1 / 8)],
-    "cuda": [("128 x (4096, 10), 4 rows", 1 / 50)],
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,9 @@ PROVIDERS = {
 }
 
 
-def run(case: Case, device: str, seconds: float) -> list[Row]:
+def run_case(case: Case, options: Options) -> list[Row]:
+    """One update of all layers."""
+    device = options.device
     generator = torch.Generator().manual_seed(0)
     falling = 1 / torch.arange(1, case.d + 1) ** 0.5
     shape = (case.layers, case.k + case.b, case.d)
@@ -103,7 +96,8 @@ def run(case: Case, device: str, seconds: float) -> list[Row]:
         for part in x.split(32):  # as many as the op takes at once
             svd_fp64([truth[i]], [part.double()])
 
-    factors = {name: [s.clone() for s in start] for name in PROVIDERS}
+    providers = options.pick(PROVIDERS, OURS)
+    factors = {name: [s.clone() for s in start] for name in providers}
     for name, own in factors.items():
         PROVIDERS[name](own, rows)
         if name != "bayes_kernels" and case.b > 32:
@@ -115,62 +109,23 @@ def run(case: Case, device: str, seconds: float) -> list[Row]:
         name: lambda update=PROVIDERS[name], own=own: update(own, rows)
         for name, own in factors.items()
     }
-    times = time_interleaved(steps, device, seconds=seconds)
-    return [make_row("low_rank", case.name, name, "update", times[name], device) for name in times]
+    times = time_interleaved(steps, device, seconds=options.time_for(2.0))
+    found = [make_row("low_rank", case.name, name, "update", times, device) for name in steps]
+    for row in found:
+        row.launches = count_launches(steps[row.provider], device)
+    return found
 
 
-def report(rows: list[Row], device: str) -> None:
-    table = []
-    for case in dict.fromkeys(r.case for r in rows):
-        group = {r.provider: r for r in rows if r.case == case}
-        ours = group["bayes_kernels"].p50_us
-        for name, row in group.items():
-            table.append(
-                (
-                    case,
-                    name,
-                    f"{row.p20_us:.0f}",
-                    f"{row.p50_us:.0f}",
-                    f"{row.p80_us:.0f}",
-                    f"{row.p50_us / ours:.2f}",
-                )
-            )
-    print_table(("case", "provider", "p20 us", "p50 us", "p80 us", "x ours"), table)
-    print()
-    for case, bar in BARS[device]:
-        group = {r.provider: r.p50_us for r in rows if r.case == case}
-        ratio = group["bayes_kernels"] / group["svd_fp64"]
-        print(
-            f"{case}: bayes_kernels / svd_fp64 {ratio:.3f}, at most {bar:.3f}: "
-            f"{'met' if ratio <= bar else 'missed'}"
-        )
+def run(options: Options) -> Iterator[Row]:
+    """All cases."""
+    for case in CASES[: 2 if options.quick else None]:
+        if options.wants(case.name):
+            yield from run_case(case, options)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the first two cases")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for the repetitions of a case")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--save", action="store_true", help="add the rows to results/<machine>/curvature.jsonl"
-    )
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
-    rows: list[Row] = []
-    for case in CASES[: 2 if arguments.quick else None]:
-        rows += run(case, arguments.device, arguments.seconds)
-        print(f"measured {case.name}", file=sys.stderr)
-    report(rows, arguments.device)
-    if arguments.json is not None:
-        save_rows(arguments.json, rows)
-    if arguments.save:
-        save_rows(results_folder(arguments.device) / "curvature.jsonl", rows)
-    return 0
-
+OURS = ("bayes_kernels",)
+PEERS = ("svd_fp64", "gram_torch")
+FAMILY = Family("curvature", "rank-k factors of a growing Gram matrix", OURS, PEERS, run)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("curvature"))

@@ -1,6 +1,6 @@
 """Mean softmax of Gaussian logits: Monte Carlo in registers against a materialised tensor of samples.
 
-    python cuda_benchmarks/bench_predict.py --device cpu [--quick] [--json PATH] [--save]
+    python cuda_benchmarks/bench_predict.py --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers
     materialised   softmax over a (samples, B, C) tensor, means of p and of -p log p, entropy of the mean
@@ -15,25 +15,20 @@ All give log-probabilities, entropy and expected entropy. Noise is drawn within 
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
+import harness
 import torch
 from harness import (
+    Family,
+    Options,
     Row,
     assert_agrees,
+    count_launches,
     make_row,
     peak_bytes,
-    print_table,
-    results_folder,
-    save_rows,
     time_interleaved,
 )
 from torch import Tensor
@@ -41,9 +36,6 @@ from torch import Tensor
 import bayes_kernels
 from bayes_kernels import reference
 
-# `bayes_kernels` over `materialised`, at most.
-TIME_BARS = {"cpu": 1 / 4, "cuda": 1 / 5}
-MEMORY_BAR = 1 / 20
 Result = tuple[Tensor, Tensor, Tensor]
 
 
@@ -147,8 +139,14 @@ def check(case: Case, mean: Tensor, cov: Tensor, key: Tensor) -> None:
 
 # --- runs --------------------------------------------------------------------------------------
 
+OURS = ("bayes_kernels", "antithetic")
+PEERS = ("materialised", "looped", "peer")
 
-def run(case: Case, device: str, seconds: float) -> list[Row]:
+
+@torch.no_grad()
+def run_case(case: Case, options: Options) -> list[Row]:
+    """One prediction of all providers."""
+    device = options.device
     mean, cov = inputs(case, device)
     key = bayes_kernels.random.key(1, device)
     check(case, mean, cov, key)
@@ -160,67 +158,25 @@ def run(case: Case, device: str, seconds: float) -> list[Row]:
     }
     if case.full:
         steps["peer"] = lambda: peer(mean, cov, case.samples)
-    with torch.no_grad():
-        times = time_interleaved(steps, device, seconds=seconds)
-        rows = []
-        for name, step in steps.items():
-            row = make_row("predict", case.name, name, "forward", times[name], device)
-            row.peak_bytes = peak_bytes(step, device)
-            rows.append(row)
+    steps = options.pick(steps, OURS)
+    times = time_interleaved(steps, device, seconds=options.time_for(3.0))
+    rows = []
+    for name, step in steps.items():
+        row = make_row("predict", case.name, name, "forward", times, device)
+        row.peak_bytes = peak_bytes(step, device)
+        row.launches = count_launches(step, device)
+        rows.append(row)
     return rows
 
 
-def report(rows: list[Row], device: str) -> None:
-    table, verdicts = [], []
-    barred = {c.name for c in cases(True)}
-    for case in dict.fromkeys(r.case for r in rows):
-        group = {r.provider: r for r in rows if r.case == case}
-        mine, theirs = group["bayes_kernels"], group["materialised"]
-        for name, row in group.items():
-            table.append((
-                case, name, f"{row.p20_us:.0f}", f"{row.p50_us:.0f}", f"{row.p80_us:.0f}",
-                f"{row.p50_us / mine.p50_us:.2f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.2f}",
-            ))  # fmt: skip
-        if case in barred:
-            verdicts.append(_verdict(case, "time", mine.p50_us / theirs.p50_us, TIME_BARS[device]))
-            if mine.peak_bytes is not None and theirs.peak_bytes:
-                share = mine.peak_bytes / theirs.peak_bytes
-                verdicts.append(_verdict(case, "memory", share, MEMORY_BAR))
-    print_table(("case", "provider", "p20 us", "p50 us", "p80 us", "x ours", "peak MB"), table)
-    print()
-    print_table(("case", "of materialised", "ratio", "at most", "verdict"), verdicts)
+def run(options: Options) -> Iterator[Row]:
+    """All cases."""
+    for case in cases(options.quick):
+        if options.wants(case.name):
+            yield from run_case(case, options)
 
 
-def _verdict(case: str, what: str, ratio: float, bar: float) -> tuple[str, ...]:
-    return case, what, f"{ratio:.4f}", f"{bar:.3f}", "met" if ratio <= bar else "missed"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="only the two cases with a bar")
-    parser.add_argument("--seconds", type=float, help="time for the repetitions of one case")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--save", action="store_true", help="add the rows to results/<machine>/predict.jsonl"
-    )
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
-    rows: list[Row] = []
-    for case in cases(arguments.quick):
-        rows += run(case, arguments.device, arguments.seconds or 3.0)
-        print(f"measured {case.name}", file=sys.stderr)
-    report(rows, arguments.device)
-    if arguments.json is not None:
-        save_rows(arguments.json, rows)
-    if arguments.save:
-        save_rows(results_folder(arguments.device) / "predict.jsonl", rows)
-    return 0
-
+FAMILY = Family("predict", "mean softmax of Gaussian logits", OURS, PEERS, run)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("predict"))

@@ -1,6 +1,6 @@
 """Tall matrices: retractions to the Stiefel manifold and the landing field, for lists of matrices.
 
-    python cuda_benchmarks/bench_tall.py --device cpu [--quick] [--json PATH] [--save]
+    python cuda_benchmarks/bench_tall.py --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers of a retraction of `count` matrices (n, r) with condition number about 1.2
     svd            torch.linalg.svd of each matrix, U V^T
@@ -22,24 +22,20 @@ repetition before with steps of alternating sign; the others make new matrices f
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import harness
 import torch
 from harness import (
+    Family,
+    Options,
     Row,
     assert_agrees,
-    copy_bandwidth,
+    bandwidth_share,
+    count_launches,
     make_row,
-    print_table,
-    results_folder,
-    save_rows,
     time_interleaved,
 )
 from torch import Tensor
@@ -49,22 +45,6 @@ from bayes_kernels import functional, reference
 LAMBDA = 0.5
 RATE = 0.01
 TOLERANCE = 2e-5
-
-# Time of the first provider over that of the second, at most.
-BARS = {
-    "cpu": [
-        ("retract", "polar", "svd", 1 / 6),
-        ("retract", "qr_retract", "qr", 1 / 3),
-        ("retract", "polar", "newton_schulz", 1 / 2),
-        ("landing_field", "bayes_kernels", "published", 1 / 500),
-    ],
-    "cuda": [
-        ("retract", "polar", "svd", 1 / 50),
-        ("retract", "qr_retract", "qr", 1 / 50),
-        ("retract", "polar", "newton_schulz", 1 / 3),
-        ("landing_field", "bayes_kernels", "published", 1 / 50),
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -138,8 +118,13 @@ def eager_step(xs: list[Tensor], ds: list[Tensor]) -> None:
 
 # --- runs --------------------------------------------------------------------------------------
 
+OURS = ("polar", "qr_retract", "bayes_kernels")
+PEERS = ("svd", "qr", "newton_schulz", "published", "eager")
 
-def run_retraction(case: Case, device: str, seconds: float) -> list[Row]:
+
+def run_retraction(case: Case, options: Options) -> list[Row]:
+    """A retraction of every matrix of a list."""
+    device = options.device
     xs = make_matrices(case, device)
     functional.polar_retract_(xs)
     generator = torch.Generator().manual_seed(2)
@@ -170,20 +155,27 @@ def run_retraction(case: Case, device: str, seconds: float) -> list[Row]:
         "polar": in_place(functional.polar_retract_),
         "qr_retract": in_place(functional.qr_retract_),
     }
+    steps = options.pick(steps, OURS)
     for name, step in steps.items():
         truth = qr_truth if name.startswith("qr") else polar_truth
         assert_agrees(f"{name}, {case.name}", step()[:4], truth, TOLERANCE)
-    times = time_interleaved(steps, device, seconds=seconds, max_repeats=60)
+    times = time_interleaved(steps, device, seconds=options.time_for(5.0, 2.0), max_repeats=60)
     # Matrix and step read twice, matrix written once.
     moved = 5 * case.count * case.n * case.r * 4
-    rows = [make_row("retract", case.name, name, f"{ns_steps} Newton-Schulz steps", t, device)
-            for name, t in times.items()]  # fmt: skip
-    for row in rows:
-        row.roofline = round(moved / copy_bandwidth(device) / (row.p50_us * 1e-6), 3)
+    rows = []
+    for name, step in steps.items():
+        row = make_row("retract", case.name, name, "step", times, device)
+        row.roofline = bandwidth_share(moved, row, device)
+        row.launches = count_launches(step, device)
+        if name == "newton_schulz":
+            row.figures["steps"] = ns_steps
+        rows.append(row)
     return rows
 
 
-def run_step(case: Case, device: str, seconds: float) -> list[Row]:
+def run_step(case: Case, options: Options) -> list[Row]:
+    """A step of Riemannian gradient descent with QR retraction."""
+    device = options.device
     given = make_matrices(case, device)
     functional.polar_retract_(given)
     generator = torch.Generator().manual_seed(2)
@@ -204,15 +196,20 @@ def run_step(case: Case, device: str, seconds: float) -> list[Row]:
         reference.stiefel_step(x.double(), d.double(), RATE, retraction="qr")
         for x, d in zip(given[:2], ds[:2], strict=True)
     ]
-    steps: dict[str, Callable[[], list[Tensor]]] = {"eager": eager, "bayes_kernels": ours}
+    both: dict[str, Callable[[], list[Tensor]]] = {"eager": eager, "bayes_kernels": ours}
+    steps = options.pick(both, OURS)
     for name, step in steps.items():
         assert_agrees(f"{name}, {case.name}", step()[:2], truth, TOLERANCE)
-    times = time_interleaved(steps, device, seconds=seconds, max_repeats=60)
-    return [make_row("stiefel_step", case.name, n, "qr", t, device) for n, t in times.items()]
+    times = time_interleaved(steps, device, seconds=options.time_for(2.5, 1.0), max_repeats=60)
+    rows = [make_row("stiefel_step", case.name, name, "qr", times, device) for name in steps]
+    for row in rows:
+        row.launches = count_launches(steps[row.provider], device)
+    return rows
 
 
-def run_landing(n: int, r: int, device: str, seconds: float) -> list[Row]:
+def run_landing(n: int, r: int, options: Options) -> list[Row]:
     """One matrix; few repetitions, as the published formula makes n^2 numbers."""
+    device = options.device
     x = make_matrices(Case(1, n, r), device)[0]
     g = torch.randn(n, r, generator=torch.Generator().manual_seed(3)).to(device)
     steps: dict[str, Callable[[], Tensor]] = {
@@ -220,68 +217,33 @@ def run_landing(n: int, r: int, device: str, seconds: float) -> list[Row]:
         "eager": lambda: reference.landing_field(x, g, LAMBDA),
         "bayes_kernels": lambda: functional.landing_field([x], [g], LAMBDA)[0],
     }
+    steps = options.pick(steps, OURS)
     truth = reference.landing_field(x.double(), g.double(), LAMBDA)
     for name, step in steps.items():
         assert_agrees(name, [step()], [truth], TOLERANCE)
-    times = time_interleaved(steps, device, seconds=seconds, max_repeats=15)
+    times = time_interleaved(steps, device, seconds=options.time_for(5.0, 2.0), max_repeats=15)
     case = Case(1, n, r).name
-    return [make_row("landing_field", case, name, "", t, device) for name, t in times.items()]
+    rows = [make_row("landing_field", case, name, "field", times, device) for name in steps]
+    for row in rows:
+        row.launches = count_launches(steps[row.provider], device)
+    return rows
 
 
-def report(rows: list[Row], device: str) -> None:
-    table, verdicts = [], []
-    for op, case in dict.fromkeys((r.op, r.case) for r in rows):
-        group = {r.provider: r for r in rows if r.op == op and r.case == case}
-        ours = group.get("bayes_kernels") or group["polar"]
-        for name, row in group.items():
-            table.append((
-                f"{op} {case}", name,
-                f"{row.p20_us:.0f}", f"{row.p50_us:.0f}", f"{row.p80_us:.0f}",
-                f"{row.p50_us / ours.p50_us:.2f}",
-                "" if row.roofline is None else f"{row.roofline:.0%}",
-            ))  # fmt: skip
-        for bar_op, subject, peer, bar in BARS[device]:
-            if bar_op == op:
-                ratio = group[subject].p50_us / group[peer].p50_us
-                verdicts.append((
-                    f"{op} {case}", f"{subject} / {peer}", f"{ratio:.4f}", f"{bar:.4f}",
-                    "met" if ratio <= bar else "missed",
-                ))  # fmt: skip
-    print_table(("case", "provider", "p20 us", "p50 us", "p80 us", "x ours", "roofline"), table)
-    print()
-    print_table(("case", "bar", "ratio", "at most", "verdict"), verdicts)
+def run(options: Options) -> Iterator[Row]:
+    """All cases."""
+    for case in cases(options.quick):
+        if options.wants(case.name):
+            yield from run_retraction(case, options)
+    if options.wants(STEP.name):
+        yield from run_step(STEP, options)
+    for n, r in LANDING[: 1 if options.quick else None]:
+        if options.wants(Case(1, n, r).name):
+            yield from run_landing(n, r, options)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="one shape of each kind")
-    parser.add_argument("--seconds", type=float, help="time for the repetitions of one case")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--save", action="store_true", help="add the rows to results/<machine>/tall.jsonl"
-    )
-    arguments = parser.parse_args()
-    device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
-    if device == "cpu":
-        torch.set_num_threads(1)
-    seconds = arguments.seconds or (2.0 if arguments.quick else 5.0)
-    rows: list[Row] = []
-    for case in cases(arguments.quick):
-        rows += run_retraction(case, device, seconds)
-        print(f"measured {case.name}", file=sys.stderr)
-    rows += run_step(Case(16, 4096, 16), device, seconds / 2)
-    for n, r in [(4096, 16)] if arguments.quick else [(4096, 16), (4096, 64), (2048, 8)]:
-        rows += run_landing(n, r, device, seconds)
-    report(rows, device)
-    if arguments.json is not None:
-        save_rows(arguments.json, rows)
-    if arguments.save:
-        save_rows(results_folder(device) / "tall.jsonl", rows)
-    return 0
-
+STEP = Case(16, 4096, 16)
+LANDING = [(4096, 16), (4096, 64), (2048, 8)]
+FAMILY = Family("tall", "retractions and landing field of tall matrices", OURS, PEERS, run)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("tall"))

@@ -1,6 +1,6 @@
 """Loss and backward of a variational Bayesian last layer against the `vbll` package.
 
-    python cuda_benchmarks/bench_vbll.py --device cpu
+    python cuda_benchmarks/bench_vbll.py --device cpu [--quick] [--save]
 
 The package is a peer, not a dependency: `pip install --no-deps --target somewhere vbll`, and put that
 folder on PYTHONPATH. Both have the same parameters, and must agree with the package in fp64 first.
@@ -8,34 +8,30 @@ folder on PYTHONPATH. Both have the same parameters, and must agree with the pac
 
 from __future__ import annotations
 
-import argparse
 import copy
+import importlib
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from harness import (
+    Family,
+    Options,
     Row,
     assert_agrees,
+    count_launches,
     make_row,
     peak_bytes,
-    print_table,
-    results_folder,
-    save_rows,
     saved_bytes,
     time_interleaved,
 )
 from torch import Tensor
 
 from bayes_kernels.vbll import VBLLClassification, unpack_tril
-
-try:
-    import vbll
-except ImportError:
-    sys.exit("bench_vbll: the vbll package is needed; see the first lines of this script")
 
 PACKAGE_NAMES = {"dense": "dense", "diagonal": "diagonal", "low_rank": "lowrank"}
 N_TRAIN = 1000
@@ -61,10 +57,13 @@ def cases(quick: bool) -> list[Case]:
     return few if quick else few + more
 
 
-def measure(case: Case, device: str, seconds: float) -> list[Row]:
+def run_case(case: Case, options: Options) -> list[Row]:
+    """Loss and backward of one head."""
+    device = options.device
+    vbll: Any = importlib.import_module("vbll")
     torch.manual_seed(0)
-    options: dict[str, Any] = {"parameterization": PACKAGE_NAMES[case.covariance], "cov_rank": 3}
-    peer = vbll.DiscClassification(case.features, case.classes, 1 / N_TRAIN, **options).to(device)
+    arguments: dict[str, Any] = {"parameterization": PACKAGE_NAMES[case.covariance], "cov_rank": 3}
+    peer = vbll.DiscClassification(case.features, case.classes, 1 / N_TRAIN, **arguments).to(device)
     ours = VBLLClassification(case.features, case.classes, covariance=case.covariance, rank=3)
     ours = ours.to(device)
     ours.load_vbll(peer.state_dict())
@@ -84,16 +83,18 @@ def measure(case: Case, device: str, seconds: float) -> list[Row]:
         "bayes_kernels": list(ours.parameters()),
     }
     check(case, peer, ours, x, y)
+    forwards = options.pick(forwards, OURS)
     steps = {
         name: (lambda f=forward, p=parameters[name]: torch.autograd.grad(f(), [x, *p]))
         for name, forward in forwards.items()
     }
-    times = time_interleaved(steps, device, seconds=seconds)
+    times = time_interleaved(steps, device, seconds=options.time_for(5.0, 3.0))
     rows = []
     for name, forward in forwards.items():
-        row = make_row("vbll", case.name, name, "loss+backward", times[name], device)
+        row = make_row("vbll", case.name, name, "loss+backward", times, device)
         row.saved_bytes = saved_bytes(forward, [x, *parameters[name]])
         row.peak_bytes = peak_bytes(steps[name], device)
+        row.launches = count_launches(steps[name], device)
         rows.append(row)
     return rows
 
@@ -127,48 +128,26 @@ def check(case: Case, peer: Any, ours: VBLLClassification, x: Tensor, y: Tensor)
         assert_agrees(f"{case.name} {name}", got, results[0], 1e-3)
 
 
-def report(rows: list[Row]) -> None:
-    table = []
-    for case in dict.fromkeys(r.case for r in rows):
-        group = {r.provider: r for r in rows if r.case == case}
-        own = group["bayes_kernels"]
-        for name, row in group.items():
-            kept, peak = row.saved_bytes or 0, row.peak_bytes or 0
-            table.append((
-                case, name, f"{row.p20_us:.0f}", f"{row.p50_us:.0f}", f"{row.p80_us:.0f}",
-                f"{row.p50_us / own.p50_us:.2f}", f"{kept / 1e6:.2f}",
-                f"{kept / max(own.saved_bytes or 0, 1):.1f}", f"{peak / 1e6:.1f}",
-                f"{peak / max(own.peak_bytes or 0, 1):.1f}",
-            ))  # fmt: skip
-    header = ("case", "provider", "p20 us", "p50 us", "p80 us", "x ours", "kept MB", "x ours")
-    print_table((*header, "peak MB", "x ours"), table)
+def run(options: Options) -> Iterator[Row]:
+    """All cases."""
+    for case in cases(options.quick):
+        if options.wants(case.name):
+            yield from run_case(case, options)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="three heads")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for one case")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--save", action="store_true", help="add the rows to results/<machine>/vbll.jsonl"
+def missing(options: Options) -> str | None:
+    """The package is no dependency."""
+    if importlib.util.find_spec("vbll") is not None:
+        return None
+    return (
+        "the package vbll is not installed; pip install --no-deps --target FOLDER vbll, and put "
+        "FOLDER on PYTHONPATH"
     )
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU; use --device cpu")
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
-    rows: list[Row] = []
-    for case in cases(arguments.quick):
-        rows += measure(case, arguments.device, arguments.seconds)
-        print(f"measured {case.name}", file=sys.stderr)
-    report(rows)
-    if arguments.json is not None:
-        save_rows(arguments.json, rows)
-    if arguments.save:
-        save_rows(results_folder(arguments.device) / "vbll.jsonl", rows)
-    return 0
 
+
+OURS = ("bayes_kernels",)
+PEERS = ("vbll",)
+FAMILY = Family("vbll", "variational last layer against vbll", OURS, PEERS, run, missing)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main("vbll"))

@@ -1,38 +1,69 @@
-"""One harness for all benchmarks: interleaved timing, memory, rows of results.
+"""One harness for all benchmarks: options, interleaved timing, memory, rows of results, tables.
+
+    python cuda_benchmarks [FAMILY ...] [--device cuda] [--quick] [--vs PROVIDERS] [--case TEXT]
+                           [--json PATH] [--save]
 
 A case has several providers of the same work. Before anything is timed, each provider has to agree
 with an fp64 reference. Timing goes round the providers in turn, so that a change of the machine's
 clock or load meets all of them; what counts is the ratio of medians within one run.
 
 On the CPU the clock is the CPU time of this process on one thread: other processes on a shared
-machine disturb it little. On a GPU the clock is a pair of CUDA events around each repetition, with
-the L2 cache flushed before it.
+machine disturb it little, and each row says which share of the wall-clock time the process had a
+core for. On a GPU the clock is a pair of CUDA events around each repetition, with the L2 cache
+flushed before it.
+
+A family is a module `bench_<name>.py` with a constant `FAMILY`; what its figures have to reach is in
+`bars.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
+import importlib
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
+
+# Before torch is imported: one thread, and no warnings of the profiler that counts memory.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("adapter", "predict", "tall", "curvature", "vbll", "end_to_end")
+
 Step = Callable[[], object]
+T = TypeVar("T")
 
 
 @dataclass
 class Row:
-    """One provider of one case. Times in microseconds, memory in bytes."""
+    """One provider of one case. Times in microseconds, memory in bytes.
+
+    Attributes:
+        op, case, provider, mode: what was measured.
+        p20_us, p50_us, p80_us, repeats: percentiles of the repetitions, and their number.
+        saved_bytes: what a forward pass keeps for backward, without parameters.
+        peak_bytes: largest memory above what is allocated before the step.
+        roofline: share of the time that the bytes that must move need at copy bandwidth.
+        launches: kernels that a step launches on a GPU.
+        cpu_share: share of the wall-clock time for which the process had a core, CPU only.
+        figures: further numbers of this family (tokens_per_second, bytes by category, ...).
+        environment: machine, versions, commit, whether the tree was dirty, date.
+    """
 
     op: str
     case: str
@@ -44,32 +75,126 @@ class Row:
     repeats: int
     saved_bytes: int | None = None
     peak_bytes: int | None = None
-    roofline: float | None = None  # share of the time that the bytes need at copy bandwidth
-    environment: dict[str, str | int] = field(default_factory=dict)
+    roofline: float | None = None
+    launches: int | None = None
+    cpu_share: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, str | int | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run measures: the options that all families share."""
+
+    device: str = "cpu"
+    quick: bool = False
+    seconds: float | None = None
+    vs: frozenset[str] | None = None
+    case: str | None = None
+
+    def wants(self, case: str) -> bool:
+        """Whether a case passes the filter: part of its name, whatever the letters' case."""
+        return self.case is None or self.case.lower() in case.lower()
+
+    def pick(self, providers: Mapping[str, T], ours: Sequence[str]) -> dict[str, T]:
+        """Our own providers and those that were asked for, by default all."""
+        return {
+            name: value
+            for name, value in providers.items()
+            if self.vs is None or name in self.vs or name in ours
+        }
+
+    def time_for(self, full: float, quick: float | None = None) -> float:
+        """Seconds for the repetitions of a case."""
+        if self.seconds is not None:
+            return self.seconds
+        return quick if self.quick and quick is not None else full
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of benchmarks.
+
+    Attributes:
+        name: that of the module without `bench_`, and of the file of results.
+        title: what it measures, in one line.
+        ours: providers that are this package's; the first is what others are divided by.
+        providers: the others.
+        run: measures, and yields rows as they are ready.
+        missing: why it cannot run here, or None where it can.
+    """
+
+    name: str
+    title: str
+    ours: tuple[str, ...]
+    providers: tuple[str, ...]
+    run: Callable[[Options], Iterator[Row]]
+    missing: Callable[[Options], str | None] = lambda options: None
+
+
+def load_family(name: str) -> Family:
+    """The family of a name."""
+    return importlib.import_module(f"bench_{name}").FAMILY
+
+
+# --- environment ---------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
-def environment(device: str) -> dict[str, str | int]:
+def environment(device: str) -> dict[str, str | int | bool]:
     """What a row needs to be compared later: machine, versions, commit, date."""
     import bayes_kernels
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
+    commit, dirty = _commit()
+    found: dict[str, str | int | bool] = {
+        "device": device,
         "machine": machine_name(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "bayes_kernels": bayes_kernels.__version__,
         "cpu_path": bayes_kernels.build_info()["cpu_path"],
-        "commit": commit or "unknown",
+        "commit": commit,
+        "dirty": dirty,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
     }
+    if device == "cuda":
+        found["driver"] = _driver()
+    return found
+
+
+def _commit() -> tuple[str, bool]:
+    """Commit of the tree, and whether what is measured differs from it.
+
+    BAYES_KERNELS_COMMIT gives the commit of a copy without its history, "-dirty" included.
+    """
+    named = os.environ.get("BAYES_KERNELS_COMMIT")
+    if named:
+        return named, named.endswith("-dirty")
+
+    def git(*arguments: str) -> str:
+        try:
+            found = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    commit = git("describe", "--always", "--abbrev=7")
+    measured = ("csrc", "bayes_kernels", "cuda_benchmarks/*.py", "CMakeLists.txt")
+    dirty = bool(git("status", "--porcelain", "--", *measured))
+    return f"{commit}-dirty" if commit and dirty else commit or "unknown", dirty
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip().splitlines()[0] if found.stdout.strip() else ""
 
 
 def machine_name(device: str) -> str:
@@ -82,6 +207,9 @@ def machine_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+# --- agreement -----------------------------------------------------------------------------------
 
 
 def assert_agrees(
@@ -97,14 +225,23 @@ def assert_agrees(
             )
 
 
+# --- time ----------------------------------------------------------------------------------------
+
+
+class Times(dict[str, list[float]]):
+    """Microseconds of each provider's repetitions; `cpu_share` as in `Row`."""
+
+    cpu_share: float | None = None
+
+
 def time_interleaved(
-    steps: dict[str, Step],
+    steps: Mapping[str, Step],
     device: str,
     *,
     seconds: float,
     min_repeats: int = 3,
     max_repeats: int = 200,
-) -> dict[str, list[float]]:
+) -> Times:
     """Microseconds of each step, in rounds over all steps, until `seconds` have gone by."""
     timer = _cuda_time if device == "cuda" else _cpu_time
     loops = {}
@@ -113,9 +250,9 @@ def time_interleaved(
         once = timer(step, 1)
         # Short steps are repeated within one measurement, against the resolution of the clock.
         loops[name] = 1 if device == "cuda" else max(1, min(200, int(1000 / max(once, 1.0))))
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times = Times({name: [] for name in steps})
     names = list(steps)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     gc.collect()
     gc.disable()
     try:
@@ -126,6 +263,9 @@ def time_interleaved(
                 times[name].append(timer(steps[name], loops[name]))
     finally:
         gc.enable()
+    if device == "cpu":
+        passed = max(time.perf_counter() - start, 1e-9)
+        times.cpu_share = round((time.process_time() - cpu_start) / passed, 2)
     return times
 
 
@@ -162,7 +302,15 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() * 4 / (statistics.median(times) * 1e-6)
 
 
-def saved_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> int:
+def bandwidth_share(moved: int, row: Row, device: str) -> float:
+    """Share of a row's median time that `moved` bytes need at copy bandwidth."""
+    return round(moved / copy_bandwidth(device) / (row.p50_us * 1e-6), 3)
+
+
+# --- memory and launches -------------------------------------------------------------------------
+
+
+def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     """Bytes that a forward pass keeps for backward: unique storages but those of parameters."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
@@ -179,9 +327,14 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> 
     return sum(kept.values())
 
 
-def peak_bytes(step: Step, device: str) -> int | None:
-    """Largest memory above what is allocated before the step; None where it cannot be measured."""
-    step()
+def peak_bytes(step: Step, device: str, *, warm: bool = True) -> int | None:
+    """Largest memory above what is allocated before the step; None where it cannot be measured.
+
+    On the CPU every allocation of torch's allocator is counted, as its profiler reports them: those
+    inside operators too. `warm` runs the step once before.
+    """
+    if warm:
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -189,6 +342,7 @@ def peak_bytes(step: Step, device: str) -> int | None:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what dies of old age within the step would count as freed by it
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(
         activities=activities, profile_memory=True, acc_events=True
@@ -197,7 +351,10 @@ def peak_bytes(step: Step, device: str) -> int | None:
     results = profile.profiler.kineto_results if profile.profiler is not None else None
     if results is None:
         return None
-    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"),
+        key=lambda change: change[0],
+    )
     peak = now = 0
     for _, change in changes:
         now += change
@@ -205,11 +362,29 @@ def peak_bytes(step: Step, device: str) -> int | None:
     return peak
 
 
-def make_row(
-    op: str, case: str, provider: str, mode: str, times: Sequence[float], device: str
-) -> Row:
-    """Percentiles of the measured times, with the environment."""
-    ordered = sorted(times)
+def count_launches(step: Step, device: str) -> int | None:
+    """Kernels that a step launches on the GPU, copies and fills aside; None on the CPU."""
+    if device != "cuda":
+        return None
+    step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        for event in profile.events()
+    )
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def make_row(op: str, case: str, provider: str, mode: str, times: Times, device: str) -> Row:
+    """Percentiles of a provider's times, with the environment."""
+    ordered = sorted(times[provider])
 
     def percentile(q: float) -> float:
         return round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
@@ -223,23 +398,30 @@ def make_row(
         percentile(0.5),
         percentile(0.8),
         len(ordered),
+        cpu_share=times.cpu_share,
         environment=environment(device),
     )
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file of results."""
+    lines = path.read_text().splitlines()
+    return [Row(**json.loads(line)) for line in lines if line.strip()]
+
+
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSON lines, in place of rows of the same op, case, mode and versions."""
+    """Write rows as JSON lines, in place of rows of the same op, case, mode, versions and commit."""
 
-    def identity(row: dict) -> tuple:
-        e = row["environment"]
-        names = ("op", "case", "provider", "mode")
-        return *(row[n] for n in names), e["torch"], e["bayes_kernels"], e["commit"], e["threads"]
+    def identity(row: Row) -> tuple[object, ...]:
+        e = row.environment
+        versions = (e[name] for name in ("machine", "torch", "bayes_kernels", "commit", "threads"))
+        return row.op, row.case, row.provider, row.mode, *versions
 
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = {identity(row): row for row in [*old, *(asdict(r) for r in rows)]}
+    old = read_rows(path) if path.exists() else []
+    kept = {identity(row): row for row in [*old, *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in kept.values()))
     os.replace(temporary, path)
 
 
@@ -251,13 +433,118 @@ def results_folder(device: str) -> Path:
     return Path(__file__).parent / "results" / name
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table: first two columns to the left, figures to the right."""
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+# --- tables --------------------------------------------------------------------------------------
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> None:
+    """A plain table: first columns to the left, figures to the right; empty columns left out."""
+    used = [i for i in range(len(header)) if i < left or any(r[i] for r in rows)]
+    widths = {i: max(len(r[i]) for r in [header, *rows]) for i in used}
     for r in [header, *rows]:
-        print(
-            "  ".join(
-                c.ljust(w) if i < 2 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(r, widths, strict=True))
-            )
-        )
+        cells = (r[i].ljust(widths[i]) if i < left else r[i].rjust(widths[i]) for i in used)
+        print("  ".join(cells).rstrip())
+
+
+def _megabytes(number: int | None, digits: int) -> str:
+    return "" if number is None else f"{number / 1e6:.{digits}f}"
+
+
+def print_rows(family: Family, rows: Sequence[Row]) -> None:
+    """All figures of a family, and what each provider's time is of our own."""
+    table = []
+    for op, case, mode in dict.fromkeys((r.op, r.case, r.mode) for r in rows):
+        group = [r for r in rows if (r.op, r.case, r.mode) == (op, case, mode)]
+        own = next((r for name in family.ours for r in group if r.provider == name), None)
+        for row in group:
+            tokens = row.figures.get("tokens_per_second")
+            table.append((
+                f"{op} {case}" if op != family.name else case, row.provider, mode,
+                f"{row.p20_us:.0f}", f"{row.p50_us:.0f}", f"{row.p80_us:.0f}",
+                "" if own is None else f"{row.p50_us / own.p50_us:.2f}",
+                _megabytes(row.saved_bytes, 2), _megabytes(row.peak_bytes, 2),
+                "" if row.roofline is None else f"{row.roofline:.0%}",
+                "" if row.launches is None else str(row.launches),
+                "" if tokens is None else f"{tokens:.0f}",
+                "" if row.cpu_share is None else f"{row.cpu_share:.2f}",
+            ))  # fmt: skip
+    header = (
+        "case", "provider", "mode", "p20 us", "p50 us", "p80 us", "x ours", "kept MB", "peak MB",
+        "of copy", "launches", "tokens/s", "core",
+    )  # fmt: skip
+    print_table(header, table, left=3)
+
+
+def main(*names: str, arguments: Sequence[str] | None = None) -> int:
+    """The command line of one family's script, or with no names of all families."""
+    import bars
+
+    parser = argparse.ArgumentParser(
+        prog="bayes-kernels bench" if not names else f"bench_{names[0]}.py",
+        description="Measure kernels and methods against PyTorch and published code.",
+        epilog="Families: " + ", ".join(FAMILIES) + ". Results: docs/benchmarks.md.",
+    )
+    if not names:
+        parser.add_argument("families", nargs="*", metavar="FAMILY", help="by default all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="few cases, less time for each")
+    parser.add_argument("--seconds", type=float, help="time for the repetitions of one case")
+    parser.add_argument(
+        "--vs", help="providers to compare with, divided by commas; 'none' for our own alone"
+    )
+    parser.add_argument("--case", help="only cases whose name has this text in it")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, JSON lines")
+    parser.add_argument(
+        "--save", action="store_true", help="add the rows to results/<machine>/<family>.jsonl"
+    )
+    given = parser.parse_args(arguments)
+    chosen = names or tuple(given.families) or FAMILIES
+    for name in chosen:
+        if name not in FAMILIES:
+            parser.error(f"FAMILY must be one of {', '.join(FAMILIES)}, got {name!r}")
+    if given.seconds is not None and not given.seconds > 0:
+        parser.error(f"--seconds must be positive, got {given.seconds}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    vs = None
+    if given.vs is not None:
+        vs = frozenset(word.strip() for word in given.vs.split(",") if word.strip()) - {"none"}
+    if given.device == "cpu":
+        torch.set_num_threads(1)
+    options = Options(given.device, given.quick, given.seconds, vs, given.case)
+    families = [load_family(name) for name in chosen]
+    known = {p for family in families for p in (*family.providers, *family.ours)}
+    if vs is not None and not vs <= known:
+        unknown = ", ".join(sorted(vs - known))
+        parser.error(f"--vs must name providers of {', '.join(sorted(known))}, got {unknown}")
+    if given.json is not None and given.json.exists():
+        given.json.unlink()
+    measured = 0
+    for family in families:
+        print(f"== {family.name}: {family.title}", flush=True)
+        reason = family.missing(options)
+        if reason is not None:
+            print(f"skipped: {reason}\n")
+            continue
+        rows = []
+        for row in family.run(options):
+            new = not rows or (rows[-1].op, rows[-1].case) != (row.op, row.case)
+            rows.append(row)
+            if new:
+                print(f"measured {row.op} {row.case}", file=sys.stderr, flush=True)
+        measured += len(rows)
+        if not rows:
+            print("no case has this name\n" if given.case else "no case\n")
+            continue
+        print_rows(family, rows)
+        verdicts = bars.verdicts(family.name, rows, given.device)
+        if verdicts:
+            print()
+            bars.print_verdicts(verdicts)
+        print(flush=True)
+        if given.json is not None:
+            save_rows(given.json, rows)
+        if given.save:
+            save_rows(results_folder(given.device) / f"{family.name}.jsonl", rows)
+    if measured == 0 and given.case is not None:
+        parser.error(f"--case {given.case!r}: no case of {', '.join(chosen)} has this in its name")
+    return 0

@@ -16,7 +16,8 @@
 #endif
 
 // For functions of many lines that are called from several places: inlined by nvcc, as registers
-// cannot be addressed, and called on the host, where inlining them made compiling tall_cpu.cpp 2.5 times slower.
+// cannot be addressed, and called on the host, where inlining them made compiling tall_cpu.cpp 2.5
+// times slower.
 #if defined(__CUDACC__)
 #define BK_HD_LARGE BK_HD
 #else

@@ -206,6 +206,7 @@ struct Machine {
   Site barrier;
 
   // Kept from launch to launch.
+  std::uint64_t launches = 0;
   Context host;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> idle_fibers;
@@ -966,6 +967,7 @@ void run_grid(const char* kernel_name, const void* kernel, dim3 grid, dim3 block
   const auto opted_in = machine.max_dynamic_shared.find(kernel);
   machine.opted_in = opted_in != machine.max_dynamic_shared.end();
   check_launch(grid, block, dynamic_bytes, machine.opted_in ? opted_in->second : 0);
+  ++machine.launches;
 
   machine.body = body;
   machine.arguments = arguments;
@@ -1025,6 +1027,11 @@ BK_SIM_EXPORT int bayes_kernels_sim_set_max_shared_bytes(unsigned bytes) {
   if (bytes < 48 * 1024 || bytes > 232448) return -1;
   simt::settings().max_shared_bytes = bytes;
   return 0;
+}
+// Kernels launched since the library was loaded.
+BK_SIM_EXPORT std::uint64_t bayes_kernels_sim_launches() {
+  const std::lock_guard<std::mutex> lock(simt::machine.mutex);
+  return simt::machine.launches;
 }
 BK_SIM_EXPORT int bayes_kernels_sim_get_order() { return static_cast<int>(simt::settings().order); }
 BK_SIM_EXPORT std::uint64_t bayes_kernels_sim_get_seed() { return simt::settings().seed; }

@@ -1,0 +1,281 @@
+"""Write docs/benchmarks.md from the rows of all machines: `python cuda_benchmarks/report.py [--check]`.
+
+The page shows, for each machine, every bar with the newest run that has its providers, and then every
+case, those where we are slower included. Nothing in it is written by hand but the text below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import bars
+import harness
+from harness import ROOT, Row
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+
+INTRODUCTION = """\
+# Benchmarks
+
+<!-- Written by `python cuda_benchmarks/report.py` from cuda_benchmarks/results: change those. -->
+
+Every figure is a ratio of two things measured in turn in one process, after both have been checked against
+an fp64 reference. Times are medians over repetitions: of the CPU time of one thread, or of CUDA events with
+the L2 cache flushed. `core` is the share of wall-clock time for which the process had a core: well below 1,
+other processes took turns on it, and caches with it. A commit that ends in -dirty had changes on top.
+
+```bash
+make bench                                             # all families on the CPU, a few minutes
+bayes-kernels bench adapter --vs published,peft_lora   # one family, some of its providers
+bayes-kernels bench --device cuda --save               # adds rows to cuda_benchmarks/results/<machine>
+cuda_benchmarks/gpu.sh                                 # build, tests, sanitizers, benchmarks on a GPU machine
+bayes-kernels bench --report                           # this page from all rows
+```
+
+Peak memory is counted by torch's allocator, above what is there before a step; how it follows from the sizes
+of a model is on [its own page](memory.md). Instructions of the CPU kernels and launches of the CUDA
+kernels are bounded in the test suite (`python_tests/test_counters.py`), whatever the machine's load.
+"""
+
+FAMILY_TEXT = {
+    "adapter": "One adapted layer, forward and backward, without the base layer's product. `published` is "
+    "bayesian-peft's formula with its sign tensors, `peft_lora` plain LoRA as PEFT computes it (fp32 "
+    "adapters), `peft_lora_low` the same in the activations' dtype, `eager` and `compiled` the best plain "
+    "PyTorch for BLoB without and with `torch.compile`; `lora` and `bayes_kernels` are ours, without and "
+    "with noise. `forward` is one token, what generation pays.",
+    "predict": "`mc_predict` against softmax over a materialised (samples, B, C) tensor, the same 10 samples "
+    "at a time, and (full covariance) the published Laplace-LoRA code's expansion. Noise is drawn within "
+    "the measured time, entropies are part of the result.",
+    "tall": "Lists of matrices (n, r): polar and QR retraction of x + step, a Stiefel descent step, PoLAR's "
+    "landing field.",
+    "curvature": "One update of rank-k factors (d, k) with new rows for each of a list of layers. "
+    "`svd_fp64` is bayesian_lora's update, `gram_torch` the same Gram route in batched PyTorch calls.",
+    "vbll": "Loss and backward of a variational last layer against the `vbll` package.",
+    "end_to_end": "Whole training steps and predictions of models with random weights, adapters of rank 8 on "
+    "query and value projections (`cuda_benchmarks/bench_end_to_end.py`).",
+}
+
+
+def read(results: Path = RESULTS) -> dict[str, dict[str, list[Row]]]:
+    """Rows by machine and family."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for path in sorted(results.glob("*/*.jsonl")):
+        for row in harness.read_rows(path):
+            machine = str(row.environment["machine"])
+            found.setdefault(machine, {}).setdefault(path.stem, []).append(row)
+    return found
+
+
+def newest(rows: Iterable[Row], family: str) -> list[Row]:
+    """Of each case the rows of the newest run that has one of ours and a peer, else the newest."""
+    ours = set(harness.load_family(family).ours)
+    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        runs = groups.setdefault((row.op, row.case, row.mode), {})
+        runs.setdefault(str(row.environment["date"]), []).append(row)
+    found: list[Row] = []
+    for runs in groups.values():
+
+        def complete(date: str, runs: dict[str, list[Row]] = runs) -> bool:
+            names = {row.provider for row in runs[date]}
+            return bool(names & ours) and bool(names - ours)
+
+        found += runs[max(runs, key=lambda date: (complete(date), date))]
+    return found
+
+
+def device_of(rows: Sequence[Row]) -> str:
+    """cpu or cuda."""
+    environment = rows[0].environment
+    guess = "cuda" if "NVIDIA" in str(environment["machine"]) else "cpu"
+    return str(environment.get("device", guess))
+
+
+def number(value: float, significant: int = 3) -> str:
+    """Three significant digits, more where they decide a verdict; no decimals from 100 on."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    before = math.floor(math.log10(value)) + 1 if value > 0 else 1
+    return f"{value:.{max(0, significant - before)}f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table without its empty columns."""
+    cells = [list(row) for row in rows]
+    used = [i for i in range(len(header)) if i < left or any(row[i] for row in cells)]
+    marks = ["---" if i < left else "---:" for i in used]
+    lines = [[header[i] for i in used], marks, *([row[i] for i in used] for row in cells)]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def bar_lines(families: dict[str, list[Row]], device: str) -> list[str]:
+    """The table of bars on one machine, and what to say about those that are missed."""
+    rows, notes = [], []
+    for bar in bars.BARS:
+        limit = bar.limit(device)
+        if limit is None:
+            continue
+        least = bar.quantity == "bandwidth"
+        name = {"time": "time", "saved": "bytes", "peak": "peak bytes", "total": "all bytes"}
+        what = "share of copy bandwidth, at least" if least else f"{name[bar.quantity]}, at most"
+        found = [v for v in bars.verdicts(bar.family, families.get(bar.family, []), device)
+                 if v.bar == bar]  # fmt: skip
+        if not found:
+            rows.append((bar.work, bar.against, f"{what} {number(limit)}", "", "not measured"))
+            continue
+        values = sorted(v.value for v in found)
+        spread = number(values[0], 4)
+        if len(values) > 1:
+            spread += f" to {number(values[-1], 4)} ({len(values)} cases)"
+        missed = [v for v in found if not v.met]
+        verdict = "met"
+        if missed:
+            verdict = "**missed**" if len(missed) == len(found) else (
+                f"**missed** in {len(missed)} of {len(found)}"
+            )  # fmt: skip
+            cases = "; ".join(f"{v.case}: {number(v.value, 4)}" for v in missed)
+            why = bars.NOTES.get((bar.key, device), "No reason is known yet.")
+            notes.append(f"* **{bar.work}, against {bar.against}** ({cases}). {why}")
+        rows.append((bar.work, bar.against, f"{what} {number(limit)}", spread, verdict))
+    header = ("work", "against", "bar (ours / theirs)", "measured", "verdict")
+    lines = table(header, rows, left=3)
+    if notes:
+        lines += ["Missed, why, and what would be tried next:", "", *notes, ""]
+    return lines
+
+
+def case_lines(family: str, rows: Sequence[Row]) -> list[str]:
+    """Every case of a family: our time, and what the others take of it."""
+    description = harness.load_family(family)
+    lines = [
+        f"### {description.title[0].upper()}{description.title[1:]}",
+        "",
+        FAMILY_TEXT[family],
+        "",
+    ]
+    for op, mode in dict.fromkeys((row.op, row.mode) for row in rows):
+        part = [row for row in rows if (row.op, row.mode) == (op, mode)]
+        providers = list(dict.fromkeys(row.provider for row in part))
+        own = next((name for name in description.ours if name in providers), providers[0])
+        others = [name for name in providers if name != own]
+        body = []
+        for case in dict.fromkeys(row.case for row in part):
+            group = {row.provider: row for row in part if row.case == case}
+            mine = group.get(own)
+            if mine is None:
+                continue
+            line = [case, number(mine.p50_us), f"{number(mine.p20_us)} to {number(mine.p80_us)}"]
+            for name in others:
+                ratio = group[name].p50_us / mine.p50_us if name in group else None
+                slower = ratio is not None and ratio < 1
+                text = "" if ratio is None else number(ratio)
+                line.append(f"**{text}**" if slower else text)
+            share = mine.cpu_share
+            line += [
+                "" if mine.roofline is None else f"{mine.roofline:.0%}",
+                "" if mine.launches is None else str(mine.launches),
+                "" if share is None else f"{share:.2f}",
+            ]
+            body.append(line)
+        heads = [f"{name} / {own}" for name in others]
+        header = ("case", f"`{own}`, µs", "20th to 80th percentile", *heads, "of copy bandwidth",
+                  "launches", "core")  # fmt: skip
+        lines += [f"`{op}`, {mode}: median time; bold: faster than `{own}`.", ""]
+        lines += table(header, body)
+    lines += memory_lines(rows)
+    return [*lines, environment_line(rows), ""]
+
+
+def memory_lines(rows: Sequence[Row]) -> list[str]:
+    """Bytes of every provider, where they were counted."""
+    known = [r for r in rows if r.peak_bytes is not None or r.saved_bytes is not None]
+    if not known:
+        return []
+
+    def megabytes(value: float | None) -> str:
+        return (
+            "" if value is None else number(value / 1e6) if value >= 1e5 else f"{value / 1e6:.4f}"
+        )
+
+    body = []
+    for row in known:
+        f = row.figures
+        predicted, total = f.get("predicted_bytes"), f.get("total_bytes")
+        body.append((
+            row.case, row.provider, megabytes(row.saved_bytes), megabytes(row.peak_bytes),
+            megabytes(f.get("parameter_bytes")), megabytes(f.get("gradient_bytes")),
+            megabytes(f.get("optimizer_bytes")), megabytes(total),
+            f"{predicted / total - 1:+.1%}" if predicted and total else "",
+            f"{f['tokens_per_second']:,.0f}" if "tokens_per_second" in f else "",
+        ))  # fmt: skip
+    header = ("case", "provider", "kept for backward, MB", "peak of a step, MB", "parameters, MB",
+              "gradients, MB", "optimiser, MB", "all, MB", "model's error", "tokens/s")  # fmt: skip
+    return table(header, body, left=2)
+
+
+def environment_line(rows: Sequence[Row]) -> str:
+    """Machine, versions, commits and days of some rows."""
+
+    def of(name: str) -> str:
+        return ", ".join(sorted({str(row.environment.get(name, "")) for row in rows} - {""}))
+
+    days = ", ".join(sorted({str(row.environment["date"])[:10] for row in rows}))
+    device = device_of(rows)
+    where = f"CUDA {of('cuda')}, driver {of('driver')}" if device == "cuda" else of("cpu_path")
+    threads = "" if device == "cuda" else f", {of('threads')} thread"
+    return f"{of('machine')}, torch {of('torch')}, {where}{threads}; commit {of('commit')}; {days}."
+
+
+def page(results: Path = RESULTS) -> str:
+    """The text of docs/benchmarks.md."""
+    lines = [INTRODUCTION]
+    machines = read(results)
+    seen = set()
+    for machine, by_family in machines.items():
+        families = {
+            name: newest(by_family[name], name) for name in harness.FAMILIES if name in by_family
+        }
+        device = device_of(next(iter(families.values())))
+        seen.add(device)
+        lines += [f"## {machine}", "", *bar_lines(families, device)]
+        for name, rows in families.items():
+            lines += case_lines(name, rows)
+    if "cuda" not in seen:
+        lines += [
+            "## GPU",
+            "",
+            "Open: no GPU has run any of these kernels yet. The bars are set:",
+            "",
+            *bar_lines({}, "cuda"),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether the page is up to date"
+    )
+    arguments = parser.parse_args()
+    text = page()
+    if arguments.check:
+        same = PAGE.exists() and PAGE.read_text() == text
+        print(
+            "up to date" if same else f"{PAGE} is not what the rows give; run {Path(__file__).name}"
+        )
+        return 0 if same else 1
+    temporary = PAGE.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, PAGE)
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The benchmark suite: options, rows, bars, the committed page, and the model of a step's memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "cuda_benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_path() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+    torch.set_num_threads(threads)
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+# --- harness -------------------------------------------------------------------------------------
+
+
+def test_one_family_from_its_options_to_its_rows(tmp_path: Path) -> None:
+    """A measured case has every provider that was asked for, with time, memory and environment."""
+    harness = load("harness")
+    path = tmp_path / "rows.jsonl"
+    code = harness.main(
+        "curvature",
+        arguments=["--quick", "--seconds", "0.01", "--vs", "gram_torch", "--case", "1 X (4096",
+                   "--json", str(path)],
+    )  # fmt: skip
+    rows = harness.read_rows(path)
+    assert code == 0
+    assert {row.provider for row in rows} == {"gram_torch", "bayes_kernels"}
+    assert {row.case for row in rows} == {"1 x (4096, 10), 4 rows"}
+    for row in rows:
+        assert 0 < row.p20_us <= row.p50_us <= row.p80_us
+        assert row.repeats >= 3
+        assert 0 < row.cpu_share <= 1.1
+        assert {"machine", "torch", "commit", "dirty", "date", "threads"} <= set(row.environment)
+        assert row.environment["dirty"] == row.environment["commit"].endswith("-dirty")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing"], "FAMILY must be one of adapter"),
+        (["curvature", "--vs", "nobody"], "--vs must name providers"),
+        (["curvature", "--seconds", "0"], "--seconds must be positive"),
+        (["curvature", "--case", "no such case"], "no case of curvature"),
+        pytest.param(
+            ["curvature", "--device", "cuda"],
+            "torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load("harness").main(arguments=arguments)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_family_loads_and_has_its_bars() -> None:
+    harness, bars = load("harness"), load("bars")
+    assert len({bar.key for bar in bars.BARS}) == len(bars.BARS)
+    for name in harness.FAMILIES:
+        family = harness.load_family(name)
+        assert family.name == name
+        known = {*family.ours, *family.providers}
+        for bar in bars.BARS:
+            if bar.family == name:
+                assert {bar.subject, bar.peer} - {None} <= known, bar.key
+    assert {bar.family for bar in bars.BARS} <= set(harness.FAMILIES)
+    assert {key for key, _ in bars.NOTES} <= {bar.key for bar in bars.BARS}
+
+
+def test_a_provider_that_is_wrong_is_not_timed() -> None:
+    harness = load("harness")
+    truth = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    harness.assert_agrees("right", [truth.float()], [truth], 1e-6)
+    with pytest.raises(AssertionError, match="differs from the fp64 reference"):
+        harness.assert_agrees("wrong", [truth.float() * 1.001], [truth], 1e-4)
+    with pytest.raises(AssertionError, match="nan"):
+        harness.assert_agrees("nan", [truth * float("nan")], [truth], 1e-4)
+
+
+def made_row(**changes: Any) -> Any:
+    environment = {"machine": "m", "torch": "1", "bayes_kernels": "2", "commit": "c", "threads": 1}
+    values = {"op": "o", "case": "k", "provider": "p", "mode": "", "p20_us": 1.0, "p50_us": 2.0,
+              "p80_us": 3.0, "repeats": 3, "environment": environment}  # fmt: skip
+    return load("harness").Row(**{**values, **changes})
+
+
+def test_rows_replace_those_of_the_same_commit_only(tmp_path: Path) -> None:
+    harness, path = load("harness"), tmp_path / "results" / "rows.jsonl"
+    harness.save_rows(path, [made_row(), made_row(provider="q")])
+    later = dict(made_row().environment, commit="d")
+    harness.save_rows(path, [made_row(p50_us=5.0), made_row(environment=later)])
+    rows = harness.read_rows(path)
+    assert [(r.provider, r.environment["commit"], r.p50_us) for r in rows] == [
+        ("p", "c", 5.0), ("q", "c", 2.0), ("p", "d", 2.0),
+    ]  # fmt: skip
+    assert not list(path.parent.glob("*.tmp"))
+    assert json.loads(path.read_text().splitlines()[0])["op"] == "o"
+
+
+def test_verdicts() -> None:
+    """A ratio at its bar is met; one above is missed; a share of bandwidth is a lower bound."""
+    bars = load("bars")
+
+    def rows(ours: float, **changes: Any) -> list[Any]:
+        common = {"op": "low_rank", "case": "1 x (4096, 10), 4 rows", "mode": "update"}
+        return [
+            made_row(provider="bayes_kernels", p50_us=ours, **common, **changes),
+            made_row(provider="svd_fp64", p50_us=8.0, **common),
+        ]
+
+    (at,) = bars.verdicts("curvature", rows(1.0), "cpu")
+    (above,) = bars.verdicts("curvature", rows(1.01), "cpu")
+    assert (at.met, above.met) == (True, False)
+    assert bars.verdicts("curvature", rows(1.0)[:1], "cpu") == []
+    shared = {"op": "adapter", "case": "k", "mode": "forward+backward", "provider": "bayes_kernels"}
+    low, high = (
+        bars.verdicts("adapter", [made_row(roofline=share, **shared)], "cuda")[0]
+        for share in (0.59, 0.6)
+    )
+    assert (low.met, high.met) == (False, True)
+
+
+def test_bytes_are_those_of_the_allocator() -> None:
+    """Peak and saved bytes of an expression whose arrays can be counted by hand."""
+    harness = load("harness")
+    x = torch.randn(1000, 100, requires_grad=True)
+    n = x.numel() * 4
+
+    def forward() -> torch.Tensor:
+        return (x.exp() * x.sin()).sum()  # kept: exp, sin (x is a parameter)
+
+    assert harness.saved_bytes(forward, [x]) == 2 * n
+    peak = harness.peak_bytes(lambda: (x.detach() + 1).neg().sum(), "cpu")
+    assert peak is not None
+    assert 2 * n <= peak <= 2 * n + 1000
+
+
+# --- the committed page ----------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_rows_give() -> None:
+    report = load("report")
+    assert report.page() == report.PAGE.read_text(), (
+        "docs/benchmarks.md is not what the rows give; run python cuda_benchmarks/report.py"
+    )
+
+
+def test_the_page_says_what_is_missed(tmp_path: Path) -> None:
+    """A machine whose only row misses its bar is shown with the figure and the note."""
+    report, harness = load("report"), load("harness")
+    environment = {"machine": "A CPU", "torch": "9.9", "bayes_kernels": "0", "commit": "abc-dirty",
+                   "dirty": True, "date": "2026-01-02T03:04:05+00:00", "threads": 1,
+                   "cpu_path": "avx2", "cuda": ""}  # fmt: skip
+    common = {"op": "low_rank", "case": "1 x (4096, 10), 4 rows", "mode": "update"}
+    rows = [
+        made_row(provider="bayes_kernels", p50_us=2.0, environment=environment, **common),
+        made_row(provider="svd_fp64", p50_us=8.0, environment=environment, **common),
+    ]
+    harness.save_rows(tmp_path / "A-CPU" / "curvature.jsonl", rows)
+    page = report.page(tmp_path)
+    assert "abc-dirty" in page
+    assert "**missed**" in page
+    assert load("bars").NOTES["curvature-svd", "cpu"] in page
+
+
+# --- memory model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "kv_heads", "intermediate", "dtype", "batch", "length"),
+    [
+        (64, 2, 4, 4, 176, torch.float32, 4, 32),
+        (96, 3, 6, 2, 256, torch.float32, 2, 64),
+        (128, 2, 4, 2, 352, torch.bfloat16, 4, 48),
+    ],
+)
+def test_memory_model(
+    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int,
+    dtype: torch.dtype, batch: int, length: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Within 5 % of what torch's allocator counts, in sum and for what is kept for backward."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    bench, harness, model = load("bench_end_to_end"), load("harness"), load("memory_model")
+    shape = model.Shape("s", "llama", hidden, layers, heads, kv_heads, intermediate, 500, dtype)
+    monkeypatch.setitem(bench.SHAPES, "s", shape)
+    base = bench.build_base(shape, "cpu")
+    data = bench.make_batch(bench.Case("s", batch, length), "cpu")
+    for method in ("peft_lora", "published_blob", "blob"):
+        run = bench.prepare(base, shape, method, data)
+        run.step()
+        found = bench.memory_figures(run)
+        peak = harness.peak_bytes(run.step, "cpu", warm=False)
+        if peak is None:
+            pytest.skip("this torch does not report allocations")
+        saved = harness.saved_bytes(run.loss, [*run.model.parameters(), *run.model.buffers()])
+        predicted = model.predict(shape, batch, length, method, bench.CLASSES)
+        total = found["parameter_bytes"] + found["optimizer_bytes"] + peak
+        assert predicted.parameters == pytest.approx(found["parameter_bytes"], rel=0.01)
+        assert predicted.gradients == pytest.approx(found["gradient_bytes"], rel=0.01)
+        assert predicted.optimizer == pytest.approx(found["optimizer_bytes"], rel=0.01)
+        assert predicted.saved == pytest.approx(saved, rel=0.05)
+        assert predicted.step == pytest.approx(peak, rel=0.05)
+        assert predicted.total == pytest.approx(total, rel=0.05)
+
+
+def test_memory_model_refuses_what_it_does_not_know() -> None:
+    model, bench = load("memory_model"), load("bench_end_to_end")
+    with pytest.raises(ValueError, match="method must be one of"):
+        model.predict(bench.SHAPES["10M"], 1, 1, "nothing", 2)
+    with pytest.raises(ValueError, match="the shape a llama"):
+        model.predict(bench.SHAPES["22M BERT"], 1, 1, "blob", 2)
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+
+def test_bench_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from bayes_kernels import cli
+
+    calls = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append((command, options))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = CliRunner().invoke(
+        cli.app,
+        ["bench", "tall", "--device", "cpu", "--quick", "--vs", "svd,qr", "--case", "16 x"],
+    )
+    assert found.exit_code == 3
+    ((command, options),) = calls
+    assert command[:2] == [sys.executable, str(FOLDER)]
+    assert command[2:] == ["tall", "--device", "cpu", "--quick", "--vs", "svd,qr", "--case", "16 x"]
+    assert options["env"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_bench_command_without_a_source_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("typer")
+    import typer
+
+    from bayes_kernels import cli
+
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "bayes_kernels" / "cli.py"))
+    with pytest.raises(typer.Exit):
+        cli.bench()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "benchmarks come with the source tree" in line

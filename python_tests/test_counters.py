@@ -1,0 +1,213 @@
+"""Regression tests that do not depend on the machine's load: instructions and kernel launches.
+
+Instructions are those of one call of a CPU kernel on its AVX2 path, which valgrind can run, counted by
+callgrind; bounds are 10 % above what g++ 12 gave (`counters.json`; `python python_tests/test_counters.py`
+counts again and writes the file). Launches are those of the CUDA kernels, counted by the emulator: they
+are exact, and most do not depend on how many layers there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayes_kernels import _library, functional, random
+
+PROGRAM = "count_kernels"
+BOUNDS = Path(__file__).with_name("counters.json")
+HEADROOM = 1.10
+
+
+def count(program: Path, case: str, out: Path) -> int:
+    """Instructions of one case."""
+    result = subprocess.run(
+        ["valgrind", "--tool=callgrind", "--toggle-collect=counted*",
+         f"--callgrind-out-file={out}", str(program), case],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "BAYES_KERNELS_CPU": "avx2"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "avx2", f"path {result.stdout.strip()}"
+    found = re.search(r"^summary: (\d+)$", out.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found.group(1))
+
+
+def names(program: Path) -> list[str]:
+    return subprocess.run([str(program)], capture_output=True, text=True).stdout.split()
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    if shutil.which("valgrind") is None:
+        pytest.skip("valgrind is not installed")
+    path = _library.find_library(PROGRAM)
+    if path is None:
+        pytest.skip(f"{PROGRAM} is not built; build with BAYES_KERNELS_TESTS=ON")
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or " avx2 " not in cpuinfo.read_text():
+        pytest.skip("this processor has no AVX2")
+    return path
+
+
+def test_every_case_has_a_bound(program: Path) -> None:
+    assert sorted(json.loads(BOUNDS.read_text())) == sorted(names(program))
+
+
+@pytest.mark.parametrize("case", sorted(json.loads(BOUNDS.read_text())))
+def test_instructions(case: str, program: Path, tmp_path: Path) -> None:
+    """At most 10 % more than when the bound was written; far fewer, and the bound should be renewed."""
+    bound = json.loads(BOUNDS.read_text())[case]
+    got = count(program, case, tmp_path / "callgrind.out")
+    assert got <= HEADROOM * bound, (
+        f"{case}: {got} instructions, {got / bound - 1:+.1%} against {bound}; if that is meant, run "
+        "python python_tests/test_counters.py"
+    )
+    assert got > bound / 20, f"{case}: {got} instructions of {bound}: is the kernel called at all?"
+
+
+# --- launches --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches() -> Iterator[Callable[[Callable[[], Any]], int]]:
+    """Counts the kernels that a call launches on the emulator."""
+    if _library.load_simulator() is None:
+        pytest.skip("the emulator library is not built")
+    path = _library.find_library("libbayes_kernels_sim.so")
+    library = ctypes.CDLL(str(path))
+    counter = library.bayes_kernels_sim_launches
+    counter.restype = ctypes.c_uint64
+
+    def of(step: Callable[[], Any]) -> int:
+        before = counter()
+        step()
+        return counter() - before
+
+    with _library.simulator():
+        yield of
+
+
+def adapter(dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    return {
+        "x": normal(tokens, 64).to(dtype).requires_grad_(),
+        "a": normal(8, 64).requires_grad_(),
+        "rho": (0.1 * normal(8, 64)).requires_grad_(),
+        "b": normal(48, 8).requires_grad_(),
+        "base": normal(tokens, 48).to(dtype).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "packed"),
+    [
+        (torch.float32, 3, 0),
+        (torch.float32, 40, 0),
+        (torch.bfloat16, 3, 0),
+        (torch.bfloat16, 40, 2),
+    ],
+)
+def test_launches_of_an_adapter(
+    dtype: torch.dtype, tokens: int, packed: int, launches: Callable[[Callable[[], Any]], int]
+) -> None:
+    """Forward: two products, with noise its matrix as well; tensor cores pack both factors first."""
+    i = adapter(dtype, tokens)
+    key = random.key(1)
+    plain = lambda: functional.lora(i["x"], i["a"], i["b"], i["base"])  # noqa: E731
+    noisy = lambda: functional.flipout_lora(  # noqa: E731
+        i["x"], i["a"], i["rho"], i["b"], i["base"], key=key
+    )
+    assert launches(plain) <= 2 + packed
+    assert launches(noisy) <= 3 + packed
+    y, z = plain(), noisy()
+    assert launches(lambda: y.backward(torch.ones_like(y))) <= 6 + packed
+    assert launches(lambda: z.backward(torch.ones_like(z))) <= 9 + packed
+
+
+def test_launches_do_not_grow_with_the_list(
+    launches: Callable[[Callable[[], Any]], int],
+) -> None:
+    """Lists of up to 60 matrices take as many launches as one."""
+
+    def talls(number: int) -> list[torch.Tensor]:
+        return [torch.linalg.qr(torch.randn(20, 3))[0].contiguous() for _ in range(number)]
+
+    def kl(number: int) -> int:
+        means = [torch.randn(2, 5) for _ in range(number)]
+        rhos = [torch.rand(2, 5) + 0.1 for _ in range(number)]
+        return launches(lambda: functional.gaussian_kl(means, rhos, 0.2))
+
+    def low_rank(number: int) -> int:
+        factors = [torch.rand(12, 2) for _ in range(number)]
+        rows = [torch.rand(1, 12) for _ in range(number)]
+        return launches(lambda: functional.low_rank_update_(factors, rows))
+
+    def polar(number: int) -> int:
+        xs = talls(number)
+        return launches(lambda: functional.polar_retract_(xs))
+
+    def landing(number: int) -> int:
+        xs = talls(number)
+        return launches(lambda: functional.landing_field(xs, [x.clone() for x in xs], 0.5))
+
+    for counted, most in ((kl, 2), (low_rank, 3), (polar, 4), (landing, 3)):
+        few, many = counted(2), counted(40)
+        assert few == many, counted.__name__
+        assert 0 < few <= most, counted.__name__
+    assert kl(130) <= kl(2) + 2  # 60 tensors to a launch
+
+
+def test_launches_of_a_prediction(launches: Callable[[Callable[[], Any]], int]) -> None:
+    """A constant number, whatever the number of samples."""
+    key = random.key(1)
+    for classes, most in ((5, 3), (70, 4)):
+        mean, variance = torch.randn(3, classes), torch.rand(3, classes)
+
+        def step(
+            samples: int, mean: torch.Tensor = mean, variance: torch.Tensor = variance
+        ) -> object:
+            return functional.mc_predict(mean, variance, n_samples=samples, key=key)
+
+        few, many = launches(lambda step=step: step(8)), launches(lambda step=step: step(64))
+        assert few == many
+        assert 0 < few <= most
+
+
+def main() -> None:
+    """Count all cases and write the bounds."""
+    path = _library.find_library(PROGRAM)
+    if path is None:
+        sys.exit(f"{PROGRAM} is not built; build with BAYES_KERNELS_TESTS=ON")
+    import tempfile
+
+    old = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        found = {case: count(path, case, Path(folder) / "out") for case in names(path)}
+    for case, number in found.items():
+        change = f"{number / old[case] - 1:+.1%}" if case in old else "new"
+        print(f"{case:24} {number:>10,} {change}")
+    temporary = BOUNDS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(temporary, BOUNDS)
+
+
+if __name__ == "__main__":
+    main()
