@@ -1,4 +1,4 @@
-"""The command `bayes-kernels`: info, demo, train, bayesianize, evaluate, predict.
+"""The command `bayes-kernels`: info, demo, train, compare, bayesianize, evaluate, predict, bench.
 
 Everything that trains or scores lives in `bayes_kernels.hf`, imported when first needed; here
 options become an experiment, and results become tables and files. Mistakes of the caller end with
@@ -12,8 +12,9 @@ import importlib.util
 import json
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -240,8 +241,8 @@ def train(
     method: Annotated[
         str,
         typer.Option(
-            help="map (plain LoRA), blob, scalabl, tfb (plain LoRA, then convert), polar or "
-            "polar-vbll."
+            help="map (plain LoRA), blob, scalabl, polar or polar-vbll; tfb, laplace, laplace-last "
+            "(plain LoRA, then convert)."
         ),
     ] = "blob",
     rank: Annotated[int | None, typer.Option(help="r of LoRA.")] = None,
@@ -304,8 +305,8 @@ def train(
     convert: Annotated[
         list[str] | None,
         typer.Option(
-            help="tfb: option of bayesianize, as name=value (anchors, metric, tolerance, ...); may "
-            "be repeated."
+            help="tfb, laplace, laplace-last: option of bayesianize, as name=value (anchors, metric, "
+            "prior, ...); may be repeated."
         ),
     ] = None,
     lora: Annotated[
@@ -416,11 +417,215 @@ def train(
 
 
 @app.command()
+def compare(
+    data: Data = "stdlib-docs",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="all, or some of map, temperature, dropout, ensemble and the Bayesian methods, "
+            "divided by commas."
+        ),
+    ] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 3,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    train_size: Annotated[
+        int | None, typer.Option(min=0, help="Training examples, chosen by the seed; 0 for all.")
+    ] = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    model: Annotated[str, typer.Option(help="Base model, see train.")] = "minilm",
+    kind: Annotated[
+        str, typer.Option(help="auto, causal, classifier or multiple_choice.")
+    ] = "auto",
+    style: Annotated[str, typer.Option(help="Prompt: blob, laplace or plain.")] = "blob",
+    dtype: Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")] = "float32",
+    quantization: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(min=2, help="Members of an ensemble; 3 by default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="r of LoRA.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="alpha of LoRA.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Layers to adapt, divided by commas.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of all methods.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Largest number of tokens.")] = None,
+    n_samples: Samples = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Another setting, of all methods as NAME=VALUE or of one as METHOD.NAME=VALUE "
+            "(blob.kl_time=0.01, dropout.dropout=0.2, tfb.convert.anchors=200); may be repeated.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/compare"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the results in the folder, run what is missing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            "--processes",
+            min=1,
+            help="Cores to use, all by default: runs go side by side on them.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Compare methods and baselines on one task, over seeds: one table, one picture of each kind.
+
+    Plain LoRA is trained once for each seed; temperature scaling and methods that convert an adapter
+    use it, and ensembles add members on the same examples. A method that fails is a line of the
+    table that says why. Ctrl-C keeps what has ended; the same command with --resume goes on, also
+    with more methods or seeds.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one")
+    from .hf import compare as comparison
+    from .hf import results, training
+    from .hf.recipe import Source, write_json, write_text
+
+    cores = threads or _all_cores()
+    words = comparison.check_methods(_words(methods) or ())
+    _start(cores)
+    common = {
+        "rank": rank,
+        "alpha": alpha,
+        "target_modules": _words(target_modules),
+        "lr": lr,
+        "steps": steps,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "n_samples": n_samples,
+    }
+    source = Source(
+        data=data or "stdlib-docs",
+        test=test,
+        ood=tuple(ood) if ood else None,
+        train_size=train_size,
+        test_size=test_size,
+        ood_size=ood_size,
+        label_names=_words(label_names),
+    )
+    setting = {"kind": kind, "style": style, "dtype": dtype, "quantization": quantization}
+    make = _experiments(source, model, setting, common, option, members)
+    _check_out(out, overwrite, resume=resume, resumable=True)
+    tasks = {}
+    for seed in range(seeds):
+        with _status(f"reading {source.data}, seed {seed}"):
+            tasks[seed] = source.load(seed)
+    _note(tasks[0].summary())
+    pieces = comparison.plan(words, make, tasks, out, seeds=seeds)
+    comparison.check_saved(pieces)
+    first = pieces[0]  # whether model and data fit
+    training.build(make("map", 0), first.task, device=device)
+    if not resume:
+        _prepare_out(out, overwrite)
+    gpu = training.pick_device(device).type == "cuda"
+
+    def done(piece: comparison.Piece, result: Run | comparison.Failure) -> None:
+        one = piece.experiment
+        what = f"failed: {result.error}" if isinstance(result, comparison.Failure) else "done"
+        _note(f"{one.method}, seed {one.seed}: {what}")
+
+    try:
+        runs, failures = comparison.compare(
+            pieces, processes=1 if gpu else cores, device=device, done=done
+        )
+    except KeyboardInterrupt:
+        again = [*_command(), *(["--resume"] if "--resume" not in sys.argv else [])]
+        _note(f"interrupted; what has ended is kept\ngo on with: {shlex.join(again)}")
+        raise typer.Exit(130) from None
+    if not runs:
+        raise ValueError(
+            "compare: every run failed: " + "; ".join(sorted({one.error for one in failures}))
+        )
+    shown = comparison.chosen(results.summarise(runs), words)
+    headings, lines = comparison.table(shown, failures, seeds)
+    content = results.report(runs, tasks[0], command=_command())
+    content["failures"] = [dataclasses.asdict(one) for one in failures]
+    rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
+    drawn = comparison.main_rows(rows, words)
+    pictures = _plots(drawn, out) if drawn else []
+    text = comparison.markdown(headings, lines)
+    shifted = comparison.shift_table(shown)
+    if shifted is not None:
+        text += "\n" + comparison.markdown(*shifted)
+    write_text(out / comparison.TABLE_FILE, text)
+    write_json(out / comparison.RESULTS_FILE, content)
+    # Wide tables would be cut at the width of a terminal: Markdown is read as it is.
+    print(text)
+    names = ", ".join([comparison.RESULTS_FILE, comparison.TABLE_FILE])
+    drawings = ", ".join(path.name for path in pictures)
+    _note(f"Wrote {out}/: {names}{f', {drawings} (seed 0)' if drawings else ''}, adapters")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _experiments(
+    source: Source,
+    model: str,
+    setting: dict[str, Any],
+    common: dict[str, Any],
+    options: Sequence[str] | None,
+    members: int | None,
+) -> Callable[[str, int], Experiment]:
+    """What `compare` runs for a method and a seed.
+
+    Raises:
+        ValueError: An option names no method or no field of the recipe.
+    """
+    from .hf.config import METHODS
+    from .hf.recipe import Experiment, Recipe
+
+    shared = {key: value for key, value in common.items() if value is not None}
+    own: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    for item in options or ():
+        name, equals, _ = item.partition("=")
+        first, *rest = name.strip().split(".")
+        methods = [first] if rest and first.replace("_", "-") in METHODS else list(METHODS)
+        path = rest if rest and len(methods) == 1 else [first, *rest]
+        if not equals or path[0].replace("-", "_") not in fields or len(path) > 2:
+            raise ValueError(
+                f"--set: expected NAME=VALUE or METHOD.NAME=VALUE with a field of the recipe "
+                f"({', '.join(sorted(fields))}), got {item!r}"
+            )
+        (value,) = (_pairs([item], "--set") or {}).values()
+        key = path[0].replace("-", "_")
+        for method in methods:
+            place = own[method.replace("_", "-")]
+            if len(path) == 2:
+                place[key] = {**place.get(key, {}), path[1].replace("-", "_"): value}
+            else:
+                place[key] = value
+
+    def make(method: str, seed: int) -> Experiment:
+        found = {**shared, **own[method]}
+        if method == "ensemble":
+            found["n_samples"] = members or METHODS[method].n_samples
+        recipe = Recipe(**found)
+        return Experiment(source, model, method=method, recipe=recipe, seed=seed, **setting)
+
+    return make
+
+
+@app.command()
 def bayesianize(
     adapter: Annotated[
         str, typer.Argument(help="Folder of a trained adapter: plain LoRA, or BLoB.")
     ],
-    method: Annotated[str, typer.Option(help="tfb.")] = "tfb",
+    method: Annotated[str, typer.Option(help="tfb, laplace or laplace-last.")] = "tfb",
     data: Data = None,
     test: Test = None,
     ood: Ood = None,
@@ -432,15 +637,21 @@ def bayesianize(
     ood_size: OodSize = None,
     model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
     anchors: Annotated[
-        int | None, typer.Option(min=1, help="Training examples to look at; 500 by default.")
+        int | None,
+        typer.Option(min=1, help="Training examples to look at; tfb 500, laplace all by default."),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="flips (default), accuracy or nll.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="tfb: flips (default), accuracy or nll.")
+    ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest change; 0.01, or 0.003 (nll), by default.")
+        float | None, typer.Option(help="tfb: largest change; 0.01, or 0.003 (nll), by default.")
     ] = None,
     convert: Annotated[
         list[str] | None,
-        typer.Option(help="Another option of tfb_, as name=value; may be repeated."),
+        typer.Option(
+            help="Another option of the method (laplace: prior, structure, prediction, fisher, tokens, "
+            "rank, ...), as name=value; may be repeated."
+        ),
     ] = None,
     n_samples: Samples = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
@@ -455,7 +666,8 @@ def bayesianize(
 ) -> None:
     """Make a trained adapter Bayesian without training it, score it, and write both.
 
-    Anchors are training examples of the recorded task, or of --data.
+    TFB searches the largest noise that its anchors bear; Laplace-LoRA fits a posterior to all training
+    examples. Both are those of the recorded task, or of --data.
     """
     from .hf import experiment, results, scoring, training
     from .hf.config import METHODS
@@ -526,20 +738,10 @@ def bayesianize(
     content = results.report([run], task, command=_command())
     content["conversion"] = report.to_dict()
     write_json(folder / results.METRICS_FILE, content)
-    table = _table(
-        f"{len(report.trace) + 1} evaluations of {report.anchors} anchors, {report.labels} labels",
-        ("sigma_q", f"change ({report.metric})", "within", "NLL", "ACC", "flips"),
-        left=0,
-    )
-    for trial in (report.before, *report.trace):
-        table.add_row(
-            f"{trial.sigma:.5f}",
-            f"{trial.change:.5f}",
-            "yes" if trial.feasible else "no",
-            f"{trial.nll:.4f}",
-            f"{trial.accuracy:.4f}",
-            f"{trial.flips:.4f}",
-        )
+    title, headings, lines = report.table()
+    table = _table(title, headings, left=0)
+    for line in lines:
+        table.add_row(*line)
     console = _console()
     console.print(table)
     _print_table(results.summarise([run]), f"{task.name}, {adapter}")
@@ -704,6 +906,60 @@ def predict(
 # --- From options to experiments -----------------------------------------------------------------
 
 
+@app.command()
+def bench(
+    families: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FAMILY",
+            help="adapter, predict, tall, curvature, vbll, end_to_end; by default all.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases, less time for each.")] = False,
+    vs: Annotated[
+        str | None,
+        typer.Option(help="Providers to compare with, divided by commas; 'none' for ours alone."),
+    ] = None,
+    case: Annotated[str | None, typer.Option(help="Only cases with this text in the name.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time for each case.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows to this file, JSON lines.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Add the rows to the results of this machine.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write docs/benchmarks.md from all results; no run.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Speed and memory of kernels and methods against PyTorch and published code.
+
+    Runs `cuda_benchmarks` of the source tree, one thread on a CPU. Every provider has to agree with an
+    fp64 reference before it is timed.
+    """
+    folder = Path(__file__).resolve().parent.parent / "cuda_benchmarks"
+    if not (folder / "__main__.py").is_file():
+        _fail(
+            "bench: benchmarks come with the source tree, which is not beside this installation "
+            f"({folder.parent}); clone the repository and run pip install --no-build-isolation -e ."
+        )
+    command = [sys.executable, str(folder)]
+    if report:
+        command = [sys.executable, str(folder / "report.py")]
+    else:
+        command += [*(families or []), "--device", device]
+        options = {"--vs": vs, "--case": case, "--seconds": seconds, "--json": json_file}
+        command += ["--quick"] if quick else []
+        for option, value in options.items():
+            command += [] if value is None else [option, str(value)]
+        command += ["--save"] if save else []
+    # Set before torch starts its threads, hence a process of its own.
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
 def _start(threads: int | None) -> None:
     """Threads, and silence from libraries whose messages mean nothing to users here."""
     import torch
@@ -756,6 +1012,7 @@ def _pairs(items: Sequence[str] | None, option: str) -> dict[str, Any] | None:
 
 def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
     """The experiment of an adapter folder, with another base model where one is named."""
+    from .hf.laplace_lora import laplace_method
     from .hf.recipe import Experiment
     from .hf.training import EXPERIMENT_FILE
 
@@ -769,7 +1026,7 @@ def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | 
             )
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
         bayesian = config.get("peft_type") == "BAYES_LORA"
-        method = config.get("method", "blob") if bayesian else "map"
+        method = config.get("method", "blob") if bayesian else laplace_method(adapter) or "map"
         base = model or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
@@ -848,7 +1105,14 @@ def _answer(task: Task, example: Example, index: int) -> str:
 
 # --- Folders -------------------------------------------------------------------------------------
 
-_OWN_FILES = ("metrics.json", "experiment.json", "adapter_config.json")
+_OWN_FILES = (
+    "metrics.json",
+    "results.json",
+    "table.md",
+    "experiment.json",
+    "adapter_config.json",
+    "laplace.safetensors",
+)
 _OWN_FOLDERS = ("checkpoints", "evaluation")
 
 
@@ -880,7 +1144,7 @@ def _has_results(folder: Path) -> bool:
     """
     if any((folder / name).exists() for name in (*_OWN_FILES, "checkpoints")):
         return True
-    parts = (*_OWN_FILES, "adapter_model.safetensors", ".adapter.*")
+    parts = (*_OWN_FILES, "adapter_model.safetensors", ".adapter.*", "seed-*")
     return any(any((folder / name).glob(part)) for name in _method_names() for part in parts)
 
 

@@ -33,6 +33,7 @@ import hashlib
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -510,6 +511,10 @@ class _Block:
         """nu_j mu_i, (k_out, k_in) fp64."""
         return self.nu[:, None] * self.mu[None, :]
 
+    def to(self, device: torch.device) -> _Block:
+        """The same on a device."""
+        return _Block(*(t.to(device) for t in (self.u, self.mu, self.q, self.nu)))
+
     def complete(self, side: str) -> bool:
         """Whether the eigenvectors of a side span all of it."""
         vectors = self.u if side == "in" else self.q
@@ -569,12 +574,15 @@ class Laplace:
             model(**batch without labels).logits for mappings.
         labels: batch -> class indices (B,), or None. None: batch[1], or batch["labels"].
         mask: batch -> (B, T) of valid tokens, or None. None: batch["attention_mask"] where there is
-            one.
+            one. (B, K, T) where an example is K sequences, as in multiple choice.
         buffer: rows that wait before a low-rank factor is compressed.
         mc_samples, seed: draws of labels for fisher "mc".
         jacobian: "vmap": the C backward passes of a prediction as one vectorised pass; "repeat": as
             one ordinary pass over C copies of the batch, for models with operations that cannot be
             vectorised, at C times the memory for activations.
+        depends_on: further weights that were trained together with the layers'. The posterior belongs
+            to these values and those of the layers; where any of them has changed since `fit`, every
+            use of the posterior raises, instead of describing another model.
 
     Gradient checkpointing is respected; transformers' models checkpoint in training mode only, and
     are run in eval mode here. Batches are moved to the device of the first parameter.
@@ -600,6 +608,7 @@ class Laplace:
         mc_samples: int = 1,
         seed: int = 0,
         jacobian: str = "vmap",
+        depends_on: Iterable[Tensor] = (),
     ) -> None:
         for name, value, choices in (
             ("fisher", fisher, FISHERS),
@@ -634,6 +643,9 @@ class Laplace:
         self.fisher, self.tokens, self.jacobian = fisher, tokens, jacobian
         self.mc_samples, self.seed = mc_samples, seed
         self._forward, self._labels, self._mask = forward, labels, mask
+        self._trained = [*(layer.weight for layer in self.layers), *depends_on]
+        self._digest = b""
+        self._versions: list[tuple[int, int]] = []
         self._sites: dict[nn.Module, list[int]] = {}
         for i, layer in enumerate(self.layers):
             self._sites.setdefault(layer.module, []).append(i)
@@ -814,6 +826,7 @@ class Laplace:
         if examples == 0:
             raise ValueError("Laplace.fit: loader must give at least one example, got none")
         self._blocks = self._decompose(sides, examples)
+        self._digest, self._versions = _digest(self._trained), _versions(self._trained)
         self.n_examples = examples
         self.log_likelihood = log_likelihood if labelled else None
         return self
@@ -850,6 +863,16 @@ class Laplace:
     def _fitted(self) -> list[_Block]:
         if self._blocks is None:
             raise ValueError("Laplace: fit must come first; call fit(loader) or load_state_dict")
+        versions = _versions(self._trained)
+        if versions != self._versions:  # moved or written to, perhaps with the same values
+            if _digest(self._trained) != self._digest:
+                raise ValueError(
+                    "Laplace: weights must be those that the posterior was fitted to, got others (they "
+                    "were trained or replaced since); call fit again"
+                )
+            self._versions = versions
+            devices = [layer.weight.device for layer in self.layers]
+            self._blocks = [b.to(d) for b, d in zip(self._blocks, devices, strict=True)]
         return self._blocks
 
     # --- evidence and prior --------------------------------------------------------------------
@@ -1035,6 +1058,26 @@ class Laplace:
 
     # --- prediction ----------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def mean_logits(self, batch: Any) -> Tensor:
+        """Logits (B, C) of the model as it was trained, in eval mode: a forward pass.
+
+        Args:
+            batch: as for `fit`; labels are not used.
+
+        Raises:
+            ValueError: not fitted, or the batch does not fit.
+        """
+        self._fitted()
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        try:
+            logits = self._logits(self._prepare(batch))
+        finally:
+            for m in training:
+                m.training = True
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Mean (B, C) and covariance (B, C, C) of the logits of the linearised model.
 
@@ -1124,7 +1167,10 @@ class Laplace:
                     torch.autograd.grad(logits, anchor, cotangent.expand(b, c), allow_unused=True)
                     return cotangent.sum()
 
-                torch.func.vmap(pull)(basis)
+                with warnings.catch_warnings():
+                    # Attention kernels whose backward runs once for each class instead.
+                    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                    torch.func.vmap(pull)(basis)
                 mean = logits.detach()
             else:
                 with torch.no_grad():
@@ -1207,15 +1253,19 @@ class Laplace:
             with torch.no_grad():
                 for layer, value in zip(self.layers, kept, strict=True):
                     layer.weight.copy_(value)
+            self._versions = _versions(self._trained)
 
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """The posterior as a flat dictionary of tensors, ready for safetensors.
 
+        It has a digest of the weights that it was fitted to, not the weights.
+
         Raises:
-            ValueError: not fitted.
+            ValueError: not fitted, or the weights have changed since.
         """
+        blocks = self._fitted()
         state: dict[str, Tensor] = {
             "prior_precision": self._prior_precision.clone(),
             "n_examples": torch.tensor(self.n_examples),
@@ -1223,8 +1273,9 @@ class Laplace:
                 math.nan if self.log_likelihood is None else self.log_likelihood,
                 dtype=torch.float64,
             ),
+            "digest": torch.tensor(list(self._digest), dtype=torch.uint8),
         }
-        for layer, block in zip(self.layers, self._fitted(), strict=True):
+        for layer, block in zip(self.layers, blocks, strict=True):
             state[f"{layer.name}.input_vectors"] = block.u.contiguous()
             state[f"{layer.name}.input_values"] = block.mu.contiguous()
             state[f"{layer.name}.output_vectors"] = block.q.contiguous()
@@ -1235,16 +1286,22 @@ class Laplace:
         """Take a posterior from `state_dict`, of the same layers of the same trained model.
 
         Raises:
-            ValueError: layers or shapes do not fit.
+            ValueError: layers or shapes do not fit, or the weights are not those of `fit`.
         """
         kinds = ("input_vectors", "input_values", "output_vectors", "output_values")
         wanted = {f"{layer.name}.{kind}" for layer in self.layers for kind in kinds}
-        wanted |= {"prior_precision", "n_examples", "log_likelihood"}
+        wanted |= {"prior_precision", "n_examples", "log_likelihood", "digest"}
         if wanted != set(state):
             odd = sorted(wanted ^ set(state))
             raise ValueError(
                 f"Laplace.load_state_dict: state must have the entries of these layers, got "
                 f"{len(odd)} that are missing or unknown, such as {odd[0]!r}; make the same layers"
+            )
+        digest = bytes(state["digest"].tolist())
+        if digest != _digest(self._trained):
+            raise ValueError(
+                "Laplace.load_state_dict: weights must be those that the posterior was fitted to, got "
+                "others (the model was trained again, or is another one); call fit"
             )
         blocks = []
         for layer in self.layers:
@@ -1269,6 +1326,7 @@ class Laplace:
             )
         self.prior_precision = state["prior_precision"]  # type: ignore[assignment]
         self._blocks = blocks
+        self._digest, self._versions = digest, _versions(self._trained)
         self.n_examples = int(state["n_examples"])
         value = float(state["log_likelihood"])
         self.log_likelihood = None if math.isnan(value) else value
@@ -1314,9 +1372,21 @@ class _Accumulator:
             gradient.add(*self._rows(layer, g, gradient=True))
 
     def _rows(self, layer: Layer, rows: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        tokens = None if self.valid is None else self.valid.shape[1]
-        rows = _by_example(rows, self.batch, tokens, layer.name)
         valid = None if self.valid is None else self.valid.to(rows.device)
+        if valid is not None and valid.dim() == 3:  # K sequences for each example
+            if self.owner.tokens == "last":
+                raise ValueError(
+                    "Laplace: tokens must be 'expand' or 'reduce' for several sequences an example, "
+                    "got 'last'"
+                )
+            parts, length = valid.shape[1:]
+            if rows.shape[:-1] == (self.batch * parts, length):
+                rows = rows.reshape(self.batch, parts * length, -1)
+                valid = valid.flatten(1)
+            elif rows.shape[:-1] == (self.batch * parts,):
+                rows, valid = rows.reshape(self.batch, parts, -1), valid.any(2)
+        tokens = None if valid is None else valid.shape[1]
+        rows = _by_example(rows, self.batch, tokens, layer.name)
         if valid is not None and rows.shape[1] not in (1, tokens):
             raise ValueError(
                 f"Laplace: layer {layer.name} must see as many tokens as the mask has, {tokens}, got "
@@ -1365,6 +1435,8 @@ class _Contraction:
             a = x if layer.input_rows is None else layer.input_rows(x)
             g = dy if layer.grad_rows is None else layer.grad_rows(dy)
             tokens = max(1, a.numel() // (a.shape[-1] * b))
+            if a.shape[0] % b == 0:  # examples come first, be they several sequences each
+                a = a.reshape(b, tokens, -1)
             a = _by_example(a, b, tokens, layer.name).to(wide)  # (B, T, in)
             g = g.reshape(c, b, tokens, -1).transpose(0, 1).to(wide)  # (B, C, T, out)
             inner, rest = _project(a, g, block)
@@ -1470,6 +1542,22 @@ def _repeated(batch: Any, examples: int, copies: int) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(repeat(value) for value in batch)
     return repeat(batch)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Differs after the tensors were written to or moved, whether or not values changed; costs nothing."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _digest(tensors: Iterable[Tensor]) -> bytes:
+    """16 bytes that stand for the values of tensors, the same for bf16 values kept in fp32."""
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        values = tensor.detach().to("cpu", wide).contiguous()
+        found.update(f"{wide} {tuple(values.shape)}".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 def _stream(name: str) -> int:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from itertools import cycle
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +37,7 @@ __all__ = ["entropy_histogram", "reliability_diagram", "risk_coverage", "save"]
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)), ":")
+_INSIDE = 5  # entries of a legend that fit into the axes
 _OVER, _UNDER = "#F2C3A0", "#9CC9E8"  # lighter than the bars they lie on
 
 
@@ -48,6 +48,26 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _styles(count: int) -> list[tuple[str, str, Any]]:
+    """(colour, marker, dash) of every line; the second seven have the first's colours, new dashes."""
+    found = []
+    for i in range(count):
+        again = i // len(_COLORS)
+        place = i % len(_COLORS)
+        other = (place + again) % len(_DASHES)
+        found.append((_COLORS[place], _MARKERS[(place + again) % len(_MARKERS)], _DASHES[other]))
+    return found
+
+
+def _legend(figure: Figure, axes: Axes, count: int) -> None:
+    """Inside where there is room, else to the right of a wider picture."""
+    if count <= _INSIDE:
+        axes.legend(loc="best", fontsize=8, frameon=False, handlelength=2.6)
+        return
+    figure.set_figwidth(figure.get_figwidth() + 2.6)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=2.6)
 
 
 def _tidy(axes: Axes) -> None:
@@ -115,8 +135,8 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
             f"{name + ': ' if name else ''}ECE {bins.ece:.1%} (n = {bins.n:,})", fontsize=10
         )
     else:
-        styles = zip(cycle(_COLORS), cycle(_MARKERS), cycle(_DASHES), strict=False)
-        for (name, bins), (color, marker, dash) in zip(named.items(), styles, strict=False):
+        styles = _styles(len(named))
+        for (name, bins), (color, marker, dash) in zip(named.items(), styles, strict=True):
             count, confidence, accuracy = _without_extra_bin(bins)
             full = count > 0
             top.plot(
@@ -135,7 +155,10 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
             "Reliability (n = " + "–".join(f"{n:,}" for n in sorted({sizes[0], sizes[-1]})) + ")",
             fontsize=10,
         )
-    top.legend(loc="upper left", fontsize=8, frameon=False, handlelength=2.6)
+    if len(named) <= _INSIDE:
+        top.legend(loc="upper left", fontsize=8, frameon=False, handlelength=2.6)
+    else:
+        _legend(figure, top, len(named))
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     bottom.set(xlabel="confidence", ylabel="examples")
     fullest = max(_without_extra_bin(bins)[0].max() for bins in named.values())
@@ -197,9 +220,7 @@ def risk_coverage(methods: RiskCoverageCurve | Mapping[str, RiskCoverageCurve]) 
     figure = _figure(4.6, 3.4)
     axes = figure.subplots()
     highest = 0.0
-    for (name, curve), color, dash in zip(
-        named.items(), cycle(_COLORS), cycle(_DASHES), strict=False
-    ):
+    for (name, curve), (color, _, dash) in zip(named.items(), _styles(len(named)), strict=True):
         coverage, risk = curve.coverage.numpy(), curve.risk.numpy()
         label = f"{name + ' ' if name else ''}(AURC {curve.aurc:.3f})"
         axes.plot(coverage, risk, color=color, linestyle=dash, linewidth=1.5, label=label)
@@ -216,7 +237,7 @@ def risk_coverage(methods: RiskCoverageCurve | Mapping[str, RiskCoverageCurve]) 
     axes.title.set_fontsize(10)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="best", fontsize=8, frameon=False, handlelength=2.6)
+    _legend(figure, axes, len(named))
     _tidy(axes)
     return figure
 

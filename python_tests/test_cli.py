@@ -115,7 +115,7 @@ def test_metrics_json_has_its_documented_keys(trained: Path, data: Path) -> None
         scores = entry["metrics"]
         assert {"accuracy", "nll", "ece", "brier", "aurc", "ood_auroc", "entropy"} <= set(scores)
         assert method["mean"]["nll"] == scores["nll"] and method["std"] == {}
-        assert set(entry["cost"]) == set(COSTS)
+        assert set(entry["cost"]) == set(COSTS) - {"conversion_seconds"}
     (entry,) = found["training"]
     assert entry["steps"] == 8 and entry["log"][0]["kl"] > 0
     assert entry["adapter"]["r"] == 4 and entry["adapter"]["prior_std"] > 0
@@ -196,7 +196,7 @@ def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path
         assert message in refuse("train", data, "--model", model, *bad_options)
         assert not (tmp_path / "bad").exists()  # found before training
     error = refuse("train", data, "--model", model, "--convert", "low=0.01")
-    assert "convert: expected method tfb with it, got 'blob'" in error
+    assert "convert: expected method tfb, laplace, laplace-last with it, got 'blob'" in error
 
 
 def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) -> None:
@@ -292,7 +292,9 @@ def test_an_interrupted_demo_can_be_overwritten(
     ("arguments", "message"),
     [
         (["--model", "./nowhere"], "model './nowhere': expected a folder that exists"),
-        (["--method", "dropout"], "method: expected one of map, blob, "),
+        (["--method", "magic"], "method: expected one of map, dropout, "),
+        (["--method", "ensemble"], "made of adapters of several seeds"),
+        (["--method", "dropout", "--dropout", "0"], "expected a rate above 0 for MC dropout"),
         (["--target-modules", "word_embeddings"], "cannot carry a Bayesian adapter"),
         (
             ["--target-modules", "nothing"],

@@ -11,7 +11,8 @@ from ._compat import check_versions
 check_versions()
 
 from . import scalabl  # noqa: E402, F401
-from .bayesianize import bayesianize  # noqa: E402
+from .baselines import Ensemble, dropout_draws, join_adapters  # noqa: E402
+from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_lora, import_lora  # noqa: E402
 from .config import (  # noqa: E402
     BayesLoraConfig,
@@ -20,6 +21,14 @@ from .config import (  # noqa: E402
     PolarVbllConfig,
     ScalablConfig,
     TfbConfig,
+)
+from .laplace_lora import (  # noqa: E402
+    LaplaceLoraReport,
+    LaplacePosterior,
+    drawn_weights,
+    laplace_posterior,
+    load_laplace,
+    save_laplace,
 )
 from .last_layer import (  # noqa: E402
     VariationalLoss,
@@ -43,6 +52,10 @@ __all__ = [
     "BayesTrainer",
     "BayesTrainerMixin",
     "BlobConfig",
+    "ConversionReport",
+    "Ensemble",
+    "LaplaceLoraReport",
+    "LaplacePosterior",
     "PolarConfig",
     "PolarVbllConfig",
     "Prediction",
@@ -57,16 +70,22 @@ __all__ = [
     "class_logits",
     "decoupled_kl",
     "discard_laplace",
+    "drawn_weights",
+    "dropout_draws",
     "export_lora",
     "fold_samples",
     "import_lora",
+    "join_adapters",
     "kl_divergence",
+    "laplace_posterior",
     "laplace_refine",
+    "load_laplace",
     "parameter_groups",
     "posterior",
     "predict",
     "predict_dataset",
     "refresh_noise",
+    "save_laplace",
     "stiefel_error",
     "variational_loss",
 ]

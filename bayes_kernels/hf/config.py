@@ -336,9 +336,12 @@ class Method:
         config: makes the PEFT configuration from options.
         bayesian: whether it has a posterior to draw from.
         made: "train": an adapter of its own type is trained; "convert": plain LoRA is trained, and
-            `bayes_kernels.hf.bayesianize` makes the adapter Bayesian afterwards.
-        n_samples: posterior draws of a prediction, where nothing else is asked for.
+            `bayes_kernels.hf.bayesianize` makes the adapter Bayesian afterwards; "join": plain LoRA
+            of several seeds, which predict together.
+        n_samples: posterior draws of a prediction, where nothing else is asked for; of an ensemble
+            its members.
         lr: peak learning rate, likewise.
+        dropout: dropout before the adapter, likewise.
     """
 
     name: str
@@ -348,6 +351,7 @@ class Method:
     made: str = "train"
     n_samples: int = 10
     lr: float = 1e-3
+    dropout: float = 0.0
 
     @property
     def plain(self) -> bool:
@@ -359,8 +363,15 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("map", "LoRA (MAP)", LoraConfig, bayesian=False),
+        # Dropout in training and in prediction, at the rate of BLoB's published baseline.
+        Method("dropout", "MC dropout", LoraConfig, dropout=0.1),
+        Method("ensemble", "Ensemble", LoraConfig, made="join", n_samples=3),
         Method("blob", "BLoB", BlobConfig),
         Method("tfb", "TFB", TfbConfig, made="convert"),
+        Method("laplace", "Laplace-LoRA", LoraConfig, made="convert", n_samples=1000),
+        Method(
+            "laplace-last", "Laplace-LoRA, last layer", LoraConfig, made="convert", n_samples=1000
+        ),
         Method("scalabl", "ScalaBL", ScalablConfig),
         Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3),
         Method("polar-vbll", "PoLAR-VBLL", PolarVbllConfig, n_samples=1000, lr=2e-3),

@@ -10,9 +10,10 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from peft import PeftModel
 
+from .bayesianize import CONVERSIONS
 from .config import METHODS
-from .machine import progress_bar
+from .machine import progress_bar, synchronise
+from .models import TaskEncoder
 from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels
 from .tasks import Task
-from .tfb import check_layers, check_options
 from .training import (
     CHECKPOINTS,
     Training,
@@ -35,21 +38,31 @@ from .training import (
     convert_model,
     count_steps_in,
     save_adapter,
+    stored_numbers,
     train_model,
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment, trained and scored. ``training`` is None for a model that was loaded.
+    """One experiment, trained and scored.
 
-    ``conversion`` is the report of `bayesianize` for methods that convert plain LoRA.
+    Attributes:
+        experiment: What was run.
+        training: What it cost; None for a model that was loaded. That of the plain adapter for
+            methods that convert it, and the sum over the members of an ensemble.
+        rows: Its scores.
+        conversion: Report of `bayesianize` for methods that convert plain LoRA.
+        conversion_seconds: Wall-clock time of the conversion.
+        parameters: Numbers that the adapter's file holds; of an ensemble all of its files.
     """
 
     experiment: Experiment
     training: Training | None
     rows: list[Row]
     conversion: dict[str, Any] | None = None
+    conversion_seconds: float | None = None
+    parameters: int | None = None
 
 
 def run(
@@ -61,6 +74,8 @@ def run(
     save_every: int | None = None,
     checkpoints: bool = True,
     temperature: bool = True,
+    mean: bool = True,
+    score: bool = True,
     device: str | None = None,
     progress: bool = True,
     before_writing: Callable[[], None] = lambda: None,
@@ -74,6 +89,8 @@ def run(
         save_every: Steps between checkpoints.
         checkpoints: Whether to write any.
         temperature: Whether to add the row with temperature scaling.
+        mean: Whether methods with draws have a row for the mean, see `evaluate_model`.
+        score: Whether to score the adapter at all.
         device: "cpu", "cuda" or "auto".
         progress: Whether to show bars.
         before_writing: Called when data, model and adapter have been found to fit, before the first
@@ -85,11 +102,13 @@ def run(
     """
     if known_labels(task.test) is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
+    check_trainable(experiment.method)
     converts = METHODS[experiment.method].made == "convert"
     options = conversion_options(experiment) if converts else {}
-    check_options(**options)
     model, encoder = build(experiment, task, device=device)
-    check_layers(model, options.get("layers"))
+    if converts:
+        conversion = CONVERSIONS[experiment.method]
+        conversion.check_model(model, **conversion.fixed, **options)
     # Encoded here only to find what cannot be encoded before anything is written.
     encoder.dataset([examples[0] for examples in task.splits.values() if examples])
     before_writing()
@@ -104,24 +123,79 @@ def run(
         progress=progress,
         label=f"{name}: train",
     )
-    conversion = None
-    if converts:
-        conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
-    if folder is not None:
-        save_adapter(model, experiment, task, encoder, folder)
-    rows = evaluate_model(
+    return finish(
+        experiment,
+        task,
         model,
         encoder,
-        task,
-        method=experiment.method,
-        n_samples=experiment.n_samples,
-        seed=experiment.seed,
-        batch_size=experiment.recipe.eval_batch_size,
+        training,
+        folder=folder,
         temperature=temperature,
+        mean=mean,
+        score=score,
         progress=progress,
-        label=name,
     )
-    return Run(experiment, training, rows, conversion)
+
+
+def finish(
+    experiment: Experiment,
+    task: Task,
+    model: PeftModel,
+    encoder: TaskEncoder,
+    training: Training | None,
+    *,
+    folder: Path | None = None,
+    temperature: bool = True,
+    mean: bool = True,
+    score: bool = True,
+    progress: bool = True,
+) -> Run:
+    """What follows training: convert the adapter where the method does that, save and score it.
+
+    Args:
+        experiment, task: What is run.
+        model, encoder: A trained adapter, plain LoRA for methods that convert it.
+        training: What its training cost.
+        folder, temperature, mean, score, progress: As `run`.
+
+    Raises:
+        ValueError: The conversion's options do not fit.
+    """
+    conversion, seconds = None, None
+    if METHODS[experiment.method].made == "convert":
+        begin = time.perf_counter()
+        conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
+        synchronise(model)
+        seconds = time.perf_counter() - begin
+    parameters = None
+    if folder is not None:
+        save_adapter(model, experiment, task, encoder, folder)
+        parameters = stored_numbers(folder)
+    rows = []
+    if score:
+        rows = evaluate_model(
+            model,
+            encoder,
+            task,
+            method=experiment.method,
+            n_samples=experiment.n_samples,
+            seed=experiment.seed,
+            batch_size=experiment.recipe.eval_batch_size,
+            temperature=temperature,
+            mean=mean,
+            progress=progress,
+            label=f"{METHODS[experiment.method].title}, seed {experiment.seed}",
+        )
+    return Run(experiment, training, rows, conversion, seconds, parameters)
+
+
+def check_trainable(method: str) -> None:
+    """Raise for methods that are made of several adapters."""
+    if METHODS[method].made == "join":
+        raise ValueError(
+            f"method: {method} is made of adapters of several seeds; expected a method that trains "
+            "one; use the command compare"
+        )
 
 
 # --- Side by side --------------------------------------------------------------------------------
@@ -146,12 +220,9 @@ def run_many(
 ) -> list[Run]:
     """Run independent experiments, without checkpoints, several at a time.
 
-    Small models use two cores far better as two processes than as two threads. Each process has its
-    share of this process' threads; scores do not depend on what runs beside, only times do.
-
     Args:
         jobs: What to run.
-        processes: How many at a time; 1 runs them one after the other in this process.
+        processes: How many at a time, see `side_by_side`.
         device: "cpu", "cuda" or "auto".
         progress: Whether to show a bar.
         done: Called with every result, in the order of the jobs.
@@ -163,43 +234,122 @@ def run_many(
         RuntimeError: A process was killed from outside, as by lack of memory.
         ValueError, ImportError, OSError: As `run`.
     """
-    results = []
-    processes = min(processes, len(jobs))
-    if processes <= 1:
-        for job in jobs:
-            results.append(_run_job(job, device, progress))
+    ready: dict[int, Run] = {}
+    results: list[Run] = []
+
+    def finished(index: int, result: Any) -> None:
+        if isinstance(result, BaseException):
+            raise result
+        ready[index] = result
+        while len(results) in ready:
+            results.append(ready[len(results)])
             done(results[-1])
-        return results
+
+    side_by_side(
+        _run_job,
+        [(job, device) for job in jobs],
+        finished,
+        processes=processes,
+        steps=sum(job.experiment.recipe.steps for job in jobs),
+        progress=progress,
+    )
+    return results
+
+
+def side_by_side(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    finished: Callable[[int, Any], None],
+    *,
+    after: Sequence[Collection[int]] | None = None,
+    processes: int = 1,
+    steps: int = 0,
+    progress: bool = True,
+) -> None:
+    """Call a function with each of several arguments, some at a time, each in its own process.
+
+    Small models use two cores far better as two processes than as two threads. Each process has its
+    share of this process' threads; scores do not depend on what runs beside, only times do. A call
+    that fails, or whose process is killed, does not touch the others.
+
+    Args:
+        function: Of a module, so that another process finds it; called as
+            ``function(*arguments[i], progress=...)``. What it returns is pickled.
+        arguments: Of every call; the first in the list that can begin does.
+        finished: Called with the number of the call and its result, or its exception, as they come.
+            Where it raises, all that runs is stopped.
+        after: For every call the numbers of those that must have finished before.
+        processes: How many at a time; 1 makes the calls one after the other in this process.
+        steps: Optimiser steps of all calls together, for the bar.
+        progress: Whether to show bars.
+    """
+    needs = [set(numbers) for numbers in after] if after else [set() for _ in arguments]
+    left = list(range(len(arguments)))
+    over: set[int] = set()
+
+    def next_call() -> int | None:
+        found = next((i for i in left if needs[i] <= over), None)
+        if found is not None:
+            left.remove(found)
+        return found
+
+    processes = min(processes, len(arguments))
+    if processes <= 1:
+        while (index := next_call()) is not None:
+            try:
+                result = function(*arguments[index], progress=progress)
+            except Exception as error:
+                result = error
+            over.add(index)
+            finished(index, result)
+        return
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    total = sum(job.experiment.recipe.steps for job in jobs)
     share = max(1, torch.get_num_threads() // processes)
-    pool = ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(share, counter)
-    )
-    bar = progress_bar(progress, total=total, desc=f"{len(jobs)} runs, {processes} at a time")
+
+    def start_process() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1, mp_context=context, initializer=_start_worker, initargs=(share, counter)
+        )
+
+    free = [start_process() for _ in range(processes)]
+    running: dict[Future[bytes], tuple[int, ProcessPoolExecutor]] = {}
+    bar = progress_bar(progress, total=steps, desc=f"{len(arguments)} runs, {processes} at a time")
     try:
-        waiting = [pool.submit(_run_pickled, job, device) for job in jobs]
-        for future in waiting:
-            while not future.done():
-                wait([future], timeout=0.5)
-                bar.update(counter.value - bar.n)
-            # Pickled by hand: torch would pass tensors in shared memory, which containers limit.
-            results.append(pickle.loads(future.result()))
-            done(results[-1])
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a run was killed from outside, perhaps for lack of memory; use fewer threads, so that "
-            "fewer processes run side by side"
-        ) from None
+        while left or running:
+            while free and (index := next_call()) is not None:
+                process = free.pop()
+                running[process.submit(_call_pickled, function, arguments[index])] = index, process
+            if not running:
+                raise ValueError(f"side_by_side: calls {left} wait for calls that never come")
+            ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(counter.value - bar.n)
+            for future in ended:
+                index, process = running.pop(future)
+                try:
+                    # Pickled by hand: torch would pass tensors in shared memory, which containers
+                    # limit.
+                    result = pickle.loads(future.result())
+                except BrokenProcessPool:
+                    result = RuntimeError(
+                        "a run was killed from outside, perhaps for lack of memory; use fewer "
+                        "threads, so that fewer processes run side by side"
+                    )
+                    process.shutdown(wait=False)
+                    process = start_process()
+                except Exception as error:
+                    result = error
+                free.append(process)
+                over.add(index)
+                finished(index, result)
     except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
+        for child in multiprocessing.active_children():
+            child.terminate()
         raise
     finally:
         bar.close()
-        pool.shutdown(cancel_futures=True)
-    return results
+        for process in [*free, *(process for _, process in running.values())]:
+            process.shutdown(cancel_futures=True)
 
 
 def _start_worker(threads: int, counter: Any) -> None:
@@ -209,7 +359,7 @@ def _start_worker(threads: int, counter: Any) -> None:
     quiet_libraries()
 
 
-def _run_job(job: Job, device: str | None, progress: bool) -> Run:
+def _run_job(job: Job, device: str | None, *, progress: bool) -> Run:
     return run(
         job.experiment,
         job.task,
@@ -221,8 +371,8 @@ def _run_job(job: Job, device: str | None, progress: bool) -> Run:
     )
 
 
-def _run_pickled(job: Job, device: str | None) -> bytes:
-    return pickle.dumps(_run_job(job, device, progress=False))
+def _call_pickled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+    return pickle.dumps(function(*arguments, progress=False))
 
 
 def quiet_libraries() -> None:

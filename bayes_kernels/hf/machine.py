@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 
 
@@ -61,7 +61,7 @@ def progress_bar(enabled: bool, items: Any = None, **options: Any) -> Any:
     )
 
 
-def synchronise(model: PeftModel) -> None:
+def synchronise(model: nn.Module) -> None:
     if next(model.parameters()).device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from .. import functional, random, reference
+from .baselines import Ensemble, dropout_draws, dropout_layers
+from .laplace_lora import LaplacePosterior, laplace_posterior
 from .last_layer import class_logits, find_head
 from .posterior import draws_weights, noise_state, posterior
 from .variants import BayesVariant
@@ -129,12 +131,19 @@ def predict(
     in its signs. The Monte-Carlo error of their mean therefore has a floor that more draws of the
     same seed do not lower; average over several seeds for independent draws.
 
+    Plain LoRA that was trained with dropout is drawn from by dropout (MC dropout): its masks depend
+    on (seed, s) and on the place of the example in the batch. The draws of an `Ensemble` are its
+    members, whatever n_samples and seed are.
+
     A variational last layer (PoLAR-VBLL) needs one forward pass whatever S: its draws are draws of
-    the logits, independent, and the same noise serves every example.
+    the logits, independent, and the same noise serves every example. So are those of a Laplace
+    posterior, which takes one forward and C backward passes for the covariance of the logits; with
+    prediction "probit", "bridge" or "quadrature" there are no draws, whatever n_samples is.
 
     Args:
-        model: a model with Bayesian adapters whose logits are (B, C), or (B, T, V) of a causal
-            language model, of which the last token that the attention mask shows is taken.
+        model: a model with Bayesian adapters, plain LoRA with dropout, or an `Ensemble`; its logits
+            are (B, C), or (B, T, V) of a causal language model, of which the last token that the
+            attention mask shows is taken.
         batch: its inputs as tensors; labels are set aside.
         n_samples: S; 0 uses the posterior mean.
         seed: seed of the draws.
@@ -157,8 +166,20 @@ def predict(
         raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
     if samples_per_pass is not None and samples_per_pass < 1:
         raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
-    noise_state(model)
-    if n_samples and find_head(model) is None and not draws_weights(model):
+    if isinstance(model, Ensemble):
+        n_samples = len(model)
+    laplace = laplace_posterior(model)
+    if laplace is not None:
+        if choices is not None and [int(c) for c in choices] != laplace.choices:
+            raise ValueError(
+                f"predict: choices must be those of the Laplace posterior, {laplace.choices}, or None, "
+                f"got {list(choices)}"
+            )
+        return _predict_laplace(laplace, batch, n_samples, seed, return_samples)
+    bayesian = not isinstance(model, Ensemble) and not dropout_layers(model)
+    if bayesian:
+        noise_state(model)
+    if bayesian and n_samples and find_head(model) is None and not draws_weights(model):
         raise ValueError(
             f"predict: n_samples must be 0 for adapters without a posterior (PoLAR), got "
             f"{n_samples}; pass n_samples=0, or use PolarVbllConfig"
@@ -178,7 +199,7 @@ def predict(
             result = _predict_last_layer(model, inputs, n_samples, seed, return_samples)
         return result if labels is None else replace(result, labels=labels.cpu())
     size = _batch_size(inputs)
-    rows = _LogitRows(model, inputs, choices)
+    rows = LogitRows(model, inputs, choices)
     draws = max(n_samples, 1)
     per_pass = samples_per_pass or _samples_that_fit(
         model, {**inputs, **rows.options}, memory_budget
@@ -189,12 +210,22 @@ def predict(
     with _eval_mode(model):
         for first in range(0, draws, per_pass):
             count = min(per_pass, draws - first)
-            if n_samples == 0:
-                context = posterior(model, "mean")
+            folded = fold_samples({**inputs, **rows.options}, count)
+            draw = {"n_samples": count, "seed": seed, "first_sample": first}
+            if isinstance(model, Ensemble):
+                outputs = model(folded, first, count)
             else:
-                context = posterior(model, "sample", n_samples=count, seed=seed, first_sample=first)
-            with context:
-                logits = rows.of(model(**fold_samples({**inputs, **rows.options}, count)), count)
+                context: contextlib.AbstractContextManager[Any]
+                if bayesian:
+                    mode = "sample" if n_samples else "mean"
+                    context = posterior(model, mode, **draw)  # type: ignore[arg-type]
+                else:
+                    context = contextlib.nullcontext()
+                    if n_samples:
+                        context = dropout_draws(model, **draw)
+                with context:
+                    outputs = model(**folded)
+            logits = rows.of(outputs, count)
             accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
             log_probs = torch.log_softmax(logits.to(accumulate), -1).unflatten(0, (count, size))
             entropy = _entropy(log_probs).sum(0)
@@ -251,6 +282,60 @@ def _predict_last_layer(
     )
 
 
+def _predict_laplace(
+    posterior: LaplacePosterior,
+    batch: Mapping[str, Any],
+    n_samples: int,
+    seed: int,
+    return_samples: bool,
+) -> Prediction:
+    """The linearised model: Gaussian logits, then draws of them or a closed form.
+
+    Every example has the same noise, so that results do not depend on how examples are batched.
+    """
+    found, method = posterior.laplace, posterior.prediction
+    labels = next((batch[k] for k in _LABELS if batch.get(k) is not None), None)
+    inputs = {name: value for name, value in batch.items() if name not in _LABELS}
+    rest: dict[str, Any] = {"labels": None if labels is None else labels.cpu()}
+    if return_samples and n_samples and method not in ("mc", "mc_independent"):
+        raise ValueError(
+            f"predict: return_samples must be False where prediction is {method!r}, which has no draws "
+            "of logits; use prediction='mc'"
+        )
+    if n_samples == 0:
+        log_mean = found.mean_logits(inputs).double().log_softmax(-1).cpu()
+        entropy = _entropy(log_mean)
+        if return_samples:
+            rest["sample_log_probs"] = log_mean[None]
+        return Prediction(log_mean, entropy, entropy, n_samples=0, **rest)
+    if method == "weights":
+        drawn: Any = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
+    else:
+        mean, cov = found.logits(inputs)
+        if method == "mc_independent":
+            method, cov = "mc", cov.diagonal(dim1=1, dim2=2).contiguous()
+        key = random.key(seed, mean.device)
+        same = torch.zeros(len(mean), dtype=torch.int64, device=mean.device)
+        drawn = functional.mc_predict(
+            mean, cov, method=method, n_samples=n_samples, key=key, ids=same
+        )
+        if return_samples:  # the draws that mc_predict has averaged, written out
+            noise = reference.logit_noise(key, 1, n_samples, mean.shape[1], ids=same[:1])
+            noise = noise.expand(len(mean), -1, -1).to(mean.dtype)
+            samples = reference.sampled_logits(mean, cov, noise).transpose(0, 1)
+            rest["sample_log_probs"] = samples.double().log_softmax(-1).cpu()
+    expected = drawn.expected_entropy
+    if expected is None:  # "probit" does not know
+        expected = torch.full_like(drawn.entropy, math.nan)
+    return Prediction(
+        log_probs=drawn.log_probs.double().cpu(),
+        entropy=drawn.entropy.double().cpu(),
+        expected_entropy=expected.double().cpu(),
+        n_samples=n_samples,
+        **rest,
+    )
+
+
 def predict_dataset(
     model: nn.Module,
     data: Any,
@@ -276,13 +361,7 @@ def predict_dataset(
     Raises:
         ValueError: as `predict`, or the data is empty.
     """
-    batches: Iterable[Mapping[str, Any]]
-    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
-        batches = data
-    elif collate_fn is None and are_batches(data):
-        batches = data
-    else:
-        batches = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
+    batches = as_batches(data, batch_size, collate_fn)
     parts = [
         predict(model, batch, **options)
         for batch in tqdm(batches, desc="predict", delay=2, disable=not progress, leave=False)
@@ -290,6 +369,21 @@ def predict_dataset(
     if not parts:
         raise ValueError("predict_dataset: data must have at least one example, got none")
     return Prediction.concatenate(parts)
+
+
+def as_batches(
+    data: Any, batch_size: int = 16, collate_fn: Any = None
+) -> Iterable[Mapping[str, Any]]:
+    """Batches of a loader, an iterable of batches, or a data set, which is batched in order."""
+    if isinstance(data, DataLoader):
+        return data
+    if isinstance(data, IterableDataset):
+        first = next(iter(data), None)
+        if collate_fn is None and (first is None or are_batches([first])):
+            return data
+    elif not hasattr(data, "__getitem__") or (collate_fn is None and are_batches(data)):
+        return data
+    return DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
 
 
 def are_batches(data: Any) -> bool:
@@ -316,7 +410,7 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
     )
 
 
-class _LogitRows:
+class LogitRows:
     """Takes the (B, C) class logits from the outputs of a model."""
 
     def __init__(
@@ -365,6 +459,8 @@ class _LogitRows:
 
 def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int | None) -> int:
     """Draws whose activations fit the budget in one pass, at least 1."""
+    if isinstance(model, Ensemble) and not model.folded:
+        return 1
     for module in model.modules():
         for variant in getattr(module, "lora_variant", {}).values():
             if isinstance(variant, BayesVariant) and variant.routed:

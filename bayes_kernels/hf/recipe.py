@@ -34,7 +34,8 @@ class Recipe:
         rank, alpha: r and alpha of LoRA; the update is alpha / r times B A.
         target_modules: Names of the adapted layers; None for PEFT's choice for the model's type
             (query and value projections).
-        dropout: Dropout before the adapter.
+        dropout: Dropout before the adapter; None for the method's default: 0.1 for MC dropout, which
+            also predicts with it, else 0.
         base_dropout: Dropout inside the base model; None leaves it as the checkpoint says.
         lr: Peak learning rate of AdamW, for adapter and head; None for the method's default.
         steps: Optimiser steps.
@@ -61,7 +62,7 @@ class Recipe:
     rank: int = 8
     alpha: float = 16
     target_modules: tuple[str, ...] | None = None
-    dropout: float = 0.0
+    dropout: float | None = None
     base_dropout: float | None = 0.0
     lr: float | None = None
     steps: int = 600
@@ -106,11 +107,10 @@ class Recipe:
             raise ValueError(f"recipe: n_samples must be an integer >= 0, got {draws!r}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"recipe: lr must be a positive number, got {self.lr!r}")
-        for name in ("warmup", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} must be in [0, 1), got {getattr(self, name)!r}")
-        if self.base_dropout is not None and not 0 <= self.base_dropout < 1:
-            raise ValueError(f"recipe: base_dropout must be in [0, 1), got {self.base_dropout!r}")
+        for name in ("warmup", "dropout", "base_dropout"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise ValueError(f"recipe: {name} must be in [0, 1), got {share!r}")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"recipe: batch_size must be a multiple of accumulation, got {self.batch_size} and "
@@ -222,6 +222,8 @@ class Experiment:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
                 raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
+        if self.method == "dropout" and self.dropout == 0:
+            raise ValueError("dropout: expected a rate above 0 for MC dropout, got 0")
         if self.recipe.laplace and self.method != "polar-vbll":
             raise ValueError(f"laplace: expected method polar-vbll with it, got {self.method!r}")
         if self.recipe.convert and METHODS[self.method].made != "convert":
@@ -233,6 +235,12 @@ class Experiment:
         """Posterior draws of a prediction: what the recipe says, or the method's default."""
         draws = self.recipe.n_samples
         return METHODS[self.method].n_samples if draws is None else draws
+
+    @property
+    def dropout(self) -> float:
+        """Dropout before the adapter: what the recipe says, or the method's default."""
+        rate = self.recipe.dropout
+        return METHODS[self.method].dropout if rate is None else rate
 
     @property
     def lr(self) -> float:
@@ -267,10 +275,14 @@ class Experiment:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; readers see the old file or the whole new one."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; readers see the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from .scoring import Row
 from .tasks import Task
 
 METRICS_FILE = "metrics.json"
-COSTS = ("train_seconds", "ms_per_example", "train_memory_mib", "predict_memory_mib")
+COSTS = (
+    "train_seconds",
+    "conversion_seconds",
+    "ms_per_example",
+    "train_memory_mib",
+    "predict_memory_mib",
+    "parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,12 @@ class Summary:
     Attributes:
         name: What the table calls it.
         seeds: The seeds.
-        mean, std: By metric, and train_seconds, ms_per_example, train_memory_mib,
-            predict_memory_mib; std is empty for a single seed.
+        mean, std: By metric, and by `COSTS` where known; std is empty for a single seed.
         per_seed: Values by metric, in the order of the seeds.
         ood: By set, the mean of its scores.
+        ood_std: By set, their standard deviation; empty for a single seed.
+        method: A name of `bayes_kernels.hf.config.METHODS`.
+        temperature: Whether a temperature was fitted.
     """
 
     name: str
@@ -41,6 +50,9 @@ class Summary:
     std: dict[str, float]
     per_seed: dict[str, list[float]]
     ood: dict[str, dict[str, float]]
+    ood_std: dict[str, dict[str, float]] = field(default_factory=dict)
+    method: str = ""
+    temperature: bool = False
 
 
 def _costs(run: Run, row: Row) -> dict[str, float]:
@@ -48,6 +60,10 @@ def _costs(run: Run, row: Row) -> dict[str, float]:
     if run.training is not None:
         costs["train_seconds"] = run.training.seconds
         costs["train_memory_mib"] = run.training.peak_memory_mib
+    if run.conversion_seconds is not None:
+        costs["conversion_seconds"] = run.conversion_seconds
+    if run.parameters is not None:
+        costs["parameters"] = run.parameters
     return costs
 
 
@@ -59,25 +75,38 @@ def summarise(runs: Sequence[Run]) -> list[Summary]:
             found.setdefault(row.name, []).append((one, row))
     summaries = []
     for name, pairs in found.items():
-        values = [{**row.report.to_dict(), **_costs(one, row)} for one, row in pairs]
-        keys = [key for key in values[0] if key not in ("n", "n_classes")]
-        table = {key: [float(v[key]) for v in values] for key in keys}
+        numbers = [{**row.report.to_dict(), **_costs(one, row)} for one, row in pairs]
+        # Costs that every run has: a run without a folder has no file whose numbers can be counted.
+        shared = set.intersection(*(set(v) for v in numbers)) - {"n", "n_classes"}
+        keys = [key for key in numbers[0] if key in shared]
+        table = {key: [float(v[key]) for v in numbers] for key in keys}
         stacked = {key: torch.tensor(v, dtype=torch.float64) for key, v in table.items()}
-        sets = pairs[0][1].ood
+        scores = {
+            name: {
+                score: torch.tensor([row.ood[name][score] for _, row in pairs], dtype=torch.float64)
+                for score in found_scores
+            }
+            for name, found_scores in pairs[0][1].ood.items()
+        }
+        several = len(pairs) > 1
         summaries.append(
             Summary(
                 name=name,
                 seeds=tuple(one.experiment.seed for one, _ in pairs),
                 mean={key: float(v.mean()) for key, v in stacked.items()},
-                std={key: float(v.std()) for key, v in stacked.items()} if len(pairs) > 1 else {},
+                std={key: float(v.std()) for key, v in stacked.items()} if several else {},
                 per_seed=table,
                 ood={
-                    key: {
-                        score: sum(row.ood[key][score] for _, row in pairs) / len(pairs)
-                        for score in scores
-                    }
-                    for key, scores in sets.items()
+                    key: {score: float(v.mean()) for score, v in values.items()}
+                    for key, values in scores.items()
                 },
+                ood_std={
+                    key: {score: float(v.std()) for score, v in values.items()}
+                    for key, values in scores.items()
+                    if several
+                },
+                method=pairs[0][1].method,
+                temperature=pairs[0][1].temperature is not None,
             )
         )
     return summaries

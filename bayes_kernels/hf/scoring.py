@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kernels import metrics
 
+from .baselines import Ensemble, dropout_layers
 from .config import METHODS, BayesLoraConfig
+from .laplace_lora import laplace_posterior
 from .machine import peak_memory, progress_bar, synchronise
 from .models import TaskEncoder
 from .predict import Prediction, predict
@@ -63,7 +65,7 @@ class Row:
 
 
 def predict_examples(
-    model: PeftModel,
+    model: PeftModel | Ensemble,
     encoder: TaskEncoder,
     examples: Sequence[Example],
     *,
@@ -78,10 +80,10 @@ def predict_examples(
     Batches hold texts of similar length, so that little padding is computed.
 
     Args:
-        model: Plain or Bayesian adapter.
+        model: Plain or Bayesian adapter, or an ensemble, whose members are its draws.
         encoder: Its encoder.
         examples: At least one.
-        n_samples: Posterior draws; 0 for the mean, and for plain adapters.
+        n_samples: Posterior draws, or passes of MC dropout; 0 for the mean, and for plain adapters.
         seed: Seed of the draws.
         batch_size: Examples of a batch.
         progress: Whether to show a bar when it takes longer than two seconds.
@@ -92,8 +94,8 @@ def predict_examples(
     """
     if not examples:
         raise ValueError(f"{label}: expected at least one example, got none")
-    bayesian = _has_posterior(model)
-    if n_samples and not bayesian:
+    draws = _has_posterior(model) or (n_samples > 0 and bool(dropout_layers(model)))
+    if n_samples and not draws:
         raise ValueError(
             f"n-samples: expected 0 for an adapter that has no posterior (plain LoRA, PoLAR), got "
             f"{n_samples}"
@@ -108,7 +110,7 @@ def predict_examples(
         batch = encoder.collate([items[i] for i in chunk])
         synchronise(model)
         begin = time.perf_counter()
-        if bayesian:
+        if draws:
             part = predict(model, batch, n_samples=n_samples, seed=seed)
         else:
             part = _predict_plain(model, batch)
@@ -129,7 +131,11 @@ def predict_examples(
     return prediction, milliseconds
 
 
-def _has_posterior(model: PeftModel) -> bool:
+def _has_posterior(model: PeftModel | Ensemble) -> bool:
+    if isinstance(model, Ensemble):
+        return True
+    if laplace_posterior(model) is not None:
+        return True
     configs = list(model.peft_config.values())
     return any(isinstance(c, BayesLoraConfig) and METHODS[c.method].bayesian for c in configs)
 
@@ -140,7 +146,7 @@ def _length(item: dict[str, Any]) -> int:
 
 
 @torch.no_grad()
-def _predict_plain(model: PeftModel, batch: Mapping[str, Tensor]) -> Prediction:
+def _predict_plain(model: nn.Module, batch: Mapping[str, Tensor]) -> Prediction:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
     model.eval()
@@ -189,7 +195,7 @@ def known_labels(examples: Sequence[Example]) -> Tensor | None:
 
 
 def evaluate_model(
-    model: PeftModel,
+    model: PeftModel | Ensemble,
     encoder: TaskEncoder,
     task: Task,
     *,
@@ -198,6 +204,7 @@ def evaluate_model(
     seed: int = 0,
     batch_size: int = 16,
     temperature: bool = True,
+    mean: bool = True,
     progress: bool = True,
     label: str = "",
 ) -> list[Row]:
@@ -206,7 +213,8 @@ def evaluate_model(
     Rows: the single set of weights (plain LoRA, or the posterior mean); with ``temperature`` the
     same with a temperature fitted on the validation split, where there is one; for Bayesian methods
     with n_samples > 0 the mean prediction of that many draws. The same seed gives the same draws
-    for every set of examples.
+    for every set of examples. An ensemble has the last row only, and without ``mean`` so have
+    methods with draws.
 
     Raises:
         ValueError: There are no labelled test examples.
@@ -215,10 +223,12 @@ def evaluate_model(
     if labels is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     # The checkpoints of a run that converts plain LoRA have no posterior yet.
-    bayesian = _has_posterior(model)
+    bayesian = _has_posterior(model) or method == "dropout"
     name = METHODS[method if bayesian or METHODS[method].made == "train" else "map"].title
     rows = []
     draws = [0] if not bayesian or n_samples == 0 else [0, n_samples]
+    if n_samples and bayesian and (isinstance(model, Ensemble) or not mean):
+        draws = [n_samples]
     for count in draws:
         options: dict[str, Any] = {
             "n_samples": count,

@@ -19,7 +19,7 @@ import math
 import numbers
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,14 +27,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ._compat import unsupported_layer
 from .config import TfbConfig
 from .machine import progress_bar
 from .model import BayesLoraModel
 from .posterior import BayesLayer, bayes_layers
-from .predict import Prediction, are_batches, predict
+from .predict import Prediction, as_batches, predict
 from .variants import BayesVariant, BlobVariant, Divergence, KLPlan, KLStep, attach
 
 SIGMA = "lora_A_sigma"
@@ -155,6 +154,22 @@ class TfbReport:
         content = dataclasses.asdict(self)
         del content["seconds"]
         return {**content, "trace": list(content["trace"])}
+
+    def table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+        """Title, headings and rows of the search, for people."""
+        rows: list[tuple[str, ...]] = [
+            (
+                f"{trial.sigma:.5f}",
+                f"{trial.change:.5f}",
+                "yes" if trial.feasible else "no",
+                f"{trial.nll:.4f}",
+                f"{trial.accuracy:.4f}",
+                f"{trial.flips:.4f}",
+            )
+            for trial in (self.before, *self.trace)
+        ]
+        title = f"{len(rows)} evaluations of {self.anchors} anchors, {self.labels} labels"
+        return title, ("sigma_q", f"change ({self.metric})", "within", "NLL", "ACC", "flips"), rows
 
     def __str__(self) -> str:
         text = (
@@ -507,11 +522,7 @@ class _Score:
 
 
 def _batches(anchors: Any, batch_size: int, collate_fn: Any) -> list[Mapping[str, Any]]:
-    batches: Iterable[Mapping[str, Any]] = anchors
-    if hasattr(anchors, "__getitem__") and not isinstance(anchors, DataLoader):
-        if collate_fn is not None or not are_batches(anchors):
-            batches = DataLoader(anchors, batch_size=batch_size, collate_fn=collate_fn)
-    found = list(batches)
+    found = list(as_batches(anchors, batch_size, collate_fn))
     if not found:
         raise ValueError("tfb_: anchors must have at least one example, got none")
     return found

@@ -7,7 +7,6 @@ Training cost is the wall-clock time of the training loop, and peak memory as
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
 import os
@@ -24,17 +23,18 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
-from .bayesianize import bayesianize
+from .bayesianize import CONVERSIONS, ConversionReport, bayesianize
 from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
+from .laplace_lora import LAPLACE_FILE, laplace_posterior, load_laplace, save_laplace
 from .last_layer import calibrate_head, find_head, laplace_refine
 from .machine import peak_memory, progress_bar, synchronise, versions
 from .models import EncodedDataset, TaskEncoder, load_model
 from .recipe import FORMAT, Experiment, write_json
 from .tasks import Task, choose_subset
-from .tfb import TfbReport, tfb_
 from .trainer import BayesTrainer, last_checkpoint
 
 # Training examples from which the prior of a variational last layer is set.
@@ -114,7 +114,7 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
     options: dict[str, Any] = {
         "r": recipe.rank,
         "lora_alpha": recipe.alpha,
-        "lora_dropout": recipe.dropout,
+        "lora_dropout": experiment.dropout,
         "target_modules": None if targets is None else list(targets),
         "task_type": {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(kind),
     }
@@ -208,12 +208,26 @@ def save_adapter(
     temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
     try:
         model.save_pretrained(str(temporary), save_embedding_layers=False)
+        if laplace_posterior(model) is None:
+            (folder / LAPLACE_FILE).unlink(missing_ok=True)
+        else:
+            save_laplace(model, temporary)
         _write_record(temporary, experiment, task, encoder)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
         for path in files:  # the configuration last: without it there is no adapter
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers the files of an adapter hold, those of its posterior included."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return count
 
 
 def _write_record(folder: Path, experiment: Experiment, task: Task, encoder: TaskEncoder) -> None:
@@ -312,7 +326,10 @@ def load_adapter(
             f"adapter {str(folder)!r}: expected tensors that fit {experiment.model!r} with "
             f"{task.n_classes} classes, got {first.strip()}"
         ) from None
-    return _placed(model, device).eval(), encoder
+    model = _placed(model, device).eval()
+    if (Path(folder) / LAPLACE_FILE).is_file():
+        load_laplace(model, folder)
+    return model, encoder
 
 
 def check_resumable(folder: Path, experiment: Experiment) -> None:
@@ -330,17 +347,22 @@ def check_resumable(folder: Path, experiment: Experiment) -> None:
     saved = read_record(last)
     if saved is None:
         return
-    before, now = _flat(saved.experiment.to_dict()), _flat(experiment.to_dict())
-    changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key)
-    ]
+    changed = changed_settings(saved.experiment, experiment)
     if changed:
         raise ValueError(
             f"resume: expected the settings of {last}, got others: {', '.join(changed)}; give the "
             "same options as before"
         )
+
+
+def changed_settings(before: Experiment, now: Experiment) -> list[str]:
+    """What differs between two experiments, as ``recipe.lr 0.001 -> 0.002``."""
+    a, b = _flat(before.to_dict()), _flat(now.to_dict())
+    return [
+        f"{key} {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a | b)
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -355,20 +377,23 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # --- Conversion ----------------------------------------------------------------------------------
 
-ANCHORS = 500
+
+# Most validation examples that a conversion looks at.
+_HELD_OUT = 500
 
 
 def conversion_options(experiment: Experiment) -> dict[str, Any]:
     """Options of an experiment's conversion: its own draws and seed, and the recipe's ``convert``.
 
     Raises:
-        ValueError: An option is unknown, or ``anchors`` or ``batch_size`` is no positive integer.
+        ValueError: An option is unknown or out of range, or ``anchors`` or ``batch_size`` is no
+            positive integer.
     """
-    recipe = experiment.recipe
-    options: dict[str, Any] = {"n_samples": recipe.n_samples or 10, "seed": experiment.seed}
+    recipe, conversion = experiment.recipe, CONVERSIONS[experiment.method]
+    draws = recipe.n_samples or conversion.n_samples
+    options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed}
     options.update(recipe.convert)
-    names = inspect.signature(tfb_).parameters.values()
-    known = ["anchors", *(p.name for p in names if p.kind is p.KEYWORD_ONLY)]
+    known = ["anchors", *conversion.options()]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
@@ -378,17 +403,20 @@ def conversion_options(experiment: Experiment) -> dict[str, Any]:
         value = options.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"convert: {name} must be an integer >= 1, got {value!r}")
+    conversion.check(**{name: value for name, value in options.items() if name != "anchors"})
     return options
 
 
 def convert_model(
     experiment: Experiment, model: PeftModel, encoder: TaskEncoder, *, progress: bool = True
-) -> TfbReport:
+) -> ConversionReport:
     """Make a trained plain adapter Bayesian, in place, with the experiment's method.
 
     Options are those of the recipe's ``convert``; draws, seed and batch size are the experiment's
-    unless they are among them. Anchors are a subset of the training examples, the same for every
-    seed: ``anchors`` of them (500, or all where there are fewer).
+    unless they are among them. ``anchors`` is the number of training examples that it looks at, the
+    same ones for every seed: TFB 500, or all where there are fewer; Laplace all. Laplace chooses its
+    prior on the validation split (at most 500 examples) where there is one and ``prior`` names no
+    other way.
 
     Raises:
         ValueError: An option is unknown or out of range, or there are no training examples.
@@ -398,11 +426,17 @@ def convert_model(
     examples = encoder.task.train
     if not examples:
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
-    size = options.pop("anchors", min(ANCHORS, len(examples)))
+    size = options.pop("anchors", None) or CONVERSIONS[experiment.method].examples or len(examples)
     batch_size = options.pop("batch_size", recipe.eval_batch_size)
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
     options.setdefault("progress", progress)
     batches = list(_batches(data, encoder, batch_size))
+    held_out = [example for example in encoder.task.validation if example.label is not None]
+    chosen = options.get("prior"), options.get("structure", "scalar")
+    wanted = chosen in ((None, "scalar"), ("validation", "scalar"))
+    if held_out and wanted and "validation" in CONVERSIONS[experiment.method].options():
+        held_out = choose_subset(held_out, min(_HELD_OUT, len(held_out)))
+        options["validation"] = list(_batches(encoder.dataset(held_out), encoder, batch_size))
     return bayesianize(model, experiment.method, batches, **options)
 
 

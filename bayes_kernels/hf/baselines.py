@@ -1,0 +1,168 @@
+"""Baselines that need no posterior over weights: MC dropout and deep ensembles of plain LoRA.
+
+`bayes_kernels.hf.predict` takes both: an adapter that was trained with dropout, and the
+:class:`Ensemble` that `load_ensemble` makes of several adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .. import random
+from .config import BayesLoraConfig
+from .variants import layer_stream
+
+# --- MC dropout ----------------------------------------------------------------------------------
+
+
+def dropout_layers(model: nn.Module) -> list[tuple[str, nn.Dropout]]:
+    """(name of the layer, dropout before its plain adapter), where the rate is above 0."""
+    if isinstance(model, PeftModel):
+        configs = model.peft_config.values()
+        if any(isinstance(config, BayesLoraConfig) for config in configs):
+            return []  # their dropout belongs to training
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                dropout = module.lora_dropout[adapter] if adapter in module.lora_dropout else None
+                if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+                    found.append((name, dropout))
+    return found
+
+
+@contextlib.contextmanager
+def dropout_draws(
+    model: nn.Module, *, n_samples: int, seed: int, first_sample: int = 0
+) -> Iterator[None]:
+    """Inside, dropout before the adapters is on, also in eval mode, with masks that a seed decides.
+
+    The batch holds ``n_samples`` copies of the examples, see `fold_samples`. Copy s has the mask of
+    (seed, first_sample + s, layer): it depends neither on the other copies nor on torch's
+    generator. Every token has a mask of its own, by its place in the batch, as in training.
+
+    Args:
+        model: Plain LoRA with dropout.
+        n_samples: Copies in the batch.
+        seed: Seed of the masks.
+        first_sample: Number of the first copy.
+
+    Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
+    """
+
+    def hook(stream: int, keys: Sequence[Tensor]) -> Any:
+        def drop(module: nn.Dropout, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            width = x.shape[-1]
+            rows = x.numel() // width // n_samples
+            masks = [
+                random.dropout_mask(key.to(x.device), rows, width, module.p, stream=stream)
+                for key in keys
+            ]
+            kept = torch.cat(masks).view(x.shape)
+            return torch.where(kept, x / (1 - module.p), 0.0)
+
+        return drop
+
+    key = random.key(seed)
+    keys = [random.fold_in(key, first_sample + s) for s in range(n_samples)]
+    with contextlib.ExitStack() as stack:
+        for name, dropout in dropout_layers(model):
+            handle = dropout.register_forward_hook(hook(layer_stream(name), keys))
+            stack.callback(handle.remove)
+        yield
+
+
+# --- Ensembles -----------------------------------------------------------------------------------
+
+
+class Ensemble(nn.Module):
+    """Plain adapters, trained from several seeds, whose probabilities are averaged.
+
+    Attributes:
+        models: One PeftModel with all members as adapters, ``folded``; or one for each member.
+        names: Names of the members: the adapters of the one model.
+        folded: Whether all members are evaluated in one pass, each on its copy of the batch.
+    """
+
+    def __init__(self, models: Sequence[PeftModel], names: Sequence[str]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.names = tuple(names)
+        self.folded = len(models) == 1
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def config(self) -> Any:
+        """That of the base model."""
+        return self.models[0].config
+
+    def get_base_model(self) -> nn.Module:
+        """The base model of the first member."""
+        return self.models[0].get_base_model()  # type: ignore[operator]
+
+    def forward(self, folded_batch: Mapping[str, Any], first: int, count: int) -> Any:
+        """Outputs of ``count`` members from number ``first``, each on its copy of the batch.
+
+        Members with a base of their own come one at a time.
+        """
+        if not self.folded:
+            (model,) = self.models[first : first + count]  # type: ignore[misc]
+            return model(**folded_batch)
+        # Models for multiple choice see every choice as a row of its own.
+        rows = folded_batch["input_ids"][..., 0].numel() // count
+        names = [name for name in self.names[first : first + count] for _ in range(rows)]
+        return self.models[0](**folded_batch, adapter_names=names)
+
+
+def join_adapters(models: Sequence[PeftModel], folders: Sequence[str | Path]) -> Ensemble:
+    """Adapters as an ensemble, in one model where their base models are the same.
+
+    They differ where a part of the base that is not saved with the adapter was drawn from the seed,
+    such as a pooler that the checkpoint lacks. Then every member keeps its own base, and members
+    are evaluated one after the other.
+
+    Args:
+        models: Each member on its own base model, from `load_adapter`.
+        folders: Their folders, in the same order.
+
+    Raises:
+        ValueError: fewer than two members, or one that is not plain LoRA.
+    """
+    if len(models) < 2 or len(models) != len(folders):
+        raise ValueError(
+            f"ensemble: expected at least two adapters, got {len(models)}; train more seeds"
+        )
+    for model, folder in zip(models, folders, strict=True):
+        config = model.peft_config["default"]
+        if isinstance(config, BayesLoraConfig) or not isinstance(config, LoraConfig):
+            raise ValueError(f"ensemble: expected plain LoRA in {str(folder)!r}, got {config}")
+    names = [f"member{i}" for i in range(len(models))]
+    first = _frozen(models[0])
+    same = all(_equal(first, _frozen(model)) for model in models[1:])
+    if not same:
+        return Ensemble(models, names)
+    names[0] = "default"
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        models[0].load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    return Ensemble([models[0].eval()], names)
+
+
+def _frozen(model: PeftModel) -> dict[str, Tensor]:
+    """Parameters and buffers of the base that are the same for all adapters."""
+    own = ("lora_", "modules_to_save", "original_module")
+    return {k: v for k, v in model.state_dict().items() if not any(part in k for part in own)}
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,485 @@
+"""Several methods on one task, over seeds: one table.
+
+:func:`compare` runs every (method, seed) that has no result yet, several at a time. A finished one is
+a folder ``METHOD/seed-N`` with its adapter and ``result.json``, written last and as a whole: a
+comparison that was interrupted, or that gets more methods or seeds, goes on from what is there.
+
+Plain LoRA is trained once for a seed. Its adapter is what temperature scaling and conversions use, and
+the first member of an ensemble.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bayes_kernels import metrics
+
+from .baselines import join_adapters
+from .config import METHODS
+from .experiment import Run, finish, run, side_by_side
+from .recipe import FORMAT, Experiment, write_json
+from .results import Summary
+from .scoring import Row, evaluate_model
+from .tasks import Task
+from .training import Training, changed_settings, load_adapter, stored_numbers
+
+RESULT_FILE = "result.json"
+RESULTS_FILE = "results.json"
+TABLE_FILE = "table.md"
+# The row of plain LoRA with a temperature, which is no run of its own.
+TEMPERATURE = "temperature"
+PLAIN = "map"
+# Between the seeds of an ensemble's members, which see the same training examples.
+MEMBER_SEED = 1000
+
+
+def known_methods() -> tuple[str, ...]:
+    """Words for `compare`: plain LoRA, the baselines, the Bayesian methods."""
+    rest = [name for name in METHODS if name != PLAIN]
+    return (PLAIN, TEMPERATURE, *rest)
+
+
+def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    """The methods in the order of the table, each once; "all" is all of them.
+
+    Raises:
+        ValueError: A word is unknown, or there is none.
+    """
+    known = known_methods()
+    unknown = [name for name in methods if name not in (*known, "all")]
+    if unknown or not methods:
+        raise ValueError(
+            f"methods: expected all or some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
+        )
+    return known if "all" in methods else tuple(name for name in known if name in methods)
+
+
+# --- Results as files ----------------------------------------------------------------------------
+
+
+def save_run(one: Run, path: Path) -> None:
+    """Write a run, with the predictions of its rows, as JSON."""
+    rows = [
+        {
+            **{f.name: getattr(row, f.name) for f in dataclasses.fields(Row)},
+            "report": dataclasses.asdict(row.report),
+            "log_probs": row.log_probs.tolist(),
+            "labels": row.labels.tolist(),
+            "entropy_ood": row.entropy_ood.tolist(),
+        }
+        for row in one.rows
+    ]
+    content = {
+        "format": FORMAT,
+        "experiment": one.experiment.to_dict(),
+        "training": None if one.training is None else dataclasses.asdict(one.training),
+        "conversion": one.conversion,
+        "conversion_seconds": one.conversion_seconds,
+        "parameters": one.parameters,
+        "rows": rows,
+    }
+    write_json(path, content)
+
+
+def load_run(path: Path) -> Run:
+    """What `save_run` wrote.
+
+    Raises:
+        ValueError: The file is damaged, or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r} is not {FORMAT}")
+        training = content["training"]
+        rows = [
+            Row(
+                **{
+                    **row,
+                    "report": metrics.Report(**row["report"]),
+                    "log_probs": _tensor(row["log_probs"]),
+                    "labels": torch.tensor(row["labels"]),
+                    "entropy_ood": _tensor(row["entropy_ood"]),
+                }
+            )
+            for row in content["rows"]
+        ]
+        return Run(
+            Experiment.from_dict(content["experiment"]),
+            None if training is None else Training(**training),
+            rows,
+            content["conversion"],
+            content["conversion_seconds"],
+            content["parameters"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected what compare wrote, got {error!r}; remove the file to run it again"
+        ) from None
+
+
+def _tensor(values: list[Any]) -> torch.Tensor:
+    """fp64; JSON has no infinity, and null stands for minus infinity, log 0."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return -math.inf if value is None else value
+
+    return torch.tensor(finite(values), dtype=torch.float64)
+
+
+# --- One method and seed -------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """One (method, seed): what is run, where it goes, and the plain adapters that it is made of."""
+
+    experiment: Experiment
+    task: Task
+    folder: Path
+    plain: tuple[Path, ...] = ()
+    score: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A (method, seed) that did not end, and why."""
+
+    method: str
+    seed: int
+    error: str
+
+
+def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
+    """Train, convert or join one (method, seed), score it and write its result."""
+    one, task, folder, score = piece.experiment, piece.task, piece.folder, piece.score
+    made = METHODS[one.method].made
+    options: dict[str, Any] = {
+        "temperature": one.method == PLAIN,
+        "mean": made == "train",
+        "progress": progress,
+    }
+    saved = _saved(folder)
+    if saved is not None and made == "train":  # trained as a member only, and not scored then
+        model, encoder = load_adapter(folder, one, task, device=device)
+        scored = finish(one, task, model, encoder, saved.training, **options)
+        result = dataclasses.replace(scored, parameters=saved.parameters)
+    elif made == "train":
+        result = run(
+            one, task, folder=folder, checkpoints=False, score=score, device=device, **options
+        )
+    else:
+        sources = [_plain(path) for path in piece.plain]
+        loaded = [
+            load_adapter(path, source.experiment, task, device=device)
+            for path, source in zip(piece.plain, sources, strict=True)
+        ]
+        model, encoder = loaded[0]
+        if made == "convert":
+            result = finish(
+                one, task, model, encoder, sources[0].training, folder=folder, **options
+            )
+        else:
+            ensemble = join_adapters([member for member, _ in loaded], piece.plain)
+            rows = evaluate_model(
+                ensemble,
+                encoder,
+                task,
+                method=one.method,
+                n_samples=len(ensemble),
+                batch_size=one.recipe.eval_batch_size,
+                temperature=False,
+                progress=progress,
+                label=f"{METHODS[one.method].title}, seed {one.seed}",
+            )
+            parameters = sum(stored_numbers(path) for path in piece.plain)
+            training = _together([source.training for source in sources])
+            result = Run(one, training, rows, parameters=parameters)
+    save_run(result, folder / RESULT_FILE)
+
+
+def _saved(folder: Path) -> Run | None:
+    path = folder / RESULT_FILE
+    return load_run(path) if path.is_file() else None
+
+
+def _plain(folder: Path) -> Run:
+    saved = _saved(folder)
+    if saved is None:
+        raise ValueError(f"needs plain LoRA in {folder}, whose training failed")
+    return saved
+
+
+def _together(trainings: Sequence[Training | None]) -> Training | None:
+    """The cost of trainings one after the other."""
+    known = [training for training in trainings if training is not None]
+    if not known:
+        return None
+    return dataclasses.replace(
+        known[0],
+        seconds=sum(training.seconds for training in known),
+        steps=sum(training.steps for training in known),
+        peak_memory_mib=max(training.peak_memory_mib for training in known),
+        log=[],
+    )
+
+
+# --- All of them ---------------------------------------------------------------------------------
+
+
+def plan(
+    methods: Sequence[str],
+    experiments: Callable[[str, int], Experiment],
+    tasks: Mapping[int, Task],
+    folder: Path,
+    *,
+    seeds: int,
+) -> list[Piece]:
+    """Every (method, seed) of a comparison, those first that others need.
+
+    Args:
+        methods: From `check_methods`.
+        experiments: Settings of a method and seed.
+        tasks: The task of every seed.
+        folder: Where the comparison goes.
+        seeds: Number of seeds: 0, 1, ...
+
+    Raises:
+        ValueError: Settings that do not go with a method.
+    """
+    members = experiments("ensemble", 0).n_samples if "ensemble" in methods else 1
+    if members < 1 or ("ensemble" in methods and members < 2):
+        raise ValueError(f"members: expected at least 2 for an ensemble, got {members}")
+    scored_plain = PLAIN in methods or TEMPERATURE in methods
+    others = [name for name in methods if name not in (PLAIN, TEMPERATURE)]
+
+    def place(method: str, seed: int) -> Path:
+        return folder / method / f"seed-{seed}"
+
+    def plain(seed: int) -> Piece:
+        return Piece(experiments(PLAIN, seed), tasks[seed], place(PLAIN, seed), score=scored_plain)
+
+    pieces = []
+    if scored_plain or any(METHODS[name].made != "train" for name in others):
+        pieces = [plain(seed) for seed in range(seeds)]
+    # What trains first is longest and depends on nothing.
+    stages = ("train", "convert", "join")
+    for name in sorted(others, key=lambda name: stages.index(METHODS[name].made)):
+        made = METHODS[name].made
+        for seed in range(seeds):
+            source = [] if made == "train" else [place(PLAIN, seed)]
+            for i in range(1, members if made == "join" else 1):
+                # Other factors, head and order of examples, but the same examples.
+                one = experiments(PLAIN, seed + MEMBER_SEED * i)
+                source.append(folder / name / f"seed-{seed}-member-{i}")
+                pieces.append(Piece(one, tasks[seed], source[-1], score=False))
+            one = experiments(name, seed)
+            pieces.append(Piece(one, tasks[seed], place(name, seed), tuple(source)))
+    return pieces
+
+
+def check_saved(pieces: Sequence[Piece]) -> None:
+    """Whether results that are there have the settings of the comparison.
+
+    Raises:
+        ValueError: One has other settings; the message says which.
+    """
+    for piece in pieces:
+        saved = _saved(piece.folder)
+        if saved is None:
+            continue
+        changed = changed_settings(saved.experiment, piece.experiment)
+        if changed:
+            raise ValueError(
+                f"resume: expected the settings of {piece.folder / RESULT_FILE}, got others: "
+                f"{', '.join(changed)}; give the same options as before, or another folder"
+            )
+
+
+def compare(
+    pieces: Sequence[Piece],
+    *,
+    processes: int = 1,
+    device: str | None = None,
+    progress: bool = True,
+    done: Callable[[Piece, Run | Failure], None] = lambda piece, result: None,
+) -> tuple[list[Run], list[Failure]]:
+    """Run what has no result yet, several at a time; a failure does not stop the others.
+
+    Args:
+        pieces: From `plan`.
+        processes: How many at a time.
+        device: "cpu", "cuda" or "auto".
+        progress: Whether to show a bar.
+        done: Called with every piece that ends, and its result.
+
+    Returns:
+        The results that there are, and the failures, both in the order of the pieces.
+
+    Raises:
+        ValueError: As `check_saved`.
+    """
+    check_saved(pieces)
+    left = [piece for piece in pieces if not _is_done(piece)]
+    failed: dict[Path, Failure] = {}
+    numbers = {piece.folder: i for i, piece in enumerate(left)}
+
+    def finished(index: int, result: Any) -> None:
+        piece = left[index]
+        if isinstance(result, BaseException):
+            text = " ".join(str(result).split()) or type(result).__name__
+            one = piece.experiment
+            error = text if isinstance(result, ValueError) else f"{type(result).__name__}: {text}"
+            failed[piece.folder] = Failure(one.method, one.seed, error)
+            done(piece, failed[piece.folder])
+        else:
+            done(piece, load_run(piece.folder / RESULT_FILE))
+
+    for piece in left:  # what a killed run left half written
+        if _saved(piece.folder) is None and piece.folder.is_dir():
+            shutil.rmtree(piece.folder)
+    if left:
+        side_by_side(
+            run_piece,
+            [(piece, device) for piece in left],
+            finished,
+            after=[[numbers[p] for p in piece.plain if p in numbers] for piece in left],
+            processes=processes,
+            steps=sum(_steps(piece) for piece in left),
+            progress=progress,
+        )
+    ended = [piece for piece in pieces if piece.folder not in failed and piece.score]
+    runs = [load_run(piece.folder / RESULT_FILE) for piece in ended]
+    return runs, [failed[piece.folder] for piece in pieces if piece.folder in failed]
+
+
+def _is_done(piece: Piece) -> bool:
+    saved = _saved(piece.folder)
+    return saved is not None and (bool(saved.rows) or not piece.score)
+
+
+def _steps(piece: Piece) -> int:
+    trains = METHODS[piece.experiment.method].made == "train"
+    return piece.experiment.recipe.steps if trains and _saved(piece.folder) is None else 0
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+_SCORES = {
+    "accuracy": "accuracy ↑",
+    "nll": "NLL ↓",
+    "ece": "ECE ↓",
+    "brier": "Brier ↓",
+    "aurc": "AURC ↓",
+}
+
+
+def chosen(summaries: Sequence[Summary], methods: Sequence[str]) -> list[Summary]:
+    """The rows of the methods that were asked for, in their order."""
+    found = []
+    for name in methods:
+        for one in summaries:
+            tempered = one.temperature and one.method == PLAIN
+            if name == TEMPERATURE and tempered:
+                found.append(one)
+            elif name == one.method and not tempered:
+                found.append(one)
+    return found
+
+
+def main_rows(rows: Sequence[Row], methods: Sequence[str]) -> list[Row]:
+    """Of each method the row with draws where there are any: one line for each in a picture."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        tempered = row.temperature is not None
+        name = TEMPERATURE if tempered and row.method == PLAIN else row.method
+        if name in methods:
+            found[name] = row
+    return [found[name] for name in methods if name in found]
+
+
+Lines = tuple[list[str], list[list[str]]]
+
+
+def table(summaries: Sequence[Summary], failures: Sequence[Failure], seeds: int) -> Lines:
+    """Headings and rows: scores as mean ± standard deviation, costs as means, failures below.
+
+    ``extra numbers`` is what the adapter's file holds beyond that of plain LoRA.
+    """
+    plain = next((s.mean.get("parameters") for s in summaries if s.method == PLAIN), None)
+    sets = list(summaries[0].ood) if summaries else []
+    columns = [key for key in _SCORES if summaries and key in summaries[0].mean]
+    headings = ["method", *(_SCORES[key] for key in columns)]
+    headings += [f"AUROC {name} ↑" for name in sets]
+    headings += ["train s", "convert s", "ms/text", "train MiB", "predict MiB", "extra numbers"]
+    lines = []
+    for one in summaries:
+        name = one.name if len(one.seeds) == seeds else f"{one.name} ({len(one.seeds)} of {seeds})"
+        cells = [name, *(_spread(one.mean[key], one.std.get(key)) for key in columns)]
+        for key in sets:
+            spread = one.ood_std.get(key, {}).get("auroc")
+            cells.append(_spread(one.ood[key]["auroc"], spread))
+        mean = one.mean
+        cells += [
+            _cost(mean, key, digits)
+            for key, digits in (
+                ("train_seconds", 0),
+                ("conversion_seconds", 0),
+                ("ms_per_example", 1),
+                ("train_memory_mib", 0),
+                ("predict_memory_mib", 0),
+            )
+        ]
+        own = mean.get("parameters")
+        if own is not None and plain is not None:
+            cells.append("0" if own == plain else f"{own - plain:+,.0f}")
+        else:
+            cells.append("–")
+        lines.append(cells)
+    for failure in failures:
+        title = f"{METHODS[failure.method].title}, seed {failure.seed}"
+        lines.append([title, f"failed: {failure.error}"])
+    return headings, lines
+
+
+def shift_table(summaries: Sequence[Summary]) -> Lines | None:
+    """Scores on the out-of-distribution sets whose examples have labels; None without any."""
+    sets = [key for key, scores in summaries[0].ood.items() if "nll" in scores] if summaries else []
+    if not sets:
+        return None
+    columns = [key for key in _SCORES if key in summaries[0].ood[sets[0]]]
+    headings = ["method", *(f"{key}: {_SCORES[column]}" for key in sets for column in columns)]
+    lines = []
+    for one in summaries:
+        cells = [one.name]
+        for key in sets:
+            deviations = one.ood_std.get(key, {})
+            cells += [_spread(one.ood[key][name], deviations.get(name)) for name in columns]
+        lines.append(cells)
+    return headings, lines
+
+
+def _spread(mean: float, std: float | None) -> str:
+    text = f"{mean:.3f}" + ("" if std is None else f"±{std:.3f}")
+    return text.replace("0.", ".") if mean < 1 else text.replace("±0.", "±.")
+
+
+def _cost(mean: Mapping[str, float], key: str, digits: int) -> str:
+    return f"{mean[key]:,.{digits}f}" if key in mean else "–"
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; short rows are filled."""
+    width = len(headings)
+    rows = [headings, ["---"] * width, *([*line, *[""] * (width - len(line))] for line in lines)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)

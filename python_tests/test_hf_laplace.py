@@ -1,0 +1,527 @@
+"""Laplace-LoRA on PEFT adapters: fit, prediction, folders, stale posteriors, the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_task
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from test_cli import call, refuse, results
+from test_hf_scalabl import BASES, IDS, TYPES, logits
+from test_hf_tfb import BATCHES, LABELS, adapter, choices
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from bayes_kernels import laplace
+from bayes_kernels.hf import (
+    BlobConfig,
+    bayesianize,
+    drawn_weights,
+    laplace_posterior,
+    load_laplace,
+    posterior,
+    predict,
+    predict_dataset,
+    save_laplace,
+)
+
+BATCH = {"input_ids": IDS, "labels": LABELS}
+KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
+
+
+def fit(model: nn.Module, kind: str = "bert", data: Any = BATCHES, **options: Any) -> Any:
+    method = options.pop("method", "laplace")
+    return bayesianize(model, method, data, **{"progress": False, **choices(kind), **options})
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def class_logits(model: nn.Module, kind: str, ids: Tensor = IDS) -> Tensor:
+    found = logits(model, ids)
+    return found if kind == "bert" else found[:, -1][:, [5, 6, 7]]
+
+
+# --- fit and prediction --------------------------------------------------------------------------
+
+
+@KINDS
+def test_equals_the_general_laplace(kind: str) -> None:
+    """The same numbers as `bayes_kernels.laplace` with layers and logits named by hand."""
+    model = adapter(kind)
+    before = state(model)
+    report = fit(model, kind, layers="adapters")
+    assert same(before, state(model)) and type(model.peft_config["default"]) is LoraConfig
+
+    def forward(m: nn.Module, batch: Any) -> Tensor:
+        found = m(input_ids=batch["input_ids"]).logits
+        return found if kind == "bert" else found[:, -1][:, [5, 6, 7]]
+
+    plain = laplace.Laplace(
+        model, laplace.linear_layers(model, r".*lora_[AB]\.default"), forward=forward
+    ).fit(BATCHES, verbose=False)
+    assert report.evidence_before == pytest.approx(float(plain.log_marginal_likelihood()))
+    plain.optimize_prior_precision()
+    assert report.prior_precision == pytest.approx(float(plain.prior_precision))
+    assert report.evidence_after == pytest.approx(float(plain.log_marginal_likelihood()))
+    assert report.evidence_after >= report.evidence_before
+    assert (report.matrices, report.examples) == (8, 4)
+    assert report.effective_parameters == pytest.approx(float(plain.effective_parameters().sum()))
+    found = laplace_posterior(model)
+    assert found is not None
+    mean, cov = found.laplace.logits(BATCH)
+    expected_mean, expected = plain.logits(BATCH)
+    torch.testing.assert_close(mean, expected_mean)
+    torch.testing.assert_close(cov, expected, rtol=1e-4, atol=1e-6)
+    # Many draws agree with those of the general class, which are others.
+    ours = predict(model, BATCH, n_samples=20000, seed=1)
+    theirs = plain.predict(BATCH, n_samples=20000, seed=2)
+    torch.testing.assert_close(ours.probs, theirs.probs.double(), rtol=0, atol=0.02)
+    assert torch.equal(ours.labels, LABELS) and bool((ours.mutual_information > 0).all())
+
+
+@KINDS
+def test_train_and_eval_mode_with_draws_and_without(kind: str) -> None:
+    model = adapter(kind, lora_dropout=0.3)
+    model.train()
+    modes = {name: m.training for name, m in model.named_modules()}
+    fit(model, kind)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    first = predict(model, BATCH, n_samples=50, seed=3)
+    mean = predict(model, BATCH, n_samples=0)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    model.eval()
+    assert torch.equal(predict(model, BATCH, n_samples=50, seed=3).log_probs, first.log_probs)
+    plain = class_logits(model, kind).double().log_softmax(-1)
+    torch.testing.assert_close(mean.log_probs, plain, rtol=0, atol=1e-6)
+    assert not mean.mutual_information.any() and mean.n_samples == 0
+    assert not torch.equal(predict(model, BATCH, n_samples=50, seed=4).log_probs, first.log_probs)
+    # Neither how examples are batched nor their place changes their draws.
+    parts = predict_dataset(model, BATCHES, n_samples=50, seed=3, progress=False)
+    torch.testing.assert_close(parts.log_probs, first.log_probs, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        again = predict(model, BATCH, n_samples=50, seed=3)
+    torch.testing.assert_close(again.log_probs, first.log_probs)
+    kept = predict(model, BATCH, n_samples=50, seed=3, return_samples=True)
+    assert kept.sample_log_probs is not None and kept.sample_log_probs.shape == (50, 4, 3)
+    torch.testing.assert_close(
+        kept.sample_log_probs.exp().mean(0), first.probs, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_padding_and_its_side_do_not_matter() -> None:
+    found = []
+    for side in ("none", "left", "right"):
+        model = adapter("llama")
+        ids, mask = IDS, torch.ones_like(IDS)
+        if side != "none":
+            pad = torch.zeros(4, 3, dtype=torch.int64)
+            order = 1 if side == "right" else -1
+            ids = torch.cat([ids, pad + 9][::order], 1)
+            mask = torch.cat([mask, pad][::order], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        report = fit(model, "llama", [{**batch, "labels": LABELS}])
+        found.append((report, predict(model, batch, n_samples=100).log_probs))
+    for report, log_probs in found[1:]:
+        assert report.evidence_after == pytest.approx(found[0][0].evidence_after, rel=1e-4)
+        torch.testing.assert_close(log_probs, found[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_which_layers_have_a_posterior() -> None:
+    names = lambda m: [layer.name for layer in laplace_posterior(m).laplace.layers]  # type: ignore[union-attr]  # noqa: E731
+    bert, llama = adapter(), adapter("llama")
+    everything = fit(bert)
+    assert (everything.matrices, everything.layers) == (10, "all")
+    assert names(bert)[-2:] == ["classifier.weight", "classifier.bias"]
+    assert fit(bert, layers="adapters").matrices == 8
+    # The head acts on the logits; without one that was trained, the last adapted block.
+    last = fit(bert, method="laplace-last")
+    assert names(bert) == ["classifier.weight", "classifier.bias"] and last.parameters == 99
+    fit(llama, "llama", method="laplace-last")
+    assert {name.split(".self_attn")[0] for name in names(llama)} == {"model.layers.1"}
+    # An adapter on the output layer is what the paper's last-layer variant means.
+    head = adapter("llama", target_modules=["q_proj", "lm_head"])
+    fit(head, "llama", method="laplace-last")
+    assert names(head) == ["lm_head.lora_A", "lm_head.lora_B"]
+    with pytest.raises(ValueError, match="layers must not be given for method 'laplace-last'"):
+        fit(bert, method="laplace-last", layers="all")
+
+
+def test_multiple_choice_sees_several_sequences_an_example() -> None:
+    from transformers import BertForMultipleChoice
+
+    base = BASES["bert"]()
+    torch.manual_seed(0)
+    model: Any = BertForMultipleChoice(base.config)
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    model = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(3))
+    ids = IDS.repeat(1, 3).view(4, 3, 6).flip(-1)
+    ids[:, 1] += 1
+    mask = torch.ones_like(ids)
+    mask[:, 2, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": LABELS}
+    report = fit(model, data=[batch])
+    parts = fit(model, data=[{k: v[:2] for k, v in batch.items()}] * 2, rank=None)
+    assert report.examples == parts.examples == 4
+    both = predict(model, batch, n_samples=200)
+    half = predict(model, {k: v[:2] for k, v in batch.items()}, n_samples=200)
+    torch.testing.assert_close(both.log_probs[:2], half.log_probs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="tokens must be 'expand' or 'reduce'"):
+        fit(model, data=[batch], tokens="last")
+
+
+@pytest.mark.parametrize("prediction", laplace.METHODS)
+def test_every_way_to_probabilities(prediction: str) -> None:
+    model = adapter()
+    if prediction == "quadrature":
+        fit(model, prediction=prediction)
+        with pytest.raises(ValueError, match="quadrature"):
+            predict(model, BATCH, n_samples=10)
+        return
+    fit(model, prediction=prediction)
+    found = predict(model, BATCH, n_samples=40)
+    torch.testing.assert_close(found.probs.sum(1), torch.ones(4).double())
+    assert bool(found.expected_entropy.isnan().all()) == (prediction == "probit")
+    if prediction in ("probit", "bridge", "weights"):
+        with pytest.raises(ValueError, match="return_samples must be False"):
+            predict(model, BATCH, n_samples=4, return_samples=True)
+
+
+def test_priors() -> None:
+    deltas = {}
+    for prior in ("mackay", "gradient", "fixed"):
+        options = {"prior": prior, "prior_precision": 2.0}
+        deltas[prior] = fit(adapter(), **options).prior_precision
+    assert deltas["fixed"] == 2.0 != deltas["mackay"]
+    assert deltas["gradient"] == pytest.approx(deltas["mackay"], rel=0.05)
+    layered = fit(adapter(), structure="layer", layers="adapters")
+    assert len(layered.prior_precision) == 8
+    assert layered.evidence_after > fit(adapter(), layers="adapters").evidence_after
+    with pytest.raises(ValueError, match="use structure='scalar'"):  # a bias that was not trained
+        fit(adapter(), structure="layer")
+    assert ".." in str(layered)
+    model = adapter()
+    report = fit(model, validation=BATCHES, n_samples=100, prediction="probit")
+    assert report.prior == "validation" and fit(adapter()).prior == "mackay"
+    found = laplace_posterior(model)
+    assert found is not None
+    scores = []
+    for delta in (report.prior_precision, 0.1, 1.0, 1e3):  # of the grid
+        found.laplace.prior_precision = delta
+        log_probs = predict(model, BATCH, n_samples=1).log_probs
+        scores.append(float(log_probs.gather(1, LABELS[:, None]).sum()))
+    assert scores[0] == max(scores)
+
+
+def test_data_in_all_its_forms() -> None:
+    class Stream(IterableDataset):
+        def __init__(self, items: list[Any]) -> None:
+            self.items = items
+
+        def __iter__(self) -> Any:
+            return iter(self.items)
+
+    examples = [{"input_ids": i, "labels": int(y)} for i, y in zip(IDS, LABELS, strict=True)]
+    expected = fit(adapter()).evidence_after
+    for data in (iter(BATCHES), Stream(BATCHES), Stream(examples), examples):
+        report = fit(adapter(), data=data, batch_size=3)
+        assert report.examples == 4
+        assert report.evidence_after == pytest.approx(expected, rel=1e-4)
+    unlabelled = [{"input_ids": IDS}]
+    report = fit(adapter(), data=unlabelled)
+    assert report.evidence_after is None and report.prior_precision > 0
+    assert "log evidence" not in str(report)
+
+
+def test_the_report_renders_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    report = fit(adapter(), progress=True)
+    assert "MiB through the pass" in capsys.readouterr().err
+    assert "\n" not in str(report) and "prior precision" in str(report)
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["evidence_after"] == report.evidence_after and "seconds" not in content
+    title, headings, rows = report.table()
+    assert "10 matrices" in title and all(len(row) == len(headings) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_mean_of_a_bayesian_adapter(kind: str, tmp_path: Path) -> None:
+    model = adapter(kind, BlobConfig)
+    mean = logits(model)
+    fit(model, kind)
+    assert type(model.peft_config["default"]) is LoraConfig
+    torch.testing.assert_close(logits(model), mean, rtol=1e-5, atol=1e-5)
+    assert not any("rho" in name for name in model.state_dict())
+    assert not hasattr(model.get_base_model(), "bayes_noise")
+    with pytest.raises(ValueError, match="got a Laplace posterior"), posterior(model):
+        pass
+    model.train()
+    torch.testing.assert_close(logits(model), mean, rtol=1e-5, atol=1e-5)  # no noise is left
+    model.save_pretrained(tmp_path)
+    save_laplace(model, tmp_path)
+    loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path)
+    load_laplace(loaded, tmp_path)
+    expected = predict(model, BATCH, n_samples=20).log_probs
+    assert torch.equal(predict(loaded, BATCH, n_samples=20).log_probs, expected)
+
+
+def test_an_error_leaves_a_bayesian_adapter_as_it_was() -> None:
+    model = adapter(config=BlobConfig)
+    before, config = state(model), model.peft_config["default"]
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
+        fit(model, data=[{"input_ids": IDS, "labels": LABELS + 7}])
+    assert same(before, state(model)) and model.peft_config["default"] is config
+    assert laplace_posterior(model) is None
+    assert predict(model, BATCH, n_samples=4).mutual_information.max() > 0
+
+
+def test_draws_of_the_weights() -> None:
+    model = adapter()
+    with pytest.raises(ValueError, match="must have a Laplace posterior, got none"):
+        drawn_weights(model).__enter__()
+    fit(model)
+    before, mean = state(model), logits(model)
+    with drawn_weights(model, seed=1):
+        one = logits(model)
+    with drawn_weights(model, seed=1, index=1):
+        two = logits(model)
+    assert not torch.equal(one, two) and not torch.equal(one, mean)
+    assert same(before, state(model))
+    predict(model, BATCH, n_samples=3)  # the posterior is still valid
+
+
+# --- folders and stale posteriors ----------------------------------------------------------------
+
+
+@KINDS
+def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    model = adapter(kind)
+    options = {"structure": "layer", "layers": "adapters", "prediction": "mc_independent"}
+    fit(model, kind, **options)
+    expected = predict(model, BATCH, n_samples=30, seed=2)
+    model.save_pretrained(tmp_path)
+    path = save_laplace(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"laplace.safetensors", "adapter_config.json"}
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["bayes_kernels"])
+    assert header["report"]["structure"] == "layer" and header["layers"] == "adapters"
+    loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path)  # stock PEFT
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert laplace_posterior(loaded) is None
+    found = load_laplace(loaded, tmp_path)
+    assert found.choices == choices(kind).get("choices") and found.prediction == "mc_independent"
+    again = predict(loaded, BATCH, n_samples=30, seed=2)
+    assert torch.equal(again.log_probs, expected.log_probs)
+    assert torch.equal(again.entropy, expected.entropy)
+    copied = copy.deepcopy(loaded)
+    assert torch.equal(predict(copied, BATCH, n_samples=30, seed=2).log_probs, expected.log_probs)
+    with torch.no_grad():
+        next(p for n, p in copied.named_parameters() if "lora_B" in n).add_(1)
+    with pytest.raises(ValueError, match="weights must be those"):
+        predict(copied, BATCH)
+    predict(loaded, BATCH, n_samples=1)  # the copy has a posterior of its own
+
+
+@pytest.mark.parametrize("part", ["lora_A", "classifier"])
+@pytest.mark.parametrize("layers", ["adapters", "last"])
+def test_training_on_makes_the_posterior_invalid(part: str, layers: str, tmp_path: Path) -> None:
+    """Whatever was trained with the adapter counts, whether or not it has a posterior."""
+    model = adapter()
+    fit(model, layers=layers)
+    model.save_pretrained(tmp_path / "old")
+    save_laplace(model, tmp_path / "old")
+    weight = next(p for n, p in model.named_parameters() if part in n and "default" in n)
+    weight.requires_grad_(True)
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    model(**BATCH).loss.backward()
+    optimiser.step()
+    for use in (
+        lambda: predict(model, BATCH, n_samples=5),
+        lambda: predict(model, BATCH, n_samples=0),
+        lambda: save_laplace(model, tmp_path / "new"),
+        lambda: drawn_weights(model).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=r"weights must be those .* call fit again"):
+            use()
+    assert not (tmp_path / "new" / "laplace.safetensors").exists()
+    model.save_pretrained(tmp_path / "old")  # the file beside it now belongs to other weights
+    loaded = PeftModel.from_pretrained(BASES["bert"](), tmp_path / "old")
+    with pytest.raises(ValueError, match=r"does not belong to this adapter: .* bayesianize again"):
+        load_laplace(loaded, tmp_path / "old")
+    assert laplace_posterior(loaded) is None
+    fit(model, layers=layers)
+    predict(model, BATCH, n_samples=5)
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    model = adapter()
+    with pytest.raises(ValueError, match="must have a Laplace posterior, got none"):
+        save_laplace(model, tmp_path)
+    with pytest.raises(ValueError, match=r"expected laplace\.safetensors in"):
+        load_laplace(model, tmp_path)
+    fit(model)
+    path = save_laplace(model, tmp_path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole.replace(b"bayes_kernels", b"bayes_kettles")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="must be what save_laplace wrote"):
+            load_laplace(model, tmp_path)
+    path.write_bytes(whole)
+    other = adapter(target_modules=["query"])
+    with pytest.raises(ValueError, match="does not belong to this adapter"):
+        load_laplace(other, tmp_path)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_input() -> None:
+    model = adapter()
+    for options, message in (
+        ({"layers": "top"}, "layers must be one of"),
+        ({"fisher": "exact"}, "fisher must be one of"),
+        ({"prior": "flat"}, "prior must be one of"),
+        ({"prediction": "map"}, "prediction must be one of"),
+        ({"rank": 0}, "rank must be an integer >= 1"),
+        ({"prior_precision": -1.0}, "prior_precision must be a positive number"),
+        ({"prior": "validation"}, "validation must be held-out examples"),
+        ({"prior": "validation", "structure": "layer"}, "structure must be 'scalar'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(model, **options)
+    with pytest.raises(ValueError, match="data must be the training examples"):
+        bayesianize(model, "laplace")
+    with pytest.raises(ValueError, match="at least one example"):
+        fit(model, data=[])
+    with pytest.raises(ValueError, match="must be a PeftModel"):
+        fit(BASES["bert"]())
+    untrained = get_peft_model(BASES["bert"](), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="train the adapter first"):
+        fit(untrained)
+    dora = LoraConfig(target_modules=["query"], use_dora=True, task_type=TYPES["bert"])
+    with pytest.raises(ValueError, match="cannot have a posterior"):
+        fit(get_peft_model(BASES["bert"](), dora))
+    with pytest.raises(ValueError, match=r"choices=None"):
+        bayesianize(adapter("llama"), "laplace", BATCHES, progress=False)
+    llama = adapter("llama")
+    fit(llama, "llama")
+    with pytest.raises(ValueError, match=r"choices must be those of the Laplace posterior"):
+        predict(llama, BATCH, choices=[1, 2])
+    soft = [{"input_ids": IDS, "labels": LABELS.float()}]
+    with pytest.raises(ValueError, match=r"labels must be class indices of shape \(4,\)"):
+        fit(model, data=soft)
+    assert laplace_posterior(model) is None
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Saved:
+    """Most bytes of distinct tensors that autograd keeps for backward passes at one time."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+        self.kept, self.peak = 0, 0
+
+    def __enter__(self) -> Saved:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.hooks.__exit__()
+
+    def pack(self, tensor: Tensor) -> Any:
+        owner = self
+
+        class Packed:
+            def __init__(self) -> None:
+                self.tensor = tensor
+                self.where = tensor.untyped_storage().data_ptr()
+                count = owner.storages.get(self.where, 0)
+                owner.storages[self.where] = count + 1
+                if not count:
+                    owner.kept += tensor.untyped_storage().nbytes()
+                    owner.peak = max(owner.peak, owner.kept)
+
+            def __del__(self) -> None:
+                owner.storages[self.where] -= 1
+                if not owner.storages[self.where]:
+                    owner.kept -= self.tensor.untyped_storage().nbytes()
+
+        return Packed()
+
+
+def test_the_pass_keeps_no_more_than_a_training_step() -> None:
+    model = adapter()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            p.requires_grad_(True)
+    model.train()
+    with Saved() as training:
+        model(**BATCH).loss.backward()
+    with Saved() as fitting:
+        fit(model, data=[BATCH])
+    assert 0 < fitting.peak <= training.peak
+
+
+def test_memory_for_the_7b_shape() -> None:
+    """Llama-2-7B with rank 8 on query, value and head: 65 modules, factors of rank 10."""
+    shapes = [(8, 4096), (4096, 8)] * 64 + [(8, 4096), (5, 8)]
+    found = laplace.estimate_memory(shapes, rank=10)
+    assert found.total < 100e6 and found.workspace < 20e6 and found.posterior < 30e6
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def test_commands(tmp_path: Path) -> None:
+    data = tiny_task.write_data(tmp_path / "data")
+    model = tiny_task.write_model(tmp_path / "model")
+    common = ["--model", model, "--steps", 4, "--rank", 2, "--test-size", 12]
+    out = tmp_path / "laplace"
+    options = ["--method", "laplace", "--convert", "anchors=20", "--convert", "structure=layer"]
+    result = call("train", data, *common, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "Laplace-LoRA N=1000" in result.stdout and (out / "laplace.safetensors").is_file()
+    found = results(out)
+    assert found["training"][0]["conversion"]["examples"] == 20
+    result = call("evaluate", out)
+    assert result.exit_code == 0, result.output
+    again = results(out / "evaluation")
+    for old, new in zip(found["methods"], again["methods"], strict=True):
+        assert old["per_seed"][0]["metrics"] == new["per_seed"][0]["metrics"]
+    result = call("predict", out, "--text", "bright warm day", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["mutual_information"] > 0
+    # A plain adapter, converted by itself; another method over it.
+    last = tmp_path / "last"
+    result = call("bayesianize", out, "--method", "laplace-last", "--out", last)
+    assert result.exit_code == 0, result.output
+    assert "Laplace: " in result.stdout and "log evidence" in result.stdout
+    assert "MiB through the pass" in result.stderr
+    assert results(last)["conversion"]["layers"] == "last"
+    error = refuse("train", data, *common, "--method", "laplace", "--convert", "prior=flat")
+    assert "prior must be one of" in error
+    error = refuse("bayesianize", out, "--method", "laplace", "--metric", "nll")
+    assert "expected options among anchors" in error
+    assert "laplace" in refuse("bayesianize", out, "--method", "blob")
