@@ -526,7 +526,8 @@ def compare(
             tasks[seed] = source.load(seed)
     _note(tasks[0].summary())
     pieces = comparison.plan(words, make, tasks, out, seeds=seeds)
-    comparison.check_saved(pieces)
+    if resume:
+        comparison.check_saved(pieces)
     first = pieces[0]  # whether model and data fit
     training.build(make("map", 0), first.task, device=device)
     if not resume:
@@ -543,8 +544,7 @@ def compare(
             pieces, processes=1 if gpu else cores, device=device, done=done
         )
     except KeyboardInterrupt:
-        again = [*_command(), *(["--resume"] if "--resume" not in sys.argv else [])]
-        _note(f"interrupted; what has ended is kept\ngo on with: {shlex.join(again)}")
+        _note(f"interrupted; what has ended is kept\ngo on with: {_resuming()}")
         raise typer.Exit(130) from None
     if not runs:
         raise ValueError(
@@ -690,7 +690,8 @@ def bayesianize(
     source = _source_of(one, saved, data)
     given = {key: value for key, value in changes.items() if value is not None}
     source = dataclasses.replace(source, **given)
-    options = {"anchors": anchors, "metric": metric, "tolerance": tolerance}
+    # Not the seed of the experiment: that chose the training examples and the parts that were new.
+    options = {"anchors": anchors, "metric": metric, "tolerance": tolerance, "seed": seed}
     options = {key: value for key, value in options.items() if value is not None}
     recipe = dataclasses.replace(
         one.recipe,
@@ -703,7 +704,6 @@ def bayesianize(
         source=source,
         method=method,
         recipe=recipe,
-        seed=one.seed if seed is None else seed,
     )
     training.conversion_options(one)
     folder = out or Path(f"{adapter.rstrip('/')}-{method}")
@@ -716,7 +716,7 @@ def bayesianize(
     length = None if saved is None else saved.max_length
     loaded, encoder = training.load_adapter(adapter, one, task, max_length=length, device=device)
     scores: dict[str, Any] = {
-        "seed": one.seed,
+        "seed": one.seed if seed is None else seed,
         "batch_size": recipe.eval_batch_size,
         "temperature": False,
     }
@@ -1196,9 +1196,17 @@ def _command() -> list[str]:
     return ["bayes-kernels", *sys.argv[1:]]
 
 
+def _resuming() -> str:
+    """The command that goes on where this one was interrupted."""
+    words = [word for word in _command() if word not in ("--overwrite", "--resume")]
+    return shlex.join([*words, "--resume"])
+
+
 def _interrupted(stop: Interrupted) -> NoReturn:
-    again = shlex.join([*_command(), *(["--resume"] if "--resume" not in sys.argv else [])])
-    _note(f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}\ngo on with: {again}")
+    _note(
+        f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}\n"
+        f"go on with: {_resuming()}"
+    )
     raise typer.Exit(128 + stop.signal)
 
 

@@ -1034,6 +1034,7 @@ class Laplace:
         best = grid[0]
         for round_ in range(refine + 1):
             scores = torch.zeros(len(grid), dtype=torch.float64)
+            seen = 0
             for raw in loader:
                 batch = self._prepare(raw)
                 labels = self._labels_of(batch)
@@ -1044,10 +1045,17 @@ class Laplace:
                     )
                 mean, covs = self._linearised(batch, list(grid))
                 labels = _check_labels(labels, mean)
+                seen += len(labels)
                 for i, cov in enumerate(covs):
                     log_probs = self._from_logits(mean, cov, prediction, n_samples, 0).log_probs
                     scores[i] += float(log_probs.gather(1, labels[:, None]).double().sum())
-            top = int(scores.argmax())
+            if not seen or not bool(torch.isfinite(scores).any()):
+                raise ValueError(
+                    "Laplace.optimize_prior_precision: loader must give held-out examples of finite "
+                    f"likelihood in each of {refine + 1} passes, got {seen} examples; pass a list or a "
+                    "DataLoader, not a generator"
+                )
+            top = int(scores.nan_to_num(nan=-math.inf).argmax())
             best = grid[top]
             low, high = grid[max(top - 1, 0)], grid[min(top + 1, len(grid) - 1)]
             if round_ < refine:
@@ -1362,6 +1370,7 @@ class _Accumulator:
                 "forward pass, got a second use; leave it out of the layers"
             )
         self.seen.add(module)
+        whole, self.valid = self.valid, self._acting(dy[0])
         for i in owner._sites[module]:
             layer = owner.layers[i]
             activation, gradient = self.sides[i]
@@ -1370,6 +1379,21 @@ class _Accumulator:
                 activation.add(*self._rows(layer, a, gradient=False))
             g = dy[0] if layer.grad_rows is None else layer.grad_rows(dy[0])
             gradient.add(*self._rows(layer, g, gradient=True))
+        self.valid = whole
+
+    def _acting(self, dy: Tensor) -> Tensor | None:
+        """The mask without tokens that do not act on the logits, as all but one below a pooled head.
+
+        Their inputs would enter the mean of a a^T, and make it depend on the padding.
+        """
+        if dy.dim() != 3 or dy.shape[0] != self.batch or dy.shape[1] == 1:
+            return self.valid
+        acting = dy.ne(0).any(-1)
+        if self.valid is None:
+            return acting
+        if self.valid.shape != acting.shape:
+            return self.valid
+        return self.valid.to(acting.device) & acting
 
     def _rows(self, layer: Layer, rows: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
         valid = None if self.valid is None else self.valid.to(rows.device)

@@ -237,6 +237,9 @@ Tensor forward(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b, std::opt
   constexpr const char* op = "adapter_forward";
   BK_CHECK(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2, op,
            ": x must have shape (..., n), a and b two dimensions");
+  // Before the first launch: shrink would read what lies elsewhere.
+  check_device(op, "b", b, x);
+  if (base.has_value()) check_device(op, "base", *base, x);
   OptionalDeviceGuard guard(x);
   std::vector<int64_t> shape;
   int64_t tokens = 1;

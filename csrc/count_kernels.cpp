@@ -31,7 +31,8 @@ void run_parallel(int64_t end, int64_t, RangeFunction function, void* context) {
 using namespace bayes_kernels;
 
 // What is counted: everything that is called from here. Not inlined, and found by its name.
-extern "C" __attribute__((noinline)) const char* counted(const std::function<const char*()>& run) {
+extern "C" __attribute__((noinline, visibility("default"))) const char* counted(
+    const std::function<const char*()>& run) {
   const char* problem = run();
   __asm__ volatile("" : : "r"(problem) : "memory");
   return problem;

@@ -505,6 +505,9 @@ def main(*names: str, arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seconds must be positive, got {given.seconds}")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    if given.vs is not None and given.save:
+        # The page shows the newest run of a case: one of few providers would hide the others' bars.
+        parser.error("--save needs all providers; leave --vs out, or use --json")
     vs = None
     if given.vs is not None:
         vs = frozenset(word.strip() for word in given.vs.split(",") if word.strip()) - {"none"}

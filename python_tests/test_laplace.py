@@ -798,3 +798,42 @@ def test_labels_are_drawn_from_the_model():
     part = laplace._sampled_errors(logits[:10], key, torch.arange(500, 510), 1)[0]
     assert torch.equal(part, error[500:510])
     assert reference.philox(key, torch.tensor(3)).shape == (4,)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_tokens_that_do_not_act_on_the_logits_are_left_out(padding: int):
+    """Below a head on the last token, all token rules are the same, and padding does not matter."""
+
+    class LastToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(6, 3, bias=False, dtype=D)
+
+        def forward(self, x):
+            return self.score(x)[:, 4]
+
+    torch.manual_seed(0)
+    model = LastToken()
+    x = torch.randn(8, 5 + padding, 6, dtype=D)
+    y = torch.arange(8) % 3
+    found = {}
+    for tokens in ("expand", "last"):
+        inputs = x if tokens == "expand" else x[:, :5]
+        if tokens == "last":
+            layer = Layer("score", model.score, model.score.weight)
+        else:
+            layer = linear_layers(model)[0]
+        la = Laplace(model, [layer], tokens=tokens)
+        la.fit([(inputs, y)], verbose=False)
+        found[tokens] = la.logits((inputs, y))[1]
+    torch.testing.assert_close(found["expand"], found["last"], rtol=1e-10, atol=0)
+
+
+def test_a_prior_is_not_chosen_without_held_out_examples():
+    model, x, y = mlp()
+    la = Laplace(model, linear_layers(model))
+    la.fit([(x, y)], verbose=False)
+    before = la.prior_precision.clone()
+    with pytest.raises(ValueError, match="must give held-out examples"):
+        la.optimize_prior_precision("validation", loader=[])
+    assert torch.equal(la.prior_precision, before)

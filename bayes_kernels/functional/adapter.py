@@ -355,6 +355,8 @@ def _infer(
         return None
     try:
         return _library.ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AttributeError):  # the latter: a library built from older sources
         return None
 

@@ -191,6 +191,7 @@ def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
             )
         else:
             ensemble = join_adapters([member for member, _ in loaded], piece.plain)
+            del loaded, model  # their base models would count as memory of predicting
             rows = evaluate_model(
                 ensemble,
                 encoder,

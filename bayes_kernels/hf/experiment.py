@@ -319,7 +319,13 @@ def side_by_side(
         while left or running:
             while free and (index := next_call()) is not None:
                 process = free.pop()
-                running[process.submit(_call_pickled, function, arguments[index])] = index, process
+                try:
+                    future = process.submit(_call_pickled, function, arguments[index])
+                except BrokenProcessPool:  # killed while it waited for a call
+                    process.shutdown(wait=False)
+                    process = start_process()
+                    future = process.submit(_call_pickled, function, arguments[index])
+                running[future] = index, process
             if not running:
                 raise ValueError(f"side_by_side: calls {left} wait for calls that never come")
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -372,7 +378,14 @@ def _run_job(job: Job, device: str | None, *, progress: bool) -> Run:
 
 
 def _call_pickled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
-    return pickle.dumps(function(*arguments, progress=False))
+    try:
+        return pickle.dumps(function(*arguments, progress=False))
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # would arrive as a process that was killed
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise
 
 
 def quiet_libraries() -> None:

@@ -502,6 +502,11 @@ def load_laplace(model: nn.Module, folder: str | Path) -> LaplacePosterior:
     options = {name: report[name] for name in ("fisher", "tokens", "rank", "dense_below")}
     options.update(jacobian=header["jacobian"], seed=header["seed"])
     peft_model, name = _one_adapter(model)
+    if isinstance(peft_model.base_model, BayesLoraModel):
+        raise ValueError(
+            "load_laplace: the adapter must be plain LoRA, got a Bayesian one; load the folder's own "
+            "adapter with PeftModel.from_pretrained"
+        )
     found = _build(peft_model, name, layers, choices, **options)
     try:
         found.load_state_dict(state)
@@ -748,6 +753,7 @@ __all__ = [
     "LaplaceLoraReport",
     "LaplacePosterior",
     "drawn_weights",
+    "forget_laplace",
     "laplace_",
     "laplace_posterior",
     "load_laplace",

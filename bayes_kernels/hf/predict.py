@@ -168,7 +168,7 @@ def predict(
         raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
     if isinstance(model, Ensemble):
         n_samples = len(model)
-    laplace = laplace_posterior(model)
+    laplace = None if isinstance(model, Ensemble) else laplace_posterior(model)
     if laplace is not None:
         if choices is not None and [int(c) for c in choices] != laplace.choices:
             raise ValueError(
@@ -377,6 +377,8 @@ def as_batches(
     """Batches of a loader, an iterable of batches, or a data set, which is batched in order."""
     if isinstance(data, DataLoader):
         return data
+    if isinstance(data, Mapping):
+        raise ValueError("data must be batches or a data set, got one batch; pass [batch]")
     if isinstance(data, IterableDataset):
         first = next(iter(data), None)
         if collate_fn is None and (first is None or are_batches([first])):

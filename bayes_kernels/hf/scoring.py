@@ -290,7 +290,8 @@ def _score(
     assert labels is not None
     everything = torch.cat([part.log_probs for part in ood.values()]) if ood else None
     found = metrics.evaluate(test.log_probs, labels, ood_log_probs=everything)
-    if test.n_samples:
+    # "probit" and "bridge" have no draws whose entropies could be compared.
+    if test.n_samples and not bool(test.mutual_information.isnan().any()):
         found = dataclasses.replace(found, mutual_information=float(test.mutual_information.mean()))
     by_set: dict[str, dict[str, float]] = {}
     entropy = metrics.predictive_entropy(test.log_probs)
