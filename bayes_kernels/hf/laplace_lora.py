@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
 from .machine import progress_bar
-from .model import BayesLoraModel
+from .model import BayesLoraModel, the_adapter
 from .variants import BayesVariant
 
 LAPLACE_FILE = "laplace.safetensors"
@@ -298,7 +298,7 @@ def laplace_(
     from .predict import as_batches
 
     begin = time.perf_counter()
-    peft_model, name = _one_adapter(model)
+    peft_model, name = the_adapter("laplace_", model)
     undo: list[Callable[[], None]] = []
     try:
         was_bayesian = _make_plain(peft_model, name, undo)
@@ -377,7 +377,7 @@ def check_laplace_model(model: nn.Module, layers: str = "all", **others: Any) ->
     Raises:
         ValueError: as `laplace_`.
     """
-    peft_model, name = _one_adapter(model)
+    peft_model, name = the_adapter("laplace_", model)
     _layers(peft_model, name, layers)
 
 
@@ -501,7 +501,7 @@ def load_laplace(model: nn.Module, folder: str | Path) -> LaplacePosterior:
     prediction, choices = header["prediction"], header["choices"]
     options = {name: report[name] for name in ("fisher", "tokens", "rank", "dense_below")}
     options.update(jacobian=header["jacobian"], seed=header["seed"])
-    peft_model, name = _one_adapter(model)
+    peft_model, name = the_adapter("laplace_", model)
     if isinstance(peft_model.base_model, BayesLoraModel):
         raise ValueError(
             "load_laplace: the adapter must be plain LoRA, got a Bayesian one; load the folder's own "
@@ -550,37 +550,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 # --- layers --------------------------------------------------------------------------------------
-
-
-def _one_adapter(model: nn.Module) -> tuple[PeftModel, str]:
-    peft_model = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    if peft_model is None:
-        raise ValueError(
-            f"laplace_: model must be a PeftModel, got {type(model).__name__}; load the adapter with "
-            "PeftModel.from_pretrained"
-        )
-    names = list(peft_model.peft_config)
-    if len(names) != 1:
-        raise ValueError(
-            f"laplace_: model must have one adapter, got {names}; delete the others or load the one "
-            "into a model of its own"
-        )
-    tuner: Any = peft_model.base_model
-    config: Any = peft_model.peft_config[names[0]]
-    if not isinstance(config, LoraConfig) or type(tuner) not in (LoraModel, BayesLoraModel):
-        raise ValueError(
-            f"laplace_: the adapter must be a LoRA adapter, got {type(config).__name__} in "
-            f"{type(tuner).__name__}"
-        )
-    if any(getattr(m, "merged_adapters", None) for m in tuner.model.modules()):
-        raise ValueError(
-            "laplace_: the adapter must not be merged, got a merged one; unmerge_adapter()"
-        )
-    if getattr(config, "method", None) == "polar-vbll":
-        raise ValueError(
-            "laplace_: the adapter must not have a variational last layer, got method 'polar-vbll'"
-        )
-    return peft_model, names[0]
 
 
 def _adapted(peft_model: PeftModel, name: str) -> list[tuple[str, Any]]:

@@ -25,13 +25,12 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from ._compat import unsupported_layer
 from .config import TfbConfig
 from .machine import progress_bar
-from .model import BayesLoraModel
+from .model import BayesLoraModel, the_adapter
 from .posterior import BayesLayer, bayes_layers
 from .predict import Prediction, as_batches, predict
 from .variants import BayesVariant, BlobVariant, Divergence, KLPlan, KLStep, attach
@@ -565,35 +564,10 @@ def _convert(
     Returns:
         Layers that get noise, and for each of them the share (r,) of sigma_q of each direction.
     """
-    peft_model = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    if peft_model is None:
-        raise ValueError(
-            f"tfb_: model must be a PeftModel, got {type(model).__name__}; load the adapter with "
-            "PeftModel.from_pretrained"
-        )
-    names = list(peft_model.peft_config)
-    if len(names) != 1:
-        raise ValueError(
-            f"tfb_: model must have one adapter, got {names}; delete the others or load the one "
-            "into a model of its own"
-        )
-    name = names[0]
+    peft_model, name = the_adapter("tfb_", model)
     old: Any = peft_model.peft_config[name]
     tuner: Any = peft_model.base_model
-    if not isinstance(old, LoraConfig) or type(tuner) not in (LoraModel, BayesLoraModel):
-        raise ValueError(
-            f"tfb_: the adapter must be a LoRA adapter, got {type(old).__name__} in "
-            f"{type(tuner).__name__}"
-        )
-    if any(getattr(m, "merged_adapters", None) for m in tuner.model.modules()):
-        raise ValueError(
-            "tfb_: the adapter must not be merged, got a merged one; unmerge_adapter()"
-        )
     again = getattr(old, "method", None) == "tfb"
-    if getattr(old, "method", None) == "polar-vbll":
-        raise ValueError(
-            "tfb_: the adapter must not have a variational last layer, got method 'polar-vbll'"
-        )
     kept = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"]
     fields = {f: getattr(old, f) for f in (*kept, "seed", "sample_at_inference") if hasattr(old, f)}
     config = TfbConfig(noise_layers=None if chosen is None else sorted(chosen), **fields)
