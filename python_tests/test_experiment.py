@@ -143,6 +143,19 @@ def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
         training.build(with_recipe(tiny, lora={"use_dora": True}), task)
 
 
+def test_half_precision_on_the_cpu(tiny: Experiment, task: Task) -> None:
+    longer = with_recipe(tiny, steps=40)
+    half = dataclasses.replace(longer, dtype="bfloat16")
+    model, _ = training.build(half, task, device="cpu")
+    # The backward pass of the fused attention is several times slower there.
+    assert model.config._attn_implementation == "eager"
+    assert training.build(longer, task, device="cpu")[0].config._attn_implementation == "sdpa"
+    for name, weight in model.named_parameters():
+        wide = "lora_" in name  # the new head keeps the dtype of its base, as PEFT has it
+        assert weight.dtype == (torch.float32 if wide else torch.bfloat16), name
+    assert ex.run(half, task, device="cpu").rows[0].report.accuracy > 0.8
+
+
 # An ensemble is made of several runs: test_compare.
 TRAINED = [name for name, row in METHODS.items() if row.made != "join"]
 
