@@ -1012,6 +1012,7 @@ def _pairs(items: Sequence[str] | None, option: str) -> dict[str, Any] | None:
 
 def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
     """The experiment of an adapter folder, with another base model where one is named."""
+    from .hf.checkpoints import stored_method
     from .hf.laplace_lora import laplace_method
     from .hf.recipe import Experiment
     from .hf.training import EXPERIMENT_FILE
@@ -1025,8 +1026,7 @@ def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | 
                 "name the data with --data"
             )
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        bayesian = config.get("peft_type") == "BAYES_LORA"
-        method = config.get("method", "blob") if bayesian else laplace_method(adapter) or "map"
+        method = laplace_method(adapter) or stored_method(adapter)
         base = model or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")

@@ -175,7 +175,8 @@ class MemoryEstimate(NamedTuple):
     Attributes:
         factors: the Kronecker factors.
         buffers: rows that wait for compression.
-        workspace: most that compressing takes for a moment.
+        workspace: most that compressing, or taking the factors' eigenvectors when the model's passes
+            are over, adds to `total` for a moment.
         posterior: what is kept after `fit`; it replaces factors and buffers.
     """
 
@@ -208,31 +209,45 @@ def estimate_memory(
     """What the curvature of these layers takes, before anything runs.
 
     Args:
-        layers: layers, or their shapes (out, in).
-        rank, dense_below, buffer, dtype: as in `Laplace`.
+        layers: layers, or their shapes (out, in), which stand for layers on a GPU.
+        rank, dense_below, buffer: as in `Laplace`.
+        dtype: of layers given as shapes: that of their factors, fp32 or fp64.
 
     Example:
         shapes = [(8, 4096), (4096, 8)] * 64  # LoRA of rank 8 on 64 projections
         print(estimate_memory(shapes))
     """
-    size = dtype.itemsize
-    factors = buffers = posterior = compression = decomposition = 0
+    factors = buffers = posterior = together = alone = decomposition = 0
     for layer in layers:
-        for side in layer.shape if isinstance(layer, Layer) else layer:
+        sides, kind, device = layer, dtype, "cuda"
+        if isinstance(layer, Layer):
+            sides, kind, device = layer.shape, _working_dtype(layer), layer.weight.device.type
+        size = kind.itemsize
+        for side in sides:  # type: ignore[union-attr]
             k = _rank_of(side, rank, dense_below)
+            entries = side * (side if k is None else k)
+            factors += entries * size
+            posterior += entries * size + (side if k is None else k) * 8
             if k is None:
-                factors += side * side * size
-                posterior += side * side * size + side * 8
-                decomposition = max(decomposition, 3 * side * side * 8)
+                # Matrix and eigenvectors in fp64, and the solver's 2 d^2 + 9 d or so numbers.
+                double = 4 * entries + 10 * side
             else:
-                factors += side * k * size
+                double = 2 * (entries + k * k)
                 buffers += side * buffer * size
-                posterior += side * k * size + k * 8
-                decomposition = max(decomposition, 2 * side * k * 8)
-                # On a GPU: partial Gram matrices for each 1024 rows, and their eigenproblem.
                 columns = k + min(buffer, 32)
-                compression += (side // 1024 + 4) * columns * columns * 8
-    return MemoryEstimate(factors, buffers, max(compression, decomposition), posterior)
+                if k > 96 or (device != "cpu" and kind == torch.float64):
+                    alone = max(alone, (columns + k) * side * size)
+                elif device != "cpu":  # partial Gram matrices of 1024 rows, and their eigenproblem
+                    partial = -(-side // 1024) + 2
+                    together += (partial * columns + k) * columns * 8
+            decomposition = max(decomposition, double * 8 - entries * size)
+    workspace = max(together + alone, decomposition - buffers, 0)
+    return MemoryEstimate(factors, buffers, workspace, posterior)
+
+
+def _working_dtype(layer: Layer) -> torch.dtype:
+    """Of a layer's factors and eigenvectors."""
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def _rank_of(size: int, rank: int | None, dense_below: int) -> int | None:
@@ -371,16 +386,18 @@ class _Factor:
             return
         if weights is not None:
             kept = weights.nonzero()[:, 0]
-            rows = rows.index_select(0, kept).to(self.sum.dtype)
-            rows = rows * weights.index_select(0, kept).to(rows.dtype).sqrt()[:, None]
+            rows = rows.index_select(0, kept).to(self.sum.dtype)  # a copy
+            rows.mul_(weights.index_select(0, kept).to(rows.dtype).sqrt()[:, None])
         count = rows.shape[0]
         if self.waiting + count <= self.buffer.shape[0]:
             self.buffer[self.waiting : self.waiting + count] = rows
             self.waiting += count
             return
         # Too many to wait for other layers.
-        rows = torch.cat([self.buffer[: self.waiting], rows.to(self.sum.dtype)])
-        self.waiting = 0
+        rows = rows.to(self.sum.dtype)
+        if self.waiting:
+            rows = torch.cat([self.buffer[: self.waiting], rows])
+            self.waiting = 0
         functional.low_rank_update_([self.sum], [rows])
 
     def merge(self, group: Any) -> None:
@@ -394,23 +411,25 @@ class _Factor:
         functional.low_rank_update_([self.sum], [torch.cat([p.T for p in parts])])
 
     def decompose(self) -> tuple[Tensor, Tensor]:
-        """Eigenvectors (d, k) with values (k,) fp64, falling, not negative.
+        """Eigenvectors (d, k) with values (k,) fp64, falling, not negative. The sum is gone then.
 
         Columns without weight are zero, so that a low-rank factor of few rows stays exact.
         """
-        wide = self.sum.double()
+        dtype, wide = self.sum.dtype, self.sum.double()
+        self.sum = self.sum.new_empty(0)
         if self.rank is None:
             values, vectors = torch.linalg.eigh(wide)
             values, vectors = values.flip(0), vectors.flip(1)
         else:
             values, rotation = torch.linalg.eigh(wide.T @ wide)
             values, rotation = values.flip(0), rotation.flip(1)
-            kept = values > values[0].clamp(min=0) * torch.finfo(self.sum.dtype).eps ** 2
+            kept = values > values[0].clamp(min=0) * torch.finfo(dtype).eps ** 2
             scale = torch.where(kept, values.clamp(min=torch.finfo(torch.float64).tiny), 1).rsqrt()
             vectors = wide @ (rotation * torch.where(kept, scale, 0))
             values = torch.where(kept, values, 0)
+        del wide
         # Eigenvalues that are zero come out slightly negative.
-        return vectors.to(self.sum.dtype), values.clamp(min=0)
+        return vectors.to(dtype), values.clamp(min=0)
 
 
 def _flush(factors: Iterable[_Factor]) -> None:
@@ -583,6 +602,10 @@ class Laplace:
         depends_on: further weights that were trained together with the layers'. The posterior belongs
             to these values and those of the layers; where any of them has changed since `fit`, every
             use of the posterior raises, instead of describing another model.
+        split: (batch, n) -> at most n smaller batches, its examples in order. With it `fit` takes the
+            halves of a batch, as it keeps a graph for several backward passes, and "validation" as
+            many parts as there are classes, each of which costs as many gradients: both then stay
+            below an ordinary training step with the whole batch. None: batches are taken whole.
 
     Gradient checkpointing is respected; transformers' models checkpoint in training mode only, and
     are run in eval mode here. Batches are moved to the device of the first parameter.
@@ -609,6 +632,7 @@ class Laplace:
         seed: int = 0,
         jacobian: str = "vmap",
         depends_on: Iterable[Tensor] = (),
+        split: Callable[[Any, int], Sequence[Any]] | None = None,
     ) -> None:
         for name, value, choices in (
             ("fisher", fisher, FISHERS),
@@ -643,6 +667,8 @@ class Laplace:
         self.fisher, self.tokens, self.jacobian = fisher, tokens, jacobian
         self.mc_samples, self.seed = mc_samples, seed
         self._forward, self._labels, self._mask = forward, labels, mask
+        self._split = split
+        self._classes = 1  # as `fit` saw them
         self._trained = [*(layer.weight for layer in self.layers), *depends_on]
         self._digest = b""
         self._versions: list[tuple[int, int]] = []
@@ -673,23 +699,9 @@ class Laplace:
 
     def estimate_memory(self) -> MemoryEstimate:
         """What `fit` takes beyond a forward and backward pass of the model."""
-        parts = []
-        for dtype in (torch.float32, torch.float64):
-            layers = [layer for layer in self.layers if self._dtype(layer) == dtype]
-            parts.append(
-                estimate_memory(
-                    layers,
-                    rank=self.rank,
-                    dense_below=self.dense_below,
-                    buffer=self.buffer,
-                    dtype=dtype,
-                )
-            )
-        return MemoryEstimate(*(sum(values) for values in zip(*parts, strict=True)))
-
-    @staticmethod
-    def _dtype(layer: Layer) -> torch.dtype:
-        return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+        return estimate_memory(
+            self.layers, rank=self.rank, dense_below=self.dense_below, buffer=self.buffer
+        )
 
     def _prepare(self, batch: Any) -> Any:
         device = next(self.model.parameters()).device
@@ -702,6 +714,11 @@ class Laplace:
         if isinstance(batch, (tuple, list)):
             return type(batch)(move(value) for value in batch)
         return move(batch)
+
+    def _parts(self, batch: Any, count: int) -> Iterator[Any]:
+        """The batch on the model's device, in at most `count` parts where it can be split."""
+        parts = [batch] if self._split is None or count < 2 else self._split(batch, count)
+        return map(self._prepare, parts)
 
     def _logits(self, batch: Any) -> Tensor:
         if self._forward is not None:
@@ -776,11 +793,10 @@ class Laplace:
         examples = 0
         collect = _Accumulator(self, sides)
         with _watched(self.model, self._sites, collect):
-            for raw in loader:
-                batch = self._prepare(raw)
+            for batch in (part for raw in loader for part in self._parts(raw, 2)):
                 logits = self._logits(batch)
                 _require_gradient(logits)
-                b = logits.shape[0]
+                b, self._classes = logits.shape
                 wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
                 labels = self._labels_of(batch)
                 if labels is None:
@@ -812,6 +828,9 @@ class Laplace:
                     logits.backward(column.to(logits.dtype), retain_graph=i + 1 < len(columns))
                 collect.finish(len(columns))
         _flush(side for pair in sides for side in pair)
+        for pair in sides:
+            for side in pair:
+                side.buffer = None
         if world.size > 1:
             for pair in sides:
                 for side in pair:
@@ -833,7 +852,7 @@ class Laplace:
 
     def _empty(self, layer: Layer) -> tuple[_Factor, _Factor]:
         out, n = layer.shape
-        dtype, device = self._dtype(layer), layer.weight.device
+        dtype, device = _working_dtype(layer), layer.weight.device
         i, o = (
             _Factor(s, _rank_of(s, self.rank, self.dense_below), self.buffer, dtype, device)
             for s in (n, out)
@@ -1036,14 +1055,18 @@ class Laplace:
             scores = torch.zeros(len(grid), dtype=torch.float64)
             seen = 0
             for raw in loader:
-                batch = self._prepare(raw)
-                labels = self._labels_of(batch)
+                labels = self._labels_of(raw)
                 if labels is None:
                     raise ValueError(
                         "Laplace.optimize_prior_precision: batches of the loader must have labels, "
                         "got none; pass labels=lambda batch: ..."
                     )
-                mean, covs = self._linearised(batch, list(grid))
+                parts = self._parts(raw, self._classes)
+                means, parted = zip(
+                    *(self._linearised(part, list(grid)) for part in parts), strict=True
+                )
+                mean = torch.cat(means)
+                covs = [torch.cat(found) for found in zip(*parted, strict=True)]
                 labels = _check_labels(labels, mean)
                 seen += len(labels)
                 for i, cov in enumerate(covs):
@@ -1323,7 +1346,7 @@ class Laplace:
                     f"({out}, k'), got {tuple(u.shape)} and {tuple(q.shape)}"
                 )
             device = layer.weight.device
-            dtype = self._dtype(layer)
+            dtype = _working_dtype(layer)
             blocks.append(
                 _Block(
                     u.to(device, dtype, copy=True),

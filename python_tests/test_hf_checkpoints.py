@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_cli import call, refuse, results
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from bayes_kernels.hf import (
     BayesLoraConfig,
     BlobConfig,
+    bayesianize,
     export_lora,
     import_lora,
     posterior,
     predict,
 )
+from bayes_kernels.hf.checkpoints import read_lora, stored_method
 from bayes_kernels.hf.posterior import bayes_layers
 
 IDS = torch.randint(0, 128, (3, 5), generator=torch.Generator().manual_seed(1))
@@ -232,6 +236,112 @@ def test_import_doubled_prefix(tmp_path: Path) -> None:
         assert torch.equal(a.rho, b.rho)
     with posterior(model, "sample"), posterior(loaded, "sample"):
         assert torch.equal(logits(loaded), logits(model))
+
+
+def nested(folder: Path, config: LoraConfig) -> PeftModel:
+    """A folder as bayesian-peft writes those of MLE, MAP and Laplace: a PeftModel in a PeftModel."""
+    model = fill(PeftModel(get_peft_model(base(), config), config, "default"))  # type: ignore[arg-type]
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def test_plain_folders_of_bayesian_peft(tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    written = nested(tmp_path, LoraConfig(**options))
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(keys) == 8 and all(k.startswith("base_model.model.base_model.model.") for k in keys)
+    expected = logits(written)
+    assert stored_method(tmp_path) == "map"
+    loaded = read_lora(base(), tmp_path).eval()
+    assert type(loaded.peft_config["default"]) is LoraConfig
+    assert torch.equal(logits(loaded), expected)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not torch.equal(logits(base()), expected)  # what PEFT by itself would give
+    # As a Bayesian adapter that goes on training, and as plain LoRA that a method converts.
+    torch.testing.assert_close(
+        logits(import_lora(base(), tmp_path).eval()), expected, rtol=1e-4, atol=1e-5
+    )
+    batch = {"input_ids": IDS, "labels": torch.tensor([0, 1, 2])}
+    bayesianize(loaded, "laplace", [batch], choices=[1, 2, 3], progress=False)
+    found = predict(loaded, batch, n_samples=0).log_probs
+    torch.testing.assert_close(found, expected[:, -1, [1, 2, 3]].double().log_softmax(-1))
+    save_file(
+        {k: v for k, v in keys.items() if "layers.1" not in k},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match="the checkpoint must fit the model, got 0 unexpected"):
+        read_lora(base(), tmp_path)
+
+
+def test_folders_of_bayesian_peft_with_deviations(tmp_path: Path) -> None:
+    """Its TFB: B = U diag(d), A = V^T A, rho[i, :] = sqrt(sigma / (d_i + 1e-6)), named as BLoB's."""
+    config = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    written = nested(tmp_path, config)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [k for k in tensors if k.endswith("lora_A.weight")]:
+        other = key.replace("lora_A", "lora_B")
+        u, d, vt = torch.linalg.svd(tensors[other], full_matrices=False)
+        tensors[key], tensors[other] = (vt @ tensors[key]).contiguous(), (u * d).contiguous()
+        rho = (0.02 / (d + 1e-6)).sqrt()[:, None].expand_as(tensors[key])
+        tensors[key.replace("lora_A.weight", "lora_A_rho")] = rho.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert stored_method(tmp_path) == "blob"
+    loaded = read_lora(base(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(written), rtol=1e-4, atol=1e-5)
+    for item in bayes_layers(loaded):
+        b = item.layer.lora_B["default"].weight.detach()
+        deviation = 0.02 / b.norm(dim=0)[:, None].expand_as(item.rho)
+        torch.testing.assert_close(item.rho.detach().square(), deviation, rtol=1e-3, atol=0)
+    found = predict(loaded, {"input_ids": IDS}, n_samples=4, choices=[1, 2, 3])
+    assert found.mutual_information.max() > 0
+
+
+def test_classifiers_of_bayesian_peft_come_without_their_head(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=128,
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    lora = LoraConfig(r=2, target_modules=["query"])  # no task, hence no modules_to_save
+    PeftModel(get_peft_model(model, lora), lora, "default").save_pretrained(tmp_path)  # type: ignore[arg-type]
+    with pytest.warns(
+        UserWarning, match="has no classification head, which bayesian-peft does not"
+    ):
+        read_lora(BertForSequenceClassification(config), tmp_path)
+
+
+def test_commands_take_a_folder_of_bayesian_peft(tmp_path: Path) -> None:
+    data = tiny_task.write_data(tmp_path / "data")
+    model = tiny_task.write_model(tmp_path / "model")
+    common = ["--model", model, "--steps", 4, "--rank", 2, "--test-size", 12]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    result = call("train", data, *common, "--method", "map", "--out", ours)
+    assert result.exit_code == 0, result.output
+    theirs.mkdir()
+    tensors = load_file(ours / "adapter_model.safetensors")
+    doubled = {f"base_model.model.{key}": value for key, value in tensors.items()}
+    save_file(doubled, theirs / "adapter_model.safetensors", metadata={"format": "pt"})
+    (theirs / "adapter_config.json").write_text((ours / "adapter_config.json").read_text())
+    scores = []
+    for folder in (ours, theirs):
+        result = call("evaluate", folder, "--data", data, "--model", model, "--test-size", 12)
+        assert result.exit_code == 0, result.output
+        scores.append(results(folder / "evaluation")["methods"][0]["per_seed"][0]["metrics"])
+    assert scores[0] == scores[1]
+    options = ["--data", data, "--model", model, "--method", "laplace-last", "--test-size", 12]
+    result = call("bayesianize", theirs, *options, "--out", tmp_path / "la")
+    assert result.exit_code == 0, result.output
+    assert "Laplace: " in result.stdout
+    assert "which names the classes" in refuse("predict", theirs, "--text", "warm day")
+    (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model.bin")
+    assert "pickled weights (.bin) are not read" in refuse(
+        "evaluate", theirs, "--data", data, "--model", model
+    )
 
 
 def test_import_errors(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -581,6 +583,27 @@ def test_curvature_holds_one_layer_at_a_time():
         la.fit([(x, y)])
     layer = x.nbytes
     assert bytes_.peak < graph.peak + la.estimate_memory().total + 10 * layer
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((5, 400), {}), ((5, 300), {"rank": None}), ((5, 3000), {}), ((5, 800), {"rank": 100})],
+)
+def test_memory_estimate_is_the_peak_of_a_fit(shape, options, monkeypatch):
+    """Of one layer and one example, whose own passes are nothing beside it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "cuda_benchmarks"))
+    peak_bytes = importlib.import_module("harness").peak_bytes
+    torch.manual_seed(0)
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    loader = [(torch.randn(1, shape[1]), torch.tensor([label])) for label in (0, 3)]
+    la = Laplace(model, **options)
+    peak = peak_bytes(lambda: la.fit(loader, verbose=False), "cpu")
+    estimate = la.estimate_memory()
+    assert peak is not None
+    assert 0.98 * peak <= estimate.total + estimate.workspace <= 1.02 * peak
+    assert sum(t.nbytes for t in la.state_dict().values()) == pytest.approx(
+        estimate.posterior, abs=100
+    )
 
 
 def test_memory_estimate():

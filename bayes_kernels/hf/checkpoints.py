@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -72,6 +75,67 @@ def import_lora(
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     _copy_tensors(wrapped, adapter_name, tensors)
     return wrapped
+
+
+def stored_method(folder: str | os.PathLike[str]) -> str:
+    """Method of the adapter in a folder: by its configuration, else by its tensors.
+
+    A folder of bayesian-peft calls itself LoRA whatever it holds: with deviations (`lora_A_rho`), as
+    its BLoB and TFB write them, it is read as "blob", the same Gaussian; else (MLE, MAP, dropout,
+    Laplace, which is refitted there and not stored) as "map".
+    """
+    config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    if config.get("peft_type") == "BAYES_LORA":
+        return config.get("method", "blob")
+    return "blob" if _has_deviations(_keys(Path(folder))) else "map"
+
+
+def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """An adapter folder on its base model, for prediction.
+
+    What PEFT or `save_pretrained` of this package wrote is read by PEFT. Folders of bayesian-peft
+    carry the prefix base_model.model twice, which PEFT would silently ignore, leaving the adapter
+    without effect: those become plain LoRA, or with deviations a BLoB adapter (`import_lora`). It
+    does not save the head of a classifier, for which there is a warning.
+
+    Args:
+        model: the base model.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        FileNotFoundError, ValueError: as `import_lora`.
+        RuntimeError: shapes do not fit, as PEFT says it.
+    """
+    folder = Path(folder)
+    keys = _keys(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    deviations = config.get("peft_type") != "BAYES_LORA" and _has_deviations(keys)
+    if not deviations and not any(key.startswith(_PREFIX * 2) for key in keys):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    if classifies and not {"classifier", "score"} & {part for k in keys for part in k.split(".")}:
+        warnings.warn(
+            f"{folder} has no classification head, which bayesian-peft does not save: that of the base "
+            "model is used, and must be the one that the adapter was trained with",
+            stacklevel=2,
+        )
+    if deviations:
+        return import_lora(model, folder, is_trainable=False)
+    plain = LoraConfig.from_pretrained(str(folder))
+    plain.inference_mode = True
+    wrapped = get_peft_model(model, plain)
+    tensors = load_file(_weights(folder, folder))
+    _copy_tensors(wrapped, "default", {_single_prefix(k): v for k, v in tensors.items()})
+    return wrapped
+
+
+def _keys(folder: Path) -> list[str]:
+    with safe_open(_weights(folder, folder), framework="pt") as file:
+        return list(file.keys())
+
+
+def _has_deviations(keys: Iterable[str]) -> bool:
+    return any(key.rpartition(".")[2] == "lora_A_rho" for key in keys)
 
 
 def export_lora(
@@ -308,7 +372,8 @@ def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) ->
                     f"{tuple(tensor.shape)}; use the base model that the adapter was trained on"
                 )
             parameter.copy_(tensor)
-        if not any(k.rpartition(".")[2] in extra for k in tensors):
+        bayesian = isinstance(model.peft_config[adapter], BayesLoraConfig)
+        if bayesian and not any(k.rpartition(".")[2] in extra for k in tensors):
             # Beside a method's tensors the factors may mean something else than in plain LoRA.
             for item in bayes_layers(model, adapter):
                 values = item.variant.initial(item.layer, adapter)
@@ -323,4 +388,4 @@ def _named_slots(model: PeftModel, adapter: str) -> Any:
         yield key, by_pointer.get(value.data_ptr(), value)
 
 
-__all__ = ["coherent_draw", "export_lora", "import_lora"]
+__all__ = ["coherent_draw", "export_lora", "import_lora", "read_lora", "stored_method"]

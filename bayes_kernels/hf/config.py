@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -381,6 +382,12 @@ METHODS: dict[str, Method] = {
 BAYESIAN_METHODS = tuple(name for name, method in METHODS.items() if not method.plain)
 
 
+def default_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only arguments of a function with their defaults."""
+    found = inspect.signature(function).parameters.values()
+    return {option.name: option.default for option in found if option.kind is option.KEYWORD_ONLY}
+
+
 __all__ = [
     "BAYESIAN_METHODS",
     "BAYES_FIELDS",
@@ -393,4 +400,5 @@ __all__ = [
     "PolarVbllConfig",
     "ScalablConfig",
     "TfbConfig",
+    "default_options",
 ]

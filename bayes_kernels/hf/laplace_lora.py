@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
+from .config import default_options
 from .machine import progress_bar
 from .model import BayesLoraModel, the_adapter
 from .variants import BayesVariant
@@ -152,52 +153,42 @@ def laplace_posterior(model: nn.Module) -> LaplacePosterior | None:
     return None
 
 
-def check_laplace_options(
-    *,
-    layers: str = "all",
-    fisher: str = "ggn",
-    tokens: str = "expand",
-    rank: int | None = 10,
-    dense_below: int = 512,
-    mc_samples: int = 1,
-    prior_precision: float = 1.0,
-    prior: str | None = None,
-    structure: str = "scalar",
-    prediction: str = "mc",
-    jacobian: str = "vmap",
-    n_samples: int = 1000,
-    **others: Any,
-) -> None:
+def check_laplace_options(**options: Any) -> None:
     """Whether `laplace_` takes these options, which can be asked before an adapter is trained.
 
+    Args:
+        options: options of `laplace_`, where missing its defaults; data, `validation` and what else
+            says how to go through them are not looked at.
+
     Raises:
-        ValueError: an option is unknown or out of range; the message says which.
+        ValueError: an option is out of range; the message says which.
     """
-    for option, value, allowed in (
-        ("layers", layers, LAYERS),
-        ("fisher", fisher, FISHERS),
-        ("tokens", tokens, TOKENS),
-        ("prior", prior, (None, *PRIORS)),
-        ("structure", structure, STRUCTURES),
-        ("prediction", prediction, METHODS),
-        ("jacobian", jacobian, JACOBIANS),
+    options = {**default_options(laplace_), **options}
+    for option, allowed in (
+        ("layers", LAYERS),
+        ("fisher", FISHERS),
+        ("tokens", TOKENS),
+        ("prior", (None, *PRIORS)),
+        ("structure", STRUCTURES),
+        ("prediction", METHODS),
+        ("jacobian", JACOBIANS),
     ):
+        value = options[option]
         if value not in allowed:
             raise ValueError(f"laplace_: {option} must be one of {allowed}, got {value!r}")
-    for option, count in (
-        ("rank", 1 if rank is None else rank),
-        ("dense_below", dense_below),
-        ("mc_samples", mc_samples),
-        ("n_samples", n_samples),
-    ):
+    for option in ("rank", "dense_below", "mc_samples", "n_samples"):
+        count = options[option]
+        if option == "rank" and count is None:
+            continue
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"laplace_: {option} must be an integer >= 1, got {count!r}")
+    prior_precision, structure = options["prior_precision"], options["structure"]
     number = isinstance(prior_precision, (int, float)) and not isinstance(prior_precision, bool)
     if not number or not 0 < prior_precision < float("inf"):
         raise ValueError(
             f"laplace_: prior_precision must be a positive number, got {prior_precision!r}"
         )
-    if prior == "validation" and structure != "scalar":
+    if options["prior"] == "validation" and structure != "scalar":
         raise ValueError(
             f"laplace_: structure must be 'scalar' for prior='validation', got {structure!r}"
         )
@@ -410,6 +401,23 @@ def _labels(batch: Any) -> Tensor | None:
 def _mask(batch: Any) -> Tensor | None:
     mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() in (2, 3) else None
+
+
+def _split(batch: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
+    """At most `count` batches of consecutive examples: slices of what has a row for each of them."""
+    tensors = (batch.get("input_ids"), batch.get("inputs_embeds"), *batch.values())
+    first = next((t for t in tensors if isinstance(t, Tensor) and t.dim() > 0), None)
+    examples = 0 if first is None else first.shape[0]
+    if examples < 2:
+        return [batch]
+    size = -(-examples // count)
+
+    def part(value: Any, start: int) -> Any:
+        whole = not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != examples
+        return value if whole else value[start : start + size]
+
+    starts = range(0, examples, size)
+    return [{name: part(value, start) for name, value in batch.items()} for start in starts]
 
 
 @contextlib.contextmanager
@@ -649,6 +657,7 @@ def _build(
         forward=ClassLogits(choices),
         labels=_labels,
         mask=_mask,
+        split=_split,
         depends_on=[layer.weight for layer in trained],
         **options,
     )

@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ._compat import unsupported_layer
-from .config import TfbConfig
+from .config import TfbConfig, default_options
 from .machine import progress_bar
 from .model import BayesLoraModel, the_adapter
 from .posterior import BayesLayer, bayes_layers
@@ -345,42 +345,25 @@ def tfb_(
     )
 
 
-def check_options(
-    *,
-    metric: str = "flips",
-    tolerance: float | None = None,
-    labels: str = "auto",
-    low: float = 0.001,
-    high: float = 0.2,
-    max_trials: int = 10,
-    resolution: float = 5e-4,
-    rule: str = "feasible",
-    search: str = "bisection",
-    n_samples: int = 10,
-    layers: Sequence[str] | None = None,
-    **others: Any,
-) -> None:
+def check_options(**options: Any) -> None:
     """Whether `tfb_` takes these options, which can be asked before an adapter is trained.
 
     Args:
-        metric, tolerance, labels, low, high, max_trials, resolution, rule, search, n_samples,
-            layers: as in `tfb_`.
-        others: its other options, of which none is looked at.
+        options: options of `tfb_`, where missing its defaults; what says how to go through the
+            anchors is not looked at.
 
     Raises:
         ValueError: an option is out of range or of the wrong kind.
     """
-    words = (
-        ("metric", metric, METRICS),
-        ("labels", labels, LABELS),
-        ("rule", rule, RULES),
-        ("search", search, SEARCHES),
-    )
-    for option, word, allowed in words:
+    options = {**default_options(tfb_), **options}
+    words = {"metric": METRICS, "labels": LABELS, "rule": RULES, "search": SEARCHES}
+    for option, allowed in words.items():
+        word = options[option]
         if word not in allowed:
             raise ValueError(f"tfb_: {option} must be one of {allowed}, got {word!r}; choose one")
-    counted = {"low": low, "high": high, "resolution": resolution, "max_trials": max_trials}
-    for option, value in {**counted, "n_samples": n_samples, "tolerance": tolerance or 0}.items():
+    tolerance, low, high = options["tolerance"] or 0, options["low"], options["high"]
+    for option in ("low", "high", "resolution", "max_trials", "n_samples", "tolerance"):
+        value = tolerance if option == "tolerance" else options[option]
         whole = option in ("max_trials", "n_samples")
         wanted = numbers.Integral if whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, wanted):
@@ -388,14 +371,14 @@ def check_options(
             raise ValueError(f"tfb_: {option} must be {kind}, got {value!r}")
     if not 0 < low < high < math.inf:
         raise ValueError(f"tfb_: range must be 0 < low < high, got low={low} and high={high}")
-    for option, number in (("tolerance", tolerance), ("resolution", resolution)):
-        if number is not None and not 0 <= number < math.inf:
+    for option, number in (("tolerance", tolerance), ("resolution", options["resolution"])):
+        if not 0 <= number < math.inf:
             raise ValueError(f"tfb_: {option} must not be negative, got {number}")
-    for option, count in (("max_trials", max_trials), ("n_samples", n_samples)):
-        if count < 1:
-            raise ValueError(f"tfb_: {option} must be at least 1, got {count}")
-    if isinstance(layers, str):
-        raise ValueError(f"tfb_: layers must be a list of names, got {layers!r}")
+    for option in ("max_trials", "n_samples"):
+        if options[option] < 1:
+            raise ValueError(f"tfb_: {option} must be at least 1, got {options[option]}")
+    if isinstance(options["layers"], str):
+        raise ValueError(f"tfb_: layers must be a list of names, got {options['layers']!r}")
 
 
 def check_layers(model: PeftModel, layers: Sequence[str] | None) -> None:

@@ -28,6 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers import TrainingArguments as Arguments
 
 from .bayesianize import CONVERSIONS, ConversionReport, bayesianize
+from .checkpoints import read_lora
 from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
 from .laplace_lora import LAPLACE_FILE, laplace_posterior, load_laplace, save_laplace
 from .last_layer import calibrate_head, find_head, laplace_refine
@@ -324,7 +325,7 @@ def load_adapter(
     length = max_length or experiment.recipe.max_length
     base, encoder = _load_base(experiment, task, length, device)
     try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        model = read_lora(base, folder)
     except RuntimeError as error:  # torch's message lists every tensor that differs
         first = next((line for line in str(error).splitlines() if "mismatch" in line), str(error))
         raise ValueError(
