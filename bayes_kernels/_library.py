@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -20,6 +21,9 @@ from torch import Tensor
 
 MAX_FUSED_RANK = 64
 MAX_FUSED_CLASSES = 32  # with a full covariance; variances alone have no limit
+
+# The emulator that tests load; python_tests/traffic.py takes the one that counts bytes.
+simulator_library = "libbayes_kernels_sim.so"
 
 _ADVICE = (
     "reinstall with `pip install --no-build-isolation .` in the source tree, or set "
@@ -179,9 +183,44 @@ def _register_fakes(namespace: str) -> None:
         dropout: float,
         std: str,
         scaling: float,
-    ) -> Tensor:
+        keep_draw: bool,
+    ) -> tuple[Tensor, Tensor]:
         dtype = x.dtype if base is None else base.dtype
-        return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+        tokens = math.prod(x.shape[:-1])
+        return (
+            x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype),
+            x.new_empty((tokens, a.shape[0]), dtype=acc(x)),
+        )
+
+    @fake(f"{namespace}::adapter_backward")
+    def _(
+        dy: Tensor,
+        x: Tensor,
+        a: Tensor,
+        rho: Tensor | None,
+        b: Tensor,
+        h: Tensor,
+        key: Tensor | None,
+        stream: int,
+        row0: int,
+        rows_per_id: int,
+        ids: Tensor | None,
+        dropout: float,
+        std: str,
+        scaling: float,
+        need_dx: bool,
+        need_da: bool,
+        need_drho: bool,
+        need_db: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        nothing = (0, 0)
+        drho = nothing if rho is None or not need_drho else tuple(rho.shape)
+        return (
+            x.new_empty(tuple(x.shape) if need_dx else nothing),
+            x.new_empty(tuple(a.shape) if need_da else nothing, dtype=acc(x)),
+            x.new_empty(drho, dtype=acc(x)),
+            x.new_empty(tuple(b.shape) if need_db else nothing, dtype=acc(x)),
+        )
 
     @fake(f"{namespace}::adapter_expand_backward")
     def _(
@@ -248,6 +287,16 @@ def _register_fakes(namespace: str) -> None:
     def _(factors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         return None
 
+    @fake(f"{namespace}::kron_accumulate_")
+    def _(
+        factors: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        beta: Tensor,
+        alpha: Tensor,
+    ) -> None:
+        return None
+
     @fake(f"{namespace}::tall_gram")
     def _(xs: Sequence[Tensor]) -> list[Tensor]:
         return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
@@ -291,7 +340,7 @@ def _initialise() -> None:
 @lru_cache(maxsize=1)
 def load_simulator() -> Any:
     """The ops compiled against the host emulator of CUDA, or None where that was not built."""
-    if _load("libbayes_kernels_sim.so") is not None:
+    if _load(simulator_library) is not None:
         return None
     _register_fakes("bayes_kernels_sim")
     return torch.ops.bayes_kernels_sim
@@ -334,6 +383,13 @@ def require_device(op: str, t: Tensor) -> None:
             f"{op}: bayes_kernels was built without CUDA kernels; reinstall with BAYES_KERNELS_CUDA=ON "
             "and nvcc on the PATH"
         )
+
+
+def has_kernels(t: Tensor) -> bool:
+    """Whether there are kernels for the device and dtype of a factor: fp64 has them on the CPU only."""
+    if t.device.type == "cpu":
+        return True
+    return t.device.type == "cuda" and t.dtype != torch.float64 and _has_cuda()
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 // Host side of the adapter family, shared by all devices: checks, allocation, launch.
 #include "adapter.h"
 
+#include "kept_draws.h"
 #include "scaled_normal.h"
 #include "torch_stable.h"
 
@@ -9,6 +10,7 @@ namespace {
 
 #if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
+  static constexpr bool takes_draws = true;  // in place of E, for few tokens
   static constexpr auto shrink_workspace = shrink_workspace_cpu;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cpu;
   static constexpr auto expand_workspace = expand_workspace_cpu;
@@ -18,11 +20,13 @@ struct Cpu {
   static constexpr auto expand = expand_cpu;
   static constexpr auto expand_backward = expand_backward_cpu;
   static constexpr auto scaled_normal = scaled_normal_cpu;
+  static constexpr auto scaled_normal_backward = scaled_normal_backward_cpu;
 };
 #endif
 
 #if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
+  static constexpr bool takes_draws = false;
   static constexpr auto shrink_workspace = shrink_workspace_cuda;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cuda;
   static constexpr auto expand_workspace = expand_workspace_cuda;
@@ -32,6 +36,7 @@ struct Cuda {
   static constexpr auto expand = expand_cuda;
   static constexpr auto expand_backward = expand_backward_cuda;
   static constexpr auto scaled_normal = scaled_normal_cuda;
+  static constexpr auto scaled_normal_backward = scaled_normal_backward_cuda;
 };
 #endif
 
@@ -83,12 +88,26 @@ AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t 
   return noise;
 }
 
+// What the kernels make E from; rho is contiguous, and outlives the launch.
+AdapterDraw draw_of(const char* op, const Tensor& rho, const Tensor& a, const Tensor& key,
+                    int64_t stream, const std::string& std, const Tensor& x) {
+  BK_CHECK(rho.scalar_type() == accumulate_type(x), op,
+           ": rho must be float32 (float64 beside float64 activations); convert it");
+  BK_CHECK(rho.dim() == 2 && rho.size(0) == a.size(0), op, ": rho must have the rows of a");
+  const ScaledNormalParams p = scaled_normal_params(op, rho, a.size(1), key, stream, std);
+  AdapterDraw draw;
+  draw.rho = p.rho;
+  draw.row_constant = p.row_constant;
+  draw.std = p.std;
+  return draw;
+}
+
 // h of `tokens` rows, which lie in x (..., n) as `as_rows` leaves it.
 template <class Device>
 Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor& first,
-                   const std::optional<Tensor>& noise, const std::optional<Tensor>& key,
-                   int64_t stream, int64_t row0, int64_t rows_per_id,
-                   const std::optional<Tensor>& ids, double dropout) {
+                   const std::optional<Tensor>& noise, const AdapterDraw& draw,
+                   const std::optional<Tensor>& key, int64_t stream, int64_t row0,
+                   int64_t rows_per_id, const std::optional<Tensor>& ids, double dropout) {
   const Tensor a = factor(op, "a", first, x);
   ShrinkParams p{};
   p.dtype = dtype_of(op, x);
@@ -106,7 +125,9 @@ Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor
              ": e must have the shape of a");
     p.e = e->data_ptr();
   }
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x, tokens);
+  p.draw = draw;
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout,
+                     e.has_value() || draw.rho != nullptr, x, tokens);
   Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
   if (p.tokens == 0) return h;
   p.h = h.mutable_data_ptr();
@@ -123,19 +144,17 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
   BK_CHECK(x.dim() == 2, op, ": x must have two dimensions, got ", x.dim());
   OptionalDeviceGuard guard(x);
   x = unit_column_stride(x);
-  return shrink_rows<Device>(op, x, x.size(0), a, e, key, stream, row0, rows_per_id, ids, dropout);
+  return shrink_rows<Device>(op, x, x.size(0), a, e, {}, key, stream, row0, rows_per_id, ids,
+                             dropout);
 }
 
+// dx, da, de, or drho in place of de where there is a draw.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a,
-                                                   std::optional<Tensor> e,
-                                                   std::optional<Tensor> key, int64_t stream,
-                                                   int64_t row0, int64_t rows_per_id,
-                                                   std::optional<Tensor> ids, double dropout,
-                                                   bool need_dx, bool need_da, bool need_de) {
-  constexpr const char* op = "adapter_shrink_backward";
+std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(
+    const char* op, Tensor dh, Tensor x, Tensor a, std::optional<Tensor> e, const AdapterDraw& draw,
+    const std::optional<Tensor>& key, int64_t stream, int64_t row0, int64_t rows_per_id,
+    const std::optional<Tensor>& ids, double dropout, bool need_dx, bool need_da, bool need_de) {
   BK_CHECK(x.dim() == 2 && dh.dim() == 2, op, ": x and dh must have two dimensions");
-  OptionalDeviceGuard guard(x);
   x = unit_column_stride(x);
   a = factor(op, "a", a, x);
   dh = factor(op, "dh", dh, x);
@@ -157,8 +176,10 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
              ": e must have the shape of a");
     p.e = e->data_ptr();
   }
-  need_de = need_de && e.has_value();
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, e.has_value(), x, p.tokens);
+  p.draw = draw;
+  const bool noisy = e.has_value() || draw.rho != nullptr;
+  need_de = need_de && noisy;
+  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, noisy, x, p.tokens);
   const ScalarType acc = accumulate_type(x);
   Tensor dx = empty_like_shape(x, {need_dx ? p.tokens : 0, need_dx ? p.n : 0}, x.scalar_type());
   Tensor da = empty_like_shape(x, {need_da ? p.r : 0, need_da ? p.n : 0}, acc);
@@ -176,6 +197,18 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
     raise_if(op, Device::shrink_backward(p, current_stream(x)));
   }
   return {dx, da, de};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a,
+                                                   std::optional<Tensor> e,
+                                                   std::optional<Tensor> key, int64_t stream,
+                                                   int64_t row0, int64_t rows_per_id,
+                                                   std::optional<Tensor> ids, double dropout,
+                                                   bool need_dx, bool need_da, bool need_de) {
+  OptionalDeviceGuard guard(x);
+  return shrink_backward_rows<Device>("adapter_shrink_backward", dh, x, a, e, {}, key, stream, row0,
+                                      rows_per_id, ids, dropout, need_dx, need_da, need_de);
 }
 
 // y of the rows of h; `shape` is its own, (..., m), and that of base.
@@ -228,45 +261,10 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
   return expand_rows<Device>(op, h, b, base, scaling, dtype, {h.size(0), b.size(0)});
 }
 
-// The whole adapter in one call, for passes that need no gradient: the kernels of scaled_normal,
-// shrink and expand in turn.
 template <class Device>
-Tensor forward(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b, std::optional<Tensor> base,
-               std::optional<Tensor> key, int64_t stream, int64_t row0, int64_t rows_per_id,
-               std::optional<Tensor> ids, double dropout, std::string std, double scaling) {
-  constexpr const char* op = "adapter_forward";
-  BK_CHECK(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2, op,
-           ": x must have shape (..., n), a and b two dimensions");
-  // Before the first launch: shrink would read what lies elsewhere.
-  check_device(op, "b", b, x);
-  if (base.has_value()) check_device(op, "base", *base, x);
-  OptionalDeviceGuard guard(x);
-  std::vector<int64_t> shape;
-  int64_t tokens = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    shape.push_back(x.size(i));
-    tokens *= x.size(i);
-  }
-  shape.push_back(b.size(0));
-  x = as_rows(x);
-  std::optional<Tensor> e;
-  if (rho.has_value()) {
-    BK_CHECK(key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
-    check_device(op, "rho", *rho, x);
-    e = draw_scaled_normal(op, *rho, a.size(1), *key, stream, std, Device::scaled_normal);
-  }
-  const Tensor h =
-      shrink_rows<Device>(op, x, tokens, a, e, key, stream, row0, rows_per_id, ids, dropout);
-  const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
-  return expand_rows<Device>(op, h, b, base, scaling, dtype, shape);
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double scaling,
-                                           bool need_dh, bool need_db) {
-  constexpr const char* op = "adapter_expand_backward";
+std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tensor h, Tensor b,
+                                                double scaling, bool need_dh, bool need_db) {
   BK_CHECK(dy.dim() == 2 && h.dim() == 2, op, ": dy and h must have two dimensions");
-  OptionalDeviceGuard guard(dy);
   dy = unit_column_stride(dy);
   h = factor(op, "h", h, dy);
   b = factor(op, "b", b, dy);
@@ -301,18 +299,116 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
   return {dh, db};
 }
 
+template <class Device>
+std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double scaling,
+                                           bool need_dh, bool need_db) {
+  OptionalDeviceGuard guard(dy);
+  return expand_backward_rows<Device>("adapter_expand_backward", dy, h, b, scaling, need_dh,
+                                      need_db);
+}
+
+// The whole adapter in one call: the kernels of scaled_normal, shrink and expand in turn, or, for
+// few tokens on the CPU, of shrink and expand; with keep_draw normals are kept from call to call.
+// Returns the output and h.
+template <class Device>
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b,
+                                   std::optional<Tensor> base, std::optional<Tensor> key,
+                                   int64_t stream, int64_t row0, int64_t rows_per_id,
+                                   std::optional<Tensor> ids, double dropout, std::string std,
+                                   double scaling, bool keep_draw) {
+  constexpr const char* op = "adapter_forward";
+  BK_CHECK(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2, op,
+           ": x must have shape (..., n), a and b two dimensions");
+  // Before the first launch: shrink would read what lies elsewhere.
+  check_device(op, "b", b, x);
+  if (base.has_value()) check_device(op, "base", *base, x);
+  OptionalDeviceGuard guard(x);
+  std::vector<int64_t> shape;
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    shape.push_back(x.size(i));
+    tokens *= x.size(i);
+  }
+  shape.push_back(b.size(0));
+  x = as_rows(x);
+  std::optional<Tensor> e;
+  AdapterDraw draw;
+  std::shared_ptr<const float> kept;
+  if (rho.has_value()) {
+    BK_CHECK(key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
+    check_device(op, "rho", *rho, x);
+    if (Device::takes_draws && tokens > 0 && tokens <= few_shrink_tokens(rank_of(op, a))) {
+      rho = row_major(*rho);
+      draw = draw_of(op, *rho, a, *key, stream, std, x);
+      if (keep_draw) kept = kept_normals(key->const_data_ptr<int64_t>(), stream, a.numel());
+      draw.eps = kept.get();
+    } else {
+      e = draw_scaled_normal(op, *rho, a.size(1), *key, stream, std, Device::scaled_normal);
+    }
+  }
+  const Tensor h =
+      shrink_rows<Device>(op, x, tokens, a, e, draw, key, stream, row0, rows_per_id, ids, dropout);
+  const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
+  return {expand_rows<Device>(op, h, b, base, scaling, dtype, shape), h};
+}
+
+// Its derivatives in one call: the kernels of expand_backward, scaled_normal, shrink_backward and
+// scaled_normal_backward in turn; for few tokens on the CPU shrink_backward does the work of the
+// other two of the latter three, and draws the noise once.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor a,
+                                                    std::optional<Tensor> rho, Tensor b, Tensor h,
+                                                    std::optional<Tensor> key, int64_t stream,
+                                                    int64_t row0, int64_t rows_per_id,
+                                                    std::optional<Tensor> ids, double dropout,
+                                                    std::string std, double scaling, bool need_dx,
+                                                    bool need_da, bool need_drho, bool need_db) {
+  constexpr const char* op = "adapter_backward";
+  BK_CHECK(x.dim() == 2 && a.dim() == 2, op, ": x and a must have two dimensions");
+  check_device(op, "dy", dy, x);
+  OptionalDeviceGuard guard(x);
+  need_drho = need_drho && rho.has_value();
+  const bool need_dh = need_dx || need_da || need_drho;
+  auto [dh, db] = expand_backward_rows<Device>(op, dy, h, b, scaling, need_dh, need_db);
+  if (!need_dh) {
+    const auto nothing = [&](ScalarType type) { return empty_like_shape(x, {0, 0}, type); };
+    const ScalarType acc = accumulate_type(x);
+    return {nothing(x.scalar_type()), nothing(acc), nothing(acc), db};
+  }
+  std::optional<Tensor> e;
+  AdapterDraw draw;
+  if (rho.has_value()) {
+    BK_CHECK(key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
+    check_device(op, "rho", *rho, x);
+    rho = row_major(*rho);
+    const bool few = x.size(0) > 0 && x.size(0) <= kFewBackwardTokens && x.size(1) > 0;
+    if (Device::takes_draws && few && rho->dim() == 2 && rho->size(1) == a.size(1)) {
+      draw = draw_of(op, *rho, a, *key, stream, std, x);
+    } else {
+      e = draw_scaled_normal(op, *rho, a.size(1), *key, stream, std, Device::scaled_normal);
+    }
+  }
+  auto [dx, da, de] =
+      shrink_backward_rows<Device>(op, dh, x, a, e, draw, key, stream, row0, rows_per_id, ids,
+                                   dropout, need_dx, need_da, need_drho);
+  if (need_drho && e.has_value())
+    de = scaled_normal_gradient(op, de, *rho, *key, stream, std, Device::scaled_normal_backward);
+  return {dx, da, de, db};
+}
+
 }  // namespace
 }  // namespace bayes_kernels
 
-#define BK_REGISTER_ADAPTER(key, Device)                                                  \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                         \
-    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>));   \
-    m.impl("adapter_shrink_backward",                                                     \
-           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));            \
-    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>));   \
-    m.impl("adapter_forward", TORCH_BOX(&bayes_kernels::forward<bayes_kernels::Device>)); \
-    m.impl("adapter_expand_backward",                                                     \
-           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));            \
+#define BK_REGISTER_ADAPTER(key, Device)                                                    \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                           \
+    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>));     \
+    m.impl("adapter_shrink_backward",                                                       \
+           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));              \
+    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>));     \
+    m.impl("adapter_forward", TORCH_BOX(&bayes_kernels::forward<bayes_kernels::Device>));   \
+    m.impl("adapter_backward", TORCH_BOX(&bayes_kernels::backward<bayes_kernels::Device>)); \
+    m.impl("adapter_expand_backward",                                                       \
+           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));              \
   }
 
 #if defined(BAYES_KERNELS_SIM)

@@ -4,6 +4,7 @@
 
 #include "core/philox.h"
 #include "core/portable.h"
+#include "core/posterior.h"
 
 namespace bayes_kernels {
 
@@ -18,6 +19,20 @@ struct AdapterNoise {
   double dropout;
 };
 
+// What a CPU kernel makes E = std(rho) . eps from, one block of columns at a time, so that few
+// tokens need no matrix in memory. The numbers are those of scaled_normal, bit for bit.
+struct AdapterDraw {
+  const void* rho = nullptr;  // (r, n) or (r, 1), like a; null where `e` holds E, or without noise
+  bool row_constant = false;  // rho is (r, 1)
+  Std std = Std::kSquare;
+  const float* eps = nullptr;  // (r, n) where it is known already; else it is drawn
+};
+
+// Tokens up to which the CPU kernels take an AdapterDraw: one task's worth, so that each normal is
+// drawn once. Beyond, the draw is a small part of the work.
+constexpr int64_t few_shrink_tokens(int64_t r) { return r <= 8 ? 64 : 512 / r; }
+constexpr int64_t kFewBackwardTokens = 128;
+
 // h = x' a^T + ((x' . R_in) e^T) . R_out with x' = dropout(x)
 struct ShrinkParams {
   DType dtype;       // of x
@@ -30,9 +45,11 @@ struct ShrinkParams {
   void* workspace;  // shrink_workspace bytes
   int64_t tokens, n;
   int r;
+  AdapterDraw draw = {};  // CPU only, in place of e
 };
 
-// dx = (dh a + ((dh . R_out) e) . R_in) . dropout', da = dh^T x', de = (dh . R_out)^T (x' . R_in)
+// dx = (dh a + ((dh . R_out) e) . R_in) . dropout', da = dh^T x', de = (dh . R_out)^T (x' . R_in);
+// with a draw drho = de . eps . std'(rho) in place of de
 struct ShrinkBackwardParams {
   DType dtype;
   const void* dh;  // (tokens, r) contiguous, fp32 (fp64)
@@ -47,6 +64,7 @@ struct ShrinkBackwardParams {
   void* workspace;  // shrink_backward_workspace bytes
   int64_t tokens, n;
   int r;
+  AdapterDraw draw = {};  // CPU only, in place of e; rho (r, n)
 };
 
 // y = base + scaling * h b^T

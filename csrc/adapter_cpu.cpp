@@ -5,12 +5,14 @@
 //   combine  out[t, :]  = sum_k coef[t][k] panel[k, :]  expand, dx of shrink_backward
 //   update   grad[k, :] += sum_t coef[t][k] x[t, :]     da, de, db
 // Signs are bits of Philox blocks that live for one tile; they are applied to a vector of x where
-// it is loaded. Work is cut into (tokens, columns) tasks by a rule that knows the shape only, and
-// partial results are added in task order: the same bits for any number of threads.
+// it is loaded. For few tokens the noise matrix lives for one block of columns as well. Work is cut
+// into (tokens, columns) tasks by a rule that knows the shape only, and partial results are added
+// in task order: the same bits for any number of threads.
 #include "adapter.h"
 
 #include "cpu_isa.h"
 #include "cpu_vector.h"
+#include "noise.h"
 #include "parallel.h"
 
 namespace bayes_kernels {
@@ -197,10 +199,11 @@ void reduce_lanes(Vec<A>* acc, int64_t count, A* sums) {
 // --- tiles -------------------------------------------------------------------------------------
 
 struct Keys {
-  Key in{}, out{}, dropout{};
+  Key normal{}, in{}, out{}, dropout{};
   explicit Keys(const AdapterNoise& noise) {
     if (noise.key == nullptr) return;
     const Key key = load_key(noise.key);
+    normal = subkey(key, noise.stream, kNormal);
     in = subkey(key, noise.stream, kSignIn);
     out = subkey(key, noise.stream, kSignOut);
     dropout = subkey(key, noise.stream, kDropout);
@@ -281,6 +284,60 @@ struct KeepTile {
       }
       for (int64_t j = width; j < round_up(width, kLanes<A>); ++j) out[j] = A(0);
     }
+  }
+};
+
+// E = std(rho) . eps for one block of columns of all rows, zeros behind the last column.
+template <class A>
+struct DrawTile {
+  static constexpr int64_t pitch = kPitch<A>;
+  alignas(64) A e[kMaxFusedRank * pitch];
+  alignas(64) A gradient[kMaxFusedRank * pitch];  // of E
+  alignas(64) float drawn[kMaxFusedRank * pitch];
+  const float* eps;
+  int64_t eps_pitch;
+
+  void fill(const AdapterDraw& draw, Key key, int r, int64_t n, int64_t column, int64_t width) {
+    eps = draw.eps != nullptr ? draw.eps + column : drawn;
+    eps_pitch = draw.eps != nullptr ? n : pitch;
+    for (int64_t k = 0; k < r; ++k) {
+      if (draw.eps == nullptr) BK_CPU(normals)(key, k * n + column, width, drawn + k * pitch);
+      const float* z = eps + k * eps_pitch;
+      const A* rho = rho_at(draw, k, n, column);
+      A* out = e + k * pitch;
+      if (draw.row_constant) {
+        const A std = std_of<A>(draw.std, *rho);
+        for (int64_t j = 0; j < width; ++j) out[j] = std * static_cast<A>(z[j]);
+      } else if (draw.std == Std::kSquare) {
+        for (int64_t j = 0; j < width; ++j) out[j] = rho[j] * rho[j] * static_cast<A>(z[j]);
+      } else {
+        for (int64_t j = 0; j < width; ++j)
+          out[j] = std_of<A>(draw.std, rho[j]) * static_cast<A>(z[j]);
+      }
+      for (int64_t j = width; j < round_up(width, kLanes<A>); ++j) out[j] = A(0);
+    }
+  }
+
+  // drho = gradient . eps . std'(rho), in rows of `out`; rho is (r, n)
+  void write_drho(const AdapterDraw& draw, int r, int64_t n, int64_t column, int64_t width,
+                  Rows<A> out) const {
+    for (int64_t k = 0; k < r; ++k) {
+      const float* z = eps + k * eps_pitch;
+      const A* rho = rho_at(draw, k, n, column);
+      const A* from = gradient + k * pitch;
+      A* to = out.at(k);
+      if (draw.std == Std::kSquare) {
+        for (int64_t j = 0; j < width; ++j)
+          to[j] = from[j] * static_cast<A>(z[j]) * (A(2) * rho[j]);
+      } else {
+        for (int64_t j = 0; j < width; ++j)
+          to[j] = from[j] * static_cast<A>(z[j]) * std_derivative<A>(draw.std, rho[j]);
+      }
+    }
+  }
+
+  static const A* rho_at(const AdapterDraw& draw, int64_t k, int64_t n, int64_t column) {
+    return static_cast<const A*>(draw.rho) + (draw.row_constant ? k : k * n + column);
   }
 };
 
@@ -463,6 +520,7 @@ template <class T>
 struct Shrink {
   using A = acc_t<T>;
   const ShrinkParams& p;
+  bool noisy;
   int rows;  // of the panels: r, or 2 r with noise
   Grid grid;
   Arena arena;
@@ -470,8 +528,13 @@ struct Shrink {
 
   explicit Shrink(const ShrinkParams& params)
       : p(params), arena{static_cast<char*>(params.workspace)} {
-    rows = p.e != nullptr ? 2 * p.r : p.r;
+    noisy = p.e != nullptr || p.draw.rho != nullptr;
+    rows = noisy ? 2 * p.r : p.r;
     grid = grid_of(p.tokens, p.n, smaller(kTileTokens, kMaxProjectVectors / rows));
+    if (p.draw.rho != nullptr) {  // one chunk: each normal is drawn once; the sums are the same
+      grid.chunk = smaller(2 * kTileTokens, kMaxProjectVectors / rows);
+      grid.chunks = ceil_div(p.tokens, grid.chunk);
+    }
     const bool pad = p.n % kLanes<A> != 0;
     const int64_t size = p.r * round_up(p.n, kLanes<A>);
     a_copy = pad ? arena.template take<A>(size) : nullptr;
@@ -500,40 +563,63 @@ struct Shrink {
             A* out) {
     const int64_t tokens = smaller(grid.chunk, p.tokens - row);
     const int64_t stop = smaller(column + grid.segment, p.n);
-    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     Vec<A> acc[kMaxProjectVectors + kLanes<A>];
     for (int64_t i = 0; i < tokens * rows; ++i) acc[i] = Vec<A>{};
     for (int64_t at = column; at < stop; at += kBlock<A>) {
       const int64_t width = smaller(kBlock<A>, stop - at);
-      const int64_t vectors = ceil_div(width, kLanes<A>);
-      alignas(64) A copy[kTileTokens * kPitch<A>];
-      const A* keep = nullptr;
-      KeepTile<A> dropped;
-      if constexpr (drop) {
-        dropped.fill(p.noise, keys.dropout, row, tokens, p.n, at, width);
-        keep = dropped.keep;
+      Rows<const A> panel{p.e != nullptr ? e.at(0, at) : nullptr, e.pitch};
+      DrawTile<A> drawn;
+      if (p.draw.rho != nullptr) {
+        drawn.fill(p.draw, keys.normal, p.r, p.n, at, width);
+        panel = {drawn.e, drawn.pitch};
       }
-      const Rows<const A> tile = read_tile<T>(x + at, p.x_stride, tokens, width, keep, true, copy);
-      project<A, false>(tile, {}, {a.at(0, at), a.pitch}, {}, tokens, p.r, vectors, acc, rows);
-      if (p.e == nullptr) continue;
-      InSigns<A> signs;
-      in_signs<A>(p.noise, keys.in, row, tokens, p.n, at, width, &signs);
-      const T* next = at + kBlock<A> < stop ? x + at + kBlock<A> : x + tokens * p.x_stride + column;
-      project<A, true>(tile, signs.signs(), {e.at(0, at), e.pitch}, Ahead::of(next, p.x_stride),
-                       tokens, p.r, vectors, acc + p.r, rows);
+      for (int64_t t = 0; t < tokens; t += kTileTokens) {
+        const T* x = static_cast<const T*>(p.x) + (row + t) * p.x_stride;
+        const int64_t count = smaller(kTileTokens, tokens - t);
+        const T* next = x + count * p.x_stride + (t + count < tokens ? at : column);
+        if (t + count == tokens && at + kBlock<A> < stop)
+          next = x - t * p.x_stride + at + kBlock<A>;
+        tile<drop>(keys, {a.at(0, at), a.pitch}, panel, row + t, count, at, width,
+                   Ahead::of(next, p.x_stride), acc + t * rows);
+      }
     }
     A sums[kMaxProjectVectors + kLanes<A>];
     reduce_lanes<A>(acc, tokens * rows, sums);
-    if (p.e == nullptr) {
+    if (!noisy) {
       for (int64_t i = 0; i < tokens * p.r; ++i) out[row * p.r + i] = sums[i];
       return;
     }
-    A sign[kTileTokens * kMaxFusedRank];
-    out_signs<A>(p.noise, keys.out, row, tokens, p.r, sign);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int k = 0; k < p.r; ++k)
-        out[(row + t) * p.r + k] =
-            sums[t * rows + k] + sums[t * rows + p.r + k] * sign[t * p.r + k];
+    for (int64_t first = 0; first < tokens; first += kTileTokens) {
+      const int64_t count = smaller(kTileTokens, tokens - first);
+      A sign[kTileTokens * kMaxFusedRank];
+      out_signs<A>(p.noise, keys.out, row + first, count, p.r, sign);
+      for (int64_t i = 0; i < count; ++i) {
+        const A* from = sums + (first + i) * rows;
+        for (int k = 0; k < p.r; ++k)
+          out[(row + first + i) * p.r + k] = from[k] + from[p.r + k] * sign[i * p.r + k];
+      }
+    }
+  }
+
+  // acc += the two products of one tile of tokens and one block of columns.
+  template <bool drop>
+  void tile(const Keys& keys, Rows<const A> a, Rows<const A> e, int64_t row, int64_t tokens,
+            int64_t column, int64_t width, Ahead ahead, Vec<A>* acc) {
+    const int64_t vectors = ceil_div(width, kLanes<A>);
+    alignas(64) A copy[kTileTokens * kPitch<A>];
+    const A* keep = nullptr;
+    KeepTile<A> dropped;
+    if constexpr (drop) {
+      dropped.fill(p.noise, keys.dropout, row, tokens, p.n, column, width);
+      keep = dropped.keep;
+    }
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride + column;
+    const Rows<const A> read = read_tile<T>(x, p.x_stride, tokens, width, keep, true, copy);
+    project<A, false>(read, {}, a, {}, tokens, p.r, vectors, acc, rows);
+    if (!noisy) return;
+    InSigns<A> signs;
+    in_signs<A>(p.noise, keys.in, row, tokens, p.n, column, width, &signs);
+    project<A, true>(read, signs.signs(), e, ahead, tokens, p.r, vectors, acc + p.r, rows);
   }
 };
 
@@ -542,6 +628,7 @@ struct ShrinkBackward {
   using A = acc_t<T>;
   const ShrinkBackwardParams& p;
   int64_t pitch;
+  bool drawn, noisy;
   Grid grid;
   Arena arena;
   A *a_copy, *e_copy, *da_parts, *de_parts;
@@ -549,6 +636,8 @@ struct ShrinkBackward {
   explicit ShrinkBackward(const ShrinkBackwardParams& params)
       : p(params), arena{static_cast<char*>(params.workspace)} {
     pitch = round_up(p.n, kLanes<A>);
+    drawn = p.draw.rho != nullptr;
+    noisy = drawn || p.e != nullptr;
     grid = grid_of(p.tokens, p.n, p.n >= 2048 ? 8 * kTileTokens : 4 * kTileTokens);
     const bool pad = pitch != p.n, parts = pad || grid.chunks > 1;
     const int64_t size = p.r * pitch;
@@ -593,11 +682,19 @@ struct ShrinkBackward {
       const int64_t width = smaller(kBlock<A>, stop - at);
       const int64_t vectors = ceil_div(width, kLanes<A>);
       const Rows<const A> ap{a.at(0, at), a.pitch};
-      const Rows<const A> ep{p.e != nullptr ? e.at(0, at) : nullptr, e.pitch};
+      Rows<const A> ep{p.e != nullptr ? e.at(0, at) : nullptr, e.pitch};
+      Rows<A> de_block{de.data != nullptr ? de.at(0, at) : nullptr, de.pitch};
+      const Rows<A> drho = de_block;
+      DrawTile<A> draw;
+      if (drawn && (p.dx != nullptr || de.data != nullptr)) {
+        draw.fill(p.draw, keys.normal, p.r, p.n, at, width);
+        ep = {draw.e, draw.pitch};
+        if (de.data != nullptr) de_block = {draw.gradient, draw.pitch};
+      }
       for (int k = 0; k < p.r; ++k)
         for (int64_t j = 0; j < vectors * kLanes<A>; ++j) {
           if (da.data != nullptr) *da.at(k, at + j) = A(0);
-          if (de.data != nullptr) *de.at(k, at + j) = A(0);
+          if (de.data != nullptr) *de_block.at(k, j) = A(0);
         }
       for (int64_t row = first_row; row < end_row; row += kTileTokens) {
         const int64_t tokens = smaller(kTileTokens, end_row - row);
@@ -611,7 +708,7 @@ struct ShrinkBackward {
         }
         A flipped_g[kTileTokens * kMaxFusedRank];
         InSigns<A> signs;
-        if (p.e != nullptr) {
+        if (noisy) {
           in_signs<A>(p.noise, keys.in, row, tokens, p.n, at, width, &signs);
           out_signs<A>(p.noise, keys.out, row, tokens, p.r, flipped_g);
           for (int64_t i = 0; i < tokens * p.r; ++i) flipped_g[i] *= g[i];
@@ -628,12 +725,13 @@ struct ShrinkBackward {
                              {da.at(0, at), da.pitch});
           if (de.data != nullptr)
             update<A, true>(flipped_g, p.r, tile, signs.signs(), ahead, tokens, p.r, vectors,
-                            {de.at(0, at), de.pitch});
+                            de_block);
         }
         if (p.dx != nullptr)
           write_dx(g, flipped_g, ap, ep, signs.signs(), keep, tokens, width,
                    static_cast<T*>(p.dx) + row * p.n + at);
       }
+      if (drawn && de.data != nullptr) draw.write_drho(p.draw, p.r, p.n, at, width, drho);
     }
   }
 
@@ -646,7 +744,7 @@ struct ShrinkBackward {
                           kVectors = decltype(vector_count)::value;
             Vec<A> sum[kTokens][kVectors] = {};
             const int64_t column = v * kLanes<A>;
-            if (p.e != nullptr) {
+            if (noisy) {
               combine<A, kTokens, kVectors>(flipped_g + t * p.r, p.r, {e.at(0, column), e.pitch},
                                             p.r, sum);
 #pragma GCC unroll 8

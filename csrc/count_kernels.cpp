@@ -15,6 +15,7 @@
 #include "cpu_isa.h"
 #include "curvature.h"
 #include "divergence.h"
+#include "kept_draws.h"
 #include "noise.h"
 #include "parallel.h"
 #include "predict.h"
@@ -111,6 +112,44 @@ const char* expand_backward(Buffers& s) {
   return counted([&] { return expand_backward_cpu(p, nullptr); });
 }
 
+// The backward pass of few tokens, which draws its noise itself; gradients of x, A and rho.
+const char* shrink_backward_drawn(Buffers& s) {
+  ShrinkBackwardParams p{DType::kF32, s.h.data(),    s.x.data(),   kColumns,    s.a.data(),
+                         nullptr,     s.noise(true), s.out.data(), s.da.data(), s.de.data(),
+                         nullptr,     kTokens,       kColumns,     kRank};
+  p.draw.rho = s.e.data();
+  p.workspace = s.room(shrink_backward_workspace_cpu(p));
+  return counted([&] { return shrink_backward_cpu(p, nullptr); });
+}
+
+// One token through an adapter of a large model without gradients, as adapter_forward runs it:
+// without noise, with noise that is drawn, with noise that is kept from earlier tokens.
+enum class TokenNoise { kNone, kDrawn, kKept };
+const char* token(Buffers& s, TokenNoise noise) {
+  constexpr int64_t n = 4096;
+  const std::vector<float> x = numbers(n, 1), base = numbers(n, 2), a = numbers(kRank * n, 3),
+                           rho = numbers(kRank * n, 4), b = numbers(n * kRank, 5);
+  std::vector<float> h(kRank), y(n);
+  const bool noisy = noise != TokenNoise::kNone;
+  ShrinkParams p{DType::kF32, x.data(), n, a.data(), nullptr, s.noise(noisy),
+                 h.data(),    nullptr,  1, n,        kRank};
+  if (noisy) p.draw.rho = rho.data();
+  ExpandParams q{DType::kF32, h.data(), b.data(), base.data(), n,    y.data(),
+                 nullptr,     2.0,      1,        n,           kRank};
+  std::vector<char> workspace(static_cast<size_t>(shrink_workspace_cpu(p)) + 64);
+  p.workspace = workspace.data();
+  q.workspace = s.room(expand_workspace_cpu(q));
+  const auto kept = [&] { return kept_normals(s.key, p.noise.stream, kRank * n); };
+  if (noise == TokenNoise::kKept && (kept() != nullptr || kept() == nullptr))
+    return "the second call of a draw should keep it";
+  return counted([&] {
+    const auto eps = noise == TokenNoise::kKept ? kept() : nullptr;
+    p.draw.eps = eps.get();
+    const char* problem = shrink_cpu(p, nullptr);
+    return problem != nullptr ? problem : expand_cpu(q, nullptr);
+  });
+}
+
 const char* scaled_normals(Buffers& s) {
   ScaledNormalParams p{s.key,      1,       Std::kSquare, false, false,
                        s.a.data(), nullptr, s.da.data(),  kRank, kColumns};
@@ -166,6 +205,19 @@ const char* tall_op(Buffers& s, TallOp op, Retraction retraction) {
   return counted([&] { return tall_cpu(p, nullptr); });
 }
 
+// A tenth of the rows are left out where there are weights.
+const char* kron(Buffers& s, int64_t d, int64_t rows, DType dtype, bool weighted) {
+  std::vector<float> factor(static_cast<size_t>(d * d), 0.0f);
+  std::vector<float> weights(static_cast<size_t>(rows), 1.0f);
+  for (size_t i = 0; i < weights.size(); i += 10) weights[i] = 0.0f;
+  const void* x = dtype == DType::kF32 ? static_cast<void*>(s.x.data()) : s.half.data();
+  const KronItem item{factor.data(), x, weighted ? weights.data() : nullptr, d, rows, dtype};
+  const double one = 1;
+  KronParams p{&item, 1, false, &one, &one, nullptr};
+  p.workspace = s.room(kron_workspace_cpu(p));
+  return counted([&] { return kron_accumulate_cpu(p, nullptr); });
+}
+
 const char* low_rank(Buffers& s) {
   constexpr int64_t d = 512, k = 10, rows = 4;
   std::vector<float> factor = numbers(d * k, 10), x = numbers(rows * d, 11);
@@ -183,11 +235,15 @@ const std::map<std::string, Case> cases = {
     {"shrink_noise", [](Buffers& s) { return shrink(s, true, DType::kF32); }},
     {"shrink_noise_bf16", [](Buffers& s) { return shrink(s, true, DType::kBF16); }},
     {"shrink_backward", [](Buffers& s) { return shrink_backward(s, DType::kF32); }},
+    {"shrink_backward_drawn", shrink_backward_drawn},
     {"shrink_backward_bf16", [](Buffers& s) { return shrink_backward(s, DType::kBF16); }},
     {"expand", [](Buffers& s) { return expand(s, DType::kF32); }},
     {"expand_bf16", [](Buffers& s) { return expand(s, DType::kBF16); }},
     {"expand_backward", expand_backward},
     {"scaled_normal", scaled_normals},
+    {"token", [](Buffers& s) { return token(s, TokenNoise::kNone); }},
+    {"token_noise_drawn", [](Buffers& s) { return token(s, TokenNoise::kDrawn); }},
+    {"token_noise_kept", [](Buffers& s) { return token(s, TokenNoise::kKept); }},
     {"gaussian_kl", kl},
     {"mc_predict_5", [](Buffers& s) { return predict(s, 5, 64); }},
     {"mc_predict_200", [](Buffers& s) { return predict(s, 200, 16); }},
@@ -197,6 +253,8 @@ const std::map<std::string, Case> cases = {
     {"landing_field",
      [](Buffers& s) { return tall_op(s, TallOp::kLandingField, Retraction::kPolar); }},
     {"low_rank_update", low_rank},
+    {"kron", [](Buffers& s) { return kron(s, 64, 256, DType::kF32, false); }},
+    {"kron_bf16", [](Buffers& s) { return kron(s, 8, 2048, DType::kBF16, true); }},
 };
 
 }  // namespace

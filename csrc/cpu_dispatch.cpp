@@ -100,5 +100,7 @@ BK_LAUNCHER(tall, TallParams)
 
 BK_SIZER(low_rank_workspace, LowRankParams)
 BK_LAUNCHER(low_rank_update, LowRankParams)
+BK_SIZER(kron_workspace, KronParams)
+BK_LAUNCHER(kron_accumulate, KronParams)
 
 }  // namespace bayes_kernels

@@ -3,8 +3,10 @@
 // A factor's rows are short (k numbers) and contiguous, the new rows are long. Nothing is
 // transposed: products with the factor run over vectors of its rows, products of new rows over
 // vectors of their length. One thread takes whole factors, so that sums have the same order for any
-// thread count.
+// thread count. Dense factors: see the second half.
 #include "curvature.h"
+
+#include <type_traits>
 
 #include "cpu_isa.h"
 #include "cpu_vector.h"
@@ -374,7 +376,242 @@ void update(const LowRankItem& item) {
   }
 }
 
+// --- dense factors
+//
+// A panel of rows, converted and weighted, lies in the first-level cache while all tiles of the
+// upper triangle take it; its fp32 sums are added to fp64 ones. Rows of a panel follow one another
+// without padding: lanes behind column d, and behind row d of a tile, hold products of other
+// numbers, which nobody reads.
+
+constexpr int64_t kSegment = 2048;             // rows of one task: a constant, for fixed bits
+constexpr int kPanelRows = 64;                 // at most: the terms of a sum in fp32
+constexpr int kPanelNumbers = 48 * kMaxDense;  // 24 KB in fp32; the narrower, the more rows
+constexpr int kTileRows = 8;
+constexpr int kSlack = 16 + kTileRows;  // what may be read behind the last row of a panel
+// Multiply-adds that are worth a thread.
+constexpr int64_t kThreadWork = 1 << 18;
+
+constexpr int64_t round_to(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// A sum of products of one item: (round_to(d, kTileRows), width_of(d)) doubles.
+template <class A>
+int64_t width_of(int64_t d) {
+  return round_to(d, kLanes<A> > kTileRows ? kLanes<A> : kTileRows);
+}
+template <class A>
+int64_t sum_size(int64_t d) {
+  return round_to(d, kTileRows) * width_of<A>(d);
+}
+int64_t segments_of(const KronItem& item) { return ceil_div(item.n, kSegment); }
+
+// out = scale x, up to a vector too many; `readable` numbers may be read.
+template <class T, class A>
+void scaled_copy(const T* x, int64_t count, int64_t readable, A scale, A* out) {
+  int64_t i = 0;
+  for (; i < count && i + kLanes<A> <= readable; i += kLanes<A>)
+    store(out + i, scale * load(x + i));
+  if (i < count) store(out + i, scale * load_part(x + i, readable - i));
+}
+
+// The next rows of non-zero weight, at most `most`, as numbers of A; `row` moves behind them.
+template <class T, class A>
+const A* take_panel(const KronItem& item, int most, int64_t end, int64_t* row, A* buffer,
+                    int* count) {
+  const T* x = static_cast<const T*>(item.rows) + *row * item.d;
+  const A* weights = static_cast<const A*>(item.weights);
+  int64_t readable = (item.n - *row) * item.d;
+  if (weights == nullptr) {
+    *count = static_cast<int>(end - *row < most ? end - *row : most);
+    *row += *count;
+    const int64_t numbers = *count * item.d;
+    if constexpr (std::is_same<T, A>::value) {
+      if (numbers + kSlack <= readable) return x;
+    }
+    scaled_copy(x, numbers, readable, A(1), buffer);
+  } else {
+    *count = 0;
+    for (int64_t run = 1; *row < end && *count < most; *row += run) {
+      const A weight = weights[*row];
+      run = 1;  // rows of one weight
+      while (*row + run < end && *count + run < most && weights[*row + run] == weight) ++run;
+      if (weight != 0) {
+        scaled_copy(x, run * item.d, readable, static_cast<A>(sqrt(weight)),
+                    buffer + *count * item.d);
+        *count += static_cast<int>(run);
+      }
+      x += run * item.d;
+      readable -= run * item.d;
+    }
+  }
+  for (int i = 0; i < kSlack; ++i) buffer[*count * item.d + i] = 0;
+  return buffer;
+}
+
+BK_HD void add_to(double* sum, Vec<double> v) { store(sum, load(sum) + v); }
+BK_HD void add_to(double* sum, Vec<float> v) {
+  // Written out, since g++ 12 converts two lanes at a time.
+#if defined(__AVX512F__)
+  add_to(sum, _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, v, 0)));
+  add_to(sum + kLanes<double>,
+         _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, v, 1)));
+#elif defined(__AVX2__)
+  add_to(sum, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+  add_to(sum + kLanes<double>, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+#else
+  for (int l = 0; l < kLanes<float>; ++l) sum[l] += static_cast<double>(v[l]);
+#endif
+}
+
+// sum (rows, vectors) += those columns of panel^T panel: rows from i, columns from j on.
+template <class A, int rows, int vectors>
+void outer_tile(const A* panel, int count, int64_t d, int64_t i, int64_t j, double* sum,
+                int64_t width) {
+  Vec<A> acc[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b) acc[r][b] = Vec<A>{};
+  const A* left = panel + i;
+  const A* right = panel + j;
+  for (int k = 0; k < count; ++k, left += d, right += d) {
+    Vec<A> v[vectors];
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b) v[b] = in_register(load(right + b * kLanes<A>));
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+      for (int b = 0; b < vectors; ++b) acc[r][b] += left[r] * v[b];
+  }
+  sum += i * width + j;
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int b = 0; b < vectors; ++b) add_to(sum + r * width + b * kLanes<A>, acc[r][b]);
+}
+
+// sum += panel^T panel, tiles on and above the diagonal.
+template <class A>
+void outer_products(const A* panel, int count, int64_t d, double* sum) {
+  // Two vectors and as many rows as registers hold.
+  constexpr int kPairRows = kVectorBytes == 64 ? kTileRows : kTileRows / 2;
+  const int64_t width = width_of<A>(d);
+  for (int64_t i = 0; i < d; i += kTileRows) {
+    int64_t j = i / kLanes<A> * kLanes<A>;
+    for (; j + 2 * kLanes<A> <= width; j += 2 * kLanes<A>)
+      for (int r = 0; r < kTileRows; r += kPairRows)
+        outer_tile<A, kPairRows, 2>(panel, count, d, i + r, j, sum, width);
+    if (j < width) outer_tile<A, kTileRows, 1>(panel, count, d, i, j, sum, width);
+  }
+}
+
+template <class T, class A>
+void sum_segment(const KronItem& item, int64_t begin, int64_t end, double* sum) {
+  alignas(64) A buffer[kPanelNumbers + kSlack];
+  const Vec<double> zero = in_register(Vec<double>{});
+  for (int64_t i = 0; i < sum_size<A>(item.d); i += kLanes<double>) store(sum + i, zero);
+  const int64_t fitting = kPanelNumbers / item.d;
+  const int most = static_cast<int>(fitting < kPanelRows ? fitting : kPanelRows);
+  for (int64_t row = begin; row < end;) {
+    int count = 0;
+    const A* panel = take_panel<T, A>(item, most, end, &row, buffer, &count);
+    if (count > 0) outer_products(panel, count, item.d, sum);
+  }
+}
+
+template <class A>
+void sum_segment(const KronItem& item, int64_t begin, int64_t end, double* sum) {
+  if constexpr (std::is_same<A, double>::value) {
+    sum_segment<double, double>(item, begin, end, sum);
+  } else {
+    if (item.dtype == DType::kF32) sum_segment<float, float>(item, begin, end, sum);
+    if (item.dtype == DType::kBF16) sum_segment<bf16, float>(item, begin, end, sum);
+    if (item.dtype == DType::kF16) sum_segment<f16, float>(item, begin, end, sum);
+  }
+}
+
+// factor <- beta factor + alpha (sum of its segments, which lie one behind another)
+template <class A>
+void add_segments(const KronItem& item, double beta, double alpha, double* sums) {
+  const int64_t d = item.d, width = width_of<A>(d), size = sum_size<A>(d);
+  A* factor = static_cast<A*>(item.factor);
+  for (int64_t segment = 1; segment < segments_of(item); ++segment)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[segment * size + i];
+  for (int64_t i = 0; i < d; ++i) {
+    A* row = factor + i * d;
+    const double* sum = sums + i * width;
+    if (item.n == 0)
+      for (int64_t j = i; j < d; ++j)
+        row[j] = beta == 0 ? A(0) : static_cast<A>(beta * static_cast<double>(row[j]));
+    else if (beta == 0)
+      for (int64_t j = i; j < d; ++j) row[j] = static_cast<A>(alpha * sum[j]);
+    else
+      for (int64_t j = i; j < d; ++j)
+        row[j] = static_cast<A>(beta * static_cast<double>(row[j]) + alpha * sum[j]);
+    for (int64_t j = 0; j < i; ++j) row[j] = factor[j * d + i];
+  }
+}
+
+template <class A>
+int64_t workspace_of(const KronParams& p) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < p.n_items; ++i)
+    total += segments_of(p.items[i]) * sum_size<A>(p.items[i].d);
+  return total * static_cast<int64_t>(sizeof(double));
+}
+
+// Calls visit(item, segment, start of the item's sums) for tasks [begin, end), in order; a task is
+// a segment of rows, or, where `whole`, an item.
+template <class A, class Visit>
+void for_tasks(const KronParams& p, bool whole, int64_t begin, int64_t end, const Visit& visit) {
+  double* sums = static_cast<double*>(p.workspace);
+  int64_t first = 0;  // task of the item
+  for (int64_t i = 0; i < p.n_items && first < end; ++i) {
+    const KronItem& item = p.items[i];
+    const int64_t tasks = whole ? 1 : segments_of(item);
+    for (int64_t s = begin > first ? begin - first : 0; s < tasks && first + s < end; ++s)
+      visit(item, s, sums);
+    first += tasks;
+    sums += segments_of(item) * sum_size<A>(item.d);
+  }
+}
+
+template <class A>
+void run_kron(const KronParams& p) {
+  int64_t tasks = 0, work = 0;
+  for (int64_t i = 0; i < p.n_items; ++i) {
+    tasks += segments_of(p.items[i]);
+    work += p.items[i].n * p.items[i].d * p.items[i].d;
+  }
+  auto multiply = [&](int64_t begin, int64_t end) {
+    for_tasks<A>(p, false, begin, end, [](const KronItem& item, int64_t segment, double* sums) {
+      const int64_t first = segment * kSegment;
+      const int64_t last = first + kSegment < item.n ? first + kSegment : item.n;
+      sum_segment<A>(item, first, last, sums + segment * sum_size<A>(item.d));
+    });
+  };
+  auto add = [&](int64_t begin, int64_t end) {
+    for_tasks<A>(p, true, begin, end, [&](const KronItem& item, int64_t, double* sums) {
+      add_segments<A>(item, *p.beta, *p.alpha, sums);
+    });
+  };
+  const int64_t grain = 1 + tasks * kThreadWork / (work + 1);
+  parallel_ranges(tasks, grain, multiply);
+  parallel_ranges(p.n_items, 1 + p.n_items * kThreadWork / (work + 1), add);
+}
+
 }  // namespace
+
+int64_t BK_CPU(kron_workspace)(const KronParams& p) {
+  return p.f64 ? workspace_of<double>(p) : workspace_of<float>(p);
+}
+
+const char* BK_CPU(kron_accumulate)(const KronParams& p, void*) {
+  if (p.f64)
+    run_kron<double>(p);
+  else
+    run_kron<float>(p);
+  return nullptr;
+}
 
 int64_t BK_CPU(low_rank_workspace)(const LowRankParams&) { return 0; }
 

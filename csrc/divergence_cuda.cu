@@ -90,10 +90,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // kStep: mean -= weight * dKL/dmean in place, and so for rho; else the gradients are written out.
+// `old` is value[i], which is not read again.
 template <class T, bool kStep>
-__device__ __forceinline__ void apply(T* value, T* gradient, int64_t i, double weighted) {
+__device__ __forceinline__ void apply(T* value, T* gradient, int64_t i, double old,
+                                      double weighted) {
   if (kStep)
-    value[i] = static_cast<T>(static_cast<double>(value[i]) - weighted);
+    value[i] = static_cast<T>(old - weighted);
   else
     gradient[i] = static_cast<T>(weighted);
 }
@@ -116,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 4) gradient_kernel(const __grid_cons
       const double m = mean[i], r = rho[i];
       const double s = std_of<double>(list.std, r);
       const double ds = gaussian_kl_dstd(list.direction, m, s, prior);
-      apply<T, kStep>(mean, dmean, i, weight * gaussian_kl_dmean(list.direction, m, s, prior));
-      apply<T, kStep>(rho, drho, i,
+      apply<T, kStep>(mean, dmean, i, m, weight * gaussian_kl_dmean(list.direction, m, s, prior));
+      apply<T, kStep>(rho, drho, i, r,
                       weight * (ds * std_derivative<double>(list.std, guarded(list.std, r))));
     }
     return;
@@ -129,12 +131,12 @@ __global__ void __launch_bounds__(kThreads, 4) gradient_kernel(const __grid_cons
     const int64_t i = unit * item.columns + j;
     const double m = mean[i];
     sum += gaussian_kl_dstd(list.direction, m, s, prior);
-    apply<T, kStep>(mean, dmean, i, weight * gaussian_kl_dmean(list.direction, m, s, prior));
+    apply<T, kStep>(mean, dmean, i, m, weight * gaussian_kl_dmean(list.direction, m, s, prior));
   }
   sum =
       block_sum(sum);  // its barrier also orders every thread's read of rho before the write below
   if (threadIdx.x == 0)
-    apply<T, kStep>(rho, drho, unit,
+    apply<T, kStep>(rho, drho, unit, r,
                     weight * (sum * std_derivative<double>(list.std, guarded(list.std, r))));
 }
 

@@ -107,14 +107,7 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
   BK_CHECK(de.scalar_type() == rho.scalar_type(), op, ": de and rho must have the same dtype");
   check_device(op, "de", de, rho);
   OptionalDeviceGuard guard(rho);
-  rho = row_major(rho);
-  de = row_major(de);
-  ScaledNormalParams p = scaled_normal_params(op, rho, de.size(1), key, stream, std);
-  p.de = de.data_ptr();
-  Tensor out = empty_like_shape(rho, {rho.size(0), rho.size(1)}, rho.scalar_type());
-  p.out = out.mutable_data_ptr();
-  if (p.r > 0) raise_if(op, Device::scaled_normal_backward(p, current_stream(rho)));
-  return out;
+  return scaled_normal_gradient(op, de, rho, key, stream, std, Device::scaled_normal_backward);
 }
 
 }  // namespace

@@ -66,4 +66,10 @@ BK_DECLARE_NOISE(avx2);
 BK_DECLARE_NOISE(avx512);
 BK_DECLARE_NOISE(cuda);
 
+// out[i] = normal first + i of a subkey, on the calling thread: for other CPU kernels that are
+// compiled for the same instruction set.
+void normals_baseline(Key sub, int64_t first, int64_t count, float* out);
+void normals_avx2(Key sub, int64_t first, int64_t count, float* out);
+void normals_avx512(Key sub, int64_t first, int64_t count, float* out);
+
 }  // namespace bayes_kernels

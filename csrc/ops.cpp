@@ -32,7 +32,12 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
   m.def(
       "adapter_forward(Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor? base, Tensor? key, "
       "SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
-      "float scaling) -> Tensor");
+      "float scaling, bool keep_draw) -> (Tensor, Tensor)");
+  m.def(
+      "adapter_backward(Tensor dy, Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor h, Tensor? "
+      "key, SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
+      "float scaling, bool need_dx, bool need_da, bool need_drho, bool need_db) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def(
       "adapter_expand_backward(Tensor dy, Tensor h, Tensor b, float scaling, bool need_dh, "
       "bool need_db) -> (Tensor, Tensor)");
@@ -67,6 +72,9 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
 
   // curvature
   m.def("low_rank_update_(Tensor(a!)[] factors, Tensor[] rows) -> ()");
+  m.def(
+      "kron_accumulate_(Tensor(a!)[] factors, Tensor[] rows, Tensor[] masks, Tensor beta, Tensor "
+      "alpha) -> ()");
 
   m.def("build_info() -> str");
 }

@@ -218,9 +218,9 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
     for (int c = 0; c < n; ++c) {
       float eps[4];
       normal_block(key, static_cast<uint64_t>(group * n + c), eps);
+      const float factor = p.full ? 1.0f : scale[c];
       BK_UNROLL
-      for (int k = 0; k < kGroup; ++k)
-        tile[(c * rows + k) * kWarp] = p.full ? eps[k] : eps[k] * scale[c];
+      for (int k = 0; k < kGroup; ++k) tile[(c * rows + k) * kWarp] = eps[k] * factor;
     }
     for (int c = p.full ? n - 1 : -1; c >= 0; --c) {  // in place: row c needs normals 0 to c only
       float x[kGroup] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -242,14 +242,15 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
     }
     if (mode == kBounded) {
       for (int c = 0; c < n; ++c) {
+        const float w = weight[c], log_w = l[c];
         BK_UNROLL
         for (int k = rows - 1; k >= 0; --k) {  // mirror images first: they need the noise
           const float drawn = tile[(c * rows + k % kGroup) * kWarp];
           const float noise = k < kGroup ? drawn : -drawn;
           const float e = expf(noise);
           tile[(c * rows + k) * kWarp] = e;
-          normaliser[k] = fmaf(weight[c], e, normaliser[k]);
-          weighted[k] = fmaf(weight[c] * e, l[c] + noise, weighted[k]);
+          normaliser[k] = fmaf(w, e, normaliser[k]);
+          weighted[k] = fmaf(w * e, log_w + noise, weighted[k]);
         }
       }
       BK_UNROLL
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
         normaliser[k] = exists ? 1.0f / normaliser[k] : 0.0f;
       }
       for (int c = 0; c < n; ++c) {
+        const float w = weight[c];
         float total = 0.0f, square = 0.0f;
         BK_UNROLL
         for (int k = 0; k < kGroup; ++k) {
@@ -267,7 +269,7 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
           if (signs == 2)
             ratio += tile[(c * rows + k + rows - kGroup) * kWarp] * normaliser[k + rows - kGroup];
           total += ratio;
-          const float d = weight[c] * (ratio / signs - 1.0f);
+          const float d = w * (ratio / signs - 1.0f);
           if (k < left) square = fmaf(d, d, square);
         }
         sum[c * kWarp] += total;
@@ -365,15 +367,16 @@ __global__ void __launch_bounds__(kNormaliserThreads) normaliser_kernel(Argument
   for (int64_t c = threadIdx.x; c < n; c += kNormaliserThreads) {
     float eps[4];
     normal_block(key, static_cast<uint64_t>(group * n + c), eps);
+    const float factor = scale[c], w = weight[c], log_w = l[c];
     BK_UNROLL
     for (int k = 0; k < rows; ++k) {
-      const float noise = scale[c] * (k < kGroup ? eps[k % kGroup] : -eps[k % kGroup]);
+      const float noise = factor * (k < kGroup ? eps[k % kGroup] : -eps[k % kGroup]);
       if (mode == kBounded) {
-        const float e = weight[c] * expf(noise);
+        const float e = w * expf(noise);
         sums[k] += e;
-        sums[rows + k] = fmaf(e, l[c] + noise, sums[rows + k]);
+        sums[rows + k] = fmaf(e, log_w + noise, sums[rows + k]);
       } else {
-        const float z = l[c] + noise, up = z - top[k];
+        const float z = log_w + noise, up = z - top[k];
         const float e = expf(-fabsf(up));
         if (up > 0.0f) {  // z is the new reference of both sums
           sums[rows + k] = (sums[rows + k] - sums[k] * up) * e;

@@ -37,4 +37,18 @@ Tensor draw_scaled_normal(const char* op, const Tensor& given, int64_t n, const 
   return out;
 }
 
+// drho in the shape and dtype of rho, likewise.
+template <class Launch>
+Tensor scaled_normal_gradient(const char* op, const Tensor& grad, const Tensor& given,
+                              const Tensor& key, int64_t stream, const std::string& std,
+                              Launch launch) {
+  const Tensor rho = row_major(given), de = row_major(grad);
+  ScaledNormalParams p = scaled_normal_params(op, rho, de.size(1), key, stream, std);
+  p.de = de.data_ptr();
+  Tensor out = empty_like_shape(rho, {rho.size(0), rho.size(1)}, rho.scalar_type());
+  p.out = out.mutable_data_ptr();
+  if (p.r > 0) raise_if(op, launch(p, current_stream(rho)));
+  return out;
+}
+
 }  // namespace bayes_kernels

@@ -95,7 +95,7 @@ BARS = (
         "adapter", "adapter", "lora", "peft_lora", 1.0, 1.0, mode="forward",
     ),
     Bar(
-        "flipout-token", "one token through an adapter with noise, n = 4096",
+        "flipout-token", "one token through an adapter with noise, one draw, n = 4096",
         "plain LoRA as PEFT computes it", "adapter", "adapter", "bayes_kernels", "peft_lora", 1.0,
         1.0, mode="forward", cases=r"T1 n4096 .*",
     ),
@@ -158,12 +158,13 @@ NOTES = {
         "it keeps alive anyway."
     ),
     ("adapter-published", "cpu"): (
-        "At 64 tokens the noise matrix is drawn for few rows of x: once in the forward pass and twice "
-        "in the backward pass. Next: draw it once in the backward pass."
+        "At 64 tokens the noise matrix is drawn for few rows of x: once in the forward pass and once in "
+        "the backward pass, 46 µs each. Next: keep the draw from the forward to the backward pass, r n "
+        "floats for each layer."
     ),
     ("flipout-token", "cpu"): (
-        "What it takes beyond plain LoRA is drawing the noise of A: r n normals at 1.4 ns, 46 µs at "
-        "r = 8, for one row of x. Next: keep a draw while its key stays, as generation does."
+        "Beyond plain LoRA it reads rho and the kept normals, as much memory as both factors, and multiplies "
+        "twice. Next: keep E in place of the normals while rho is unchanged."
     ),
     ("polar-svd", "cpu"): (
         "In a loop of its own a matrix takes 104 to 112 µs, 0.15 of the SVD on the same idle core; "

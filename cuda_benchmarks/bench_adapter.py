@@ -13,6 +13,10 @@ Providers
 
 `base` is an input of every provider: the output of the frozen layer, which all add to. Output
 tensors are allocated within the measured time, as in training.
+
+One token ("forward") is called with one key again and again, as in the generation of a text under one
+draw of the weights: on the CPU the normals of the draw are kept from call to call. "forward, new draw"
+is the same call with a key of its own each time, so that every call draws.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import harness
 import torch
@@ -233,6 +238,35 @@ def check(case: Case, i: Inputs, key: Tensor, compiled: Callable | None) -> None
         )
 
 
+def dense(case: Case, key: Tensor) -> Noise:
+    """The noise of a key as tensors."""
+    found = reference.dense_noise(key, case.tokens, case.n, case.r)
+    return Noise(found.eps, found.r_in, found.r_out)
+
+
+def check_forward(
+    case: Case, i: Inputs, steps: dict[str, Callable[[], Tensor]], keys: list[Tensor]
+) -> None:
+    """The very calls that are timed: without gradients they take another path than `check` sees.
+
+    `keys`: those of the first calls of our step with noise, in turn.
+    """
+    tolerance = TOLERANCE[case.dtype]
+    flat = Inputs(i.x.flatten(0, -2), i.mean, i.rho, i.b, i.base.flatten(0, -2), i.dy)
+    flat.x.requires_grad_()
+    plain = truth(flat, None)[0]
+    for name, step in steps.items():
+        if name == "eager":  # draws within the call; checked with noise that is given
+            noise = dense(case, keys[0])
+            got, wanted = [eager(i, noise).detach()], [truth(flat, noise)[0]]
+        elif name == "bayes_kernels":
+            got = [step().detach() for _ in keys]
+            wanted = [truth(flat, dense(case, key))[0] for key in keys]
+        else:
+            got, wanted = [step().detach()], [plain]
+        assert_agrees(f"{name}, as timed", [y.flatten(0, -2) for y in got], wanted, tolerance)
+
+
 # --- runs --------------------------------------------------------------------------------------
 
 OURS = ("bayes_kernels", "lora")
@@ -279,30 +313,38 @@ def run_training(case: Case, options: Options) -> list[Row]:
 
 
 # One token: what generation pays for an adapted layer, and what a call costs beside its kernels.
+NEW_DRAW = "forward, new draw"
+KEYS = 8192  # more than the library knows by name, so that none is met again before it is forgotten
 DECODE = [Case(1, 4096, 4096, r, t) for r in (8, 16) for t in (torch.float32, torch.bfloat16)]
 OVERHEAD = Case(1, 64, 64, 8, torch.float32)
 
 
 def run_forward(case: Case, options: Options, mode: str) -> list[Row]:
-    """Forward pass only, of x (1, 1, n): in mode "forward" without gradients."""
+    """Forward pass only, of x (1, 1, n): without gradients but in mode "forward with gradients"."""
     device = options.device
     i = make_inputs(case, device)
     key = bayes_kernels.random.key(1, device)
     check(case, i, key, None)
     i.x, i.base = i.x.detach()[None], i.base[None]  # a token of a batch of sequences
-    forwards = options.pick(
-        {
-            "peft_lora": lambda: peft_lora(i, None),
-            "eager": lambda: eager(i, None),
-            "lora": lambda: plain_lora(i),
-            "bayes_kernels": lambda: flipout_lora(i, key),
-        },
-        OURS,
-    )
+    forwards: dict[str, Callable[[], Tensor]] = {
+        "peft_lora": lambda: peft_lora(i, None),
+        "eager": lambda: eager(i, None),
+        "lora": lambda: plain_lora(i),
+        "bayes_kernels": lambda: flipout_lora(i, key),
+    }
+    numbers = torch.arange(2 * KEYS, device=device).view(KEYS, 2)
+    if mode == NEW_DRAW:
+        keys = cycle(numbers.unbind())
+        forwards = {
+            "peft_lora": forwards["peft_lora"],
+            "bayes_kernels": lambda: flipout_lora(i, next(keys)),
+        }
+    forwards = options.pick(forwards, OURS)
     steps = {
-        name: torch.no_grad()(forward) if mode == "forward" else forward
+        name: forward if mode == "forward with gradients" else torch.no_grad()(forward)
         for name, forward in forwards.items()
     }
+    check_forward(case, i, steps, list(numbers[:3]) if mode == NEW_DRAW else [key])
     times = time_interleaved(steps, device, seconds=options.time_for(1.5, 1.0))
     rows = []
     for name, step in steps.items():
@@ -320,6 +362,9 @@ def run(options: Options) -> Iterator[Row]:
     for case in [*DECODE[: 1 if options.quick else None], OVERHEAD]:
         if options.wants(f"decode {case.name}"):
             yield from run_forward(case, options, "forward")
+    for case in DECODE[: 1 if options.quick else None]:
+        if options.wants(f"new draw {case.name}"):
+            yield from run_forward(case, options, NEW_DRAW)
     if options.wants(f"overhead {OVERHEAD.name}"):
         yield from run_forward(OVERHEAD, options, "forward with gradients")
 

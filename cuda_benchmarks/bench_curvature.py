@@ -1,12 +1,16 @@
-"""Rank-k factors of a growing sum of outer products: one update of a list of layers.
+"""Growing sums of outer products: one update of a list of layers.
 
     python cuda_benchmarks/bench_curvature.py --device cpu [--quick] [--vs PROVIDERS] [--save]
 
-Providers
+Providers of `low_rank`, factors of rank k
     svd_fp64       bayesian_lora's update: for each layer an fp64 singular value decomposition of
                    (d, k + b)
     gram_torch     the best plain PyTorch: batched Gram matrices, fp64 eigendecompositions, products
     bayes_kernels  bayes_kernels.functional.low_rank_update_
+
+Providers of `kron`, dense factors (d, d) and N rows of each, with a bool mask or without
+    addmm          `addmm_` in place, on a copy of the rows in fp32, masked rows filled with zeros
+    bayes_kernels  bayes_kernels.functional.kron_accumulate_
 
 Every provider updates factors of its own again and again with the same rows.
 """
@@ -74,6 +78,47 @@ def gram_torch(factors: list[Tensor], rows: list[Tensor]) -> None:
     torch._foreach_copy_(factors, [n.T for n in new.unbind()])
 
 
+@dataclass(frozen=True)
+class DenseCase:
+    """`layers` factors, N rows of d numbers for each; with `masked`, a quarter of them is left out."""
+
+    layers: int
+    n: int
+    d: int
+    dtype: torch.dtype
+    masked: bool
+
+    @property
+    def name(self) -> str:
+        masked = ", mask" if self.masked else ""
+        return f"{self.layers} x N={self.n} d={self.d} {str(self.dtype).removeprefix('torch.')}{masked}"
+
+
+DENSE_CASES = [
+    DenseCase(1, 2048, 8, torch.bfloat16, False),
+    DenseCase(32, 2048, 8, torch.bfloat16, False),
+    DenseCase(1, 2048, 64, torch.float32, False),
+    DenseCase(1, 8192, 16, torch.bfloat16, True),
+    DenseCase(1, 2048, 128, torch.bfloat16, False),
+    DenseCase(1, 1024, 1024, torch.float32, False),
+]
+
+
+def addmm(factors: list[Tensor], rows: list[Tensor], masks: list[Tensor] | None) -> None:
+    """Plain PyTorch, layer by layer: rows as fp32, what is left out as zeros, one product."""
+    for i, (factor, x) in enumerate(zip(factors, rows, strict=True)):
+        x = x.float()
+        if masks is not None:
+            x = x.masked_fill(~masks[i][:, None], 0)
+        factor.addmm_(x.T, x)
+
+
+def kron_accumulate(factors: list[Tensor], rows: list[Tensor], masks: list[Tensor] | None) -> None:
+    """The op with the arguments of `addmm`."""
+    functional.kron_accumulate_(factors, rows, masks=masks)
+
+
+DENSE_PROVIDERS = {"addmm": addmm, "bayes_kernels": kron_accumulate}
 PROVIDERS = {
     "svd_fp64": svd_fp64,
     "gram_torch": gram_torch,
@@ -116,16 +161,52 @@ def run_case(case: Case, options: Options) -> list[Row]:
     return found
 
 
+def run_dense_case(case: DenseCase, options: Options) -> list[Row]:
+    """One update of all layers; the same rows are added again and again."""
+    device = options.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.layers, case.n, case.d)
+    # Small, so that no number of updates takes the sums out of range.
+    data = (1e-3 * torch.randn(shape, generator=generator)).to(device, case.dtype)
+    rows = [x.contiguous() for x in data.unbind()]
+    masks = None
+    if case.masked:
+        drawn = torch.rand(shape[:2], generator=generator) < 0.75
+        masks = [mask.contiguous() for mask in drawn.to(device).unbind()]
+    truth = []
+    for i, x in enumerate(rows):
+        kept = (x if masks is None else x[masks[i]]).double()
+        truth.append(kept.T @ kept)
+
+    providers = options.pick(DENSE_PROVIDERS, OURS)
+    factors = {name: [torch.zeros_like(t).float() for t in truth] for name in providers}
+    for name, own in factors.items():
+        providers[name](own, rows, masks)
+        assert_agrees(f"{case.name} {name}", own, truth, 2e-6)
+    steps = {
+        name: lambda update=update, own=factors[name]: update(own, rows, masks)
+        for name, update in providers.items()
+    }
+    times = time_interleaved(steps, device, seconds=options.time_for(1.0))
+    found = [make_row("kron", case.name, name, "update", times, device) for name in steps]
+    for row in found:
+        row.launches = count_launches(steps[row.provider], device)
+    return found
+
+
 def run(options: Options) -> Iterator[Row]:
     """All cases."""
     for case in CASES[: 2 if options.quick else None]:
         if options.wants(case.name):
             yield from run_case(case, options)
+    for dense in DENSE_CASES[: 2 if options.quick else None]:
+        if options.wants(dense.name):
+            yield from run_dense_case(dense, options)
 
 
 OURS = ("bayes_kernels",)
-PEERS = ("svd_fp64", "gram_torch")
-FAMILY = Family("curvature", "rank-k factors of a growing Gram matrix", OURS, PEERS, run)
+PEERS = ("svd_fp64", "gram_torch", "addmm")
+FAMILY = Family("curvature", "growing sums of outer products", OURS, PEERS, run)
 
 if __name__ == "__main__":
     sys.exit(harness.main("curvature"))

@@ -19,6 +19,13 @@ of `samples`, a prediction with 10 posterior draws
 of `last_layer`, a prediction of a classifier
     peft_lora       one pass of plain LoRA
     polar_vbll_0, polar_vbll_1000  PoLAR-VBLL with no and with 1,000 draws
+of `laplace`, a linearised prediction of Laplace-LoRA with 1,000 draws of the logits, from a posterior over
+the factors of all adapters or over the last layer
+    laplace         bayes_kernels.hf.predict: J Sigma J' is added up layer by layer during the backward pass
+    published       all adapters: as bayesian_lora computes it, the Jacobian (B, C, P) of the batch by jacrev,
+                    then J Sigma J'; last layer: as laplace-torch does, the Jacobian (B, C, C D) of features;
+                    both draw a (draws, B, C) tensor with a factor of the covariance for each draw
+    mean            one pass with the posterior mean
 
 All providers of a case share the tensors of one frozen base model.
 """
@@ -30,11 +37,13 @@ import copy
 import importlib.util
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import bench_adapter
+import bench_predict
 import harness
 import memory_model
 import torch
@@ -62,6 +71,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", "llama", 64, 2, 4, 4, 176, 1000, _f32),
+        Shape("tiny BERT", "bert", 64, 2, 4, 4, 256, 1000, _f32),
         Shape("10M", "llama", 320, 6, 8, 8, 864, 8000, _f32),
         Shape("10M bf16", "llama", 320, 6, 8, 8, 864, 8000, _bf16),
         Shape("60M", "llama", 640, 10, 10, 5, 1728, 16000, _f32),
@@ -108,6 +118,14 @@ def last_layer_cases(device: str, quick: bool) -> list[Case]:
     shape = "335M BERT" if device == "cuda" else "22M BERT"
     cases = [Case(shape, 16, 32), Case(shape, 64, 32)]
     return cases[:1] if quick else cases
+
+
+def laplace_cases(device: str, quick: bool) -> list[Case]:
+    if device == "cuda":
+        return [Case("335M BERT", 4, 32)]
+    if quick:
+        return [Case("tiny", 8, 32), Case("tiny BERT", 8, 32)]
+    return [*laplace_cases(device, True), Case("10M", 4, 32)]
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -354,7 +372,17 @@ def _order(model: nn.Module, layer: Any) -> int:
 
 # --- runs ----------------------------------------------------------------------------------------
 
-OURS = ("blob", "folded", "polar_vbll_1000", "scalabl", "polar_vbll", "tfb", "polar_vbll_0", "mean")
+OURS = (
+    "blob",
+    "folded",
+    "polar_vbll_1000",
+    "laplace",
+    "scalabl",
+    "polar_vbll",
+    "tfb",
+    "polar_vbll_0",
+    "mean",
+)
 PEERS = ("peft_lora", "published_blob", "sequential", "published")
 
 
@@ -481,6 +509,151 @@ def run_last_layer(case: Case, options: Options) -> list[Row]:
     return _prediction_rows("last_layer", case, "predict", steps, times, options)
 
 
+def fit_laplace(case: Case, base: nn.Module, device: str, layers: str) -> Any:
+    """A model with trained-looking adapters and a Laplace posterior of them."""
+    import bayes_kernels.hf as hf
+
+    model = attach(base, SHAPES[case.shape], "peft_lora").eval()
+    with torch.no_grad(), _seeded():
+        for layer in _lora_layers(model):
+            layer.lora_B["default"].weight.normal_(std=0.02)
+    options = {"layers": layers, "prior": "fixed", "prior_precision": 10.0, "dense_below": 32}
+    hf.bayesianize(model, "laplace", data=[make_batch(case, device)], progress=False, **options)
+    return model
+
+
+def _kronecker(posterior: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Weight, eigenvectors U (in, k), Q (out, k'), their products (k', k), of each layer."""
+    laplace = posterior.laplace
+    state = laplace.state_dict()
+    for layer in laplace.layers:
+        u, mu, q, nu = (
+            state[f"{layer.name}.{kind}"]
+            for kind in ("input_vectors", "input_values", "output_vectors", "output_values")
+        )
+        yield layer.weight, u, q, nu[:, None] * mu, laplace.prior_precision
+
+
+def _variance(g: Tensor, u: Tensor, q: Tensor, products: Tensor, delta: Tensor) -> Tensor:
+    """J Sigma J' (B, C, C) of one layer from its Jacobian (B, C, out, in), by Woodbury's identity."""
+    shrunk = (products / (products + delta)).to(g.dtype).to(g.device)
+    inner = (q.T.to(g.dtype) @ g @ u.to(g.dtype)).flatten(2)
+    flat = g.flatten(2)
+    return (flat @ flat.mT - (inner * shrunk.flatten()) @ inner.mT) / float(delta)
+
+
+def published_jacobian(
+    model: Any, posterior: Any, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the logits; the Jacobian of the whole batch, all at once."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    blocks = list(_kronecker(posterior))
+    parameters = {names[id(block[0])]: block[0].detach() for block in blocks}
+
+    def logits(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        found = torch.func.functional_call(model, values, (), inputs).logits
+        return found, found
+
+    with warnings.catch_warnings():
+        # Attention kernels whose backward runs once for each row instead.
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        jacobian, mean = torch.func.jacrev(logits, has_aux=True)(parameters)
+    cov: Any = 0.0
+    for g, (_, *factors) in zip(jacobian.values(), blocks, strict=True):
+        cov = cov + _variance(g, *factors)
+    return mean.detach(), cov
+
+
+def published_last_layer(
+    model: Any, posterior: Any, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same for the weight of the last layer, from its inputs."""
+    laplace = posterior.laplace
+    seen: list[Tensor] = []
+    hook = laplace.layers[0].module.register_forward_hook(lambda _, args, y: seen.append(args[0]))
+    with torch.no_grad():
+        mean = model(**inputs).logits
+    hook.remove()
+    x = seen[0]
+    if x.dim() == 3:  # a causal model's head sees all tokens, and counts the last one
+        x = x[:, -1]
+    cov: Any = 0.0
+    identity = torch.eye(mean.shape[1], dtype=x.dtype, device=x.device)
+    for layer, (_, *factors) in zip(laplace.layers, _kronecker(posterior), strict=True):
+        a = x if layer.weight.dim() == 2 else torch.ones_like(x[:, :1])
+        cov = cov + _variance(torch.einsum("bd,ce->bced", a, identity), *factors)
+    return mean, cov
+
+
+def exact_covariance(
+    model: Any, posterior: Any, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """In fp64: a backward pass for each example and class, and the dense inverse of each precision."""
+    exact = copy.deepcopy(model).double()
+    places = {id(p): i for i, p in enumerate(model.parameters())}
+    parameters = list(exact.parameters())
+    blocks = list(_kronecker(posterior))
+    weights = [parameters[places[id(block[0])]].requires_grad_() for block in blocks]
+    logits = exact(**inputs).logits
+    rows, classes = logits.shape
+    grads = [
+        [torch.autograd.grad(logits[b, c], weights, retain_graph=True) for c in range(classes)]
+        for b in range(rows)
+    ]
+    cov = logits.new_zeros(rows, classes, classes)
+    for i, (_, u, q, products, delta) in enumerate(blocks):
+        vectors = torch.kron(q.double(), u.double())  # of weights (out, in), flattened
+        precision = vectors * products.flatten() @ vectors.T
+        precision.diagonal().add_(float(delta))
+        g = torch.stack([torch.stack([row[i].flatten() for row in example]) for example in grads])
+        cov += g @ torch.linalg.solve(precision, g.mT)
+    return logits.detach(), cov
+
+
+def run_laplace(case: Case, options: Options) -> list[Row]:
+    """Laplace-LoRA: the Gaussian of the logits, and the mean of softmax over 1,000 draws of it."""
+    import bayes_kernels.hf as hf
+    from bayes_kernels.hf.laplace_lora import laplace_posterior
+
+    device, draws = options.device, 1000
+    base = build_base(SHAPES[case.shape], device)
+    inputs = {k: v for k, v in make_batch(case, device).items() if k != "labels"}
+    rows = []
+    for layers, mode, formula in (
+        ("adapters", "all adapters", published_jacobian),
+        ("last", "last layer", published_last_layer),
+    ):
+        model = fit_laplace(case, base, device, layers)
+        posterior = laplace_posterior(model)
+        assert posterior is not None
+        if case.shape.startswith("tiny"):
+            few = {name: value[:2] for name, value in inputs.items()}
+            truth = exact_covariance(model, posterior, few)
+            assert_agrees(f"laplace {mode}", posterior.laplace.logits(few), truth, 1e-3)
+            assert_agrees(f"published {mode}", formula(model, posterior, few), truth, 1e-3)
+        else:
+            got, want = posterior.laplace.logits(inputs), formula(model, posterior, inputs)
+            assert_agrees(f"laplace {mode}", got, [t.double() for t in want], 1e-2)
+
+        @torch.no_grad()
+        def published(
+            model: Any = model, posterior: Any = posterior, formula: Any = formula
+        ) -> object:
+            mean, cov = formula(model, posterior, inputs)
+            cov.diagonal(dim1=1, dim2=2).add_(1e-6)
+            return bench_predict.peer(mean, cov, draws)
+
+        steps: dict[str, Callable[[], object]] = {
+            "laplace": lambda model=model: hf.predict(model, inputs, n_samples=draws),
+            "published": published,
+            "mean": lambda model=model: hf.predict(model, inputs, n_samples=0),
+        }
+        steps = options.pick(steps, OURS)
+        times = time_interleaved(steps, device, seconds=options.time_for(10.0, 1.0), max_repeats=40)
+        rows += _prediction_rows("laplace", case, mode, steps, times, options)
+    return rows
+
+
 def _prediction_rows(
     op: str,
     case: Case,
@@ -506,6 +679,7 @@ def run(options: Options) -> Iterator[Row]:
         (training_cases, run_training),
         (sample_cases, run_samples),
         (last_layer_cases, run_last_layer),
+        (laplace_cases, run_laplace),
     ):
         for case in cases(options.device, options.quick):
             if options.wants(case.name):

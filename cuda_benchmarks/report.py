@@ -1,7 +1,8 @@
 """Write docs/benchmarks.md from the rows of all machines: `python cuda_benchmarks/report.py [--check]`.
 
 The page shows, for each machine, every bar with the newest run that has its providers, and then every
-case, those where we are slower included. Nothing in it is written by hand but the text below.
+case, those where we are slower included, as a picture (charts.py) and as a table. Nothing in it is
+written by hand but the text below.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import bars
+import charts
 import harness
 from harness import ROOT, Row
 
@@ -35,12 +37,16 @@ make bench                                             # all families on the CPU
 bayes-kernels bench adapter --vs published,peft_lora   # one family, some of its providers
 bayes-kernels bench --device cuda --save               # adds rows to cuda_benchmarks/results/<machine>
 cuda_benchmarks/gpu.sh                                 # build, tests, sanitizers, benchmarks on a GPU machine
-bayes-kernels bench --report                           # this page from all rows
+bayes-kernels bench --report                           # this page from all rows, and its pictures
 ```
 
+Pictures show each provider's time over ours, on a logarithmic axis: bars to the left of one are faster
+than ours. The black marks are the bars to reach; where the coloured bar ends before its mark, it is missed.
+
 Peak memory is counted by torch's allocator, above what is there before a step; how it follows from the sizes
-of a model is on [its own page](memory.md). Instructions of the CPU kernels and launches of the CUDA
-kernels are bounded in the test suite (`python_tests/test_counters.py`), whatever the machine's load.
+of a model is on [its own page](memory.md). Instructions of the CPU kernels, launches of the CUDA kernels and
+the [bytes](kernels.md#bytes) that these move are bounded in the test suite
+(`python_tests/test_counters.py`), whatever the machine's load.
 """
 
 FAMILY_TEXT = {
@@ -48,17 +54,20 @@ FAMILY_TEXT = {
     "bayesian-peft's formula with its sign tensors, `peft_lora` plain LoRA as PEFT computes it (fp32 "
     "adapters), `peft_lora_low` the same in the activations' dtype, `eager` and `compiled` the best plain "
     "PyTorch for BLoB without and with `torch.compile`; `lora` and `bayes_kernels` are ours, without and "
-    "with noise. `forward` is one token, what generation pays.",
+    "with noise. `forward` is one token, what generation under one draw of the weights pays; in "
+    "`forward, new draw` the noise is drawn for each token.",
     "predict": "`mc_predict` against softmax over a materialised (samples, B, C) tensor, the same 10 samples "
     "at a time, and (full covariance) the published Laplace-LoRA code's expansion. Noise is drawn within "
     "the measured time, entropies are part of the result.",
     "tall": "Lists of matrices (n, r): polar and QR retraction of x + step, a Stiefel descent step, PoLAR's "
     "landing field.",
     "curvature": "One update of rank-k factors (d, k) with new rows for each of a list of layers. "
-    "`svd_fp64` is bayesian_lora's update, `gram_torch` the same Gram route in batched PyTorch calls.",
+    "`svd_fp64` is bayesian_lora's update, `gram_torch` the same Gram route in batched PyTorch calls. "
+    "`kron` adds N rows to a dense factor (d, d); `addmm` is PyTorch's product of converted, masked rows.",
     "vbll": "Loss and backward of a variational last layer against the `vbll` package.",
     "end_to_end": "Whole training steps and predictions of models with random weights, adapters of rank 8 on "
-    "query and value projections (`cuda_benchmarks/bench_end_to_end.py`).",
+    "query and value projections (`cuda_benchmarks/bench_end_to_end.py`). `laplace` is a prediction of "
+    "Laplace-LoRA, 1,000 draws of linearised logits, against the whole Jacobian of the batch.",
 }
 
 
@@ -232,8 +241,42 @@ def environment_line(rows: Sequence[Row]) -> str:
     return f"{of('machine')}, torch {of('torch')}, {where}{threads}; commit {of('commit')}; {days}."
 
 
-def page(results: Path = RESULTS) -> str:
+def picture_line(machine: str, family: str) -> list[str]:
+    """The picture of a family."""
+    title = harness.load_family(family).title
+    name = charts.file_name(machine, family)
+    return [f"![Time of each provider over ours: {title}]({charts.IMAGES.name}/{name})", ""]
+
+
+def pictures(results: Path = RESULTS) -> dict[str, list[charts.Panel]]:
+    """What the page's pictures show, by file name."""
+    found = {}
+    for machine, by_family in read(results).items():
+        for family, all_rows in by_family.items():
+            rows = newest(all_rows, family)
+            drawn = charts.panels(family, rows, device_of(rows))
+            if drawn:
+                found[charts.file_name(machine, family)] = drawn
+    return found
+
+
+def write_pictures(folder: Path, results: Path = RESULTS) -> bool:
+    """Write all pictures, and remove those of rows that are gone; False where matplotlib is missing."""
+    wanted = pictures(results)
+    try:
+        for name, drawn in wanted.items():
+            charts.write(drawn, folder / name)
+    except ImportError:
+        return False
+    for path in folder.glob("*.svg"):
+        if path.name not in wanted:
+            path.unlink()
+    return True
+
+
+def page(results: Path = RESULTS, *, with_pictures: bool = True) -> str:
     """The text of docs/benchmarks.md."""
+    drawn = pictures(results) if with_pictures else {}
     lines = [INTRODUCTION]
     machines = read(results)
     seen = set()
@@ -245,7 +288,10 @@ def page(results: Path = RESULTS) -> str:
         seen.add(device)
         lines += [f"## {machine}", "", *bar_lines(families, device)]
         for name, rows in families.items():
-            lines += case_lines(name, rows)
+            own = case_lines(name, rows)
+            if charts.file_name(machine, name) in drawn:
+                own[4:4] = picture_line(machine, name)  # below the family's text
+            lines += own
     if "cuda" not in seen:
         lines += [
             "## GPU",
@@ -270,6 +316,9 @@ def main() -> int:
             "up to date" if same else f"{PAGE} is not what the rows give; run {Path(__file__).name}"
         )
         return 0 if same else 1
+    if not write_pictures(charts.IMAGES):
+        text = page(with_pictures=False)
+        print("no pictures: matplotlib is not installed; pip install 'bayes-kernels[plots]'")
     temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, PAGE)

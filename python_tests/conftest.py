@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_draws import KeptDraws
 
 import bayes_kernels as bk
 from bayes_kernels import _library
@@ -95,3 +96,13 @@ def data_dir() -> Path:
 def models_dir() -> Path:
     """Folder of small real causal language models."""
     return _folder("BAYES_KERNELS_MODELS", "models")
+
+
+@pytest.fixture
+def kept_draws() -> Iterator[KeptDraws]:
+    """The draws that the CPU library keeps: none at the start."""
+    draws = KeptDraws()
+    limit = draws.limit
+    draws.forget()
+    yield draws
+    draws.forget(limit)

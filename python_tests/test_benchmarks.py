@@ -187,6 +187,86 @@ def test_the_page_says_what_is_missed(tmp_path: Path) -> None:
     assert load("bars").NOTES["curvature-svd", "cpu"] in page
 
 
+def test_the_pictures_are_of_the_rows() -> None:
+    """Each picture of the page is there, and carries the digest of what the rows give."""
+    report, charts = load("report"), load("charts")
+    wanted = report.pictures()
+    assert {path.name for path in charts.IMAGES.glob("*.svg")} == set(wanted)
+    for name, drawn in wanted.items():
+        text = (charts.IMAGES / name).read_text()
+        assert charts.digest(drawn) in text, (
+            f"docs/images/{name} is not of the rows; run python cuda_benchmarks/report.py"
+        )
+        assert f"({charts.IMAGES.name}/{name})" in report.PAGE.read_text()
+
+
+def test_panels_of_a_picture() -> None:
+    """Ratios to our first provider; a bar on another of ours is put in units of the first."""
+    charts = load("charts")
+    common = {"op": "retract", "case": "16 x (4096, 16)", "mode": "step"}
+    times = {"svd": 30.0, "qr": 15.0, "polar": 5.0, "qr_retract": 4.0}
+    rows = [made_row(provider=name, p50_us=time, **common) for name, time in times.items()]
+    (panel,) = charts.panels("tall", rows, "cpu")
+    assert (panel.op, panel.mode, panel.own) == ("retract", "step", "polar")
+    found = {mark.provider: (mark.ratio, mark.goal) for mark in panel.marks}
+    # svd at least 6 times polar; qr at least 3 times qr_retract.
+    assert found == {"svd": (6.0, 6.0), "qr": (3.0, 2.4), "qr_retract": (0.8, None)}
+    assert charts.panels("tall", rows[:2], "cuda")[0].own == "svd"
+    slower = [made_row(provider="polar", p50_us=6.0, **common), rows[0]]
+    assert charts.digest(charts.panels("tall", slower, "cpu")) != charts.digest([panel])
+
+
+def test_a_picture_is_written_once_and_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    charts, report = load("charts"), load("report")
+    size = lambda item: sum(len(panel.marks) for panel in item[1])  # noqa: E731
+    name, drawn = min(report.pictures().items(), key=size)
+    first, second = tmp_path / "images" / name, tmp_path / name
+    charts.write(drawn, first)
+    charts.write(drawn, second)
+    assert first.read_bytes() == second.read_bytes()
+    assert [path.name for path in first.parent.iterdir()] == [name]
+    text = first.read_text()
+    for mark in drawn[0].marks:
+        assert mark.case in text
+        assert mark.provider in text
+
+
+def test_the_page_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables are written all the same."""
+    report = load("report")
+    monkeypatch.setitem(sys.modules, "bayes_kernels.plots", None)
+    assert not report.write_pictures(tmp_path)
+    page = report.page(with_pictures=False)
+    assert "![" not in page
+    assert page.count("| case |") == report.page().count("| case |")
+
+
+# --- linearised predictions ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["adapters", "last"])
+def test_linearised_predictions_agree(layers: str) -> None:
+    """Ours, the published route and dense inverses in fp64; within 0.1 %."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from bayes_kernels.hf.laplace_lora import laplace_posterior
+
+    bench, harness = load("bench_end_to_end"), load("harness")
+    formula = {"adapters": bench.published_jacobian, "last": bench.published_last_layer}[layers]
+    case = bench.Case("tiny", 3, 6)
+    model = bench.fit_laplace(case, bench.build_base(bench.SHAPES["tiny"], "cpu"), "cpu", layers)
+    posterior = laplace_posterior(model)
+    assert posterior is not None
+    inputs = {k: v for k, v in bench.make_batch(case, "cpu").items() if k != "labels"}
+    truth = bench.exact_covariance(model, posterior, inputs)
+    ours = posterior.laplace.logits(inputs)
+    harness.assert_agrees("ours", ours, truth, 1e-3)
+    harness.assert_agrees("published", formula(model, posterior, inputs), truth, 1e-3)
+    with pytest.raises(AssertionError, match="differs"):
+        harness.assert_agrees("another prior", [ours[1] * 1.01], [truth[1]], 1e-3)
+
+
 # --- memory model ----------------------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
-"""Regression tests that do not depend on the machine's load: instructions and kernel launches.
+"""Regression tests that do not depend on the machine's load: instructions, launches and bytes.
 
 Instructions are those of one call of a CPU kernel on its AVX2 path, which valgrind can run, counted by
 callgrind; bounds are 10 % above what g++ 12 gave (`counters.json`; `python python_tests/test_counters.py`
 counts again and writes the file). Launches are those of the CUDA kernels, counted by the emulator: they
-are exact, and most do not depend on how many layers there are.
+are exact, and most do not depend on how many layers there are. Bytes are those that the CUDA kernels
+ask of global memory, counted by a second emulator (`traffic.py`) and compared with formulas.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import traffic
 
 from bayes_kernels import _library, functional, random
 
@@ -160,6 +162,12 @@ def test_launches_do_not_grow_with_the_list(
         rows = [torch.rand(1, 12) for _ in range(number)]
         return launches(lambda: functional.low_rank_update_(factors, rows))
 
+    def dense(number: int) -> int:
+        factors = [torch.zeros(3 + i % 4, 3 + i % 4) for i in range(number)]
+        rows = [torch.rand(2, len(f)) for f in factors]
+        one = torch.ones((), dtype=torch.float64)
+        return launches(lambda: _library.ops.kron_accumulate_(factors, rows, [], one, one))
+
     def polar(number: int) -> int:
         xs = talls(number)
         return launches(lambda: functional.polar_retract_(xs))
@@ -168,7 +176,7 @@ def test_launches_do_not_grow_with_the_list(
         xs = talls(number)
         return launches(lambda: functional.landing_field(xs, [x.clone() for x in xs], 0.5))
 
-    for counted, most in ((kl, 2), (low_rank, 3), (polar, 4), (landing, 3)):
+    for counted, most in ((kl, 2), (low_rank, 3), (dense, 2), (polar, 4), (landing, 3)):
         few, many = counted(2), counted(40)
         assert few == many, counted.__name__
         assert 0 < few <= most, counted.__name__
@@ -189,6 +197,67 @@ def test_launches_of_a_prediction(launches: Callable[[Callable[[], Any]], int]) 
         few, many = launches(lambda step=step: step(8)), launches(lambda step=step: step(64))
         assert few == many
         assert 0 < few <= most
+
+
+# --- bytes -----------------------------------------------------------------------------------------
+
+
+# Ops, and the sectors of 32 bytes that their requests touch, times 32, over the bytes asked for; one is
+# a perfectly coalesced kernel. Factors are read a column at a time, and small; scaled_normal gives a
+# thread four neighbouring numbers one by one.
+COALESCED = {
+    "normal": 1.10,
+    "scaled_normal": 4.01,
+    "scaled_normal_backward": 4.01,
+    "adapter_shrink": 2.6,
+    "adapter_shrink_backward": 3.1,
+    "adapter_expand": 3.4,
+    "adapter_expand_backward": 2.5,
+    "gaussian_kl": 1.01,
+    "gaussian_kl_backward": 1.01,
+    "gaussian_kl_step_": 1.01,
+    "tall_gram": 1.15,
+    "tall_retract_": 1.10,
+    "tall_stiefel_step_": 1.15,
+    "tall_landing_field": 1.10,
+    "mc_predict": 5.2,
+    "low_rank_update_": 2.6,
+}
+
+
+@pytest.fixture(scope="module")
+def moved() -> dict[str, dict[str, Any]]:
+    """All cases of traffic.py, counted in a process of its own."""
+    if _library.find_library(traffic.LIBRARY) is None:
+        pytest.skip(f"{traffic.LIBRARY} is not built; build with BAYES_KERNELS_TESTS=ON")
+    result = subprocess.run(
+        [sys.executable, traffic.__file__, "--json"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("op", COALESCED)
+def test_bytes(op: str, moved: dict[str, dict[str, Any]]) -> None:
+    """As many as the design says, within 5 %: an input that is read once more is seen.
+
+    Fewer are as wrong: the formula no longer says what the kernel does.
+    """
+    cases = {name: row for name, row in moved.items() if name.split()[0] == op}
+    assert cases
+    for name, row in cases.items():
+        design = sum(row["expected"].values())
+        terms = ", ".join(f"{reason}: {number:,}" for reason, number in row["expected"].items())
+        assert 0.95 * design <= row["bytes"] <= 1.05 * design, (
+            f"{name}: {row['bytes']:,} bytes, {row['bytes'] / design:.3f} of {design:,} ({terms}); "
+            f"loads and stores of each kernel: {row['kernels']}"
+        )
+        assert row["bytes"] >= row["least"], name
+        assert 32 * row["sectors"] <= COALESCED[op] * row["bytes"], name
+
+
+def test_every_case_of_bytes_is_tested(moved: dict[str, dict[str, Any]]) -> None:
+    assert {name.split()[0] for name in moved} == set(COALESCED)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import assert_no_worse_than_torch
 
-from bayes_kernels import reference
+from bayes_kernels import _library, reference
 from bayes_kernels.functional import kron_accumulate_, low_rank_update_
 
 
@@ -139,26 +139,161 @@ def test_masks_and_weights(device):
         torch.testing.assert_close(product(low.cpu()), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def symmetric(d: int, seed: int = 0) -> torch.Tensor:
+    start = torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return start + start.T
+
+
+def gaussian(rows: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, d, generator=torch.Generator().manual_seed(seed))
+
+
+# Sides up to 128 have a kernel, of which 96 takes two blocks of threads for each split of the rows;
+# 600 takes two products.
+@pytest.mark.parametrize("d", [1, 3, 8, 17, 64, 96, 128, 129, 600])
+def test_kron_accumulate(device, d: int):
+    """Accuracy rule with weights, masks and none, for row counts on both sides of every split."""
+    if device.name == "sim" and d > 128:
+        pytest.skip("no kernel")
+    counts = (0, 1, 5, 300) if device.name == "sim" else (0, 1, 5, 300, 1000, 5000)
+    for dtype in device.dtypes:
+        for n in counts if d < 96 else (5, 1000 if device.name == "cpu" else 140):
+            x = gaussian(n, d, seed=n).to(dtype)
+            acc = torch.float64 if dtype == torch.float64 else torch.float32
+            weights = torch.rand(n, generator=torch.Generator().manual_seed(1)).to(acc)
+            kept = weights < 0.7
+            for mask in (None, kept, weights * kept):
+                start = symmetric(d).to(acc)
+                options = {"alpha": 0.3, "beta": 0.9, "mask": mask}
+                truth = reference.kron_accumulate(start.double(), x.double(), **options)
+                same = reference.kron_accumulate(start, x.to(acc), **options)
+                given = x.clone()
+                if mask is not None:
+                    given[mask == 0] = torch.nan
+                factor = start.to(device.torch)
+                kron_accumulate_(
+                    factor,
+                    given.to(device.torch),
+                    alpha=0.3,
+                    beta=torch.tensor(0.9, dtype=torch.float64, device=device.torch),
+                    masks=None if mask is None else mask.to(device.torch),
+                )
+                assert torch.equal(factor, factor.T)
+                what = f"{dtype} {n} rows"
+                if acc == torch.float64:
+                    torch.testing.assert_close(factor, truth, rtol=1e-13, atol=1e-13 * (1 + n))
+                else:
+                    assert_no_worse_than_torch(factor, same, truth, what=what)
+
+
+@pytest.mark.parametrize("d", [5, 64, 130, 600])
 @pytest.mark.parametrize("scalars", ["numbers", "tensors"])
-def test_kron_accumulate(dtype: torch.dtype, scalars: str):
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(3, 50, d, generator=generator).to(dtype) for d in (8, 33)]
-    mask = torch.rand(3, 50, generator=generator) < 0.7
-    alpha, beta = 0.3, 0.9
-    starts = [torch.randn(d, d, generator=generator) for d in (8, 33)]
+def test_beta_zero_reads_nothing(device, d: int, scalars: str):
+    x = gaussian(20, d).to(device.torch)
+    factor = torch.full((d, d), torch.nan, device=device.torch)
+    options = {"alpha": 0.5, "beta": 0.0}
+    if scalars == "tensors":
+        options = {k: torch.tensor(v, device=device.torch) for k, v in options.items()}
+    kron_accumulate_(factor, x, **options)
+    torch.testing.assert_close(factor, 0.5 * x.T @ x)
+    kron_accumulate_(factor.fill_(torch.nan), x[:0], **options)
+    assert bool((factor == 0).all())
+
+
+def test_lists_of_kronecker_factors(device):
+    """65 factors of several sides and dtypes in one call, with and without weights."""
+    sides = [(1, 4, 7, 16, 40)[i % 5] for i in range(64)] + [100]
+    dtypes = [(torch.float32, torch.bfloat16, torch.float16)[i % 3] for i in range(65)]
+    starts = [symmetric(d, i).float().to(device.torch) for i, d in enumerate(sides)]
+    rows = [
+        gaussian((i * 7) % 11, d, i).to(device.torch, dtype)
+        for i, (d, dtype) in enumerate(zip(sides, dtypes, strict=True))
+    ]
+    masks = [
+        None if i % 2 else (torch.arange(len(x), device=device.torch) % 3 > 0).to(torch.float64)
+        for i, x in enumerate(rows)
+    ]
     factors = [s.clone() for s in starts]
-    given = (alpha, beta) if scalars == "numbers" else map(torch.tensor, (alpha, beta))
-    kron_accumulate_(
-        factors, rows, **dict(zip(("alpha", "beta"), given, strict=True)), masks=[mask, None]
-    )
-    for factor, start, x, m in zip(factors, starts, rows, (mask, None), strict=True):
-        options = {"alpha": alpha, "beta": beta, "mask": m}
-        truth = reference.kron_accumulate(start.double(), x.double(), **options)
-        same = reference.kron_accumulate(start, x.float(), **options)
-        assert_no_worse_than_torch(factor, same, truth)
-    kron_accumulate_(factors[0].fill_(torch.nan), rows[0], beta=0.0)  # old values are not read
-    assert bool(torch.isfinite(factors[0]).all())
+    kron_accumulate_(factors, rows, masks=masks, beta=0.5)
+    for factor, start, x, mask in zip(factors, starts, rows, masks, strict=True):
+        one = start.clone()
+        kron_accumulate_(one, x, masks=mask, beta=0.5)
+        assert torch.equal(one, factor)
+        truth = reference.kron_accumulate(start.double(), x.double(), beta=0.5, mask=mask)
+        torch.testing.assert_close(factor.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_kronecker_sums_do_not_depend_on_rows_left_out(device):
+    """Weights of one and no weights give the same bits; so do rows beside which others are left out."""
+    x = gaussian(150, 24).to(device.torch)
+    keep = torch.arange(150, device=device.torch) < 64
+    results = []
+    for rows, masks in ((x[:64], None), (x[:64], torch.ones_like(x[:64, 0])), (x, keep)):
+        factor = torch.zeros(24, 24, device=device.torch)
+        kron_accumulate_(factor, rows, masks=masks)
+        results.append(factor)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_kronecker_views_leading_dimensions_and_versions(device):
+    """A strided factor, rows (2, 3, d) that are not contiguous and not aligned, and autograd's count."""
+    x = gaussian(6, 33).reshape(2, 3, 33).to(device.torch)
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.bool, device=device.torch)
+    whole = torch.zeros(64, 64, device=device.torch)
+    view = whole[::2, ::2]
+    version = whole._version
+    kron_accumulate_(view, x[..., 1:].to(torch.bfloat16), masks=mask)
+    kept = x[mask][:, 1:].to(torch.bfloat16).float()
+    torch.testing.assert_close(view, kept.T @ kept, rtol=1e-5, atol=1e-5)
+    assert int((whole != 0).sum()) == int((view != 0).sum())
+    assert whole._version > version
+    shifted = torch.zeros(1 + 6 * 32, dtype=torch.bfloat16, device=device.torch)[1:].view(6, 32)
+    shifted.copy_(x.reshape(6, 33)[:, 1:])
+    dense = torch.zeros(32, 32, device=device.torch)
+    version = dense._version
+    kron_accumulate_(dense, shifted, masks=mask.flatten().float())
+    assert torch.equal(dense, view)
+    assert dense._version > version
+
+
+def test_kronecker_factors_larger_than_a_product(monkeypatch):
+    """More than two blocks, none of which ends where another does; the lower triangle is not read."""
+    from bayes_kernels.functional import curvature
+
+    monkeypatch.setitem(curvature._PRODUCT_ROWS, "cpu", 40)
+    monkeypatch.setitem(curvature._MIRROR_ROWS, "cpu", 50)
+    x, start = gaussian(50, 131), symmetric(131).float()
+    for beta in (0.9, torch.tensor(0.9)):
+        factor = start.clone()
+        factor.masked_fill_(torch.ones(131, 131).tril(-1) > 0, torch.nan)
+        kron_accumulate_(factor, x, beta=beta)
+        assert torch.equal(factor, factor.T)
+        torch.testing.assert_close(factor, 0.9 * start + x.T @ x, rtol=1e-5, atol=1e-4)
+    small = start[:50, :50].contiguous()
+    kron_accumulate_(small.masked_fill_(torch.ones(50, 50).tril(-1) > 0, torch.nan), x[:, :50])
+    torch.testing.assert_close(small, start[:50, :50] + x[:, :50].T @ x[:, :50])
+
+
+def test_kronecker_op_refuses_what_it_cannot_take(device):
+    """Direct calls of the op, which Python's checks do not protect."""
+    factor, x = torch.zeros(4, 4, device=device.torch), torch.ones(3, 4, device=device.torch)
+    one = torch.ones((), dtype=torch.float64, device=device.torch)
+    wide = torch.zeros(129, 129, device=device.torch)
+    for arguments, text in (
+        (([], [], [], one, one), "lists of the same length"),
+        (([factor], [x], [x[:, 0], x[:, 0]], one, one), "lists of the same length"),
+        (([wide], [wide], [], one, one), "d at most 128"),
+        (([factor], [x[:, :3]], [], one, one), "rows 0 must have shape"),
+        (([factor], [x.double()], [], one, one), "float64 beside float64 factors only"),
+        (([factor], [x], [x[:2, 0].contiguous()], one, one), "mask 0 must be empty or have shape"),
+        (([factor], [x], [x[:, 0] > 0], one, one), "in the dtype of the factors"),
+        (([factor], [x], [], one.float(), one), "beta must be a float64 tensor of one element"),
+        (([factor, factor], [x, x], [], one, one), "must not overlap in memory"),
+        (([factor], [factor], [], one, one), "an input must not overlap"),
+    ):
+        with pytest.raises(RuntimeError, match=f"kron_accumulate_: .*{text}"):
+            _library.ops.kron_accumulate_(*arguments)
 
 
 def test_strides_rows_and_halves(device):
@@ -196,13 +331,17 @@ def test_nan_rows_show(device):
 def test_same_bits_for_any_number_of_threads():
     shapes = [(64, 5), (300, 10), (2000, 3)]
     rows = [decaying(40, d).float() for d, _ in shapes]
+    many = [gaussian(9000, 60), gaussian(100, 60), gaussian(5000, 3)]
+    weights = [torch.rand(9000, generator=torch.Generator().manual_seed(2)), None, None]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             factors = [torch.zeros(s) for s in shapes]
             low_rank_update_(factors, rows)
-            results.append(factors)
+            dense = [torch.ones(x.shape[1], x.shape[1]) for x in many]
+            kron_accumulate_(dense, many, masks=weights)
+            results.append(factors + dense)
     finally:
         torch.set_num_threads(before)
     assert all(
@@ -224,3 +363,8 @@ def test_errors(op):
     ):
         with pytest.raises((ValueError, TypeError), match=f"{op.__name__}: .*{text}"):
             op(*arguments, **options)
+    if op is kron_accumulate_:
+        with pytest.raises(
+            ValueError, match="alpha must be a number or a floating-point tensor of one"
+        ):
+            op(good, torch.ones(2, 4), alpha=torch.ones(2))

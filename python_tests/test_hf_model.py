@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kept_draws import KeptDraws
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -690,6 +692,32 @@ def test_generate_keeps_one_draw() -> None:
         for _ in range(4):
             ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
     assert torch.equal(one, two) and torch.equal(one, ids)
+
+
+@pytest.mark.parametrize("how", ["posterior", "sample_at_inference"])
+def test_generate_keeps_the_numbers_of_its_draw(how: str, kept_draws: KeptDraws) -> None:
+    """Within one generated text each layer draws twice, and finds its numbers for all other tokens."""
+    model = llama(sample_at_inference=how == "sample_at_inference")
+    layers = len(bayes_layers(model))
+    # Other tests turn the cache off in the configuration that all models here share.
+    options: Any = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
+
+    def generated() -> Tensor:
+        context = posterior(model, "sample", seed=1) if how == "posterior" else nullcontext()
+        with context:
+            return model.generate(input_ids=IDS, max_new_tokens=6, **options)
+
+    kept_draws.forget(0)
+    state = noise_state(model).snapshot()
+    expected = generated()
+    assert kept_draws.known == 0
+    kept_draws.forget(64 << 20)
+    noise_state(model).restore(state)
+    assert torch.equal(generated(), expected)
+    assert kept_draws.known == layers and kept_draws.hits == 4 * layers  # 6 passes
+    generated()  # the same draw again, or with sample_at_inference a new one
+    more = 6 if how == "posterior" else 4
+    assert kept_draws.hits == (4 + more) * layers
 
 
 # --- rejected combinations -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     h, b = torch.randn(7, 5).to(acc), torch.randn(9, 5).to(acc)
     base, dy = torch.randn(7, 9).to(dtype), torch.randn(7, 9).to(dtype)
     ids = torch.tensor([3, 1, 1, 0, 9, 2, 2])
+    counted = (0, 0, 1, None)  # stream, row0, rows_per_id, ids
     means, rhos = (
         [torch.randn(3, 4).to(acc), torch.randn(6).to(acc)],
         [
@@ -34,6 +35,9 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     talls = [torch.randn(17, 3).to(acc), torch.randn(5, 5).to(acc), torch.randn(40, 1).to(acc)]
     beside = [0.1 * torch.randn_like(t) for t in talls]
     rows = [torch.randn(b, t.shape[0]).to(acc) for b, t in enumerate(talls)]
+    grams = [t.T @ t for t in talls[:2]]
+    samples_of = [torch.randn(7, 3).to(dtype), torch.randn(2, 5).to(acc)]
+    weights = [torch.rand(7).to(acc), torch.empty(0, dtype=acc)]
     scalar = torch.tensor(0.1, dtype=torch.float64)
     return {
         "fold_in": [(key, 5)],
@@ -65,16 +69,26 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (h[:0], b, None, 1.0, dtype),
         ],
         "adapter_forward": [
-            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0),
-            (x, a, e, b, None, key, 4, 2, 3, None, 0.25, "square", 1.0),
-            (x[None, :0], a, e[:, :1], b, base[None, :0], key, 0, 0, 1, None, 0.0, "direct", 1.0),
-            (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.0, "softplus", 1.0),
+            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0, True),
+            (x, a, e, b, None, key, 4, 2, 3, None, 0.25, "square", 1.0, False),
+            (x[None, :0], a, e[:, :1], b, base[None, :0], key, *counted, 0.0, "direct", 1.0, True),
+            (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.0, "softplus", 1.0, True),
+        ],
+        "adapter_backward": [
+            (dy, x, a, None, b, h, None, 0, 0, 1, None, 0.0, "", 2.0, True, True, False, True),
+            (dy, x, a, e, b, h, key, 4, 2, 3, None, 0.25, "square", 1.0, True, True, True, True),
+            (dy, x, a, e[:, :1], b, h, key, 4, 0, 1, ids, 0.0, "softplus", 1.0, *[False, True] * 2),
+            (dy[:0], x[:0], a, e, b, h[:0], key, 0, 0, 1, None, 0.0, "", 1.0, *[False] * 3, True),
         ],
         "adapter_expand_backward": [(dy, h, b, 2.0, True, True), (dy, h, b, 1.0, False, True)],
         "gaussian_kl": [(means, rhos, [0.2, 0.3], "square", "elbo")],
         "gaussian_kl_backward": [(weight, means, rhos, [0.2], "softplus", "code")],
         "gaussian_kl_step_": [(means, rhos, weight, [0.2], "square", "elbo")],
         "low_rank_update_": [(talls, rows)],
+        "kron_accumulate_": [
+            (grams, samples_of, weights, scalar, scalar),
+            (grams[:1], [samples_of[0][:0]], [], scalar, scalar),
+        ],
         "tall_gram": [(talls,)],
         "tall_pair_gram": [(talls, beside)],
         "tall_retract_": [(talls, [], "polar"), (talls, beside, "qr")],

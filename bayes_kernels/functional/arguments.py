@@ -50,6 +50,18 @@ def as_list(items: Tensor | Sequence[T]) -> list[Any]:
     return [items] if isinstance(items, Tensor) else list(items)
 
 
+def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-dim fp64 tensor on the device of `like`; a number needs no copy from host memory."""
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=torch.float64, device=like.device)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} must be a number or a floating-point tensor of one element, got "
+            f"{value.dtype} {tuple(value.shape)}"
+        )
+    return value.detach().reshape(()).to(like.device, torch.float64)
+
+
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

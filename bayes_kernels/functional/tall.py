@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _library, reference
 from .._library import MAX_FUSED_RANK
-from .arguments import as_list, check_choice, no_autocast
+from .arguments import as_list, check_choice, no_autocast, scalar
 
 # Entries of `info`, one for each matrix.
 RETRACTED, REFINED, SHIFTED, RANK_DEFICIENT, NOT_FINITE = range(5)
@@ -139,7 +139,7 @@ def stiefel_step_(
     others = _tall_partners(op, "directions", directions, matrices)
     if not matrices:
         return torch.empty(0, dtype=torch.int32)
-    rate = _scalar(op, "lr", lr, matrices[0])
+    rate = scalar(op, "lr", lr, matrices[0])
     _check_once(op, matrices)
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
@@ -190,7 +190,7 @@ def landing_field(
     others = _tall_partners(op, "grads", grads, matrices)
     if not matrices:
         return []
-    weight = _scalar(op, "lam", lam, matrices[0])
+    weight = scalar(op, "lam", lam, matrices[0])
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
             return _by_rank(
@@ -228,7 +228,7 @@ def landing_step_(
     others = _tall_partners(op, "grads", grads, matrices)
     if not matrices:
         return
-    rate, weight = (_scalar(op, k, v, matrices[0]) for k, v in (("lr", lr), ("lam", lam)))
+    rate, weight = (scalar(op, k, v, matrices[0]) for k, v in (("lr", lr), ("lam", lam)))
     _check_once(op, matrices)
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
@@ -355,18 +355,6 @@ def _tall_partners(
                 f"{t.device}; convert it"
             )
     return partners
-
-
-def _scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A 0-dim fp64 tensor on the device of `like`; a number needs no copy from host memory."""
-    if not isinstance(value, Tensor):
-        return torch.full((), float(value), dtype=torch.float64, device=like.device)
-    if value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(
-            f"{op}: {name} must be a number or a floating-point tensor of one element, got "
-            f"{value.dtype} {tuple(value.shape)}"
-        )
-    return value.detach().reshape(()).to(like.device, torch.float64)
 
 
 def _beyond_fused(matrices: list[Tensor]) -> bool:

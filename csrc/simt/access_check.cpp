@@ -153,13 +153,18 @@ void on_forget(const void* address, std::size_t n) {
   }
 }
 
-const AccessHooks hooks{block_begins, block_barrier, warp_barrier, on_read, on_write, on_forget};
+void launch_begins(const char*) {}
+void launch_ends() {}
+void on_global_read(const void*, std::size_t, unsigned) {}
+
+const AccessHooks hooks{launch_begins, launch_ends, block_begins, block_barrier, warp_barrier,
+                        on_read,       on_write,    on_forget,    on_global_read};
 const bool installed = [] {
   access_hooks = &hooks;
   return true;
 }();
 
-inline void instrumented(const void* address, std::size_t n, bool is_store) {
+inline void instrumented(const void* address, std::size_t n, bool is_store, const void*) {
   if (running_thread < 0) return;
   const SharedArena& arena = shared_arena();
   const auto offset =
@@ -170,37 +175,4 @@ inline void instrumented(const void* address, std::size_t n, bool is_store) {
 }  // namespace
 }  // namespace simt
 
-#define BK_TSAN extern "C" __attribute__((visibility("hidden")))
-
-#define BK_TSAN_SIZE(N)                                                               \
-  BK_TSAN void __tsan_read##N(void* p) { simt::instrumented(p, N, false); }           \
-  BK_TSAN void __tsan_write##N(void* p) { simt::instrumented(p, N, true); }           \
-  BK_TSAN void __tsan_unaligned_read##N(void* p) { simt::instrumented(p, N, false); } \
-  BK_TSAN void __tsan_unaligned_write##N(void* p) { simt::instrumented(p, N, true); } \
-  BK_TSAN void __tsan_volatile_read##N(void* p) { simt::instrumented(p, N, false); }  \
-  BK_TSAN void __tsan_volatile_write##N(void* p) { simt::instrumented(p, N, true); }
-BK_TSAN_SIZE(1)
-BK_TSAN_SIZE(2)
-BK_TSAN_SIZE(4)
-BK_TSAN_SIZE(8)
-BK_TSAN_SIZE(16)
-
-BK_TSAN void __tsan_read_range(void* p, std::size_t n) { simt::instrumented(p, n, false); }
-BK_TSAN void __tsan_write_range(void* p, std::size_t n) { simt::instrumented(p, n, true); }
-BK_TSAN void __tsan_vptr_read(void**) {}
-BK_TSAN void __tsan_vptr_update(void**, void*) {}
-BK_TSAN void __tsan_func_entry(void*) {}
-BK_TSAN void __tsan_func_exit() {}
-BK_TSAN void __tsan_init() {}
-
-// The atomic operations a kernel can reach: atomicAdd, and the once-only start of function-local
-// statics.
-BK_TSAN std::uint32_t __tsan_atomic32_fetch_add(volatile std::uint32_t* p, std::uint32_t v, int) {
-  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
-}
-BK_TSAN std::uint64_t __tsan_atomic64_fetch_add(volatile std::uint64_t* p, std::uint64_t v, int) {
-  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
-}
-BK_TSAN std::uint8_t __tsan_atomic8_load(const volatile std::uint8_t* p, int) {
-  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
-}
+#include "access_interface.h"

@@ -1,4 +1,5 @@
-// What the emulator tells the access check (access_check.cpp), when that is linked in.
+// What the emulator tells the access check (access_check.cpp) or the count of bytes
+// (access_count.cpp), when one of them is linked in.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +26,12 @@ struct SharedArena {
 };
 const SharedArena& shared_arena();
 
+// Whether an address is on the stack of the thread that runs. Only inside kernels.
+bool on_stack(const void* address);
+
+// Whether the emulator carries out a warp operation, which reads the lanes' variables.
+extern bool in_warp_operation;
+
 // Linear index in its block of the thread that runs, or -1 outside kernels.
 extern int running_thread;
 
@@ -33,6 +40,8 @@ extern int running_thread;
 [[noreturn]] void stop_kernel(const std::string& text);
 
 struct AccessHooks {
+  void (*launch_begins)(const char* kernel);
+  void (*launch_ends)();
   void (*block_begins)();
   void (*block_barrier)();
   void (*warp_barrier)(unsigned warp);
@@ -41,8 +50,10 @@ struct AccessHooks {
   void (*write)(const void* address, std::size_t bytes, unsigned thread);
   // The content becomes undefined: a cp.async is in flight.
   void (*forget)(const void* address, std::size_t bytes);
+  // A cp.async of `thread` reads global memory; other reads of it are those of the instrumentation.
+  void (*global_read)(const void* address, std::size_t bytes, unsigned thread);
 };
-// Null unless the access check is linked in.
+// Null unless one of the two is linked in.
 extern const AccessHooks* access_hooks;
 
 }  // namespace simt

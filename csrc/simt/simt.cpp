@@ -88,6 +88,7 @@ dim3 gridDim{};
 namespace simt {
 
 int running_thread = -1;
+bool in_warp_operation = false;
 const AccessHooks* access_hooks = nullptr;
 
 namespace {
@@ -541,6 +542,7 @@ void run_block(Random& random) {
 // After a fault the fibers of the block are in the middle of its kernel; all start afresh.
 void abandon_fibers() {
   running_thread = -1;
+  in_warp_operation = false;
   machine.fault = nullptr;
   machine.idle_fibers.clear();
   for (auto& fiber : machine.fibers) {
@@ -608,6 +610,12 @@ Settings& settings() {
 }
 
 const SharedArena& shared_arena() { return machine.arena; }
+
+bool on_stack(const void* address) {
+  const char* at = static_cast<const char*>(address);
+  const Stack& stack = current().fiber->stack;
+  return at >= stack.bottom() && at < stack.bottom() + stack.bytes();
+}
 
 void fail(const char* format, ...) {
   char buffer[512];
@@ -710,7 +718,9 @@ void warp_collective(const char* name, std::uint32_t mask, void* payload, Combin
     wait(State::in_warp_operation, site);
     return;
   }
+  in_warp_operation = true;
   combine(mask, open[slot].payloads);
+  in_warp_operation = false;
   for (unsigned other = 0; other < lanes; ++other) {
     if (other != lane && (mask >> other & 1u) != 0) make_ready(machine.threads[warp_begin + other]);
   }
@@ -781,6 +791,10 @@ void copy_async_16(void* destination, const void* source, int bytes_valid, const
   if (access_hooks != nullptr) {
     access_hooks->write(destination, 16, static_cast<unsigned>(running_thread));
     access_hooks->forget(destination, 16);
+    if (bytes_valid > 0) {
+      access_hooks->global_read(source, static_cast<std::size_t>(bytes_valid),
+                                static_cast<unsigned>(running_thread));
+    }
   }
   ++machine.n_copies;
   queue.in_flight.push_back(CopyAsync{static_cast<char*>(destination),
@@ -983,6 +997,7 @@ void run_grid(const char* kernel_name, const void* kernel, dim3 grid, dim3 block
   blockDim = block;
   gridDim = grid;
   reset_arena();
+  if (access_hooks != nullptr) access_hooks->launch_begins(plain_kernel_name().c_str());
 
   const std::uint64_t n_blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   Random random(settings().seed);
@@ -1006,6 +1021,7 @@ void run_grid(const char* kernel_name, const void* kernel, dim3 grid, dim3 block
     abandon_fibers();
     throw;
   }
+  if (access_hooks != nullptr) access_hooks->launch_ends();
 }
 
 }  // namespace simt

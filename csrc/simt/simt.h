@@ -32,7 +32,8 @@
 // check_uninitialized (reads of shared memory never written). Compiled with -fsanitize=address,
 // wild global and shared accesses are found at the access. Compiled with -fsanitize=thread (compile
 // step only, no libtsan) and linked with access_check.cpp, every single access to shared memory is
-// checked for races, initialisation and bounds.
+// checked for races, initialisation and bounds; linked with access_count.cpp instead, the bytes
+// that each kernel moves to and from global memory are counted.
 //
 // Not emulated: timing, bank conflicts, register limits, memory-model weakness (stores are visible
 // at once), clusters, TMA. A thread that spins on a value another thread or block shall write never

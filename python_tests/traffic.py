@@ -1,0 +1,542 @@
+"""Bytes that the CUDA kernels move to and from global memory, counted by the emulator.
+
+    python python_tests/traffic.py            # a table: counted, formula, what must move
+    python python_tests/traffic.py --json     # the same for test_counters.py
+
+A process of its own: it loads the emulator whose kernels are compiled to report every access
+(csrc/simt/access_count.cpp), which registers the same ops as the one of all other tests.
+
+What is counted is what warps ask for, 32 lanes at a time; no cache is modelled. Each case has two
+figures to compare with. `least`: every input read once and every result written once, which is what
+must come from and go to memory; the figure of a roofline. `expected`: what the design asks for, as
+terms of the shapes with their reasons; the rest of it are re-reads, mostly of small operands that
+stay in the caches. Where the count is above `expected`, a kernel reads something again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayes_kernels import _library, random
+
+LIBRARY = "libbayes_kernels_sim_traffic.so"
+F32, F64, ITEM = 4, 8, 64
+
+# As in the kernels: constants of the plans.
+FULL_GRID = 512
+FMA_TOKENS = 32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        step: the call.
+        least: bytes of its inputs and results, each once.
+        expected: bytes that the kernels ask for, by reason.
+    """
+
+    step: Callable[[], object]
+    least: int
+    expected: Mapping[str, int]
+
+
+@dataclass
+class Count:
+    """Bytes and sectors of 32 bytes, loads and stores together."""
+
+    bytes: int
+    sectors: int
+    kernels: dict[str, tuple[int, int, int, int, int]]
+
+
+class Counter:
+    """The emulator that counts."""
+
+    def __init__(self) -> None:
+        path = _library.find_library(LIBRARY)
+        if path is None:
+            raise ImportError(f"{LIBRARY} is not built; build with BAYES_KERNELS_TESTS=ON")
+        _library.simulator_library = LIBRARY
+        if _library.load_simulator() is None:
+            raise ImportError(f"{path} could not be loaded")
+        library = ctypes.CDLL(str(path))
+        self._reset = library.bayes_kernels_sim_reset_traffic
+        self._traffic = library.bayes_kernels_sim_traffic
+        self._traffic.restype = ctypes.c_uint64
+        self._traffic.argtypes = [
+            ctypes.c_uint64, ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(ctypes.c_uint64),
+        ]  # fmt: skip
+
+    def of(self, step: Callable[[], object]) -> Count:
+        """What the kernels of one call move."""
+        self._reset()
+        with _library.simulator():
+            step()
+        name, numbers = ctypes.c_char_p(), (ctypes.c_uint64 * 5)()
+        found: dict[str, tuple[int, int, int, int, int]] = {}
+        index = 0
+        while index < self._traffic(index, ctypes.byref(name), numbers):
+            assert name.value is not None
+            found[name.value.decode()] = (
+                numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+            )  # fmt: skip
+            index += 1
+        totals = [sum(k[i] for k in found.values()) for i in range(5)]
+        return Count(totals[1] + totals[2], totals[3] + totals[4], found)
+
+
+# --- inputs ----------------------------------------------------------------------------------------
+
+_generator = torch.Generator().manual_seed(0)
+
+
+def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, generator=_generator).to(dtype)
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+# --- noise -----------------------------------------------------------------------------------------
+
+
+def noise_cases() -> dict[str, Case]:
+    key, rho = random.key(1), normal(8, 1024)
+    n = rho.numel()
+    warps = ceil_div(n, 4 * 32)  # a lane makes four normals, and every warp reads the key
+    return {
+        "normal (8, 1024)": Case(
+            lambda: _library.ops.normal(key, 0, [8, 1024]),
+            n * F32,
+            {"the result": n * F32, "the key, for each warp": 16 * warps},
+        ),
+        "scaled_normal (8, 1024)": Case(
+            lambda: _library.ops.scaled_normal(rho, 1024, key, 0, "square"),
+            2 * n * F32,
+            {"rho and the result": 2 * n * F32, "the key, for each warp": 16 * warps},
+        ),
+        "scaled_normal_backward (8, 1024)": Case(
+            lambda: _library.ops.scaled_normal_backward(rho, rho, key, 0, "square"),
+            3 * n * F32,
+            {"rho, de and drho": 3 * n * F32, "the key, for each warp": 16 * warps},
+        ),
+    }
+
+
+# --- adapter ---------------------------------------------------------------------------------------
+#
+# x (T, n) or y (T, m) are read or written once whatever the rank up to 8 (fp32; each eight ranks read
+# x again) or 32 (16 bits). Beside that: factors once for each block of tokens, h once for each block
+# of columns, partial sums of split reductions.
+
+
+@dataclass(frozen=True)
+class Layer:
+    """T tokens of n features, rank r."""
+
+    tokens: int
+    n: int
+    r: int
+    dtype: torch.dtype
+    noise: bool
+
+    @property
+    def item(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def wide(self) -> bool:
+        return self.dtype == torch.float32
+
+    @property
+    def rows(self) -> int:
+        """Bytes of activations."""
+        return self.tokens * self.n * self.item
+
+    @property
+    def matrices(self) -> int:
+        """Factors: with noise its matrix too."""
+        return 2 if self.noise else 1
+
+    @property
+    def padded(self) -> int:
+        """The rank of the tensor-core kernels: 8, 16, 32 or 64."""
+        return next(r for r in (8, 16, 32, 64) if self.r <= r)
+
+    @property
+    def padded16(self) -> int:
+        """The same in fragments of 16 ranks."""
+        return max(16, self.padded)
+
+
+def partial_sums(splits: int, count: int) -> int:
+    """Partial sums written, read and added; the result is written once more."""
+    return (2 * splits + 1) * count * F32
+
+
+def pack_factor(at: Layer) -> dict[str, int]:
+    """Factors to 16-bit fragments of 128 columns."""
+    count = at.matrices * at.r * at.n
+    padded = at.matrices * at.padded * 128 * ceil_div(at.n, 128)
+    return {"factors, to be packed": count * F32, "packed factors": padded * 2}
+
+
+def pack_low(at: Layer) -> dict[str, int]:
+    """h to 16-bit fragments of 32 tokens and 16 ranks."""
+    count = at.matrices * at.tokens * at.r
+    padded = at.matrices * at.padded16 * 32 * ceil_div(at.tokens, 32)
+    return {"h, to be packed": count * F32, "packed h": padded * 2}
+
+
+def down(at: Layer) -> dict[str, int]:
+    """h (T, r) = x F^T."""
+    h = at.tokens * at.r
+    if at.wide:
+        splits, groups = ceil_div(at.n, 512), ceil_div(at.r, 8)
+        blocks = max(1, FULL_GRID // (splits * groups))
+        tokens = FMA_TOKENS * ceil_div(ceil_div(at.tokens, blocks), FMA_TOKENS)
+        again = ceil_div(at.tokens, tokens)
+        terms = {
+            "x, for each eight ranks": groups * at.rows,
+            "factors, for each block of tokens": again * at.matrices * at.r * at.n * F32,
+        }
+    else:
+        blocks, tiles = ceil_div(at.tokens, 128), ceil_div(at.n, 128)
+        per_split = ceil_div(tiles, min(max(1, FULL_GRID // blocks), tiles))
+        splits = ceil_div(tiles, per_split)
+        warps = ceil_div(at.tokens, 32)
+        padded = at.padded * 128 * tiles
+        terms = {
+            **pack_factor(at),
+            "x, once": at.rows,
+            "packed factors, for each 32 tokens": warps * at.matrices * padded * 2,
+        }
+    if splits > 1:
+        return {**terms, "h, in partial sums": partial_sums(splits, h)}
+    return {**terms, "h, once": h * F32}
+
+
+def up(at: Layer, base: bool) -> dict[str, int]:
+    """y (T, n) = base + h F, or dx."""
+    columns = (4 if at.r <= 16 else 2 if at.r <= 32 else 1) * 128 if at.wide else 256
+    column_blocks = ceil_div(at.n, columns)
+    blocks = max(1, FULL_GRID // column_blocks)
+    again = ceil_div(at.tokens, 32 * ceil_div(ceil_div(at.tokens, blocks), 32))
+    terms = {
+        "the result, and base, once": (2 if base else 1) * at.rows,
+        "factors, for each block of tokens": again * at.matrices * at.r * at.n * F32,
+    }
+    if at.wide:
+        return {**terms, "h, for each block of columns": column_blocks * at.tokens * at.r * F32}
+    warps = ceil_div(at.n, 64)
+    packed = at.matrices * 16 * ceil_div(at.tokens, 16) * at.padded16 * 2
+    return {
+        **terms,
+        **pack_low(at),
+        "packed h, four times for each 64 columns": 4 * warps * packed,
+    }
+
+
+def outer(at: Layer) -> dict[str, int]:
+    """The gradients (r, n) = h^T x of all factors."""
+    matrix = at.matrices * at.r * at.n
+    columns = (4 if at.r <= 16 else 2 if at.r <= 32 else 1) * 128 if at.wide else 64
+    column_blocks = ceil_div(at.n, columns)
+    full, quantum = (FULL_GRID, FMA_TOKENS) if at.wide else (FULL_GRID * 3 // 4, 128)
+    wanted = max(1, full // column_blocks)
+    splits = ceil_div(at.tokens, quantum * ceil_div(ceil_div(at.tokens, wanted), quantum))
+    terms = {"x, once": at.rows, "gradients, in partial sums": partial_sums(splits, matrix)}
+    if at.wide:
+        return {**terms, "dh, for each block of columns": column_blocks * at.tokens * at.r * F32}
+    packed = at.matrices * 32 * ceil_div(at.tokens, 32) * at.padded16 * 2
+    return {**terms, **pack_low(at), "packed dh, for each 64 columns": column_blocks * packed}
+
+
+def merged(*parts: Mapping[str, int]) -> dict[str, int]:
+    """Terms of several kernels; equal reasons are added up."""
+    found: dict[str, int] = {}
+    for part in parts:
+        for reason, number in part.items():
+            found[reason] = found.get(reason, 0) + number
+    return found
+
+
+def adapter_cases(dtype: torch.dtype, tokens: int, n: int, r: int) -> dict[str, Case]:
+    """The four products of a layer with noise (of its expansion without: it has none)."""
+    noisy, plain = (Layer(tokens, n, r, dtype, noise) for noise in (True, False))
+    key = random.key(1)
+    noise = (key, 0, 0, 1, None, 0.0)
+    x, base = normal(tokens, n, dtype=dtype), normal(tokens, n, dtype=dtype)
+    a, e, b, h = normal(r, n), normal(r, n), normal(n, r), normal(tokens, r)
+    name = f"T{tokens} n{n} r{r} {str(dtype).removeprefix('torch.')}"
+    return {
+        f"adapter_shrink {name}": Case(
+            lambda: _library.ops.adapter_shrink(x, a, e, *noise), size_of(x, a, e, h), down(noisy)
+        ),
+        f"adapter_shrink_backward {name}": Case(
+            lambda: _library.ops.adapter_shrink_backward(h, x, a, e, *noise, True, True, True),
+            2 * size_of(x, a, e) + size_of(h),
+            merged(up(noisy, base=False), outer(noisy)),
+        ),
+        f"adapter_expand {name}": Case(
+            lambda: _library.ops.adapter_expand(h, b, base, 2.0, dtype),
+            2 * size_of(base) + size_of(h, b),
+            up(plain, base=True),
+        ),
+        f"adapter_expand_backward {name}": Case(
+            lambda: _library.ops.adapter_expand_backward(base, h, b, 2.0, True, True),
+            size_of(base) + 2 * size_of(h, b),
+            merged(down(plain), outer(plain)),
+        ),
+    }
+
+
+# --- divergence ------------------------------------------------------------------------------------
+
+
+def divergence_cases() -> dict[str, Case]:
+    layers, r, n = 4, 8, 1280
+    means, rhos = ([normal(r, n) for _ in range(layers)] for _ in range(2))
+    weight = torch.tensor(0.5)
+    numbers = layers * r * n
+    warps = layers * ceil_div(r * n, 4096) * 8
+    priors = [0.2] * layers
+    name = f"{layers} x ({r}, {n})"
+    return {
+        f"gaussian_kl {name}": Case(
+            lambda: _library.ops.gaussian_kl(means, rhos, priors, "square", "elbo"),
+            2 * numbers * F32 + F64,
+            {"means and rhos, once": 2 * numbers * F32, "partial sums": 2 * warps // 8 * F64 + F64},
+        ),
+        f"gaussian_kl_backward {name}": Case(
+            lambda: _library.ops.gaussian_kl_backward(
+                weight, means, rhos, priors, "square", "elbo"
+            ),
+            4 * numbers * F32,
+            {
+                "both, and their gradients": 4 * numbers * F32,
+                "the weight, for each warp": warps * F32,
+            },
+        ),
+        f"gaussian_kl_step_ {name}": Case(
+            lambda: _library.ops.gaussian_kl_step_(
+                [m.clone() for m in means],
+                [q.clone() for q in rhos],
+                weight,
+                priors,
+                "square",
+                "elbo",
+            ),
+            4 * numbers * F32,
+            {"both, read and written": 4 * numbers * F32, "the weight, for each warp": warps * F32},
+        ),
+    }
+
+
+# --- tall ------------------------------------------------------------------------------------------
+
+
+def tall_cases() -> dict[str, Case]:
+    """Two passes: Gram matrices, then products with what the small solve gives."""
+    layers, n, r = 3, 1536, 16
+    xs = [torch.linalg.qr(normal(n, r))[0].contiguous() for _ in range(layers)]
+    ds = [0.01 * normal(n, r) for _ in range(layers)]
+    lr, lam = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    matrix, square, splits = layers * n * r * F32, layers * r * r * F64, ceil_div(n, 512)
+    name = f"{layers} x ({n}, {r})"
+
+    def small(kinds: int, coefficients: int) -> dict[str, int]:
+        # A block has 8 warps; each reads its item of the list.
+        return {
+            "Gram matrices of 512 rows, written and read": 2 * splits * kinds * square,
+            "coefficients, written, and read for each 512 rows": (1 + splits)
+            * coefficients
+            * square,
+            "the list of matrices, for each warp": (1 + 8 * (2 + splits)) * layers * ITEM,
+        }
+
+    def copies() -> list[Tensor]:
+        return [x.clone() for x in xs]
+
+    return {
+        f"tall_gram {name}": Case(
+            lambda: _library.ops.tall_gram(xs), matrix, {"x": matrix, **small(1, 0)}
+        ),
+        f"tall_retract_ {name}": Case(
+            lambda: _library.ops.tall_retract_(copies(), ds, "polar"),
+            3 * matrix,
+            {
+                "x and d for the Gram matrix": 2 * matrix,
+                "x and d again for the product, x written": 3 * matrix,
+                "p, written and read": 2 * square,
+                **small(1, 1),
+            },
+        ),
+        f"tall_stiefel_step_ {name}": Case(
+            lambda: _library.ops.tall_stiefel_step_(copies(), ds, lr, "polar"),
+            3 * matrix,
+            {
+                "x, d for x'x, x'd, d'd": 4 * matrix,
+                "x and d again for the product, x written": 3 * matrix,
+                "p and a, written and read, and their product": (r + 6) * square,
+                **small(3, 2),
+            },
+        ),
+        f"tall_landing_field {name}": Case(
+            lambda: _library.ops.tall_landing_field(xs, ds, lam),
+            3 * matrix,
+            {
+                "x, d for x'x, x'd": 3 * matrix,
+                "x and d again for the product, the field": 3 * matrix,
+                **small(2, 2),
+            },
+        ),
+    }
+
+
+# --- predict ---------------------------------------------------------------------------------------
+
+
+def predict_terms(rows: int, classes: int, samples: int) -> dict[str, int]:
+    """A softmax of Gaussian logits with variances; nothing of the size samples x classes is stored."""
+    row, key = rows * classes * F32, 16 + 4  # bytes: key and mode, which each warp reads
+    groups = ceil_div(samples, 4)
+    prepared = {
+        "mean three times, variances: largest, sum, logarithms": 4 * row,
+        "scale, weight and log-weight, written": 3 * row,
+    }
+    if classes <= 32:  # a lane has whole samples; a warp a range of them
+        ranges = ceil_div(groups, 32)
+        each = 32 * ceil_div(ceil_div(groups, min(ranges, 128)), 32)
+        ranges, turns = ceil_div(groups, each), ceil_div(groups, 32)
+        return {
+            **prepared,
+            "scale, log-weight and weight twice, for each 128 samples": 4 * turns * row,
+            "sums and shifts of each range, written": 3 * ranges * row,
+            "the sums, mean, weight, log-weight, the result": (2 * ranges + 4) * row,
+            "entropies": rows * (2 * ranges * F64 + 2 * F32),
+            "key and mode, for each warp": rows * (ranges * key + 2 * 4),
+        }
+    ranges = min(ceil_div(groups, 64), 16)
+    warps = ceil_div(classes, 32)
+    return {
+        **prepared,
+        "scale, weight, log-weight for each 4 samples": 3 * groups * row,
+        "normalisers of 4 samples, written": groups * rows * 4 * F32,
+        "scale, weight, log-weight for each range": 3 * ranges * row,
+        "normalisers, for each 32 classes": groups * rows * warps * 4 * F32,
+        "sums and shifts of each range, written": 3 * ranges * row,
+        "the sums, mean, weight, log-weight, the result": (2 * ranges + 4) * row,
+        "entropies": rows * (2 * groups * F64 + 2 * F32),
+        "key and mode, for each warp": rows * (groups * 8 + ranges * warps + 1) * key,
+    }
+
+
+def predict_cases() -> dict[str, Case]:
+    cases = {}
+    key = random.key(1)
+    for rows, classes, samples in ((16, 5, 1000), (4, 640, 64)):
+        mean, cov = normal(rows, classes), normal(rows, classes).square()
+        cases[f"mc_predict S{samples} B{rows} C{classes}"] = Case(
+            lambda mean=mean, cov=cov, samples=samples: _library.ops.mc_predict(  # type: ignore[misc]
+                mean, cov, key, 0, 0, None, samples, False, False
+            ),
+            3 * rows * classes * F32 + 2 * rows * F32,
+            predict_terms(rows, classes, samples),
+        )
+    return cases
+
+
+# --- curvature -------------------------------------------------------------------------------------
+
+
+def curvature_cases() -> dict[str, Case]:
+    """H = [factor, rows'] is read for its Gram matrix and for the product with its eigenvectors."""
+    layers, d, k, b = 2, 2048, 10, 4
+    factors, rows = [normal(d, k) for _ in range(layers)], [normal(b, d) for _ in range(layers)]
+    c, splits = k + b, ceil_div(d, 1024)
+    return {
+        f"low_rank_update_ {layers} x ({d}, {k}), {b} rows": Case(
+            lambda: _library.ops.low_rank_update_([f.clone() for f in factors], rows),
+            layers * d * (2 * k + b) * F32,
+            {
+                "factor and rows for the Gram matrix": layers * d * c * F32,
+                "factor and rows again, factor written": layers * d * (c + k) * F32,
+                "Gram matrices of 1,024 rows, written and read": 2 * layers * splits * c * c * F64,
+                "eigenvectors, written, and read for each 32 rows": layers
+                * (1 + ceil_div(d, 32))
+                * c
+                * k
+                * F64,
+            },
+        )
+    }
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+def all_cases() -> dict[str, Case]:
+    """Small versions of the shapes of cuda_benchmarks."""
+    return {
+        **noise_cases(),
+        **adapter_cases(torch.float32, 96, 1024, 8),
+        **adapter_cases(torch.bfloat16, 160, 1024, 8),
+        **adapter_cases(torch.float32, 40, 200, 20),
+        **adapter_cases(torch.bfloat16, 40, 200, 20),
+        **divergence_cases(),
+        **tall_cases(),
+        **predict_cases(),
+        **curvature_cases(),
+    }
+
+
+def measure() -> dict[str, dict[str, object]]:
+    """All cases: counted bytes and sectors, and what they are compared with."""
+    counter = Counter()
+    found: dict[str, dict[str, object]] = {}
+    for name, case in all_cases().items():
+        count = counter.of(case.step)
+        found[name] = {
+            "bytes": count.bytes,
+            "sectors": count.sectors,
+            "expected": dict(case.expected),
+            "least": case.least,
+            "kernels": count.kernels,
+        }
+    return found
+
+
+def main() -> None:
+    found = measure()
+    if "--json" in sys.argv[1:]:
+        json.dump(found, sys.stdout)
+        return
+    print("| case | asked for, bytes | by design | must move | asked / must | in sectors / asked |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in found.items():
+        asked, least = int(str(row["bytes"])), int(str(row["least"]))
+        design = sum(row["expected"].values())  # type: ignore[attr-defined]
+        sectors = 32 * int(str(row["sectors"])) / asked
+        print(
+            f"| {name} | {asked:,} | {asked / design:.3f} x {design:,} | {least:,} "
+            f"| {asked / least:.2f} | {sectors:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
