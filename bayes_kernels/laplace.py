@@ -1148,7 +1148,7 @@ class Laplace:
                 quadrature; "probit" and "bridge" (Laplace bridge), closed forms. "weights": draws of
                 all weights and a forward pass for each, without linearisation, which is known to
                 underfit (Immer et al.).
-            n_samples: draws.
+            n_samples: draws; of logits, an even number comes in pairs mean + e, mean - e.
             seed: of the draws.
             row0: number of the first example, for data in several batches: every example then has
                 draws of its own, which do not depend on the split.
@@ -1172,12 +1172,15 @@ class Laplace:
         mean: Tensor, cov: Tensor, method: str, n_samples: int, seed: int, row0: int = 0
     ) -> Prediction:
         independent = method == "mc_independent"
+        drawn = independent or method == "mc"
         result = functional.mc_predict(
             mean,
             cov.diagonal(dim1=1, dim2=2).contiguous() if independent else cov,
             n_samples=n_samples,
             key=random.key(seed, mean.device),
             method="mc" if independent else method,
+            # Pairs leave no common tilt towards a class.
+            antithetic=drawn and n_samples % 2 == 0,
             row0=row0,
         )
         return Prediction(result.log_probs, result.entropy, result.expected_entropy, mean, cov)

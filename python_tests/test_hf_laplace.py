@@ -123,6 +123,22 @@ def test_train_and_eval_mode_with_draws_and_without(kind: str) -> None:
     )
 
 
+def test_pairs_of_draws_keep_the_likelier_of_two_classes() -> None:
+    model = adapter("llama")
+    two = [{**batch, "labels": batch["labels"] % 2} for batch in BATCHES]
+    wide = {"choices": [5, 6], "prior": "fixed", "prior_precision": 1e-4}
+    fit(model, "llama", two, **wide)
+    likelier = predict(model, BATCH, n_samples=0).log_probs.argmax(1)
+    answers = {
+        count: [
+            predict(model, BATCH, n_samples=count, seed=s).log_probs.argmax(1) for s in range(8)
+        ]
+        for count in (3, 4)
+    }
+    assert all(torch.equal(found, likelier) for found in answers[4])
+    assert not all(torch.equal(found, likelier) for found in answers[3])
+
+
 def test_padding_and_its_side_do_not_matter() -> None:
     found = []
     for side in ("none", "left", "right"):

@@ -246,12 +246,23 @@ def predict(
     )
 
 
+def _in_pairs(n_samples: int) -> bool:
+    """Whether logits are drawn in pairs mean + e, mean - e: where their number is even.
+
+    Noise that all examples share and whose sum is not zero favours the same class in all of them:
+    of two classes 1,000 draws without pairs took wide posteriors 5 points of accuracy below their
+    means, where the exact integral never changes which of two classes is likelier.
+    """
+    return n_samples % 2 == 0
+
+
 def _predict_last_layer(
     model: nn.Module, inputs: Mapping[str, Any], n_samples: int, seed: int, return_samples: bool
 ) -> Prediction:
     """Draws from a variational last layer: one pass of the model, then any number of logits.
 
-    Every example has the same noise, so that results do not depend on how examples are batched.
+    Every example has the same noise, so that results do not depend on how examples are batched; in
+    pairs, see `_in_pairs`.
     """
     mean, variance = class_logits(model, inputs)
     size, classes = mean.shape
@@ -267,10 +278,13 @@ def _predict_last_layer(
         )
     same = torch.zeros(size, dtype=torch.int64, device=mean.device)
     key = random.key(seed, mean.device)
-    found: Any = functional.mc_predict(mean, variance, n_samples=n_samples, key=key, ids=same)
+    paired = _in_pairs(n_samples)
+    found: Any = functional.mc_predict(
+        mean, variance, n_samples=n_samples, key=key, ids=same, antithetic=paired
+    )
     kept = None
     if return_samples:  # the draws that mc_predict has averaged, written out
-        noise = reference.logit_noise(key, 1, n_samples, classes, ids=same[:1])
+        noise = reference.logit_noise(key, 1, n_samples, classes, ids=same[:1], antithetic=paired)
         samples = mean + variance.sqrt() * noise.transpose(0, 1).to(mean.dtype)
         kept = samples.double().log_softmax(-1).cpu()
     return Prediction(
@@ -291,7 +305,8 @@ def _predict_laplace(
 ) -> Prediction:
     """The linearised model: Gaussian logits, then draws of them or a closed form.
 
-    Every example has the same noise, so that results do not depend on how examples are batched.
+    Every example has the same noise, so that results do not depend on how examples are batched; in
+    pairs, see `_in_pairs`.
     """
     found, method = posterior.laplace, posterior.prediction
     labels = next((batch[k] for k in _LABELS if batch.get(k) is not None), None)
@@ -316,11 +331,14 @@ def _predict_laplace(
             method, cov = "mc", cov.diagonal(dim1=1, dim2=2).contiguous()
         key = random.key(seed, mean.device)
         same = torch.zeros(len(mean), dtype=torch.int64, device=mean.device)
+        paired = method == "mc" and _in_pairs(n_samples)
         drawn = functional.mc_predict(
-            mean, cov, method=method, n_samples=n_samples, key=key, ids=same
+            mean, cov, method=method, n_samples=n_samples, key=key, ids=same, antithetic=paired
         )
         if return_samples:  # the draws that mc_predict has averaged, written out
-            noise = reference.logit_noise(key, 1, n_samples, mean.shape[1], ids=same[:1])
+            noise = reference.logit_noise(
+                key, 1, n_samples, mean.shape[1], ids=same[:1], antithetic=paired
+            )
             noise = noise.expand(len(mean), -1, -1).to(mean.dtype)
             samples = reference.sampled_logits(mean, cov, noise).transpose(0, 1)
             rest["sample_log_probs"] = samples.double().log_softmax(-1).cpu()
