@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -85,15 +86,23 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of one shape."""
+    """A batch of one shape; `layers` in place of the shape's own, if not 0."""
 
     shape: str
     batch: int
     length: int
+    layers: int = 0
+    rank: int = RANK
 
     @property
     def name(self) -> str:
-        return f"{self.shape}, {self.batch} x {self.length} tokens"
+        name = f"{self.shape}, {self.batch} x {self.length} tokens"
+        return f"{name}, {self.layers} layers, r {self.rank}" if self.layers else name
+
+    @property
+    def sizes(self) -> Shape:
+        shape = SHAPES[self.shape]
+        return dataclasses.replace(shape, layers=self.layers) if self.layers else shape
 
     @property
     def tokens(self) -> int:
@@ -118,6 +127,16 @@ def last_layer_cases(device: str, quick: bool) -> list[Case]:
     shape = "335M BERT" if device == "cuda" else "22M BERT"
     cases = [Case(shape, 16, 32), Case(shape, 64, 32)]
     return cases[:1] if quick else cases
+
+
+def scaling_cases(device: str, quick: bool) -> list[Case]:
+    """One size at a time changes: tokens, rank, layers."""
+    if quick:
+        return []
+    shape = "1B" if device == "cuda" else "10M"
+    sizes = [(1, 16, 2, 8), (4, 32, 2, 8), (4, 128, 2, 8), (16, 128, 2, 8)]
+    sizes += [(4, 32, 2, 2), (4, 32, 2, 32), (4, 32, 1, 8), (4, 32, 6, 8)]
+    return [Case(shape, *size) for size in sizes]
 
 
 def laplace_cases(device: str, quick: bool) -> list[Case]:
@@ -214,15 +233,15 @@ class Run:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def attach(base: nn.Module, shape: Shape, method: str) -> Any:
+def attach(base: nn.Module, shape: Shape, method: str, rank: int = RANK) -> Any:
     """A model with adapters of a method; `published_blob` is plain LoRA with other layers."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     import bayes_kernels.hf as hf
 
     common: dict[str, Any] = {
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
+        "r": rank,
+        "lora_alpha": 2 * rank,
         "target_modules": _targets(shape),
         "task_type": TaskType.SEQ_CLS,
     }
@@ -280,12 +299,14 @@ def _published_divergence(model: Any) -> Tensor:
     return total
 
 
-def prepare(base: nn.Module, shape: Shape, method: str, batch: dict[str, Tensor]) -> Run:
+def prepare(
+    base: nn.Module, shape: Shape, method: str, batch: dict[str, Tensor], rank: int = RANK
+) -> Run:
     """A model in training mode with its optimiser."""
     import bayes_kernels.hf as hf
     from bayes_kernels.stiefel import StiefelAdamW
 
-    model = attach(base, shape, method).train()
+    model = attach(base, shape, method, rank).train()
     after: Callable[[], object] = lambda: None  # noqa: E731
     if method == "polar_vbll":
         optimizer: torch.optim.Optimizer = StiefelAdamW(hf.parameter_groups(model), lr=LR)
@@ -437,6 +458,40 @@ def run_training(case: Case, options: Options) -> list[Row]:
             predicted = memory_model.predict(shape, case.batch, case.length, name, CLASSES)
             row.figures["predicted_bytes"] = predicted.total
         rows.append(row)
+    return rows
+
+
+def run_scaling(case: Case, options: Options) -> list[Row]:
+    """A whole step, and numbers of draws of a prediction, at one of the sizes."""
+    import bayes_kernels.hf as hf
+
+    device = options.device
+    base = build_base(case.sizes, device)
+    batch = make_batch(case, device)
+    runs = {
+        method: prepare(base, case.sizes, method, batch, case.rank)
+        for method in options.pick({m: m for m in ("peft_lora", "published_blob", "blob")}, OURS)
+    }
+    steps: dict[str, Callable[[], object]] = {name: run.step for name, run in runs.items()}
+    times = time_interleaved(steps, device, seconds=options.time_for(3.0, 1.0), max_repeats=40)
+    rows = [make_row("scaling", case.name, name, "step", times, device) for name in steps]
+    if case != scaling_cases(device, False)[1]:
+        return rows
+    model = attach(base, case.sizes, "blob", case.rank).eval()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    for draws in (2, 5, 10, 20, 50):
+        predictions: dict[str, Callable[[], object]] = {
+            "sequential": lambda n=draws: hf.predict(
+                model, inputs, n_samples=n, samples_per_pass=1
+            ),
+            "folded": lambda n=draws: hf.predict(model, inputs, n_samples=n),
+        }
+        predictions = options.pick(predictions, OURS)
+        times = time_interleaved(
+            predictions, device, seconds=options.time_for(3.0, 1.0), max_repeats=40
+        )
+        mode = f"{draws} draws"
+        rows += [make_row("scaling", case.name, name, mode, times, device) for name in predictions]
     return rows
 
 
@@ -679,6 +734,7 @@ def run(options: Options) -> Iterator[Row]:
         (training_cases, run_training),
         (sample_cases, run_samples),
         (last_layer_cases, run_last_layer),
+        (scaling_cases, run_scaling),
         (laplace_cases, run_laplace),
     ):
         for case in cases(options.device, options.quick):
