@@ -1066,6 +1066,7 @@ class Laplace:
                     *(self._linearised(part, list(grid)) for part in parts), strict=True
                 )
                 mean = torch.cat(means)
+                self._classes = mean.shape[1]  # a loaded posterior has not seen them
                 covs = [torch.cat(found) for found in zip(*parted, strict=True)]
                 labels = _check_labels(labels, mean)
                 seen += len(labels)

@@ -49,8 +49,13 @@ def test_low_rank_update_is_the_truncated_svd(device, d: int, k: int, rows: int)
 def test_memory_that_overlaps_is_refused(device):
     factor = torch.zeros(8, 2, device=device.torch)
     x = torch.ones(3, 8, device=device.torch)
-    with pytest.raises(RuntimeError, match="must not overlap in memory"):
+    with pytest.raises(ValueError, match="must not overlap in memory"):
         low_rank_update_([factor, factor], [x, x])
+    with pytest.raises(RuntimeError, match="must not overlap in memory"):
+        low_rank_update_([factor[:6], factor[2:]], [x[:, :6].contiguous(), x[:, 2:].contiguous()])
+    strided = torch.zeros(8, 4, device=device.torch)[::2]  # the op sees a copy of each
+    with pytest.raises(ValueError, match="must not overlap in memory"):
+        kron_accumulate_([strided, strided], [x[:, :4], x[:, :4]])
 
 
 def test_accumulation_is_exact_under_autocast():

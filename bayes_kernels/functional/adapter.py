@@ -361,8 +361,9 @@ def _infer(
     except NotImplementedError:  # a device that has no kernels
         return None
     except RuntimeError as error:
-        text = str(error)  # of the op's checks, or of a kernel or the allocator
-        if "adapter_forward: " in text and any(word in text for word in (" must ", " is needed ")):
+        text = str(error)  # of the dispatcher or the op's checks, or of a kernel or the allocator
+        refused = any(word in text for word in (" must ", " is needed "))
+        if "adapter_forward() " in text or ("adapter_forward: " in text and refused):
             return None
         raise
 

@@ -241,4 +241,8 @@ def _check_curvature(
             )
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"{op}: mask {i} must be bool or floating weights, got {mask.dtype}")
+    if not torch.compiler.is_compiling():
+        places = [factor.data_ptr() for factor in factor_list if factor.numel()]
+        if len(set(places)) < len(places):  # copies would hide it from the op
+            raise ValueError(f"{op}: factors must not overlap in memory; pass each one once")
     return triples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -91,7 +92,7 @@ def stored_method(folder: str | os.PathLike[str]) -> str:
 
 
 def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
-    """An adapter folder on its base model, for prediction.
+    """An adapter folder on its base model, for prediction: in evaluation mode.
 
     What PEFT or `save_pretrained` of this package wrote is read by PEFT. Folders of bayesian-peft
     carry the prefix base_model.model twice, which PEFT would silently ignore, leaving the adapter
@@ -113,20 +114,21 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     if not deviations and not any(key.startswith(_PREFIX * 2) for key in keys):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     classifies = type(model).__name__.endswith("ForSequenceClassification")
-    if classifies and not {"classifier", "score"} & {part for k in keys for part in k.split(".")}:
+    head = re.compile(r"\b(classifier|score)\.(?!.*lora_)")
+    if classifies and not any(head.search(key) for key in keys):
         warnings.warn(
             f"{folder} has no classification head, which bayesian-peft does not save: that of the base "
             "model is used, and must be the one that the adapter was trained with",
             stacklevel=2,
         )
     if deviations:
-        return import_lora(model, folder, is_trainable=False)
+        return import_lora(model, folder, is_trainable=False).eval()
     plain = LoraConfig.from_pretrained(str(folder))
     plain.inference_mode = True
     wrapped = get_peft_model(model, plain)
     tensors = load_file(_weights(folder, folder))
     _copy_tensors(wrapped, "default", {_single_prefix(k): v for k, v in tensors.items()})
-    return wrapped
+    return wrapped.eval()
 
 
 def _keys(folder: Path) -> list[str]:
