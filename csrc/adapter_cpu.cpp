@@ -10,6 +10,8 @@
 // in task order: the same bits for any number of threads.
 #include "adapter.h"
 
+#include <type_traits>
+
 #include "cpu_isa.h"
 #include "cpu_vector.h"
 #include "noise.h"
@@ -58,6 +60,10 @@ struct Rows {  // a matrix in memory
   A* data;
   int64_t pitch;
   A* at(int64_t row, int64_t column = 0) const { return data + row * pitch + column; }
+  __attribute__((always_inline)) auto vector(int64_t row, int64_t column) const {
+    return load(at(row, column));
+  }
+  Rows from(int64_t row) const { return {at(row), pitch}; }
 };
 
 // Signs of the tokens of one tile over one block of columns.
@@ -86,9 +92,22 @@ struct Ahead {
   }
 };
 
-template <class A, bool flipped, int tokens, int rows>
-BK_HD void project_block(Rows<const A> x, SignTile signs, Rows<const A> panel, Ahead ahead,
-                         int64_t vectors, Vec<A>* acc, int64_t acc_pitch) {
+// E = rho^2 . eps where it is used, from normals that are known: for one or two tokens a tile of it
+// would be written and read as often as it is used.
+struct SquaredDraw {
+  Rows<const float> rho, eps;
+  __attribute__((always_inline)) Vec<float> vector(int64_t row, int64_t column) const {
+    const Vec<float> root = load(rho.at(row, column));
+    return root * root * load(eps.at(row, column));
+  }
+  SquaredDraw from(int64_t row) const {
+    return {{rho.at(row), rho.pitch}, {eps.at(row), eps.pitch}};
+  }
+};
+
+template <class A, bool flipped, int tokens, int rows, class Panel>
+BK_HD void project_block(Rows<const A> x, SignTile signs, Panel panel, Ahead ahead, int64_t vectors,
+                         Vec<A>* acc, int64_t acc_pitch) {
   Vec<A> sum[tokens][rows];
 #pragma GCC unroll 8
   for (int t = 0; t < tokens; ++t)
@@ -106,7 +125,7 @@ BK_HD void project_block(Rows<const A> x, SignTile signs, Rows<const A> panel, A
     }
 #pragma GCC unroll 8
     for (int k = 0; k < rows; ++k) {
-      const Vec<A> pv = in_register(load(panel.at(k, v * kLanes<A>)));
+      const Vec<A> pv = in_register(panel.vector(k, v * kLanes<A>));
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) sum[t][k] += xv[t] * pv;
     }
@@ -117,15 +136,16 @@ BK_HD void project_block(Rows<const A> x, SignTile signs, Rows<const A> panel, A
     for (int k = 0; k < rows; ++k) acc[t * acc_pitch + k] = sum[t][k];
 }
 
-// acc[t * acc_pitch + k] += x[t, :] . panel[k, :], lane by lane.
-template <class A, bool flipped>
-void project(Rows<const A> x, SignTile signs, Rows<const A> panel, Ahead ahead, int64_t tokens,
-             int r, int64_t vectors, Vec<A>* acc, int64_t acc_pitch) {
+// acc[t * acc_pitch + k] += x[t, :] . panel[k, :], lane by lane; the panel is Rows or a
+// SquaredDraw.
+template <class A, bool flipped, class Panel>
+void project(Rows<const A> x, SignTile signs, Panel panel, Ahead ahead, int64_t tokens, int r,
+             int64_t vectors, Vec<A>* acc, int64_t acc_pitch) {
   in_pieces<kRegisterRows>(r, [&](auto rows, int64_t k) {
     in_pieces<kProjectTokens>(tokens, [&](auto count, int64_t t) {
       project_block<A, flipped, decltype(count)::value, decltype(rows)::value>(
-          {x.at(t), x.pitch}, {signs.at(t), signs.pitch}, {panel.at(k), panel.pitch},
-          ahead.from(t, 0), vectors, acc + t * acc_pitch + k, acc_pitch);
+          {x.at(t), x.pitch}, {signs.at(t), signs.pitch}, panel.from(k), ahead.from(t, 0), vectors,
+          acc + t * acc_pitch + k, acc_pitch);
     });
   });
 }
@@ -290,14 +310,21 @@ struct KeepTile {
 // E = std(rho) . eps for one block of columns of all rows, zeros behind the last column.
 template <class A>
 struct DrawTile {
-  static constexpr int64_t pitch = kPitch<A>;
-  alignas(64) A e[kMaxFusedRank * pitch];
-  alignas(64) A gradient[kMaxFusedRank * pitch];  // of E
-  alignas(64) float drawn[kMaxFusedRank * pitch];
+  static constexpr int64_t kMost = 8192;  // elements: threads may have small stacks
+  static constexpr int64_t kPad = kPitch<A> - kBlock<A>;
+  static constexpr int64_t kSize = kMost + kMaxFusedRank * kPad;
+  alignas(64) A e[kSize];
+  alignas(64) float drawn[kSize];
   const float* eps;
-  int64_t eps_pitch;
+  int64_t pitch, eps_pitch;
+
+  // Columns of a block: whole blocks of signs.
+  static int64_t block(int64_t r) {
+    return smaller(kBlock<A>, kMost / r / kSignsPerBlock * kSignsPerBlock);
+  }
 
   void fill(const AdapterDraw& draw, Key key, int r, int64_t n, int64_t column, int64_t width) {
+    pitch = block(r) + kPad;
     eps = draw.eps != nullptr ? draw.eps + column : drawn;
     eps_pitch = draw.eps != nullptr ? n : pitch;
     for (int64_t k = 0; k < r; ++k) {
@@ -318,9 +345,9 @@ struct DrawTile {
     }
   }
 
-  // drho = gradient . eps . std'(rho), in rows of `out`; rho is (r, n)
-  void write_drho(const AdapterDraw& draw, int r, int64_t n, int64_t column, int64_t width,
-                  Rows<A> out) const {
+  // drho = gradient of E . eps . std'(rho), in rows of `out`; rho is (r, n)
+  void write_drho(const AdapterDraw& draw, const A* gradient, int r, int64_t n, int64_t column,
+                  int64_t width, Rows<A> out) const {
     for (int64_t k = 0; k < r; ++k) {
       const float* z = eps + k * eps_pitch;
       const A* rho = rho_at(draw, k, n, column);
@@ -565,11 +592,12 @@ struct Shrink {
     const int64_t stop = smaller(column + grid.segment, p.n);
     Vec<A> acc[kMaxProjectVectors + kLanes<A>];
     for (int64_t i = 0; i < tokens * rows; ++i) acc[i] = Vec<A>{};
-    for (int64_t at = column; at < stop; at += kBlock<A>) {
-      const int64_t width = smaller(kBlock<A>, stop - at);
+    const int64_t block = p.draw.rho != nullptr ? DrawTile<A>::block(p.r) : kBlock<A>;
+    for (int64_t at = column; at < stop; at += block) {
+      const int64_t width = smaller(block, stop - at);
       Rows<const A> panel{p.e != nullptr ? e.at(0, at) : nullptr, e.pitch};
       DrawTile<A> drawn;
-      if (p.draw.rho != nullptr) {
+      if (p.draw.rho != nullptr && !draws_in_place(tokens, width)) {
         drawn.fill(p.draw, keys.normal, p.r, p.n, at, width);
         panel = {drawn.e, drawn.pitch};
       }
@@ -577,8 +605,7 @@ struct Shrink {
         const T* x = static_cast<const T*>(p.x) + (row + t) * p.x_stride;
         const int64_t count = smaller(kTileTokens, tokens - t);
         const T* next = x + count * p.x_stride + (t + count < tokens ? at : column);
-        if (t + count == tokens && at + kBlock<A> < stop)
-          next = x - t * p.x_stride + at + kBlock<A>;
+        if (t + count == tokens && at + block < stop) next = x - t * p.x_stride + at + block;
         tile<drop>(keys, {a.at(0, at), a.pitch}, panel, row + t, count, at, width,
                    Ahead::of(next, p.x_stride), acc + t * rows);
       }
@@ -619,7 +646,20 @@ struct Shrink {
     if (!noisy) return;
     InSigns<A> signs;
     in_signs<A>(p.noise, keys.in, row, tokens, p.n, column, width, &signs);
+    if constexpr (std::is_same_v<A, float>)
+      if (p.draw.rho != nullptr && e.data == nullptr) {
+        const SquaredDraw draw{{static_cast<const float*>(p.draw.rho) + column, p.n},
+                               {p.draw.eps + column, p.n}};
+        project<A, true>(read, signs.signs(), draw, ahead, tokens, p.r, vectors, acc + p.r, rows);
+        return;
+      }
     project<A, true>(read, signs.signs(), e, ahead, tokens, p.r, vectors, acc + p.r, rows);
+  }
+
+  // Whether E is made where it is used; the bits are those of the tile.
+  bool draws_in_place(int64_t tokens, int64_t width) const {
+    return std::is_same_v<A, float> && tokens <= kProjectTokens && width % kLanes<A> == 0 &&
+           p.draw.eps != nullptr && p.draw.std == Std::kSquare && !p.draw.row_constant;
   }
 };
 
@@ -678,18 +718,20 @@ struct ShrinkBackward {
             int64_t first_row, int64_t column) {
     const int64_t end_row = smaller(first_row + grid.chunk, p.tokens);
     const int64_t stop = smaller(column + grid.segment, p.n);
-    for (int64_t at = column; at < stop; at += kBlock<A>) {
-      const int64_t width = smaller(kBlock<A>, stop - at);
+    const int64_t block = drawn ? DrawTile<A>::block(p.r) : kBlock<A>;
+    for (int64_t at = column; at < stop; at += block) {
+      const int64_t width = smaller(block, stop - at);
       const int64_t vectors = ceil_div(width, kLanes<A>);
       const Rows<const A> ap{a.at(0, at), a.pitch};
       Rows<const A> ep{p.e != nullptr ? e.at(0, at) : nullptr, e.pitch};
       Rows<A> de_block{de.data != nullptr ? de.at(0, at) : nullptr, de.pitch};
       const Rows<A> drho = de_block;
       DrawTile<A> draw;
+      alignas(64) A draw_gradient[DrawTile<A>::kSize];
       if (drawn && (p.dx != nullptr || de.data != nullptr)) {
         draw.fill(p.draw, keys.normal, p.r, p.n, at, width);
         ep = {draw.e, draw.pitch};
-        if (de.data != nullptr) de_block = {draw.gradient, draw.pitch};
+        if (de.data != nullptr) de_block = {draw_gradient, draw.pitch};
       }
       for (int k = 0; k < p.r; ++k)
         for (int64_t j = 0; j < vectors * kLanes<A>; ++j) {
@@ -716,9 +758,8 @@ struct ShrinkBackward {
         if (da.data != nullptr || de.data != nullptr) {
           const T* x = static_cast<const T*>(p.x) + row * p.x_stride + at;
           const Rows<const A> tile = read_tile<T>(x, p.x_stride, tokens, width, keep, false, copy);
-          const T* next = row + kTileTokens < end_row
-                              ? x + kTileTokens * p.x_stride
-                              : x - (row - first_row) * p.x_stride + kBlock<A>;
+          const T* next = row + kTileTokens < end_row ? x + kTileTokens * p.x_stride
+                                                      : x - (row - first_row) * p.x_stride + block;
           const Ahead ahead = Ahead::of(next, p.x_stride);
           if (da.data != nullptr)
             update<A, false>(g, p.r, tile, {}, ahead, tokens, p.r, vectors,
@@ -731,7 +772,8 @@ struct ShrinkBackward {
           write_dx(g, flipped_g, ap, ep, signs.signs(), keep, tokens, width,
                    static_cast<T*>(p.dx) + row * p.n + at);
       }
-      if (drawn && de.data != nullptr) draw.write_drho(p.draw, p.r, p.n, at, width, drho);
+      if (drawn && de.data != nullptr)
+        draw.write_drho(p.draw, draw_gradient, p.r, p.n, at, width, drho);
     }
   }
 
@@ -934,7 +976,8 @@ struct ExpandBackward {
         const Rows<const A> tile =
             read_tile<T>(dy, p.dy_stride, tokens, width, nullptr, db.data == nullptr, copy);
         if (dh != nullptr)
-          project<A, false>(tile, {}, {panel + at, pitch}, {}, tokens, p.r, vectors, acc, p.r);
+          project<A, false>(tile, {}, Rows<const A>{panel + at, pitch}, {}, tokens, p.r, vectors,
+                            acc, p.r);
         const T* next =
             at + kBlock<A> < stop ? dy + kBlock<A> : dy + tokens * p.dy_stride - (at - column);
         if (db.data != nullptr)

@@ -492,8 +492,10 @@ def one_by_one(x, a, rho, b, base, key, stream=0, where=(0, 1, None, 0.0), std="
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    # on both sides of the numbers of tokens up to which kernels draw, and of a block of columns
-    [(1, 530, 9, 8), (33, 257, 5, 3), (64, 40, 8, 8), (65, 40, 8, 8), (8, 70, 9, 64), (9, 70, 9, 64),
+    # on both sides of the numbers of tokens up to which kernels draw, and of a block of columns,
+    # which is smaller above rank 16; one and two tokens take known normals without a tile
+    [(1, 530, 9, 8), (1, 1056, 9, 24), (2, 544, 9, 64), (3, 700, 9, 33),
+     (33, 257, 5, 3), (64, 40, 8, 8), (65, 40, 8, 8), (8, 70, 9, 64), (9, 70, 9, 64),
      (128, 45, 9, 5), (129, 45, 9, 5)],
     ids=str,
 )  # fmt: skip
@@ -519,6 +521,32 @@ def test_whole_ops_are_the_separate_ops_bit_for_bit(shape, dtype, std):
             )
             for needed, got, expected in zip(needs, found, (dx, da, drho, db), strict=True):
                 assert torch.equal(got, expected) if needed else got.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_stacks(dtype):
+    """Tiles lie on the stack of the thread: half of a megabyte has to do, Python's part included."""
+    script = """
+import sys, threading
+import torch
+from bayes_kernels import functional as F, random
+done = []
+def run(tokens):
+    x, a, rho = (torch.randn(*shape, dtype=dtype) for shape in ((tokens, 1100), (64, 1100), (64, 1100)))
+    b, base = torch.randn(30, 64, dtype=dtype), torch.randn(tokens, 30, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, a, rho, b)]
+    y = F.flipout_lora(*leaves, base, key=key, dropout=0.25)
+    done.append(torch.autograd.grad(y.sum(), leaves))
+dtype, key = getattr(torch, sys.argv[1]), random.key(1)
+threading.stack_size(512 << 10)
+for tokens in (1, 8, 100, 300):
+    thread = threading.Thread(target=run, args=(tokens,))
+    thread.start()
+    thread.join()
+print(len(done))
+"""
+    run = subprocess.run([sys.executable, "-c", script, dtype], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "4"), run.stderr
 
 
 def test_kept_draws_change_no_bits(kept_draws):
