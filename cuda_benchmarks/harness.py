@@ -10,7 +10,8 @@ clock or load meets all of them; what counts is the ratio of medians within one 
 On the CPU the clock is the CPU time of this process on one thread: other processes on a shared
 machine disturb it little, and each row says which share of the wall-clock time the process had a
 core for. On a GPU the clock is a pair of CUDA events around each repetition, with the L2 cache
-flushed before it.
+flushed before it and launched ahead, so that kernels wait for each other and not for the host;
+whole models, whose launches take more than 5 ms, are timed with what they wait.
 
 A family is a module `bench_<name>.py` with a constant `FAMILY`; what its figures have to reach is in
 `bars.py`.
@@ -31,7 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -243,13 +244,15 @@ def time_interleaved(
     max_repeats: int = 200,
 ) -> Times:
     """Microseconds of each step, in rounds over all steps, until `seconds` have gone by."""
-    timer = _cuda_time if device == "cuda" else _cpu_time
-    loops = {}
+    timers: dict[str, Callable[[], float]] = {}
     for name, step in steps.items():
         step()
-        once = timer(step, 1)
-        # Short steps are repeated within one measurement, against the resolution of the clock.
-        loops[name] = 1 if device == "cuda" else max(1, min(200, int(1000 / max(once, 1.0))))
+        if device == "cuda":
+            timers[name] = partial(_cuda_time, step, _head_start(step))
+        else:
+            # Short steps are repeated within one measurement, against the clock's resolution.
+            loops = max(1, min(200, int(1000 / max(_cpu_time(step, 1), 1.0))))
+            timers[name] = partial(_cpu_time, step, loops)
     times = Times({name: [] for name in steps})
     names = list(steps)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -260,7 +263,7 @@ def time_interleaved(
             if repeat >= min_repeats and time.perf_counter() - start > seconds:
                 break
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-                times[name].append(timer(steps[name], loops[name]))
+                times[name].append(timers[name]())
     finally:
         gc.enable()
     if device == "cpu":
@@ -281,16 +284,30 @@ def _flush_buffer() -> Tensor:
     return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
 
-def _cuda_time(step: Step, loops: int) -> float:
+def _head_start(step: Step) -> int:
+    """Clock cycles for which the GPU waits while the host launches a step's kernels.
+
+    Steps whose launches take the host longer than 5 ms are those of whole models: what the GPU waits
+    for there is part of their time.
+    """
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    launched = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return int(2e9 * (1.5 * launched + 50e-6)) if launched < 5e-3 else 0  # no GPU is beyond 2 GHz
+
+
+def _cuda_time(step: Step, head_start: int) -> float:
     _flush_buffer().zero_()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(200_000)  # the host gets ahead: launch latency stays out of the figure
+    if head_start:
+        torch.cuda._sleep(head_start)
     begin.record()
-    for _ in range(loops):
-        step()
+    step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / loops
+    return begin.elapsed_time(end) * 1e3
 
 
 @lru_cache(maxsize=2)
