@@ -19,6 +19,11 @@
 #include "core/portable.h"
 #include "core/posterior.h"
 
+// torch 2.11 knows this check by its older name only.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 // Emulator builds register the same schemas under a second name, with CUDA kernels that run on the
 // host and take CPU tensors.
 #if defined(BAYES_KERNELS_SIM)
