@@ -115,6 +115,28 @@ OodSize = Annotated[
 Samples = Annotated[
     int | None, typer.Option("--n-samples", min=0, help="Posterior draws; 0 is the mean.")
 ]
+TrainSize = Annotated[
+    int | None, typer.Option(min=0, help="Training examples, chosen by the seed; 0 for all.")
+]
+Base = Annotated[str, typer.Option(help="Base model, see train.")]
+Kind = Annotated[str, typer.Option(help="auto, causal, classifier or multiple_choice.")]
+Style = Annotated[str, typer.Option(help="Prompt: blob, laplace or plain.")]
+Dtype = Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
+]
+Rank = Annotated[int | None, typer.Option(help="r of LoRA.")]
+Alpha = Annotated[float | None, typer.Option(help="alpha of LoRA.")]
+TargetModules = Annotated[str | None, typer.Option(help="Layers to adapt, divided by commas.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
+StepExamples = Annotated[int | None, typer.Option(help="Examples of a step.")]
+MaxLength = Annotated[int | None, typer.Option(help="Largest number of tokens.")]
+Plots = Annotated[bool, typer.Option("--plots", help="Also write the pictures.")]
+OtherBase = Annotated[str | None, typer.Option(help="Another base model than recorded.")]
+DrawSeed = Annotated[int | None, typer.Option(help="Seed of the draws.")]
+BatchExamples = Annotated[int | None, typer.Option(min=1, help="Examples of a batch.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")]
+Results = Annotated[Path, typer.Option(help="Folder for results.")]
 
 
 @app.command()
@@ -127,14 +149,14 @@ def info(debug: Debug = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
+    out: Results = Path("runs/demo"),
+    seeds: Seeds = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     train_size: Annotated[int, typer.Option(min=1, help="Training examples.")] = 400,
     test_size: TestSize = 400,
     ood_size: OodSize = 200,
     n_samples: Samples = None,
-    model: Annotated[str, typer.Option(help="Base model, see train.")] = "minilm",
+    model: Base = "minilm",
     method: Annotated[
         str, typer.Option(help="Bayesian method to compare with plain LoRA, see train.")
     ] = "blob",
@@ -222,22 +244,16 @@ def train(
     test: Test = None,
     ood: Ood = None,
     label_names: LabelNames = None,
-    train_size: Annotated[
-        int | None, typer.Option(min=0, help="Training examples, chosen by the seed; 0 for all.")
-    ] = None,
+    train_size: TrainSize = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
     model: Annotated[
         str, typer.Option(help="minilm, a folder of a transformers model, or a name on the hub.")
     ] = "minilm",
-    kind: Annotated[
-        str, typer.Option(help="auto, causal, classifier or multiple_choice.")
-    ] = "auto",
-    style: Annotated[str, typer.Option(help="Prompt: blob, laplace or plain.")] = "blob",
-    dtype: Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")] = "float32",
-    quantization: Annotated[
-        str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
-    ] = None,
+    kind: Kind = "auto",
+    style: Style = "blob",
+    dtype: Dtype = "float32",
+    quantization: Quantization = None,
     method: Annotated[
         str,
         typer.Option(
@@ -245,19 +261,17 @@ def train(
             "(plain LoRA, then convert)."
         ),
     ] = "blob",
-    rank: Annotated[int | None, typer.Option(help="r of LoRA.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="alpha of LoRA.")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Layers to adapt, divided by commas.")
-    ] = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    target_modules: TargetModules = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples of a step.")] = None,
+    steps: Steps = None,
+    batch_size: StepExamples = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of steps with rising rate.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Largest number of tokens.")] = None,
+    max_length: MaxLength = None,
     n_samples: Samples = None,
     prior_std: Annotated[float | None, typer.Option(help="Deviation of the prior.")] = None,
     init_rho: Annotated[
@@ -324,7 +338,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
     ] = False,
     overwrite: Overwrite = False,
-    plots: Annotated[bool, typer.Option("--plots", help="Also write the pictures.")] = False,
+    plots: Plots = False,
     threads: Threads = None,
     device: Device = "auto",
     debug: Debug = False,
@@ -426,36 +440,28 @@ def compare(
             "divided by commas."
         ),
     ] = "all",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 3,
+    seeds: Seeds = 3,
     test: Test = None,
     ood: Ood = None,
     label_names: LabelNames = None,
-    train_size: Annotated[
-        int | None, typer.Option(min=0, help="Training examples, chosen by the seed; 0 for all.")
-    ] = None,
+    train_size: TrainSize = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
-    model: Annotated[str, typer.Option(help="Base model, see train.")] = "minilm",
-    kind: Annotated[
-        str, typer.Option(help="auto, causal, classifier or multiple_choice.")
-    ] = "auto",
-    style: Annotated[str, typer.Option(help="Prompt: blob, laplace or plain.")] = "blob",
-    dtype: Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")] = "float32",
-    quantization: Annotated[
-        str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
-    ] = None,
+    model: Base = "minilm",
+    kind: Kind = "auto",
+    style: Style = "blob",
+    dtype: Dtype = "float32",
+    quantization: Quantization = None,
     members: Annotated[
         int | None, typer.Option(min=2, help="Members of an ensemble; 3 by default.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="r of LoRA.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="alpha of LoRA.")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Layers to adapt, divided by commas.")
-    ] = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    target_modules: TargetModules = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of all methods.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples of a step.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Largest number of tokens.")] = None,
+    steps: Steps = None,
+    batch_size: StepExamples = None,
+    max_length: MaxLength = None,
     n_samples: Samples = None,
     option: Annotated[
         list[str] | None,
@@ -465,7 +471,7 @@ def compare(
             "(blob.kl_time=0.01, dropout.dropout=0.2, tfb.convert.anchors=200); may be repeated.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/compare"),
+    out: Results = Path("runs/compare"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the results in the folder, run what is missing.")
     ] = False,
@@ -635,7 +641,7 @@ def bayesianize(
     ] = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
-    model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
+    model: OtherBase = None,
     anchors: Annotated[
         int | None,
         typer.Option(min=1, help="Training examples to look at; tfb 500, laplace all by default."),
@@ -654,12 +660,12 @@ def bayesianize(
         ),
     ] = None,
     n_samples: Samples = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    seed: DrawSeed = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the new adapter; ADAPTER-METHOD by default.")
     ] = None,
     overwrite: Overwrite = False,
-    plots: Annotated[bool, typer.Option("--plots", help="Also write the pictures.")] = False,
+    plots: Plots = False,
     threads: Threads = None,
     device: Device = "auto",
     debug: Debug = False,
@@ -758,15 +764,15 @@ def evaluate(
     label_names: LabelNames = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
-    model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
+    model: OtherBase = None,
     n_samples: Samples = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a batch.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    batch_size: BatchExamples = None,
+    seed: DrawSeed = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json; ADAPTER/evaluation by default.")
     ] = None,
     overwrite: Overwrite = False,
-    plots: Annotated[bool, typer.Option("--plots", help="Also write the pictures.")] = False,
+    plots: Plots = False,
     threads: Threads = None,
     device: Device = "auto",
     debug: Debug = False,
@@ -831,10 +837,10 @@ def predict(
         Path | None,
         typer.Option(help="JSONL file (id, question, context, choices) or text, one a line."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Another base model than recorded.")] = None,
+    model: OtherBase = None,
     n_samples: Samples = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a batch.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    batch_size: BatchExamples = None,
+    seed: DrawSeed = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")
     ] = False,
@@ -949,6 +955,7 @@ def bench(
     if report:
         command = [sys.executable, str(folder / "report.py")]
     else:
+        _need_ops()
         command += [*(families or []), "--device", device]
         options = {"--vs": vs, "--case": case, "--seconds": seconds, "--json": json_file}
         command += ["--quick"] if quick else []
@@ -960,15 +967,20 @@ def bench(
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
+def _need_ops() -> None:
+    from . import _library
+
+    if _library.problem is not None:
+        raise ImportError(f"compiled ops cannot be loaded: {_library.problem}; {_library._ADVICE}")
+
+
 def _start(threads: int | None) -> None:
     """Threads, and silence from libraries whose messages mean nothing to users here."""
     import torch
 
-    from . import _library
     from .hf.experiment import quiet_libraries
 
-    if _library.problem is not None:
-        raise ImportError(f"compiled ops cannot be loaded: {_library.problem}; {_library._ADVICE}")
+    _need_ops()
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_libraries()

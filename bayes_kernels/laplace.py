@@ -608,7 +608,8 @@ class Laplace:
             below an ordinary training step with the whole batch. None: batches are taken whole.
 
     Gradient checkpointing is respected; transformers' models checkpoint in training mode only, and
-    are run in eval mode here. Batches are moved to the device of the first parameter.
+    are run in eval mode here. Batches are moved to the device of the first parameter; `forward`,
+    `labels` and `mask` get them, or their parts, after that.
 
     Raises:
         ValueError, TypeError: options or layers do not fit.
@@ -1055,20 +1056,18 @@ class Laplace:
             scores = torch.zeros(len(grid), dtype=torch.float64)
             seen = 0
             for raw in loader:
-                labels = self._labels_of(raw)
-                if labels is None:
-                    raise ValueError(
-                        "Laplace.optimize_prior_precision: batches of the loader must have labels, "
-                        "got none; pass labels=lambda batch: ..."
-                    )
-                parts = self._parts(raw, self._classes)
-                means, parted = zip(
-                    *(self._linearised(part, list(grid)) for part in parts), strict=True
-                )
-                mean = torch.cat(means)
+                found = []
+                for part in self._parts(raw, self._classes):
+                    labels = self._labels_of(part)
+                    if labels is None:
+                        raise ValueError(
+                            "Laplace.optimize_prior_precision: batches of the loader must have "
+                            "labels, got none; pass labels=lambda batch: ..."
+                        )
+                    mean, covs = self._linearised(part, list(grid))
+                    found.append((_check_labels(labels, mean), mean, *covs))
+                labels, mean, *covs = map(torch.cat, zip(*found, strict=True))
                 self._classes = mean.shape[1]  # a loaded posterior has not seen them
-                covs = [torch.cat(found) for found in zip(*parted, strict=True)]
-                labels = _check_labels(labels, mean)
                 seen += len(labels)
                 for i, cov in enumerate(covs):
                     log_probs = self._from_logits(mean, cov, prediction, n_samples, 0).log_probs
@@ -1580,16 +1579,37 @@ def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
     return labels
 
 
+# Inputs of transformers' models that all examples share, whatever their first size is, by their
+# largest number of dimensions: (T,), (T,) where it is not (B, T), and (layers, heads).
+_SHARED = {
+    "cache_position": 1,
+    "position_ids": 1,
+    "head_mask": 2,
+    "decoder_head_mask": 2,
+    "cross_attn_head_mask": 2,
+}
+
+
+def is_shared(name: str, value: Tensor) -> bool:
+    """Whether a model's input of this name is known to have no dimension of examples."""
+    return value.dim() <= _SHARED.get(name, 0)
+
+
+def has_rows(name: str, value: Any, examples: int) -> bool:
+    """Whether a model's input is a tensor with a row for each example."""
+    return isinstance(value, Tensor) and not is_shared(name, value) and len(value) == examples
+
+
 def _repeated(batch: Any, examples: int, copies: int) -> Any:
     """The batch with each tensor of `examples` rows repeated as a whole."""
 
-    def repeat(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != examples:
+    def repeat(value: Any, name: str = "") -> Any:
+        if not has_rows(name, value, examples):
             return value
         return value.repeat(copies, *[1] * (value.dim() - 1))
 
     if isinstance(batch, Mapping):
-        return {name: repeat(value) for name, value in batch.items()}
+        return {name: repeat(value, name) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         return type(batch)(repeat(value) for value in batch)
     return repeat(batch)

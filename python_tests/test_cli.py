@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -21,7 +22,7 @@ pytest.importorskip("transformers")
 import tiny_task  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from bayes_kernels import cli  # noqa: E402
+from bayes_kernels import _library, cli  # noqa: E402
 from bayes_kernels.hf import experiment, training  # noqa: E402
 from bayes_kernels.hf.models import load_model  # noqa: E402
 from bayes_kernels.hf.results import COSTS  # noqa: E402
@@ -77,6 +78,17 @@ def test_info_is_the_diagnosis() -> None:
     result = call("info")
     assert result.exit_code == 0
     assert result.stdout.startswith("bayes_kernels ") and "compiled ops" in result.stdout
+
+
+def test_options_that_commands_share_are_written_once() -> None:
+    places: dict[str, list[str]] = {}
+    for command in ast.parse(Path(cli.__file__).read_text(encoding="utf-8")).body:
+        for argument in command.args.args if isinstance(command, ast.FunctionDef) else ():
+            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+            if annotation.startswith("Annotated"):
+                places.setdefault(annotation, []).append(f"{command.name} {argument.arg}")
+    assert len(places) > 20  # what only one command has
+    assert not [found for found in places.values() if len(found) > 1]
 
 
 def test_training_writes_adapter_scores_and_pictures(trained: Path, data: Path) -> None:
@@ -363,6 +375,13 @@ def test_extras_that_are_missing(
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "pip install 'bayes-kernels[hf]'" in ended.stderr
+
+
+def test_compiled_ops_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "problem", "libbayes_kernels.so was not found")
+    for arguments in (["bench", "predict", "--quick"], ["predict", "nowhere", "--text", "x"]):
+        error = refuse(*arguments)
+        assert "compiled ops cannot be loaded: libbayes_kernels.so was not found; " in error
 
 
 def test_layers_of_unsupported_quantisation(

@@ -18,7 +18,13 @@ from test_hf_scalabl import BASES, IDS, TYPES, logits
 from test_hf_tfb import BATCHES, LABELS, adapter, choices
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from bayes_kernels import laplace
 from bayes_kernels.hf import (
@@ -32,7 +38,7 @@ from bayes_kernels.hf import (
     predict_dataset,
     save_laplace,
 )
-from bayes_kernels.hf.laplace_lora import ClassLogits
+from bayes_kernels.hf.laplace_lora import ClassLogits, _split
 
 BATCH = {"input_ids": IDS, "labels": LABELS}
 KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -268,6 +274,64 @@ def test_data_in_all_its_forms() -> None:
     assert "log evidence" not in str(report)
 
 
+def test_parts_of_a_batch() -> None:
+    ids = torch.arange(16).reshape(4, 4)  # as many tokens, and layers, as examples
+    rows = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(4, 1, 4, 4),
+        "position_ids": ids.clone(),
+        "labels": torch.arange(4),
+        "task_ids": torch.arange(4),
+        "adapter_scores": torch.rand(4),
+    }
+    shared = {
+        "cache_position": torch.arange(4),
+        "head_mask": torch.ones(4, 2),
+        "cross_attn_head_mask": torch.ones(4, 2),
+        "bias": torch.zeros(1, 1, 4, 4),
+        "scale": torch.tensor(2.0),
+        "use_cache": False,
+        "token_type_ids": None,
+    }
+    for batch in ({**rows, **shared}, {**shared, **rows}):
+        parts = _split(batch, 2)
+        assert len(parts) == 2 and all(part.keys() == batch.keys() for part in parts)
+        for name, value in rows.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), value)
+            assert len(parts[0][name]) == 2
+        for name, value in shared.items():
+            assert all(part[name] is value for part in parts)
+    (one, other) = _split({"input_ids": ids, "position_ids": torch.arange(4)}, 2)
+    assert len(one["position_ids"]) == len(other["position_ids"]) == 4
+    # Whole, where sizes do not say which rows are whose.
+    for name, value in (
+        ("past_key_values", DynamicCache()),
+        ("past_key_values", ((torch.ones(4, 1, 2, 2),) * 2,)),
+        ("adapter_names", ["a", "b", "a", "b"]),
+        ("pixel_values", torch.ones(9, 8)),
+        ("position_ids", torch.ones(4, 4, 4, dtype=torch.int64)),
+    ):
+        batch = {**rows, name: value}
+        assert _split(batch, 2) == [batch]
+
+
+def test_a_cache_keeps_the_batch_whole() -> None:
+    model = adapter("llama").eval()
+    past, rest = IDS[:, :3], IDS[:, 3:]
+
+    def batches(cached: bool) -> list[dict[str, Any]]:
+        if not cached:
+            return [BATCH]
+        with torch.no_grad():
+            cache = model(input_ids=past, use_cache=True).past_key_values
+        return [{"input_ids": rest, "past_key_values": cache, "labels": LABELS}]
+
+    plain = fit(model, "llama", batches(False), prior="fixed")
+    found = fit(model, "llama", batches(True), prior="fixed")
+    assert found.examples == len(IDS)
+    assert found.log_likelihood == pytest.approx(plain.log_likelihood, rel=1e-5)
+
+
 def test_the_report_renders_itself(capsys: pytest.CaptureFixture[str]) -> None:
     report = fit(adapter(), progress=True)
     assert "MiB through the pass" in capsys.readouterr().err
@@ -406,6 +470,8 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     other = adapter(target_modules=["query"])
     with pytest.raises(ValueError, match="does not belong to this adapter"):
         load_laplace(other, tmp_path)
+    with pytest.raises(ValueError, match=r"^load_laplace: model must be a PeftModel"):
+        load_laplace(BASES["bert"](), tmp_path)
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -409,6 +410,54 @@ def test_validation_takes_the_best_of_the_grid():
     la.prior_precision = fine
     log_probs = la.predict((held_out[0],), method="probit").log_probs
     assert float(log_probs.gather(1, held_out[1][:, None]).sum()) >= max(scores) - 1e-9
+
+
+def test_callables_see_prepared_parts_in_fit_and_in_validation():
+    model, x, y = mlp()
+    seen = []
+
+    def split(batch, count):
+        cut = {name: rows.tensor_split(count) for name, rows in batch.items()}
+        return [{name: rows[i] for name, rows in cut.items()} for i in range(count)]
+
+    def labels(batch):
+        seen.append((type(batch), batch["y"].device, len(batch["y"])))
+        return batch["y"]
+
+    def forward(model, batch):
+        return model(batch["x"])
+
+    loader = [UserDict(x=x, y=y)]  # a mapping like the batches of tokenizers: prepared, a dict
+    la = Laplace(model, forward=forward, labels=labels, split=split).fit(loader, verbose=False)
+    device = next(model.parameters()).device
+    assert seen == [(dict, device, 10)] * 2
+    seen.clear()
+    best = la.optimize_prior_precision("validation", loader=loader, refine=0)
+    assert seen == [(dict, device, n) for n in (7, 7, 6)]  # as many parts as classes
+    whole = Laplace(model).fit([(x, y)], verbose=False)
+    assert whole.optimize_prior_precision("validation", loader=[(x, y)], refine=0) == best
+
+
+def test_repeated_batches_leave_what_examples_share():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x, cache_position):
+            return self.head((x * cache_position.to(x)[:, None]).sum(1))
+
+    torch.manual_seed(0)
+    model = Positions().to(D)
+    # As many positions as examples.
+    batch = {"x": torch.randn(4, 4, 6, dtype=D), "cache_position": torch.arange(4)}
+    loader = [{**batch, "labels": torch.tensor([0, 1, 2, 0])}]
+    one, other = (
+        Laplace(model, jacobian=jacobian).fit(loader, verbose=False).logits(batch)
+        for jacobian in ("vmap", "repeat")
+    )
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("whole", [True, False])

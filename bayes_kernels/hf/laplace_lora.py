@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
+from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer, has_rows, is_shared
 from .config import default_options
 from .machine import progress_bar
 from .model import BayesLoraModel, the_adapter
@@ -151,6 +151,16 @@ def laplace_posterior(model: nn.Module) -> LaplacePosterior | None:
         if isinstance(module, PeftModel):
             return module.__dict__.get(_ATTRIBUTE)
     return None
+
+
+def _need_posterior(model: nn.Module, op: str) -> LaplacePosterior:
+    found = laplace_posterior(model)
+    if found is None:
+        raise ValueError(
+            f"{op}: the model must have a Laplace posterior, got none; call "
+            "bayesianize(model, 'laplace', data)"
+        )
+    return found
 
 
 def check_laplace_options(**options: Any) -> None:
@@ -404,20 +414,32 @@ def _mask(batch: Any) -> Tensor | None:
 
 
 def _split(batch: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
-    """At most `count` batches of consecutive examples: slices of what has a row for each of them."""
-    tensors = (batch.get("input_ids"), batch.get("inputs_embeds"), *batch.values())
-    first = next((t for t in tensors if isinstance(t, Tensor) and t.dim() > 0), None)
-    examples = 0 if first is None else first.shape[0]
-    if examples < 2:
+    """At most `count` batches of consecutive examples: slices of what has a row for each of them.
+
+    Parts save memory and nothing else, so a batch stays whole unless all of it is understood. Cut is
+    what has as many rows as there are examples; every part gets what examples share: what `is_shared`
+    knows by its name, a first size of 1, plain values. A cache, lists, rows of image patches and
+    position_ids (4, B, T) are none of these.
+    """
+    names = [n for n in ("input_ids", "inputs_embeds", *batch) if isinstance(batch.get(n), Tensor)]
+    examples = next((len(batch[n]) for n in names if not is_shared(n, batch[n])), 0)
+
+    def understood(name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return value is None or isinstance(value, (bool, int, float, str))
+        if name == "position_ids" and value.dim() > 2:
+            return False
+        return is_shared(name, value) or len(value) in (1, examples)
+
+    if examples < 2 or not all(understood(*item) for item in batch.items()):
         return [batch]
     size = -(-examples // count)
 
-    def part(value: Any, start: int) -> Any:
-        whole = not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != examples
-        return value if whole else value[start : start + size]
+    def part(name: str, start: int) -> Any:
+        rows = has_rows(name, batch[name], examples)
+        return batch[name][start : start + size] if rows else batch[name]
 
-    starts = range(0, examples, size)
-    return [{name: part(value, start) for name, value in batch.items()} for start in starts]
+    return [{name: part(name, start) for name in batch} for start in range(0, examples, size)]
 
 
 @contextlib.contextmanager
@@ -430,12 +452,7 @@ def drawn_weights(model: nn.Module, seed: int = 0, index: int = 0) -> Iterator[N
     Raises:
         ValueError: the model has no Laplace posterior, or its weights have changed since.
     """
-    found = laplace_posterior(model)
-    if found is None:
-        raise ValueError(
-            "drawn_weights: the model must have a Laplace posterior, got none; call "
-            "bayesianize(model, 'laplace', data)"
-        )
+    found = _need_posterior(model, "drawn_weights")
     with found.laplace.sampled(seed, index):
         yield
 
@@ -456,12 +473,7 @@ def save_laplace(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         ValueError: the model has no Laplace posterior, or its adapter has changed since.
     """
-    found = laplace_posterior(model)
-    if found is None:
-        raise ValueError(
-            "save_laplace: the model must have a Laplace posterior, got none; call "
-            "bayesianize(model, 'laplace', data)"
-        )
+    found = _need_posterior(model, "save_laplace")
     state = {name: value.cpu() for name, value in found.laplace.state_dict().items()}
     header = {
         "format": FORMAT,
@@ -509,7 +521,7 @@ def load_laplace(model: nn.Module, folder: str | Path) -> LaplacePosterior:
     prediction, choices = header["prediction"], header["choices"]
     options = {name: report[name] for name in ("fisher", "tokens", "rank", "dense_below")}
     options.update(jacobian=header["jacobian"], seed=header["seed"])
-    peft_model, name = the_adapter("laplace_", model)
+    peft_model, name = the_adapter("load_laplace", model)
     if isinstance(peft_model.base_model, BayesLoraModel):
         raise ValueError(
             "load_laplace: the adapter must be plain LoRA, got a Bayesian one; load the folder's own "
