@@ -113,7 +113,9 @@ constexpr int kDownTokens = 32;  // per warp
 // accumulators take R registers, 2 R with noise. 32 tokens x 1 sign block are 32 Philox blocks: one
 // per lane, handed round by shuffles.
 template <class T, int R, bool kFlip>
-__global__ void __launch_bounds__(kMmaThreads, R <= 16 ? 3 : 2)
+__global__ void __launch_bounds__(kMmaThreads, R == 8 && !kFlip    ? 4
+                                               : R <= 16 || !kFlip ? 3
+                                                                   : 2)
     down_mma_kernel(const __grid_constant__ DownArgs p) {
   constexpr int kGroups = R / 8;
   constexpr int kPart = R <= 16 ? 4 : R == 32 ? 2 : 1;  // 32-column chunks loaded together
@@ -172,14 +174,28 @@ __global__ void __launch_bounds__(kMmaThreads, R <= 16 ? 3 : 2)
       }
       if (kFlip && part == 0) signs = sign_block(in_key, id, p.n, tile);  // while the loads fly
       if (dropout) {
+        // Drawn in a loop that stays one, as unrolled Philox rounds would fill the instruction
+        // cache; applied with known indices, without which v would live in local memory.
+        uint32_t kept[4] = {};
+        BK_ROLLED
         for (int i = 0; i < 4; ++i) {
+          uint32_t bits = 0;
           BK_UNROLL
           for (int c = 0; c < kPart; ++c) {
             const PhiloxBlock b =
                 dropout_block(dropout_key, dropout_row(p.noise.rows, row0 + 8 * i + g), p.n,
                               (column + 32 * (part + c)) / kDropoutPerBlock);
-            v[i][c] = dropped(v[i][c], kept_bits(b, threshold));
+            bits |= kept_bits(b, threshold) << (8 * c);
           }
+          kept[0] = kept[1];
+          kept[1] = kept[2];
+          kept[2] = kept[3];
+          kept[3] = bits;
+        }
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          BK_UNROLL
+          for (int c = 0; c < kPart; ++c) v[i][c] = dropped(v[i][c], kept[i] >> (8 * c) & 0xFFu);
         }
       }
       BK_UNROLL

@@ -20,7 +20,7 @@
 //     BK_DYNAMIC_SHARED(T, name)       T* const name: the dynamic shared memory, 16-byte aligned
 //   Variables    threadIdx blockIdx blockDim gridDim (1 to 3 dimensions) warpSize
 //   Qualifiers   __global__ __device__ __host__ __constant__ __forceinline__ __launch_bounds__
-//                __grid_constant__ __align__ __restrict__; BK_UNROLL before a loop
+//                __grid_constant__ __align__ __restrict__; BK_UNROLL or BK_ROLLED before a loop
 //   Block, warp  __syncthreads __syncwarp
 //                __shfl_sync __shfl_xor_sync __shfl_down_sync __shfl_up_sync: 4- and 8-byte
 //                arithmetic types, width 1 to 32
@@ -64,6 +64,7 @@
 #define BK_LAUNCH(kernel, grid, ...) ::simt::launch(#kernel, kernel, grid, __VA_ARGS__)
 
 #define BK_UNROLL
+#define BK_ROLLED
 
 // A faulty launch throws std::runtime_error from BK_LAUNCH, so nothing is ever left to report.
 inline const char* bk_last_error() { return nullptr; }
@@ -102,6 +103,7 @@ inline void bk_cp_async_wait() {
 #define BK_LAUNCH(kernel, grid, ...) ::bk_launch(kernel, grid, __VA_ARGS__)
 
 #define BK_UNROLL _Pragma("unroll")
+#define BK_ROLLED _Pragma("unroll 1")
 
 template <class... Parameters, class... Arguments>
 inline void bk_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,

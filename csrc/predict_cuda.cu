@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
 
 // One block for each group of draws of an example: the normalisers of its samples.
 template <int signs>
-__global__ void __launch_bounds__(kNormaliserThreads) normaliser_kernel(Arguments a) {
+__global__ void __launch_bounds__(kNormaliserThreads, 3) normaliser_kernel(Arguments a) {
   constexpr int rows = kGroup * signs;
   const PredictParams& p = a.p;
   const int64_t n = p.classes, row = blockIdx.x / a.at.groups;

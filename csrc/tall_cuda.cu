@@ -305,7 +305,8 @@ __device__ void write_gram(const double* from, float* out, int r, int ld) {
 }
 
 // One block for each matrix.
-__global__ void __launch_bounds__(kThreads) solve_kernel(SolveArguments s) {
+// Four blocks on a multiprocessor: 448 matrices are one wave of an H200.
+__global__ void __launch_bounds__(kThreads, 4) solve_kernel(SolveArguments s) {
   BK_DYNAMIC_SHARED(double, shared);
   const Item item = s.items[blockIdx.x];
   const int r = item.r, ld = pitch_of(r), matrix = r * ld;

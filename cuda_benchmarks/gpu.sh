@@ -104,6 +104,7 @@ build() {
   cp "$BUILD"/cmake/*.so "$BUILD/lib/"
   [[ -x $BUILD/cmake/count_kernels ]] && cp "$BUILD/cmake/count_kernels" "$BUILD/lib/"
   step "load" "$OUT/build.log" "$PYTHON" -m bayes_kernels
+  [[ $DRY == 1 ]] || step "registers" "$OUT/build.log" "$PYTHON" cuda_benchmarks/registers.py --check
 }
 
 need_build() {
