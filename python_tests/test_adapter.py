@@ -164,6 +164,28 @@ def test_scopes_and_dropout(device, scope, dropout):
     compare(device, torch.float32, y, run, parts, names, scope, factor=3.0)
 
 
+@pytest.mark.parametrize(
+    "shape", [(40, 304, 24, 8), (33, 136, 40, 16), (35, 264, 16, 33), (64, 72, 8, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dropout_in_low_precision(device, shape, dtype):
+    """Kernels for 16 bits draw and apply dropout in ways of their own, by the rank."""
+    parts = make(device, shape, dtype)
+    key = random.key(8, device.torch)
+    tokens, n, _, r = shape
+    names = ["x", "mean", "rho", "b", "base"]
+    y = F.flipout_lora(*(parts[k] for k in names), key=key, dropout=0.4, row0=2)
+
+    def run(p):
+        noise = reference.dense_noise(key.cpu(), tokens, n, r, row0=2, dtype=p["x"].dtype)
+        noise.keep = reference.dropout_mask(key.cpu(), tokens, n, 0.4, row0=2)
+        for field in ("eps", "r_in", "r_out", "keep"):
+            setattr(noise, field, getattr(noise, field).to(device.torch))
+        return reference.flipout_lora(*(p[k] for k in names), noise=noise, dropout=0.4)
+
+    compare(device, dtype, y, run, parts, names, "dropout")
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_base", [False, True])
