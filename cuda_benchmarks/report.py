@@ -75,6 +75,8 @@ def read(results: Path = RESULTS) -> dict[str, dict[str, list[Row]]]:
     """Rows by machine and family."""
     found: dict[str, dict[str, list[Row]]] = {}
     for path in sorted(results.glob("*/*.jsonl")):
+        if path.stem not in harness.FAMILIES:  # those of registers.py
+            continue
         for row in harness.read_rows(path):
             machine = str(row.environment["machine"])
             found.setdefault(machine, {}).setdefault(path.stem, []).append(row)
