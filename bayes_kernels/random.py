@@ -43,15 +43,19 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
     Args:
         seed: any integer; it is taken modulo 2^64.
-        device: where the ops that use the key run.
+        device: where the ops that use the key run. No host synchronisation.
 
     Raises:
         TypeError: seed is not an integer.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"key: seed must be an int, got {type(seed).__name__}; pass a whole number")
-    wrapped = seed & 0xFFFFFFFFFFFFFFFF
-    return torch.tensor([_signed(wrapped), 0], dtype=torch.int64, device=device)
+    wrapped = _signed(seed & 0xFFFFFFFFFFFFFFFF)
+    if device is None or torch.device(device).type == "cpu":
+        return torch.tensor([wrapped, 0], dtype=torch.int64, device=device)
+    made = torch.zeros(2, dtype=torch.int64, device=device)
+    made[:1].fill_(wrapped)  # a copy from the host would wait for all work before it
+    return made
 
 
 def fold_in(key: Tensor, data: int) -> Tensor:

@@ -45,7 +45,7 @@ def fold_in(key: Tensor, data: int) -> Tensor:
     """New key: words (0, 1) and (2, 3) of block `data`."""
     data = data & 0xFFFFFFFFFFFFFFFF
     data = data - (1 << 64) if data >= 1 << 63 else data
-    w = philox(key, torch.tensor(data, device=key.device))
+    w = philox(key, torch.full((), data, dtype=torch.int64, device=key.device))
     return torch.stack([w[0] | (w[1] << 32), w[2] | (w[3] << 32)])
 
 
@@ -407,7 +407,7 @@ def mc_predict(
     entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
     expected = -torch.special.xlogy(p, p).sum(-1).mean(1)
     draws = (p[:, 0::2] + p[:, 1::2]) / 2 if antithetic else p
-    count = draws.new_tensor(draws.shape[1])
+    count = draws.new_full((), draws.shape[1])
     squares = (draws - draws.mean(1, keepdim=True)).square().sum(1)
     error = (squares / (count - 1) / count).sqrt()  # NaN for a single draw
     return log_probs, entropy, expected, error

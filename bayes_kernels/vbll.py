@@ -455,10 +455,10 @@ class _LastLayer(nn.Module):
             noise_spread, noise_centre = 0.0, -1.0
         if self.noise_std is not None:
             noise_spread, noise_centre = 0.0, math.log(self.noise_std)
-        self.weight_mean.normal_(0.0, mean_std, generator=generator)
+        _fill_normal(self.weight_mean, generator, mean_std)
         self._fill_covariance(spread, centre, off, generator)
         if self.noise_log_scale is not None:
-            self.noise_log_scale.normal_(generator=generator).mul_(noise_spread).add_(noise_centre)
+            _fill_normal(self.noise_log_scale, generator).mul_(noise_spread).add_(noise_centre)
         if self.bias is not None:
             self.bias.zero_()
 
@@ -466,15 +466,16 @@ class _LastLayer(nn.Module):
         self, spread: float, centre: float, off: float, generator: torch.Generator | None
     ) -> None:
         if self.scale_tril is not None:
-            logs = torch.empty_like(self.weight_mean).normal_(generator=generator)
-            self.scale_tril.normal_(generator=generator).mul_(off)
+            logs = torch.empty_like(self.weight_mean)
+            _fill_normal(logs, generator)
+            _fill_normal(self.scale_tril, generator).mul_(off)
             where = _diagonal_index(self.in_features, self.scale_tril.device)
             self.scale_tril.index_copy_(1, where, logs.mul_(spread).add_(centre))
             return
         assert self.log_scale is not None
-        self.log_scale.normal_(generator=generator).mul_(spread).add_(centre)
+        _fill_normal(self.log_scale, generator).mul_(spread).add_(centre)
         if self.factor is not None:
-            self.factor.normal_(generator=generator).mul_(off)
+            _fill_normal(self.factor, generator).mul_(off)
 
     @torch.no_grad()
     def init_from(
@@ -496,7 +497,7 @@ class _LastLayer(nn.Module):
             bias: (C,); needs a head with a bias.
             variance: initial variance of each weight. A low-rank factor, which cannot leave zero,
                 gets a hundredth of it on average, drawn at random.
-            generator: of that draw.
+            generator: of that draw, on any device.
 
         Raises:
             ValueError: shapes do not fit, or variance is not positive.
@@ -677,6 +678,14 @@ class _LastLayer(nn.Module):
         return dense if self.factor is None else dense + self.factor.transpose(1, 2) @ self.factor
 
 
+def _fill_normal(t: Tensor, generator: torch.Generator | None, std: float = 1.0) -> Tensor:
+    """`t.normal_(0, std)` with a generator of any device, whose numbers do not depend on t's."""
+    if generator is None or generator.device == t.device or t.is_meta:
+        return t.normal_(0.0, std, generator=None if t.is_meta else generator)
+    drawn = torch.empty(t.shape, dtype=t.dtype, device=generator.device)
+    return t.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
 def _square(packed: Tensor) -> Tensor:
     """T T' of packed triangles with a logarithmic diagonal."""
     t = unpack_tril(packed)
@@ -747,7 +756,8 @@ class VBLLClassification(_LastLayer):
             given rows.
         noise_std: initial sigma_c in place of the init's.
         ignore_index: label of rows that do not count.
-        generator, device: of the initial parameters.
+        generator, device: of the initial parameters; a generator of another device gives its own
+            numbers, the same on every `device`.
         dtype: float32 or float64.
 
     Parameters: weight_mean (C, D); log_scale, factor or scale_tril as in the module's docstring;

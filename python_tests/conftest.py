@@ -38,6 +38,22 @@ def _no_cuda(reason: str) -> None:
     pytest.skip(reason)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cpu_only(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No GPU for a module marked cpu_only, nor for the processes that it starts."""
+    if not request.node.get_closest_marker("cpu_only") or not torch.cuda.is_available():
+        yield
+        return
+    from bayes_kernels.hf import machine
+
+    machine.memory_measure.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+    machine.memory_measure.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _needs_cuda(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("needs_cuda") and not torch.cuda.is_available():

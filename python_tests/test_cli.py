@@ -28,6 +28,9 @@ from bayes_kernels.hf.models import load_model  # noqa: E402
 from bayes_kernels.hf.results import COSTS  # noqa: E402
 from bayes_kernels.hf.trainer import last_checkpoint  # noqa: E402
 
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
 SETTINGS = ["--steps", "8", "--lr", "0.005", "--rank", "4", "--n-samples", "3"]
 
 

@@ -26,6 +26,9 @@ from bayes_kernels.hf.baselines import Ensemble, dropout_draws, join_adapters  #
 from bayes_kernels.hf.recipe import Experiment, Recipe, Source  # noqa: E402
 from bayes_kernels.hf.tasks import Example, Task  # noqa: E402
 
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
 FAST = Recipe(steps=2, lr=5e-3, rank=2, n_samples=2)
 
 

@@ -33,6 +33,9 @@ from bayes_kernels.hf.training import (  # noqa: E402
     Training,
 )
 
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
 SHORT = Recipe(steps=12, lr=5e-3, n_samples=3, rank=4)
 
 

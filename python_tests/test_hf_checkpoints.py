@@ -28,6 +28,9 @@ from bayes_kernels.hf import (
 from bayes_kernels.hf.checkpoints import read_lora, stored_method
 from bayes_kernels.hf.posterior import bayes_layers
 
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
 IDS = torch.randint(0, 128, (3, 5), generator=torch.Generator().manual_seed(1))
 TARGETS = ["q_proj", "v_proj"]
 

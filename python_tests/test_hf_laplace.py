@@ -40,6 +40,9 @@ from bayes_kernels.hf import (
 )
 from bayes_kernels.hf.laplace_lora import ClassLogits, _split
 
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
 BATCH = {"input_ids": IDS, "labels": LABELS}
 KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
 

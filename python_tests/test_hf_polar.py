@@ -43,6 +43,9 @@ from bayes_kernels.hf.models import trim_head  # noqa: E402
 from bayes_kernels.hf.polar import stiefel_factors  # noqa: E402
 from bayes_kernels.stiefel import StiefelAdamW  # noqa: E402
 
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
 _DRAW = torch.Generator().manual_seed(1)
 IDS = torch.randint(3, 64, (32, 6), generator=_DRAW)
 DATA = [

@@ -85,6 +85,11 @@ def test_fold_samples() -> None:
     assert folded["input_ids"].shape == (15, 7) and folded["k"] == 3
     assert torch.equal(folded["input_ids"].unflatten(0, (3, 5)), IDS.expand(3, 5, 7))
     assert folded["attention_mask"].shape == (15, 7) and folded["positions"].shape == (1, 7)
+    # As many tokens, or layers, as examples.
+    shared = {"cache_position": torch.arange(5), "head_mask": torch.ones(5, 2)}
+    folded = fold_samples({"input_ids": IDS[:, :5], **shared}, 3)
+    assert folded["input_ids"].shape == (15, 5)
+    assert all(folded[name] is value for name, value in shared.items())
 
 
 def test_matches_one_pass_for_each_draw() -> None:

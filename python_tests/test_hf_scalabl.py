@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bayes_kernels import random
+from bayes_kernels import random, reference
 from bayes_kernels.hf import (
     BayesTrainer,
     ScalablConfig,
@@ -107,7 +107,7 @@ def spread(item: BayesLayer) -> Tensor:
     if item.variant.config.covariance == "diagonal":
         return item.tensor("lora_log_s_sigma").exp().diag()
     values = nn.functional.softplus(item.tensor("lora_s_eigenvalues")) + 1e-8
-    vectors = torch.linalg.qr(item.tensor("lora_s_eigenvectors"))[0]
+    vectors = reference.qr_retract(item.tensor("lora_s_eigenvectors"))
     return vectors * values.sqrt()
 
 
@@ -183,6 +183,24 @@ def test_thin_svd() -> None:
 def test_rejected_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScalablConfig(target_modules=["query"], **options)
+
+
+def test_draws_of_the_full_covariance_do_not_depend_on_signs_of_a_factorisation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another device's QR may turn columns of Q and rows of R around."""
+    model = scalabl(covariance="full").eval()
+    found = predict(model, {"input_ids": IDS}, n_samples=3)
+    factorise = torch.linalg.qr
+
+    def turned(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = factorise(matrix)
+        signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+        return q * signs, r * signs[:, None]
+
+    monkeypatch.setattr(torch.linalg, "qr", turned)
+    other = predict(model, {"input_ids": IDS}, n_samples=3)
+    assert torch.equal(other.log_probs, found.log_probs)
 
 
 def test_rejected_ranks() -> None:

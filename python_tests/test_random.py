@@ -128,6 +128,14 @@ def test_torch_stateless_generator_is_an_oracle():
     )
 
 
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**63, 2**64 - 5, (1 << 70) + 3])
+def test_keys_are_the_same_on_every_device(device, seed: int):
+    made = random.key(seed, device.torch)
+    assert made.device.type == device.torch.type and made.dtype == torch.int64
+    wrapped = seed % 2**64
+    assert made.tolist() == [wrapped - 2**64 if wrapped >= 2**63 else wrapped, 0]
+
+
 def test_split_gives_distinct_keys():
     keys = {tuple(k.tolist()) for k in random.split(random.key(0), 100)}
     assert len(keys) == 100

@@ -408,9 +408,11 @@ def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     rounding = 8 * eps * _variances(v).abs().sum(1)
     variance = torch.where(variance.abs() <= rounding, variance.clamp_min(0.0), variance)
     std = variance.sqrt()
-    nodes, weights = hermite.hermgauss(20)
-    z = difference[:, None] + math.sqrt(2) * std[:, None] * torch.tensor(nodes, device=mean.device)
-    log_weights = torch.tensor(weights / math.sqrt(math.pi), device=mean.device).log()
+    points, shares = (torch.from_numpy(values) for values in hermite.hermgauss(20))
+    # From pageable memory: the host waits neither for the copy nor for what comes before it.
+    points, shares = (t.to(mean.device, non_blocking=True) for t in (points, shares))
+    z = difference[:, None] + math.sqrt(2) * std[:, None] * points
+    log_weights = (shares / math.sqrt(math.pi)).log()
 
     def binary(z: Tensor) -> Tensor:  # entropy of a coin with logit z
         magnitude = z.abs()
@@ -461,7 +463,7 @@ def _bridge(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     m = m - share * m.sum(-1, keepdim=True)
     variance = (variance - share * rows).clamp_min(tiny)
     growth = torch.logaddexp(
-        torch.tensor(1 - 2 / c, dtype=m.dtype, device=m.device).log(),
+        m.new_full((), 1 - 2 / c).log(),
         m + torch.logsumexp(-m, dim=-1, keepdim=True) - 2 * math.log(c),
     )
     log_alpha = growth - variance.log()

@@ -11,7 +11,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
 
 PEFT_RANGE = ("0.20", "0.23")
-TRANSFORMERS_RANGE = ("5.19", "6")
+TRANSFORMERS_RANGE = ("5.17", "6")
 PEFT_TYPE_NAME = "BAYES_LORA"
 
 # PEFT layer classes that call a LoraVariant in `forward` with the arguments of `Linear`. Subclasses

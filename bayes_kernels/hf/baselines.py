@@ -58,25 +58,31 @@ def dropout_draws(
     Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
     """
 
-    def hook(stream: int, keys: Sequence[Tensor]) -> Any:
+    made: dict[torch.device, list[Tensor]] = {}
+
+    def keys_on(device: torch.device) -> list[Tensor]:
+        if device not in made:
+            key = random.key(seed, device)
+            made[device] = [random.fold_in(key, first_sample + s) for s in range(n_samples)]
+        return made[device]
+
+    def hook(stream: int) -> Any:
         def drop(module: nn.Dropout, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             width = x.shape[-1]
             rows = x.numel() // width // n_samples
             masks = [
-                random.dropout_mask(key.to(x.device), rows, width, module.p, stream=stream)
-                for key in keys
+                random.dropout_mask(key, rows, width, module.p, stream=stream)
+                for key in keys_on(x.device)
             ]
             kept = torch.cat(masks).view(x.shape)
             return torch.where(kept, x / (1 - module.p), 0.0)
 
         return drop
 
-    key = random.key(seed)
-    keys = [random.fold_in(key, first_sample + s) for s in range(n_samples)]
     with contextlib.ExitStack() as stack:
         for name, dropout in dropout_layers(model):
-            handle = dropout.register_forward_hook(hook(layer_stream(name), keys))
+            handle = dropout.register_forward_hook(hook(layer_stream(name)))
             stack.callback(handle.remove)
         yield
 

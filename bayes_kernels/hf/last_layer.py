@@ -93,7 +93,7 @@ def _prepare_template(head: VBLLClassification, config: BayesLoraConfig) -> None
     head.prior_variance = 2.0 * scale / head.in_features
     if config.head_init == "rows":
         variance = config.head_init_variance or 0.1 * head.prior_variance
-        generator = torch.Generator(head.weight_mean.device).manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.seed)
         bias = None if head.bias is None else head.bias.clone()
         head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)
     _make_room(head, config)
@@ -438,16 +438,18 @@ def calibrate_head(
             "once, before training, and leave head_prior_scale out"
         )
     training = [module for module in model.modules() if module.training]
+    device = head.weight_mean.device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     model.eval()
     try:
-        features = class_features(model, batch).float()
+        features = class_features(model, moved).float()
     finally:
         for module in training:
             module.training = True
     head.prior_variance = logit_variance / max(float(features.square().sum(1).mean()), 1e-12)
     config.head_prior_scale = head.prior_variance * head.in_features / 2
     if config.head_init == "rows" and config.head_init_variance is None:
-        generator = torch.Generator(head.weight_mean.device).manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.seed)
         bias = None if head.bias is None else head.bias.clone()
         variance = 0.1 * head.prior_variance
         head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)

@@ -59,8 +59,12 @@ class NoiseState:
         return key
 
     def set_key(self, key: Tensor, devices: set[torch.device]) -> None:
-        """Use another key."""
+        """Use another key, copied to other devices than its own."""
         self.keys = {device: key.to(device) for device in {key.device, *devices}}
+
+    def make_key(self, make: Callable[[torch.device], Tensor], devices: set[torch.device]) -> None:
+        """Use another key, made on each device: a copy would wait for the work there."""
+        self.keys = {device: make(device) for device in devices or {torch.device("cpu")}}
 
     def snapshot(self) -> tuple[Any, ...]:
         """Keys and mode, for `restore`. Keys are replaced, never changed: no copy is needed."""
@@ -226,10 +230,14 @@ def refresh_noise(
     if step is None:
         state.advance()
         return
+    number, process = step, process_rank() if rank is None else rank
+
+    def made(device: torch.device) -> Tensor:
+        key = random.key(state.seed if seed is None else seed, device)
+        return random.fold_in(random.fold_in(key, process), number)
+
     with _normal_tensors():
-        key = random.key(state.seed if seed is None else seed)
-        key = random.fold_in(key, process_rank() if rank is None else rank)
-        state.set_key(random.fold_in(key, step), adapter_devices(model))
+        state.make_key(made, adapter_devices(model))
 
 
 def checkpoint_noise(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
@@ -325,7 +333,7 @@ def posterior(
         )
     before = state.snapshot()
     with _normal_tensors():
-        state.set_key(random.key(seed), adapter_devices(model))
+        state.make_key(lambda device: random.key(seed, device), adapter_devices(model))
     state.mode, state.n_samples, state.first_sample = mode, n_samples, first_sample
     try:
         yield state

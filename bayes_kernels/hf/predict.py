@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from .. import functional, random, reference
+from ..laplace import has_rows
 from .baselines import Ensemble, dropout_draws, dropout_layers
 from .laplace_lora import LaplacePosterior, laplace_posterior
 from .last_layer import class_logits, find_head
@@ -97,12 +98,13 @@ def fold_samples(batch: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
     """Repeat the examples of a batch: the first dimension becomes n_samples copies of the batch.
 
     Copy s is row block s, which is what `posterior(mode="sample", n_samples=...)` expects. Tensors
-    whose first dimension is not that of the batch, and other values, stay as they are.
+    whose first dimension is not that of the batch, or that examples share whatever their size
+    (`cache_position`, `head_mask`), and other values, stay as they are.
     """
     size = _batch_size(batch)
     folded = {}
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size:
+        if has_rows(name, value, size):
             value = value.repeat(n_samples, *(1,) * (value.dim() - 1))
         folded[name] = value
     return folded
@@ -185,7 +187,10 @@ def predict(
             f"{n_samples}; pass n_samples=0, or use PolarVbllConfig"
         )
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    inputs = {
+        k: v.to(device) if isinstance(v, Tensor) and k not in _LABELS else v
+        for k, v in batch.items()
+    }
     labels = next((inputs.pop(k) for k in _LABELS if inputs.get(k) is not None), None)
     for name in _LABELS:
         inputs.pop(name, None)
@@ -199,7 +204,7 @@ def predict(
             result = _predict_last_layer(model, inputs, n_samples, seed, return_samples)
         return result if labels is None else replace(result, labels=labels.cpu())
     size = _batch_size(inputs)
-    rows = LogitRows(model, inputs, choices)
+    rows = LogitRows(model, batch, choices)  # whose mask the host may read without waiting
     draws = max(n_samples, 1)
     per_pass = samples_per_pass or _samples_that_fit(
         model, {**inputs, **rows.options}, memory_budget
@@ -473,8 +478,11 @@ class LogitRows:
             logits = logits[:, -1]
         else:
             rows = torch.arange(len(logits), device=logits.device)
-            logits = logits[rows, self.last.repeat(count)]
-        return logits[:, self.choices]
+            last = self.last.repeat(count).to(logits.device, non_blocking=True)
+            logits = logits[rows, last]
+        # From pageable memory, without waiting for the forward pass.
+        columns = torch.tensor(self.choices).to(logits.device, non_blocking=True)
+        return logits.index_select(1, columns)
 
 
 def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int | None) -> int:

@@ -180,7 +180,9 @@ class ScalablVariant(BayesVariant, method="scalabl"):
     def _spectrum(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
         """Roots of the eigenvalues (r,) and eigenvectors (r, r) of the full covariance."""
         values = module.lora_s_eigenvalues[adapter]
-        vectors, _ = torch.linalg.qr(module.lora_s_eigenvectors[adapter])
+        vectors, upper = torch.linalg.qr(module.lora_s_eigenvectors[adapter])
+        # Which signs a factorisation gives differs between devices, and draws depend on them.
+        vectors = vectors * torch.where(upper.diagonal() < 0, -1.0, 1.0)
         return (nn.functional.softplus(values) + _JITTER).sqrt(), vectors
 
 
@@ -216,12 +218,14 @@ class ScaleKL:
         # Only the reverse divergence depends on the eigenvectors.
         turned = self.full and self.direction == "code"
         self._vectors = [item.tensor(EIGENVECTORS) for item in layers] if turned else []
-        counts = torch.tensor([p.numel() for p in self._log_s])
-        priors = torch.tensor([item.variant.prior_std for item in layers], dtype=torch.float64)
-        device = self._log_s[0].device
-        self._prior = priors.repeat_interleave(counts).to(device)
-        scale = torch.tensor(self.scales, dtype=torch.float64)
-        self._scale = scale.repeat_interleave(counts).to(device)
+        self._prior = self._by_element([item.variant.prior_std for item in layers])
+        self._scale = self._by_element(self.scales)
+
+    def _by_element(self, values: Sequence[float]) -> Tensor:
+        """One number for each layer as one for each of its singular values, fp64."""
+        sizes = [p.numel() for p in self._log_s]
+        found = [value for value, n in zip(values, sizes, strict=True) for _ in range(n)]
+        return torch.tensor(found, dtype=torch.float64, device=self._log_s[0].device)
 
     def step(self, lr_factor: float = 1.0, step: int | None = None) -> float:
         """Take the step of the schedule.
