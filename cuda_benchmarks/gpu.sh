@@ -127,7 +127,7 @@ tests() {
   for file in python_tests/test_*.py; do
     name=$(basename "$file" .py)
     case $name in
-    test_simt | test_benchmarks | test_counters) continue ;; # no GPU code in them
+    test_simt | test_benchmarks | test_counters | test_registers | test_fake_cuda) continue ;; # no GPU code in them
     test_hf_* | test_cli | test_experiment | test_compare)
       "$PYTHON" -c 'import bayes_kernels.hf' 2>/dev/null || {
         say "$name: skipped, $("$PYTHON" -c 'import bayes_kernels.hf' 2>&1 | tail -n 1)"
@@ -138,8 +138,8 @@ tests() {
     files+=("$name")
   done
   [[ $DRY == 1 ]] && files=(test_divergence)
-  # Op tests first: they are what a GPU is for.
-  for name in "${OP_TESTS[@]}" "${files[@]}"; do
+  # Op tests and whole training runs first: they are what a GPU is for.
+  for name in "${OP_TESTS[@]}" test_hf_cuda "${files[@]}"; do
     [[ " ${files[*]} " == *" $name "* ]] || continue
     grep -qx "$name" "$BUILD/passed" && {
       say "$name: passed before, not repeated"
