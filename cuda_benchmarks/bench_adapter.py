@@ -24,7 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import count, cycle
 
 import harness
 import torch
@@ -317,6 +317,7 @@ NEW_DRAW = "forward, new draw"
 KEYS = 8192  # more than the library knows by name, so that none is met again before it is forgotten
 DECODE = [Case(1, 4096, 4096, r, t) for r in (8, 16) for t in (torch.float32, torch.bfloat16)]
 OVERHEAD = Case(1, 64, 64, 8, torch.float32)
+_runs = count()
 
 
 def run_forward(case: Case, options: Options, mode: str) -> list[Row]:
@@ -332,7 +333,8 @@ def run_forward(case: Case, options: Options, mode: str) -> list[Row]:
         "lora": lambda: plain_lora(i),
         "bayes_kernels": lambda: flipout_lora(i, key),
     }
-    numbers = torch.arange(2 * KEYS, device=device).view(KEYS, 2)
+    first = 2 * KEYS * next(_runs)  # no case meets keys of another, which would be kept then
+    numbers = torch.arange(first, first + 2 * KEYS, device=device).view(KEYS, 2)
     if mode == NEW_DRAW:
         keys = cycle(numbers.unbind())
         forwards = {
