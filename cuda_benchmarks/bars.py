@@ -164,7 +164,7 @@ NOTES = {
     ),
     ("flipout-token", "cpu"): (
         "Beyond plain LoRA it reads rho and the kept normals, as much memory as both factors, and multiplies "
-        "twice. Next: normals in 16 bits, where the activations are."
+        "twice. Next: keep E in place of the normals while rho is unchanged."
     ),
     ("polar-svd", "cpu"): (
         "In a loop of its own a matrix takes 104 to 112 µs, 0.15 of the SVD on the same idle core; "
