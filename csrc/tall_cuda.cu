@@ -305,7 +305,7 @@ __device__ void write_gram(const double* from, float* out, int r, int ld) {
 }
 
 // One block for each matrix.
-// Four blocks on a multiprocessor: 448 matrices are one wave of an H200.
+// Four blocks on a multiprocessor up to rank 32: 448 matrices are one wave of an H200.
 __global__ void __launch_bounds__(kThreads, 4) solve_kernel(SolveArguments s) {
   BK_DYNAMIC_SHARED(double, shared);
   const Item item = s.items[blockIdx.x];

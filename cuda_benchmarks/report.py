@@ -29,8 +29,9 @@ INTRODUCTION = """\
 
 Every figure is a ratio of two things measured in turn in one process, after both have been checked against
 an fp64 reference. Times are medians over repetitions: of the CPU time of one thread, or of CUDA events with
-the L2 cache flushed. `core` is the share of wall-clock time for which the process had a core: well below 1,
-other processes took turns on it, and caches with it. A commit that ends in -dirty had changes on top.
+the L2 cache flushed and kernels launched ahead, so that the host's launches count in whole models only.
+`core` is the share of wall-clock time for which the process had a core: well below 1, other processes took
+turns on it, and caches with it. A commit that ends in -dirty had changes on top.
 
 ```bash
 make bench                                             # all families on the CPU, a few minutes

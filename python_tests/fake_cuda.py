@@ -51,7 +51,7 @@ def _caller() -> str:
 
 
 class _Copies(TorchDispatchMode):
-    """Notes copies between host and GPU, and the operations that read sizes out of values."""
+    """Notes the copies between host and GPU that are not asked to go on in the background."""
 
     def __init__(self, waits: list[Wait]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Copies(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
-            late = (kwargs or {}).get("non_blocking", False) or (name == "copy_" and args[2:3])
+            late = (kwargs or {}).get("non_blocking", False) or (name == "copy_" and any(args[2:3]))
             if source.device.type != result.device.type and not late:
                 what = f"{source.device.type} to {result.device.type}"
                 self.waits.append(Wait(what, _caller()))

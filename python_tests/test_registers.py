@@ -260,7 +260,7 @@ def test_local_memory_is_used_where_it_is_known_only(registers: Any) -> None:
             f"{row.arch} {row.family} {row.label} uses {row.stack} bytes of local memory, allowed {most}: "
             "keep it in registers, or say in registers.LOCAL_MEMORY why not"
         )
-        assert row.stack or not row.loads or not row.stores
+        assert row.stack or not (row.loads or row.stores)
     for family, name in known:
         used = max(row.stack for row in rows if (row.family, row.name) == (family, name))
         assert used == known[family, name][0], f"{family} {name}: at most {used} bytes now"

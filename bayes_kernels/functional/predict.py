@@ -409,8 +409,8 @@ def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     variance = torch.where(variance.abs() <= rounding, variance.clamp_min(0.0), variance)
     std = variance.sqrt()
     points, shares = (torch.from_numpy(values) for values in hermite.hermgauss(20))
-    # From pageable memory: the host waits neither for the copy nor for what comes before it.
-    points, shares = (t.to(mean.device, non_blocking=True) for t in (points, shares))
+    # CUDA need not have finished its work for small copies.
+    points, shares = (t.to(mean.device, non_blocking=mean.is_cuda) for t in (points, shares))
     z = difference[:, None] + math.sqrt(2) * std[:, None] * points
     log_weights = (shares / math.sqrt(math.pi)).log()
 

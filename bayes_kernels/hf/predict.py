@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from .. import functional, random, reference
-from ..laplace import has_rows
+from ..laplace import has_rows, is_shared
 from .baselines import Ensemble, dropout_draws, dropout_layers
 from .laplace_lora import LaplacePosterior, laplace_posterior
 from .last_layer import class_logits, find_head
@@ -428,7 +428,7 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
     names = ("input_ids", "inputs_embeds", "attention_mask", *batch)
     for name in names:
         value = batch.get(name)
-        if isinstance(value, Tensor) and value.dim() > 0:
+        if isinstance(value, Tensor) and not is_shared(name, value):
             return value.shape[0]
     raise ValueError(
         f"predict: batch must be a mapping with tensors of model inputs, got {sorted(batch)}"
@@ -478,11 +478,13 @@ class LogitRows:
             logits = logits[:, -1]
         else:
             rows = torch.arange(len(logits), device=logits.device)
-            last = self.last.repeat(count).to(logits.device, non_blocking=True)
-            logits = logits[rows, last]
-        # From pageable memory, without waiting for the forward pass.
-        columns = torch.tensor(self.choices).to(logits.device, non_blocking=True)
-        return logits.index_select(1, columns)
+            logits = logits[rows, _moved(self.last.repeat(count), logits)]
+        return logits.index_select(1, _moved(torch.tensor(self.choices), logits))
+
+
+def _moved(t: Tensor, like: Tensor) -> Tensor:
+    """t on the device of another; CUDA need not have finished its work for a small copy."""
+    return t.to(like.device, non_blocking=like.is_cuda)
 
 
 def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int | None) -> int:
