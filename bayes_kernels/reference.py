@@ -90,7 +90,7 @@ def sign_bits(
     blocks = row[:, None] * per_row + torch.arange(per_row, device=key.device)
     words = philox(subkey(key, stream, 2 if output else 1), blocks)  # (rows, per_row, 4)
     bits = (words[..., None] >> torch.arange(32, device=key.device)) & 1
-    return (1 - 2 * bits).to(torch.int8).reshape(rows, -1)[:, :columns]
+    return (1 - 2 * bits).to(torch.int8).flatten(1)[:, :columns]
 
 
 def dropout_mask(
@@ -102,7 +102,7 @@ def dropout_mask(
     words = philox(
         subkey(key, stream, 3), row[:, None] * per_row + torch.arange(per_row, device=key.device)
     )
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(rows, -1)[:, :columns]
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :columns]
     return halves >= int(p * 65536 + 0.5)
 
 

@@ -3,6 +3,8 @@
 // Rank k. For each block of at most kBlockRows rows: H = [factor, rows^T]; the Gram matrix H^T H,
 // of which partial sums are fp32 and their sum is fp64;
 // its eigenvectors of the k largest eigenvalues (core/small_linalg.h); factor <- H V_k, in place.
+// Where fp32 products may have left their range, which the trace tells, the Gram matrix is made
+// again, in fp64.
 //
 // Dense (Kronecker factors), side at most kMaxDense: factor <- beta factor + alpha sum_i w_i x_i
 // x_i^T. Tiles on one side of the diagonal are computed and mirrored; partial sums over at most 256
@@ -16,6 +18,7 @@ namespace bayes_kernels {
 
 constexpr int kBlockRows = 32;
 constexpr int kMaxFactorRank = kMaxSmall - kBlockRows;
+constexpr double kLeastGramTrace = 1e-20, kMostGramTrace = 1e30;  // of fp32 products that are right
 
 // Row-major and contiguous, in the op's dtype.
 struct LowRankItem {

@@ -22,6 +22,13 @@ constexpr int kGroup = kVectorBytes == 64 ? 16 : 8;
 
 constexpr int kPadded = kMaxSmall;  // row length of the small matrices; a multiple of 8
 
+// Traces of Gram matrices between which no product has left the range of T, nor lost digits that
+// show.
+template <class T>
+constexpr double kLeastTrace = sizeof(T) == 4 ? kLeastGramTrace : 1e-250;
+template <class T>
+constexpr double kMostTrace = sizeof(T) == 4 ? kMostGramTrace : 1e250;
+
 template <class T>
 struct Block {
   T* factor;
@@ -226,13 +233,39 @@ void apply(const Block<T>& block, const T* coefficients) {
   }
 }
 
-// Eigenvalues and orthonormal eigenvectors, the rows of r, of a symmetric matrix a (n, kPadded), in
-// no order: Householder's reduction to a tridiagonal matrix and implicit QL steps on it, every
-// inner loop along a row. One thread has no use for the parallel order of symmetric_eigen's
-// rotations, which are more work. a and work are used up. Golub and Van Loan, Matrix Computations,
-// sections 8.3.1 and 8.3.3.
+// The Gram matrix once more, where products of two numbers of H leave the range of T: of H over its
+// largest entry, in fp64.
+template <class T>
+void scaled_gram(const Block<T>& block, double* gram) {
+  double h[kPadded], most = 0;
+  auto take = [&](int64_t i, double scale) {
+    for (int s = 0; s < block.c; ++s)
+      h[s] = scale * static_cast<double>(s < block.k ? block.factor[i * block.k + s]
+                                                     : block.rows[(s - block.k) * block.d + i]);
+  };
+  for (int64_t i = 0; i < block.d; ++i) {
+    take(i, 1);
+    for (int s = 0; s < block.c; ++s) most = fabs(h[s]) > most ? fabs(h[s]) : most;
+  }
+  for (int i = 0; i < block.c; ++i)
+    for (int j = 0; j < block.c; ++j) gram[i * kPadded + j] = 0;
+  for (int64_t i = 0; i < block.d; ++i) {
+    take(i, 1 / (most > 1e-300 ? most : 1e-300));
+    for (int p = 0; p < block.c; ++p)
+      for (int q = 0; q <= p; ++q) gram[p * kPadded + q] += h[p] * h[q];
+  }
+}
+
+// Eigenvalues and orthonormal eigenvectors, the rows of r, of a symmetric positive semidefinite
+// matrix a (n, kPadded) of trace 1, or zero, in no order: Householder's reduction to a tridiagonal
+// matrix and implicit QL steps on it, every inner loop along a row. One thread has no use for the
+// parallel order of symmetric_eigen's rotations, which are more work. a and work are used up. Golub
+// and Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3.
 void tridiagonal_eigen(double* a, double* r, double* work, double* values, int n) {
   constexpr double kUlp = 1.1102230246251565e-16;
+  // Lengths of vectors that count as zero: the columns behind those that span a matrix of low rank
+  // shrink by 1e-16 each, until their squares have no digits left.
+  constexpr double kNoLength = 1e-100;
   double beta[kPadded], side[kPadded], w[kPadded];
   double norm = 0;
   for (int j = 0; j + 2 < n; ++j) {
@@ -241,7 +274,7 @@ void tridiagonal_eigen(double* a, double* r, double* work, double* values, int n
     for (int i = j + 2; i < n; ++i) squares += v[i] * v[i];
     beta[j] = 0;
     side[j] = v[j + 1];
-    if (squares == 0) continue;
+    if (squares <= kNoLength * kNoLength) continue;
     const double length = sqrt(v[j + 1] * v[j + 1] + squares);
     side[j] = v[j + 1] > 0 ? -length : length;
     v[j + 1] -= side[j];
@@ -304,7 +337,7 @@ void tridiagonal_eigen(double* a, double* r, double* work, double* values, int n
         const double z = sine * side[i], y = cosine * side[i];
         const double length = sqrt(x * x + z * z);
         side[i + 1] = length;
-        if (length == 0) {
+        if (length <= kNoLength) {
           values[i + 1] -= moved;
           split = true;
           break;
@@ -332,6 +365,12 @@ void tridiagonal_eigen(double* a, double* r, double* work, double* values, int n
   }
 }
 
+double trace_of(const double* gram, int n) {
+  double trace = 0;
+  for (int i = 0; i < n; ++i) trace += gram[i * kPadded + i];
+  return trace;
+}
+
 template <class T>
 void update(const LowRankItem& item) {
   alignas(64) double gram[kPadded * kPadded];
@@ -355,8 +394,11 @@ void update(const LowRankItem& item) {
       products_of_rows(block, i, end, gram);
     }
     // The lower triangle is there. The trace becomes 1, far from the ends of the range.
-    double trace = 0;
-    for (int i = 0; i < block.c; ++i) trace += gram[i * kPadded + i];
+    double trace = trace_of(gram, block.c);
+    if (!(trace > kLeastTrace<T> && trace < kMostTrace<T>)) {
+      scaled_gram(block, gram);
+      trace = trace_of(gram, block.c);
+    }
     const double scale = trace > 0 ? 1 / trace : 1;
     for (int i = 0; i < block.c; ++i)
       for (int j = 0; j <= i; ++j)

@@ -179,6 +179,24 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x < kMaxSmall) order[threadIdx.x] = 0;  // what a NaN leaves
   __syncthreads();
+  double trace = 0;
+  for (int i = 0; i < c; ++i) trace += w[i * c + i];
+  if (!(trace > kLeastGramTrace && trace < kMostGramTrace)) {  // seldom
+    __syncthreads();
+    const auto h = [&](int64_t row, int s) {
+      return static_cast<double>(s < item.k
+                                     ? item.factor[row * item.k + s]
+                                     : item.rows[static_cast<int64_t>(s - item.k) * item.d + row]);
+    };
+    for (int e = threadIdx.x; e < c * c; e += kThreads) {
+      const int i = e / c, j = e % c;
+      double total = 0;
+      for (int64_t row = 0; row < item.d; ++row)
+        total += h(row, i < j ? j : i) * h(row, i < j ? i : j);
+      w[e] = total;
+    }
+    __syncthreads();
+  }
   symmetric_eigen<Block>(w, v, values, flags, c, c);
   if (threadIdx.x < static_cast<unsigned>(c)) {
     int rank = 0;

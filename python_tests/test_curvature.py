@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_no_worse_than_torch
+from hard_matrices import KINDS, hard_matrix
 
 from bayes_kernels import _library, reference
 from bayes_kernels.functional import kron_accumulate_, low_rank_update_
@@ -44,6 +45,49 @@ def test_low_rank_update_is_the_truncated_svd(device, d: int, k: int, rows: int)
     scale = float(gram.diagonal().max())
     assert float((gram - gram.diag().diag()).abs().max()) < 2e-6 * scale
     assert bool((gram.diagonal().diff() <= 1e-6 * scale).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [5, 64, 300])
+def test_low_rank_update_of_hard_rows(device, kind: str, d: int):
+    """Finite rows give a finite factor, the best of its rank, however equal, small or large they are."""
+    k = min(d, 10)
+    dtypes = (torch.float32, torch.float64) if device.name == "cpu" else (torch.float32,)
+    for dtype in dtypes:
+        factor = torch.zeros(d, k, dtype=dtype, device=device.torch)
+        truth = torch.zeros(d, k, dtype=torch.float64)
+        for seed in range(3):
+            x = hard_matrix(kind, d, 32, seed).mT.to(dtype)
+            low_rank_update_(factor, x.to(device.torch))
+            truth = reference.low_rank_update(truth, x.double())
+        assert bool(factor.isfinite().all())
+        scale = float(truth.abs().max()) or 1.0
+        ours, best = product(factor.cpu().double() / scale), product(truth / scale)
+        eps = torch.finfo(dtype).eps
+        assert float((ours - best).norm()) <= 200 * eps * float(best.norm()), dtype
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(6, torch.float32), (6, torch.float64), (100, torch.float32)]
+)
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-25, 1e18, 1e37, 1e-300, 1e200])
+def test_low_rank_update_does_not_depend_on_the_size_of_the_rows(
+    device, k: int, dtype, size: float
+):
+    if device.name == "sim" and (dtype == torch.float64 or k > 6):
+        pytest.skip("no kernel")
+    if dtype == torch.float32 and not 1e-45 < size < 1e38:
+        pytest.skip("not a number of fp32")
+    x = (decaying(40, 120) * size).to(dtype)
+    factor = torch.zeros(120, k, dtype=dtype, device=device.torch)
+    low_rank_update_(factor, x.to(device.torch))
+    truth = torch.zeros(120, k, dtype=torch.float64)
+    for part in (x.double() / size).split(32):
+        truth = reference.low_rank_update(truth, part)
+    error = product(factor.double().cpu() / size) - product(truth)
+    # Of 1e-44 one bit is left.
+    tolerance = 0.5 if size < 1e-40 else 3e-6 if dtype == torch.float32 else 1e-13
+    assert float(error.norm()) < tolerance * float(product(truth).norm())
 
 
 def test_memory_that_overlaps_is_refused(device):
@@ -327,10 +371,14 @@ def test_nothing_to_do(device):
     assert bool((factor == 0).all())
 
 
-def test_nan_rows_show(device):
-    factor = torch.zeros(6, 3, device=device.torch)
-    low_rank_update_([factor], [torch.full((2, 6), torch.nan, device=device.torch)])
-    assert bool(factor.isnan().any())
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_show(device, bad: float):
+    for d, k in ((6, 3), (110, 100)):
+        factor = torch.zeros(d, k, device=device.torch)
+        rows = torch.ones(2, d, device=device.torch)
+        rows[1, 4] = bad
+        low_rank_update_([factor], [rows])
+        assert bool(factor.isnan().any())
 
 
 def test_same_bits_for_any_number_of_threads():

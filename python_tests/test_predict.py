@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
+import scipy.integrate
 import torch
 import torch._dynamo.testing
 from accuracy import assert_no_worse_than_torch
@@ -361,6 +363,68 @@ def test_quadrature_against_dense_integration(variance: float):
         torch.testing.assert_close(ours.probs[i, 1], p, rtol=0, atol=2e-8)
         expected = (coin * density).sum() / density.sum()
         torch.testing.assert_close(ours.expected_entropy[i], expected, rtol=0, atol=2e-8)
+
+
+def log_mean_sigmoid(d: float, variance: float) -> float:
+    """log E sigmoid(d + std t), t ~ N(0, 1), by adaptive integration around the integrand's peak."""
+    std = math.sqrt(variance)
+
+    def exponent(t: float) -> float:
+        z = d + std * t
+        return -t * t / 2 - math.log1p(math.exp(-abs(z))) - max(-z, 0.0)
+
+    low, high = 0.0, std
+    for _ in range(100):
+        t = (low + high) / 2
+        rises = t < std * float(torch.sigmoid(torch.tensor(-d - std * t, dtype=torch.float64)))
+        low, high = (t, high) if rises else (low, t)
+    top = exponent(low)
+    edges = [low + k for k in (-10, -5, -2, 0, 2, 5, 10)]
+    kinks = [(z - d) / std for z in range(-40, 41, 4)]
+    edges = sorted(edges + [t for t in kinks if edges[0] < t < edges[-1]])
+    total = 0.0
+    for a, b in itertools.pairwise(edges):
+        total += scipy.integrate.quad(lambda t: math.exp(exponent(t) - top), a, b, epsrel=1e-11)[0]
+    return top + math.log(total / math.sqrt(2 * math.pi))
+
+
+@pytest.mark.parametrize("std", [1e-6, 1e-3, 0.5, 1.0, 3.3, 7.99, 8.01, 20.0, 400.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quadrature_is_exact_however_small_a_probability(std: float, dtype):
+    """Where sigmoid's tail, its middle and the Gaussian lead, and where they change over."""
+    variance = torch.tensor(std * std).to(dtype)
+    given = [0.0, -1e-3, -1.0, -12.0, -93.0, -4e3]
+    given += [-std * k for k in (0.5, 2.0, 6.0)]
+    given += [-std * std * k for k in (0.5, 0.97, 1.03, 1.5, 2.1, 9.0)]
+    difference = torch.tensor(given, dtype=dtype)
+    mean = torch.stack([torch.zeros_like(difference), difference], 1)
+    cov = torch.stack([torch.zeros_like(variance), variance]).expand(len(given), 2)
+    for m, small in ((mean, 1), (mean.flip(1), 0)):
+        ours = mc_predict(m, cov, method="quadrature").log_probs.double()
+        for i, d in enumerate(difference.tolist()):
+            truth = log_mean_sigmoid(d, float(variance))
+            eps = max(1e-11, torch.finfo(dtype).eps)
+            assert abs(float(ours[i, small]) - truth) <= eps * (1 + abs(truth)), (d, std)
+            other = math.log1p(-math.exp(truth))
+            least = torch.finfo(dtype).tiny
+            error = abs(float(ours[i, 1 - small]) - other)
+            assert error <= eps * max(abs(other), least), (d, std)
+
+
+def test_quadrature_of_limits():
+    for d, variance, truth in (
+        (-1e30, 1e30, -5e29),
+        (-1e15, 1e30, math.log(math.erfc(math.sqrt(0.5)) / 2)),
+        (0.0, 1e38, math.log(0.5)),
+        (-1e30, 0.0, -1e30),
+        (-math.inf, 3.0, -math.inf),
+        (-math.inf, 300.0, -math.inf),
+        (-5.0, 1e-30, -math.log1p(math.exp(5.0))),
+    ):
+        mean, cov = torch.tensor([[0.0, d]]), torch.tensor([[variance, 0.0]])
+        ours = mc_predict(mean, cov, method="quadrature")
+        torch.testing.assert_close(ours.log_probs[0, 1], torch.tensor(truth))
+        assert torch.isfinite(ours.entropy).all() and torch.isfinite(ours.expected_entropy).all()
 
 
 def test_quadrature_against_sampling():

@@ -107,6 +107,20 @@ def test_dropout_mask_matches_definition(device, columns: int):
     assert random.dropout_mask(key, 6, columns, 0.0).all()
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 1), (0, 130), (3, 0)])
+def test_nothing_has_the_shape_of_its_definition(device, rows: int, columns: int):
+    key, ids = random.key(1, device.torch), torch.arange(rows, device=device.torch)
+    for output, given in ((False, None), (True, ids)):
+        ours = random.sign_bits(key, rows, columns, output=output, ids=given)
+        exact = reference.sign_bits(key, rows, columns, output=output, ids=given)
+        assert ours.shape == exact.shape == (rows, columns) and ours.dtype == exact.dtype
+    ours = random.dropout_mask(key, rows, columns, 0.3)
+    exact = reference.dropout_mask(key, rows, columns, 0.3)
+    assert ours.shape == exact.shape == (rows, columns) and ours.dtype == exact.dtype
+    noise = reference.dense_noise(key, rows, columns, 4, dropout=0.3)
+    assert noise.eps.shape == (4, columns) and noise.r_out.shape == (rows, 4)
+
+
 def test_torch_stateless_generator_is_an_oracle():
     """fold_in and normals are laid out as in torch.func._random, where this torch has it."""
     oracle = pytest.importorskip(

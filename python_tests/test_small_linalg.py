@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+from hard_matrices import KINDS, RANK_DEFICIENT, hard_matrix
 
 SIZES = (1, 2, 3, 5, 8, 13, 16, 33, 64, 128)
 
@@ -101,3 +102,45 @@ def test_symmetric_eigen_of_singular_and_repeated_eigenvalues(core):
     np.testing.assert_allclose(v @ v.T, np.eye(30), rtol=0, atol=1e-13)
     values, _, sweeps = core.symmetric_eigen(np.zeros(9).tolist(), 3)
     assert values == [0, 0, 0] and sweeps == 1
+
+
+def hard_gram(kind: str, r: int) -> np.ndarray:
+    """The Gram matrix of a hard matrix, over its trace; exactly symmetric."""
+    x = hard_matrix(kind, r + 7, r, seed=r).numpy()
+    g = x.T @ x
+    return (g + g.T) / (2 * np.trace(g) if g.any() else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-280, 1e-60, 1.0, 1e60, 1e300])
+def test_symmetric_eigen_of_hard_matrices(core, kind: str, size: float):
+    for r in (1, 2, 5, 16, 33, 64):
+        unit = hard_gram(kind, r)
+        values, flat, sweeps = core.symmetric_eigen((size * unit).ravel().tolist(), r)
+        v = matrix(flat, r)
+        np.testing.assert_allclose(v @ v.T, np.eye(r), rtol=0, atol=1e-14 * r)
+        truth = np.linalg.eigvalsh(unit)
+        np.testing.assert_allclose(np.sort(values) / size, truth, rtol=0, atol=1e-15 * r)
+        np.testing.assert_allclose((v.T * (np.array(values) / size)) @ v, unit, atol=2e-15 * r)
+        assert sweeps < 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cholesky_and_roots_of_hard_matrices(core, kind: str):
+    """Either they say that there is none, or they are right; a matrix without full rank has none."""
+    for r in (2, 5, 16, 33):
+        s = hard_gram(kind, r)
+        ok, flat = core.cholesky(s.ravel().tolist(), r, 1e-14)
+        if ok:
+            u = matrix(flat, r)
+            length = np.sqrt(np.diag(s))
+            np.testing.assert_allclose(
+                u.T @ u / length / length[:, None], s / length / length[:, None], atol=1e-14 * r
+            )
+        deficient = kind in RANK_DEFICIENT and not (kind == "rank two" and r == 2)
+        assert ok != deficient
+        ok, flat, _ = core.inverse_root_near_identity(s.ravel().tolist(), r, 0.9)
+        assert not (ok and deficient)
+        if ok:
+            root = matrix(flat, r)
+            np.testing.assert_allclose(root @ s @ root, np.eye(r), rtol=0, atol=1e-13 * r)

@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 from accuracy import assert_no_worse_than_torch
+from hard_matrices import KINDS, RANK_DEFICIENT, hard_matrix
 from torch import Tensor
 
 from bayes_kernels import _library, reference
@@ -61,6 +62,25 @@ def test_gram(device):
         assert_no_worse_than_torch(
             ours, reference.gram(x), reference.gram(x.double()), what=f"matrix {i}"
         )
+
+
+@pytest.mark.parametrize("r", [1, 3, 8, 33, 64, 65, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_matrices_are_symmetric_to_the_bit(device, r: int, dtype):
+    if device.name == "sim" and (r > 64 or dtype == torch.float64):
+        pytest.skip("no kernel")
+    if device.name == "cuda" and dtype == torch.float64:
+        pytest.skip("not on a GPU")
+    x = torch.randn(3 * r + 50, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64)
+    x = x.to(device.torch, dtype)
+    grams = F.gram([x, x[: r + 1]])
+    if r <= 64:
+        xx, _, gg = _library.ops.tall_pair_gram([x], [x.flip(0)])
+        grams += [*xx, *gg]
+    for g in grams:
+        assert torch.equal(g, g.mT) and g.dtype == dtype
+    scale = 4 * torch.finfo(dtype).eps * float(grams[0].diagonal().max())
+    torch.testing.assert_close(grams[0].double(), reference.gram(x.double()), rtol=0, atol=scale)
 
 
 @pytest.mark.parametrize("r", [5, 16])
@@ -176,6 +196,56 @@ def test_failures_are_reported_and_stay_alone(device, kind: str):
     alone = given[0].clone()  # what else is in the list does not matter
     RETRACT[kind]([alone], [torch.zeros_like(alone)])
     assert torch.equal(xs[0], alone)
+
+
+@pytest.mark.parametrize("kind", ["polar", "qr"])
+@pytest.mark.parametrize("matrix", KINDS)
+def test_retraction_of_hard_matrices(device, kind: str, matrix: str):
+    """An orthonormal result, the right one, or the matrix as it was and a code that says so."""
+    dtypes = (torch.float32, torch.float64) if device.name == "cpu" else (torch.float32,)
+    shapes = [(9, 2), (40, 5), (70, 33)] + ([(80, 70)] if device.name == "cpu" else [])
+    for dtype, (n, r) in itertools.product(dtypes, shapes):
+        x = hard_matrix(matrix, n, r).to(dtype)
+        ours = x.to(device.torch, copy=True)
+        info = int(RETRACT[kind]([ours])[0])
+        what = f"{dtype} {n, r}: info {info}"
+        if matrix in RANK_DEFICIENT and not (matrix == "rank two" and r == 2):
+            assert info == F.RANK_DEFICIENT, what
+        elif matrix not in ("graded", "mixed"):
+            assert info in (F.RETRACTED, F.REFINED), what
+        elif kind == "qr":  # columns of any length
+            assert info in (F.RETRACTED, F.REFINED), what
+        if info >= F.RANK_DEFICIENT:
+            assert torch.equal(ours.cpu(), x), what
+            continue
+        eps = torch.finfo(dtype).eps
+        by_torch = r > 64
+        assert defect(ours) <= 50 * eps * (r if dtype == torch.float64 else r**0.5), what
+        if matrix in ("graded", "mixed") and kind == "polar":
+            continue
+        # Of unit columns, which have the same Q; the polar factor is that of any multiple.
+        unit = x.double() / (x.double().norm(dim=0) if kind == "qr" else x.double().abs().max())
+        truth = DEFINITION[kind](unit)
+        condition = float(torch.linalg.cond(unit))
+        atol = 10 * eps * condition if by_torch else 2 * eps + 1e-13 * condition**2
+        torch.testing.assert_close(ours.double().cpu(), truth, rtol=0, atol=atol, msg=what)
+
+
+@pytest.mark.parametrize("kind", ["polar", "qr"])
+@pytest.mark.parametrize("matrix", KINDS)
+def test_steps_along_hard_directions(device, kind: str, matrix: str):
+    for n, r in ((9, 2), (40, 5), (70, 33)):
+        x = reference.qr_retract(hard_matrix("random", n, r, seed=1)).float()
+        direction = hard_matrix(matrix, n, r).float()
+        ours = x.to(device.torch, copy=True)
+        info = int(F.stiefel_step_([ours], [direction.to(device.torch)], 0.1, retraction=kind)[0])
+        if info >= F.RANK_DEFICIENT:
+            assert matrix in (*RANK_DEFICIENT, "mixed", "huge"), (n, r, info)
+            assert torch.equal(ours.cpu(), x)
+        else:
+            assert defect(ours) <= 1e-5 * r**0.5, (n, r, info)
+            if matrix in ("zero", "tiny"):
+                torch.testing.assert_close(ours.cpu(), x, rtol=0, atol=1e-6)
 
 
 def test_polar_turns_with_a_rotation(device):

@@ -504,13 +504,17 @@ class _Adapter(torch.autograd.Function):
             )
             if not need_b:
                 db = None
-        if need_middle:
-            dmiddle = _middle_gradient(dh, h, middle, kind)
+        if kind == "core" and need_h:  # the middle is a factor of its own
+            dh, found, _ = ops.adapter_shrink_backward(
+                dh, h, middle, None, *Noise(), need_x or need_a, need_middle, False
+            )
+            dmiddle = found if need_middle else None
+        elif need_middle:
+            product = dh * h
+            dmiddle = product.sum(0) if middle.dim() == 1 else product
         if need_x or need_a or need_rho:
             if kind == "scaled":
                 dh = dh * middle
-            elif kind == "core":
-                dh = dh @ middle
             factor = _drawn_factor(a, rho, noise, std, kind)
             need_da = need_a or need_rho
             dx, da, _ = ops.adapter_shrink_backward(
@@ -534,13 +538,8 @@ def _drawn_factor(a: Tensor, rho: Tensor | None, noise: Noise, std: str, kind: s
 def _apply_middle(h: Tensor, middle: Tensor | None, kind: str) -> Tensor:
     if kind == "scaled":
         return h * middle  # type: ignore[operator]
-    if kind == "core":
-        return h @ middle.T  # type: ignore[union-attr]
+    if (
+        kind == "core"
+    ):  # by our kernel: a product of PyTorch's differs in bits between thread counts
+        return _library.ops.adapter_shrink(h, middle, None, *Noise())
     return h
-
-
-def _middle_gradient(dh: Tensor, h: Tensor, middle: Tensor, kind: str) -> Tensor:
-    if kind == "core":
-        return dh.T @ h
-    product = dh * h
-    return product.sum(0) if middle.dim() == 1 else product

@@ -195,7 +195,11 @@ def _low_rank_update(factor: Tensor, rows: Tensor) -> None:
     with no_autocast(factor):
         for x in rows.split(_FACTOR_ROWS):
             h = torch.cat([factor.T, x])  # transposed, so that both products read rows of length d
-            vectors = torch.linalg.eigh((h @ h.T).double()).eigenvectors
+            unit = h / h.abs().amax().clamp_min(torch.finfo(h.dtype).tiny)  # squares stay in range
+            gram = (unit @ unit.T).double()
+            finite = torch.isfinite(gram).all()
+            gram = torch.where(finite, gram, torch.eye(len(h), dtype=gram.dtype, device=h.device))
+            vectors = torch.linalg.eigh(gram).eigenvectors
             factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).T)
 
 

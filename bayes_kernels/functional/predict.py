@@ -81,9 +81,10 @@ def mc_predict(
     Methods:
         mc: the average over n_samples samples. Standard error of a probability: at most
             0.5 / sqrt(n_samples).
-        quadrature: C = 2 only, no sampling. Only d = z_1 - z_0 matters: 20-point Gauss-Hermite where
-            its variance is at most 1, above that the trapezoidal rule on 161 points of the logistic
-            density; probabilities and entropies err by less than 1e-8 before rounding.
+        quadrature: C = 2 only, no sampling. Only d = z_1 - z_0 matters: the trapezoidal rule around
+            the integrand's largest value up to a standard deviation of 8, above that an alternating
+            series of scaled error functions. Probabilities have 12 right digits, however small, and
+            entropies err by less than 1e-8, before rounding.
         probit: softmax(mean / sqrt(1 + pi/8 var)); cheap, keeps the ranking of classes only for equal
             variances; no expected entropy.
         bridge: Laplace bridge to a Dirichlet distribution, after the zero-sum correction.
@@ -407,43 +408,95 @@ def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     # Rounding of a singular covariance may leave a difference just below zero.
     rounding = 8 * eps * _variances(v).abs().sum(1)
     variance = torch.where(variance.abs() <= rounding, variance.clamp_min(0.0), variance)
+    # Of the less probable class, whose logarithm gives the other's.
+    log_small = _log_mean_sigmoid(-difference.abs(), variance)
+    log_large = (-log_small.exp()).log1p()
+    first = torch.where(difference < 0, log_large, log_small)  # class 0: of the negated logit
+    second = torch.where(difference < 0, log_small, log_large)
+    log_probs = torch.stack([first, second], 1).to(mean.dtype)
+    expected = _mean_coin_entropy(difference, variance).to(mean.dtype)
+    return McPrediction(log_probs, _entropy(log_probs), expected)
+
+
+# Standard deviation up to which a grid over the logits follows both the Gaussian and the sigmoid.
+_GRID_STD = 8.0
+
+
+def _log_mean_sigmoid(d: Tensor, variance: Tensor) -> Tensor:
+    """log E sigmoid(z), z ~ N(d, variance), for d <= 0 (B,) fp64: to 1e-13 beside d's own rounding."""
+    std = variance.sqrt()
+    # The integrand's largest value is at z = d + variance sigmoid(-z): bisected to 0.06 deviations.
+    low, high = torch.zeros_like(d), torch.ones_like(d)
+    for _ in range(8):
+        middle = (low + high) / 2
+        below = torch.sigmoid(-(d + variance * middle)) > middle
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    # It falls at least as fast as the Gaussian on both sides, and has no pole within pi of the real
+    # line: the trapezoidal rule with steps of a sixteenth of a deviation, out to nine deviations.
+    step = 1 / 16
+    t = (std * (low + high) / 2)[:, None] + step * torch.arange(-144, 145, device=d.device)
+    grid = torch.logsumexp(F.logsigmoid(d[:, None] + std[:, None] * t) - t.square() / 2, 1)
+    grid = grid + math.log(step / math.sqrt(2 * math.pi))
+    # Beyond: sigmoid as a series of exponentials on each side of zero. With x = -d / std and
+    # c(u) = erfcx(u / sqrt 2), E sigmoid = exp(-x^2 / 2) / 2 times
+    #     c(x) + sum over k >= 1 of (-1)^(k + 1) (c(k std - x) - c(k std + x)),
+    # whose first term c(std - x) leads where -d > variance: it is kept apart, as a logarithm.
+    wide = std.clamp_min(_GRID_STD)
+    x = -d / wide
+    signs = torch.tensor(_ALTERNATING, dtype=d.dtype).to(d.device, non_blocking=d.is_cuda)
+    k = torch.arange(1, len(_ALTERNATING) + 1, device=d.device)
+    # Where k std < x for a k > 1 all of it is below exp(-std^2 / 2) of the first term.
+    above = _erfcx(((k + 1) * wide[:, None] - x[:, None]).clamp_min(0.0))
+    rest = _erfcx(x) - (signs * (above + _erfcx(k * wide[:, None] + x[:, None]))).sum(1)
+    lead = x - wide
+    near = (0.5 * (_erfcx((-lead).clamp_min(0.0)) + rest)).log() - x.square() / 2
+    far = d + variance / 2 + torch.special.log_ndtr(lead)
+    far = far + (rest * (-lead.square() / 2 - torch.special.log_ndtr(lead)).exp() / 2).log1p()
+    return torch.where(std <= _GRID_STD, grid, torch.where(lead > 0, far, near))
+
+
+def _erfcx(u: Tensor) -> Tensor:
+    return torch.special.erfcx(u / math.sqrt(2))
+
+
+def _alternating_weights(n: int) -> list[float]:
+    """Weights of the first terms for the sum of (-1)^k a_k over k >= 0, a_k totally monotone, to 5.8^-n.
+
+    Cohen, Rodriguez Villegas, Zagier, "Convergence acceleration of alternating series", 2000.
+    """
+    d = ((3 + math.sqrt(8)) ** n + (3 - math.sqrt(8)) ** n) / 2
+    b, c, weights = -1.0, -d, []
+    for k in range(n):
+        c = b - c
+        weights.append(c / d)
+        b *= (k + n) * (k - n) / ((k + 0.5) * (k + 1))
+    return weights
+
+
+_ALTERNATING = _alternating_weights(22)  # with their signs
+
+
+def _mean_coin_entropy(d: Tensor, variance: Tensor) -> Tensor:
+    """E of the entropy of a coin with logit z ~ N(d, variance), to 1e-8."""
     std = variance.sqrt()
     points, shares = (torch.from_numpy(values) for values in hermite.hermgauss(20))
     # CUDA need not have finished its work for small copies.
-    points, shares = (t.to(mean.device, non_blocking=mean.is_cuda) for t in (points, shares))
-    z = difference[:, None] + math.sqrt(2) * std[:, None] * points
-    log_weights = (shares / math.sqrt(math.pi)).log()
+    points, shares = (t.to(d.device, non_blocking=d.is_cuda) for t in (points, shares))
 
-    def binary(z: Tensor) -> Tensor:  # entropy of a coin with logit z
+    def entropy(z: Tensor) -> Tensor:
         magnitude = z.abs()
         e = (-magnitude).exp()
         return e.log1p() + torch.where(e > 0, magnitude * e / (1 + e), 0.0)
 
-    narrow = torch.stack(
-        [torch.logsumexp(log_weights + F.logsigmoid(s * z), 1) for s in (-1, 1)], 1
-    )
-    narrow_expected = (log_weights.exp() * binary(z)).sum(1)
-    # For wide distributions the Gaussian is the smooth factor: E sigmoid(d) is the mean of
-    # Phi((difference + u) / std) over the logistic density of u.
+    z = d[:, None] + math.sqrt(2) * std[:, None] * points
+    narrow = (shares / math.sqrt(math.pi) * entropy(z)).sum(1)
+    # For wide distributions the Gaussian is the smooth factor.
     step = 0.5
-    u = torch.arange(-80, 81, device=mean.device).double() * step
-    log_density = F.logsigmoid(u) + F.logsigmoid(-u) + math.log(step)
+    u = torch.arange(-80, 81, device=d.device).double() * step
     wide_std = std.clamp_min(1.0)[:, None]
-    wide = torch.stack(
-        [
-            torch.logsumexp(
-                log_density + torch.special.log_ndtr((s * difference[:, None] + u) / wide_std), 1
-            )
-            for s in (-1, 1)
-        ],
-        1,
-    )
-    gaussian = (-0.5 * ((u - difference[:, None]) / wide_std).square()).exp()
-    wide_expected = (binary(u) * gaussian / wide_std).sum(1) * step / math.sqrt(2 * math.pi)
-    is_narrow = ~(variance > 1.0)
-    log_probs = torch.where(is_narrow[:, None], narrow, wide).to(mean.dtype)
-    expected = torch.where(is_narrow, narrow_expected, wide_expected).to(mean.dtype)
-    return McPrediction(log_probs, _entropy(log_probs), expected)
+    gaussian = (-0.5 * ((u - d[:, None]) / wide_std).square()).exp()
+    wide = (entropy(u) * gaussian / wide_std).sum(1) * step / math.sqrt(2 * math.pi)
+    return torch.where(variance > 1.0, wide, narrow)
 
 
 def _probit(mean: Tensor, cov: Tensor) -> McPrediction:

@@ -41,7 +41,7 @@ def gram(xs: Tensor | Sequence[Tensor]) -> list[Tensor]:
         return []
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
-            return _by_rank(matrices, lambda xs: gram(xs), lambda x: reference.gram(x))
+            return _by_rank(matrices, lambda xs: gram(xs), _gram_one)
     return _library.ops.tall_gram(_row_major(matrices))
 
 
@@ -272,6 +272,12 @@ def _retract(
     return info
 
 
+def _gram_one(x: Tensor) -> Tensor:
+    """Ranks above 64: PyTorch's product, of which one half is taken: its halves differ in bits."""
+    product = reference.gram(x)
+    return product.triu() + product.triu(1).mT
+
+
 def _retract_one(x: Tensor, w: Tensor, retraction: str) -> Tensor:
     """Ranks above 64: x <- retraction of w by PyTorch's SVD or QR, no host synchronisation."""
     finite = torch.isfinite(w).all()
@@ -281,9 +287,9 @@ def _retract_one(x: Tensor, w: Tensor, retraction: str) -> Tensor:
         result, small, large = u @ vh, sigma[-1], sigma[0]
     else:
         q, r = torch.linalg.qr(safe)
-        diagonal = r.diagonal()
-        result = q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)
-        scaled = diagonal.abs() / torch.linalg.vector_norm(r, dim=0)  # of unit columns
+        result = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+        r = r / r.abs().amax(0).clamp_min(torch.finfo(r.dtype).tiny)  # squares stay in range
+        scaled = r.diagonal().abs() / torch.linalg.vector_norm(r, dim=0)  # of unit columns
         small, large = torch.nan_to_num(scaled, nan=0.0).min(), scaled.new_ones(())
     full = small > w.shape[1] * torch.finfo(w.dtype).eps * large
     x.copy_(torch.where(finite & full, result, x))

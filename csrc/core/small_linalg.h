@@ -253,7 +253,8 @@ BK_HD_LARGE void invert_upper(const double* u, double* x, int r, int ld) {
 // rotations in a round-robin order: all pairs of a round are disjoint, and rotated at once by one
 // group each. In: w = the matrix. Out: row i of v an eigenvector, values[i] its eigenvalue, in no
 // order; w is used up. flags: groups() numbers. Returns the number of sweeps. Small eigenvalues
-// keep an absolute error of a few ulp of the largest. Hestenes 1958; Brent and Luk 1985.
+// keep an absolute error of a few ulp of the largest; a trace of at most 1e-300 counts as zero.
+// Hestenes 1958; Brent and Luk 1985.
 template <class Team>
 BK_HD_LARGE int symmetric_eigen(double* w, double* v, double* values, double* flags, int r,
                                 int ld) {
@@ -261,6 +262,13 @@ BK_HD_LARGE int symmetric_eigen(double* w, double* v, double* values, double* fl
   for (int i = 0; i < r; ++i)
     for (int j = Team::thread(); j < r; j += Team::threads()) v[i * ld + j] = i == j ? 1.0 : 0.0;
   double squares, trace;
+  square_sum<Team>(w, r, ld, 0.0, &squares, &trace);
+  Team::sync();
+  // Of trace 1, or fourth powers of the entries would leave the range.
+  const double scale = trace > 1e-300 ? 1.0 / trace : 1.0;
+  for (int i = 0; i < r; ++i)
+    for (int j = Team::thread(); j < r; j += Team::threads()) w[i * ld + j] *= scale;
+  Team::sync();
   square_sum<Team>(w, r, ld, 0.0, &squares, &trace);
   const double nothing = 1e-40 * squares;  // squared length of a vector that is rounding noise
   const double tolerance = 1e-15 * r;
@@ -304,9 +312,9 @@ BK_HD_LARGE int symmetric_eigen(double* w, double* v, double* values, double* fl
   for (int i = Team::group(); i < r; i += Team::groups()) {
     double ww, vv, wv;
     pair_products<Team>(w + i * ld, v + i * ld, r, &ww, &vv, &wv);
-    if (Team::lane() == 0) values[i] = wv / vv;
-    const double scale = 1.0 / sqrt(vv);
-    for (int k = Team::lane(); k < r; k += Team::lanes()) v[i * ld + k] *= scale;
+    if (Team::lane() == 0) values[i] = wv / vv / scale;
+    const double length = 1.0 / sqrt(vv);
+    for (int k = Team::lane(); k < r; k += Team::lanes()) v[i * ld + k] *= length;
   }
   Team::sync();
   return sweep;
