@@ -22,12 +22,13 @@ from harness import (
     Family,
     Options,
     Row,
-    assert_agrees,
+    Agreement,
     count_launches,
     make_row,
     peak_bytes,
     saved_bytes,
     time_interleaved,
+    tolerance,
 )
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def run_case(case: Case, options: Options) -> list[Row]:
         "vbll": [p for p in peer.parameters() if p.requires_grad],
         "bayes_kernels": list(ours.parameters()),
     }
-    check(case, peer, ours, x, y)
+    agreement = check(case, peer, ours, x, y)
     forwards = options.pick(forwards, OURS)
     steps = {
         name: (lambda f=forward, p=parameters[name]: torch.autograd.grad(f(), [x, *p]))
@@ -91,7 +92,7 @@ def run_case(case: Case, options: Options) -> list[Row]:
     times = time_interleaved(steps, device, seconds=options.time_for(5.0, 3.0))
     rows = []
     for name, forward in forwards.items():
-        row = make_row("vbll", case.name, name, "loss+backward", times, device)
+        row = make_row("vbll", case.name, name, "loss+backward", times, device, agreement)
         row.saved_bytes = saved_bytes(forward, [x, *parameters[name]])
         row.peak_bytes = peak_bytes(steps[name], device)
         row.launches = count_launches(steps[name], device)
@@ -99,10 +100,11 @@ def run_case(case: Case, options: Options) -> list[Row]:
     return rows
 
 
-def check(case: Case, peer: Any, ours: VBLLClassification, x: Tensor, y: Tensor) -> None:
+def check(case: Case, peer: Any, ours: VBLLClassification, x: Tensor, y: Tensor) -> Agreement:
     """Value and gradients of both in fp32 against the package in fp64, on three rows."""
+    agreement = Agreement(case.name, OURS)
     if case.covariance == "dense" and case.features > 1024:
-        return
+        return agreement
     x, y = x[:3].detach(), y[:3]
     # The package leaves a constant of the KL out.
     constant = case.classes * case.features / 2 / N_TRAIN
@@ -125,7 +127,9 @@ def check(case: Case, peer: Any, ours: VBLLClassification, x: Tensor, y: Tensor)
             grads[3] = grads[3] / 2
         results.append([value.detach(), *grads])
     for name, got in (("vbll", results[1]), ("bayes_kernels", results[2])):
-        assert_agrees(f"{case.name} {name}", got, results[0], 1e-3)
+        # Several sums over the features, one inside an exponential.
+        agreement.check(name, got, results[0], 16 * tolerance(torch.float32, case.features))
+    return agreement
 
 
 def run(options: Options) -> Iterator[Row]:

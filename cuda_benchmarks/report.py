@@ -187,7 +187,9 @@ def case_lines(family: str, rows: Sequence[Row]) -> list[str]:
                 ratio = group[name].p50_us / mine.p50_us if name in group else None
                 slower = ratio is not None and ratio < 1
                 text = "" if ratio is None else number(ratio)
-                line.append(f"**{text}**" if slower else text)
+                text = f"**{text}**" if slower else text
+                wrong = name in group and group[name].miss is not None
+                line.append(f"{text} {harness.MARK}" if wrong else text)
             share = mine.cpu_share
             line += [
                 "" if mine.roofline is None else f"{mine.roofline:.0%}",
@@ -200,6 +202,11 @@ def case_lines(family: str, rows: Sequence[Row]) -> list[str]:
                   "launches", "core")  # fmt: skip
         lines += [f"`{op}`, {mode}: median time; bold: faster than `{own}`.", ""]
         lines += table(header, body)
+    lines += [
+        f"{harness.MARK} {row.op} {row.case}, {row.provider}: {row.miss}.\n"
+        for row in rows
+        if row.miss is not None
+    ]
     lines += memory_lines(rows)
     return [*lines, environment_line(rows), ""]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import subprocess
@@ -91,14 +92,143 @@ def test_every_family_loads_and_has_its_bars() -> None:
     assert {key for key, _ in bars.NOTES} <= {bar.key for bar in bars.BARS}
 
 
-def test_a_provider_that_is_wrong_is_not_timed() -> None:
+def test_a_provider_of_ours_that_is_wrong_is_not_timed() -> None:
     harness = load("harness")
     truth = torch.linspace(-1, 1, 8, dtype=torch.float64)
     harness.assert_agrees("right", [truth.float()], [truth], 1e-6)
-    with pytest.raises(AssertionError, match="differs from the fp64 reference"):
+    with pytest.raises(harness.Disagreement, match="differs from the fp64 reference"):
         harness.assert_agrees("wrong", [truth.float() * 1.001], [truth], 1e-4)
-    with pytest.raises(AssertionError, match="nan"):
+    with pytest.raises(harness.Disagreement, match="nan"):
         harness.assert_agrees("nan", [truth * float("nan")], [truth], 1e-4)
+
+
+@pytest.mark.parametrize("terms", [1, 64, 2048, 32768])
+def test_the_tolerance_is_that_of_a_sum_of_so_many_terms(terms: int) -> None:
+    """One term after another in fp32 is within it; a sum without one of its terms is not."""
+    tolerance = load("harness").tolerance
+    x = torch.randn(terms, 4, generator=torch.Generator().manual_seed(terms))
+    products = x.square()
+    total = torch.zeros(4)
+    for row in products:
+        total += row
+    truth = x.double().square().sum(0)
+    scale = truth.max()
+    allowed = tolerance(torch.float32, terms)
+    assert (total - truth).abs().max() / scale < allowed / 2
+    without = truth - products[products[:, 0].argmax()].double()
+    assert (without - truth).abs().max() / scale > allowed
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = (truth.to(dtype) - truth).abs().max() / scale
+        assert rounded < tolerance(dtype, terms)
+        assert 2 * torch.finfo(dtype).eps < tolerance(dtype, terms) < 5 * torch.finfo(dtype).eps
+
+
+def change(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> None:
+    """Results of a provider become 3 % larger, those that it writes included."""
+    original = getattr(place, name)
+
+    @functools.wraps(original)
+    def changed(*args: Any, **options: Any) -> Any:
+        found = original(*args, **options)
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            return found * 1.03
+        if isinstance(found, (list, tuple)):
+            return [t * 1.03 for t in found]
+        for tensor in args[0]:
+            tensor.mul_(1.03)
+        return found
+
+    monkeypatch.setattr(place, name, changed)
+    for key, provider in getattr(place, "DENSE_PROVIDERS", {}).items():
+        if provider is original:
+            monkeypatch.setitem(place.DENSE_PROVIDERS, key, changed)
+
+
+def small_run(family: str, options: Any) -> list[Any]:
+    bench = load(f"bench_{family}")
+    if family == "adapter":
+        return bench.run_training(bench.Case(8, 32, 48, 4, torch.float32), options)
+    if family == "curvature":
+        return bench.run_dense_case(
+            bench.DenseCase(1, 64, 8, torch.bfloat16, False), options
+        ) + bench.run_case(bench.Case(1, 64, 4, 4), options)
+    if family == "tall":
+        return bench.run_retraction(bench.Case(2, 64, 4), options)
+    return bench.run_case(bench.Case(20, 2, 5), options)
+
+
+@pytest.mark.parametrize(
+    ("family", "peer", "ours"),
+    [
+        ("adapter", "published", "flipout_lora"),
+        ("curvature", "addmm", "kron_accumulate"),
+        ("tall", "svd", "functional.qr_retract_"),
+        ("predict", "summary", "ours"),
+    ],
+)
+def test_a_wrong_peer_is_a_marked_row_and_ours_stops(
+    family: str, peer: str, ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, bench = load("harness"), load(f"bench_{family}")
+    options = harness.Options("cpu", True, 1e-3)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 1e10)
+    if hasattr(bench, "peak_bytes"):  # the profiler takes seconds to start
+        monkeypatch.setattr(bench, "peak_bytes", lambda step, device: 0)
+    rows = small_run(family, options)
+    assert [row.provider for row in rows if row.miss is not None] == []
+    with monkeypatch.context() as patch:
+        change(patch, bench, peer)
+        for table in ("DENSE_PROVIDERS",):
+            if peer in getattr(bench, table, {}):
+                patch.setitem(getattr(bench, table), peer, getattr(bench, peer))
+        marked = small_run(family, options)
+    wanted = {"summary": "materialised"}.get(peer, peer)
+    assert [row.provider for row in marked if row.miss is not None] == [wanted]
+    assert {row.provider for row in marked} == {row.provider for row in rows}
+    with monkeypatch.context() as patch:
+        place, _, name = ours.rpartition(".")
+        change(patch, getattr(bench, place) if place else bench, name)
+        with pytest.raises(harness.Disagreement, match="timing would be meaningless"):
+            small_run(family, options)
+
+
+def test_a_miss_never_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours that misses ends its family, an error too; the others are measured; the code is 1."""
+    harness = load("harness")
+
+    def wrong(options: Any) -> Iterator[Any]:
+        yield made_row(op="first", provider="bayes_kernels")
+        harness.assert_agrees("ours", [torch.zeros(1)], [torch.ones(1).double()], 0.1)
+
+    def broken(options: Any) -> Iterator[Any]:
+        raise RuntimeError("no compiler")
+        yield
+
+    def fine(options: Any) -> Iterator[Any]:
+        common = {"op": "low_rank", "case": "1 x (4096, 10), 4 rows", "mode": "update"}
+        yield made_row(provider="bayes_kernels", p50_us=1.0, **common)
+        yield made_row(provider="svd_fp64", p50_us=1.5, miss="is wrong", **common)
+
+    runs = {"adapter": wrong, "predict": broken, "curvature": fine}
+    monkeypatch.setattr(
+        harness,
+        "load_family",
+        lambda name: harness.Family(name, name, ("bayes_kernels",), ("svd_fp64",), runs[name]),
+    )
+    path = tmp_path / "rows.jsonl"
+    assert harness.main(arguments=[*runs, "--json", str(path)]) == 1
+    found = capsys.readouterr()
+    assert [row.op for row in harness.read_rows(path)] == ["first", "low_rank", "low_rank"]
+    assert [row.miss for row in harness.read_rows(path)] == [None, None, "is wrong"]
+    assert f"svd_fp64 {harness.MARK}" in found.out
+    assert "svd_fp64: is wrong" in found.out
+    assert "verdict" not in found.out  # no bar is met or missed by a wrong result
+    last = found.err.splitlines()[-2:]
+    assert last[0].startswith("stopped: adapter: ours: result 0 differs")
+    assert last[1] == "stopped: predict: RuntimeError, see above"
+    assert harness.main(arguments=["curvature"]) == 0
 
 
 def made_row(**changes: Any) -> Any:
@@ -263,7 +393,7 @@ def test_linearised_predictions_agree(layers: str) -> None:
     ours = posterior.laplace.logits(inputs)
     harness.assert_agrees("ours", ours, truth, 1e-3)
     harness.assert_agrees("published", formula(model, posterior, inputs), truth, 1e-3)
-    with pytest.raises(AssertionError, match="differs"):
+    with pytest.raises(harness.Disagreement, match="differs"):
         harness.assert_agrees("another prior", [ours[1] * 1.01], [truth[1]], 1e-3)
 
 
