@@ -8,12 +8,16 @@ one line on standard error and exit code 2; ``--debug`` shows the traceback inst
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
+import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,6 +26,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as _error:
     print(
         f"error: the command line needs typer and rich ({_error}); "
@@ -42,10 +47,23 @@ _BASELINE = "map"  # what `demo` compares with
 
 # What goes wrong by the caller's doing, or by the machine's; anything else is a bug.
 _EXPECTED = (ValueError, TypeError, ImportError, OSError)
+# What typer raises for a command line that it cannot read.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+# Where a file cannot grow: no room, a quota, a limit of the process.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Commands(typer.core.TyperGroup):
     """Turns expected exceptions into one line and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        asks_for_help = not args  # taken from the list as they are read
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if asks_for_help:
+                raise
+            _fail(_usage(error))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -53,10 +71,39 @@ class _Commands(typer.core.TyperGroup):
         except Exception as error:
             if ctx.meta.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            out_of_memory = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-            if isinstance(error, _EXPECTED) or out_of_memory:
+            if isinstance(error, _UsageError):
+                _fail(_usage(error))
+            if _is_out_of_memory(error):
+                _fail(
+                    f"memory: expected enough for this model and its batches, got: {error}; use "
+                    "smaller batches, a smaller --max-length, or fewer things side by side"
+                )
+            if isinstance(error, OSError) and error.errno in _FULL:
+                _fail(
+                    f"{error.filename or 'output'}: expected room to write to, got: "
+                    f"{error.strerror}; make room, or choose another folder"
+                )
+            if isinstance(error, _EXPECTED):
                 _fail(str(error) or type(error).__name__)
             raise
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, in one line."""
+    parameter = getattr(error, "param", None)
+    if isinstance(error, typer.BadParameter) and parameter is not None and error.message:
+        return f"{' / '.join(parameter.opts)}: {error.message}"
+    command = ["bayes-kernels"]
+    if error.ctx is not None and error.ctx.parent is not None:
+        command.append(error.ctx.info_name)
+    message = error.format_message().rstrip(".")
+    return f"{message}; expected what {' '.join(command)} --help lists"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a type of its own for GPUs; for the CPU its RuntimeError has nothing but words.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 app = typer.Typer(
@@ -70,9 +117,16 @@ app = typer.Typer(
 
 
 def _fail(message: str) -> NoReturn:
-    """`error: ...` on standard error, exit code 2. Lists of problems keep their lines."""
-    print(f"error: {message.strip()}", file=sys.stderr)
+    """`error: ...` on standard error, exit code 2. Lists of bad rows of data keep their lines."""
+    lines = [line.strip() for line in message.strip().splitlines()]
+    # Libraries wrap their messages, some over many lines.
+    separator = "\n" if all(_BAD_ROW.search(line) for line in lines) else " "
+    print(f"error: {separator.join(lines)}", file=sys.stderr)
     raise typer.Exit(USAGE_ERROR)
+
+
+# `file:line: what`, or the end of such a list.
+_BAD_ROW = re.compile(r"^[^ ].*?:\d+: |^\.\.\. and \d+ more$")
 
 
 def _set_debug(context: typer.Context, value: bool) -> bool:
@@ -82,12 +136,49 @@ def _set_debug(context: typer.Context, value: bool) -> bool:
 
 # --- Options that several commands share ---------------------------------------------------------
 
+
+def _whole(help: str, *names: str, least: int | None = None, most: int | None = None) -> Any:
+    """An option that is an integer; the message about another value names it and the range."""
+    words = "an integer"
+    if least is not None:
+        words += f" >= {least}" if most is None else f" from {least} to {most}"
+
+    def parse(value: str | int) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        low, high = (number if limit is None else limit for limit in (least, most))
+        if number is None or not low <= number <= high:
+            raise typer.BadParameter(f"expected {words}, got {_shorten(str(value))!r}")
+        return number
+
+    return typer.Option(*names, help=help, parser=parse, metavar="INTEGER")
+
+
+def _number(help: str, *names: str) -> Any:
+    """An option that is a number, also nan and inf, whose range others check."""
+
+    def parse(value: str | float) -> float:
+        try:
+            return float(value)
+        except ValueError:
+            raise typer.BadParameter(f"expected a number, got {_shorten(value)!r}") from None
+
+    return typer.Option(*names, help=help, parser=parse, metavar="NUMBER")
+
+
+# torch takes any number, and the system ends the process where it has no room for their stacks.
+_MOST_THREADS = 4 * (os.cpu_count() or 1)
+# transformers gives the seed to numpy, whose generator takes 32 bits.
+_MOST_SEED = 2**32 - 1
+_MOST_DRAWS = 1_000_000
 _DEBUG = typer.Option(
     "--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True
 )
 Debug = Annotated[bool, _DEBUG]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; by default what torch chooses.")
+    int | None, _whole("CPU threads; by default what torch chooses.", least=1, most=_MOST_THREADS)
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
 Overwrite = Annotated[
@@ -108,15 +199,13 @@ Ood = Annotated[
     typer.Option(help="Out-of-distribution set: JSONL file or hub name; may be repeated."),
 ]
 LabelNames = Annotated[str | None, typer.Option(help="Names of the classes, divided by commas.")]
-TestSize = Annotated[int | None, typer.Option(min=1, help="Largest number of test examples.")]
-OodSize = Annotated[
-    int | None, typer.Option(min=1, help="Largest number of examples of each OOD set.")
-]
+TestSize = Annotated[int | None, _whole("Largest number of test examples.", least=1)]
+OodSize = Annotated[int | None, _whole("Largest number of examples of each OOD set.", least=1)]
 Samples = Annotated[
-    int | None, typer.Option("--n-samples", min=0, help="Posterior draws; 0 is the mean.")
+    int | None, _whole("Posterior draws; 0 is the mean.", "--n-samples", least=0, most=_MOST_DRAWS)
 ]
 TrainSize = Annotated[
-    int | None, typer.Option(min=0, help="Training examples, chosen by the seed; 0 for all.")
+    int | None, _whole("Training examples, chosen by the seed; 0 for all.", least=0)
 ]
 Base = Annotated[str, typer.Option(help="Base model, see train.")]
 Kind = Annotated[str, typer.Option(help="auto, causal, classifier or multiple_choice.")]
@@ -125,17 +214,17 @@ Dtype = Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")]
 Quantization = Annotated[
     str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
 ]
-Rank = Annotated[int | None, typer.Option(help="r of LoRA.")]
-Alpha = Annotated[float | None, typer.Option(help="alpha of LoRA.")]
+Rank = Annotated[int | None, _whole("r of LoRA.")]
+Alpha = Annotated[float | None, _number("alpha of LoRA.")]
 TargetModules = Annotated[str | None, typer.Option(help="Layers to adapt, divided by commas.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
-StepExamples = Annotated[int | None, typer.Option(help="Examples of a step.")]
-MaxLength = Annotated[int | None, typer.Option(help="Largest number of tokens.")]
+Steps = Annotated[int | None, _whole("Optimiser steps.")]
+StepExamples = Annotated[int | None, _whole("Examples of a step.")]
+MaxLength = Annotated[int | None, _whole("Largest number of tokens.")]
 Plots = Annotated[bool, typer.Option("--plots", help="Also write the pictures.")]
 OtherBase = Annotated[str | None, typer.Option(help="Another base model than recorded.")]
-DrawSeed = Annotated[int | None, typer.Option(help="Seed of the draws.")]
-BatchExamples = Annotated[int | None, typer.Option(min=1, help="Examples of a batch.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")]
+DrawSeed = Annotated[int | None, _whole("Seed of the draws.", least=0, most=_MOST_SEED)]
+BatchExamples = Annotated[int | None, _whole("Examples of a batch.", least=1)]
+Seeds = Annotated[int, _whole("Number of seeds: 0, 1, ...", least=1, most=1000)]
 Results = Annotated[Path, typer.Option(help="Folder for results.")]
 
 
@@ -151,8 +240,8 @@ def info(debug: Debug = False) -> None:
 def demo(
     out: Results = Path("runs/demo"),
     seeds: Seeds = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    train_size: Annotated[int, typer.Option(min=1, help="Training examples.")] = 400,
+    steps: Annotated[int | None, _whole("Optimiser steps.", least=1)] = None,
+    train_size: Annotated[int, _whole("Training examples.", least=1)] = 400,
     test_size: TestSize = 400,
     ood_size: OodSize = 200,
     n_samples: Samples = None,
@@ -163,7 +252,11 @@ def demo(
     data: Data = "stdlib-docs",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Cores to use, all by default: runs go side by side on them."),
+        _whole(
+            "Cores to use, all by default: runs go side by side on them.",
+            least=1,
+            most=_MOST_THREADS,
+        ),
     ] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -224,13 +317,12 @@ def demo(
     write_json(out / results.METRICS_FILE, content)
     _print_table(summaries, f"{task.name}: {len(task.train)} training texts, {model}")
     console = _console()
-    console.print(verdict, highlight=False, soft_wrap=True)
+    console.print(verdict, soft_wrap=True)
     names = ", ".join(path.name for path in pictures)
     console.print(
         f"Wrote {out}/: {results.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters "
         f"{_BASELINE}/ and {method}/ (seed 0).\n"
         f"Try: bayes-kernels predict {out / method} --text 'Return the sine of x.'",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -264,31 +356,27 @@ def train(
     rank: Rank = None,
     alpha: Alpha = None,
     target_modules: TargetModules = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    dropout: Annotated[float | None, _number("Dropout before the adapter.")] = None,
+    lr: Annotated[float | None, _number("Peak learning rate.")] = None,
     steps: Steps = None,
     batch_size: StepExamples = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of steps with rising rate.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    accumulation: Annotated[int | None, _whole("Micro-batches of a step.")] = None,
+    warmup: Annotated[float | None, _number("Share of steps with rising rate.")] = None,
+    weight_decay: Annotated[float | None, _number("Of AdamW.")] = None,
     max_length: MaxLength = None,
     n_samples: Samples = None,
-    prior_std: Annotated[float | None, typer.Option(help="Deviation of the prior.")] = None,
+    prior_std: Annotated[float | None, _number("Deviation of the prior.")] = None,
     init_rho: Annotated[
-        float | None, typer.Option(help="BLoB: rho, ScalaBL: deviation, at the start.")
+        float | None, _number("BLoB: rho, ScalaBL: deviation, at the start.")
     ] = None,
     scope: Annotated[
         str | None, typer.Option(help="Who shares noise: token (BLoB), example, none.")
     ] = None,
     kl_schedule: Annotated[str | None, typer.Option(help="auto, published or constant.")] = None,
-    kl_lr: Annotated[
-        float | None, typer.Option(help="Rate of the KL step (published, constant).")
-    ] = None,
-    kl_time: Annotated[
-        float | None, typer.Option(help="Total size of the KL steps (auto).")
-    ] = None,
+    kl_lr: Annotated[float | None, _number("Rate of the KL step (published, constant).")] = None,
+    kl_time: Annotated[float | None, _number("Total size of the KL steps (auto).")] = None,
     kl_gamma: Annotated[
-        float | None, typer.Option(help="Gamma of the KL cycle (published, constant).")
+        float | None, _number("Gamma of the KL cycle (published, constant).")
     ] = None,
     kl_direction: Annotated[
         str | None, typer.Option(help="ScalaBL: elbo, or code for the published code's reverse KL.")
@@ -298,18 +386,16 @@ def train(
         str | None, typer.Option(help="PoLAR: constraint by landing, polar or qr.")
     ] = None,
     stiefel_penalty: Annotated[
-        float | None, typer.Option(help="PoLAR: weight of landing's pull to the manifold.")
+        float | None, _number("PoLAR: weight of landing's pull to the manifold.")
     ] = None,
     head_covariance: Annotated[
         str | None, typer.Option(help="PoLAR-VBLL: diagonal, dense or low_rank.")
     ] = None,
     head_prior_scale: Annotated[
-        float | None, typer.Option(help="PoLAR-VBLL: prior variance of a weight times D / 2.")
+        float | None, _number("PoLAR-VBLL: prior variance of a weight times D / 2.")
     ] = None,
-    head_lr: Annotated[float | None, typer.Option(help="PoLAR-VBLL: rate of the head.")] = None,
-    kl_weight: Annotated[
-        float | None, typer.Option(help="PoLAR-VBLL: factor of the divergence.")
-    ] = None,
+    head_lr: Annotated[float | None, _number("PoLAR-VBLL: rate of the head.")] = None,
+    kl_weight: Annotated[float | None, _number("PoLAR-VBLL: factor of the divergence.")] = None,
     alternation: Annotated[
         str | None, typer.Option(help="PoLAR-VBLL: jacobi, gauss-seidel or periodic.")
     ] = None,
@@ -327,12 +413,12 @@ def train(
         list[str] | None,
         typer.Option(help="Another option of peft.LoraConfig, as name=value; may be repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, _whole("Seed of everything.", least=0, most=_MOST_SEED)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results; runs/TASK-METHOD-seedN by default.")
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints; a fifth by default.")
+        int | None, _whole("Steps between checkpoints; a fifth by default.", least=1)
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
@@ -427,7 +513,7 @@ def train(
         _plots(run.rows, folder)
     write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
     _print_table(results.summarise([run]), f"{task.name}, {model}, seed {seed}")
-    _console().print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
+    _console().print(f"Wrote {folder}/", soft_wrap=True)
 
 
 @app.command()
@@ -453,12 +539,12 @@ def compare(
     dtype: Dtype = "float32",
     quantization: Quantization = None,
     members: Annotated[
-        int | None, typer.Option(min=2, help="Members of an ensemble; 3 by default.")
+        int | None, _whole("Members of an ensemble; 3 by default.", least=2, most=1000)
     ] = None,
     rank: Rank = None,
     alpha: Alpha = None,
     target_modules: TargetModules = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of all methods.")] = None,
+    lr: Annotated[float | None, _number("Peak learning rate of all methods.")] = None,
     steps: Steps = None,
     batch_size: StepExamples = None,
     max_length: MaxLength = None,
@@ -478,11 +564,12 @@ def compare(
     overwrite: Overwrite = False,
     threads: Annotated[
         int | None,
-        typer.Option(
+        _whole(
+            "Cores to use, all by default: runs go side by side on them.",
             "--threads",
             "--processes",
-            min=1,
-            help="Cores to use, all by default: runs go side by side on them.",
+            least=1,
+            most=_MOST_THREADS,
         ),
     ] = None,
     device: Device = "auto",
@@ -637,20 +724,20 @@ def bayesianize(
     ood: Ood = None,
     label_names: LabelNames = None,
     train_size: Annotated[
-        int | None, typer.Option(min=0, help="Training examples that anchors come from; 0 for all.")
+        int | None, _whole("Training examples that anchors come from; 0 for all.", least=0)
     ] = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
     model: OtherBase = None,
     anchors: Annotated[
         int | None,
-        typer.Option(min=1, help="Training examples to look at; tfb 500, laplace all by default."),
+        _whole("Training examples to look at; tfb 500, laplace all by default.", least=1),
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="tfb: flips (default), accuracy or nll.")
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="tfb: largest change; 0.01, or 0.003 (nll), by default.")
+        float | None, _number("tfb: largest change; 0.01, or 0.003 (nll), by default.")
     ] = None,
     convert: Annotated[
         list[str] | None,
@@ -751,8 +838,8 @@ def bayesianize(
     console = _console()
     console.print(table)
     _print_table(results.summarise([run]), f"{task.name}, {adapter}")
-    console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
+    console.print(str(report), soft_wrap=True)
+    console.print(f"Wrote {folder}/", soft_wrap=True)
 
 
 @app.command()
@@ -824,7 +911,7 @@ def evaluate(
         _plots(rows, folder)
     write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
     _print_table(results.summarise([run]), f"{task.name}, {adapter}")
-    _console().print(f"Wrote {folder}/", highlight=False, soft_wrap=True)
+    _console().print(f"Wrote {folder}/", soft_wrap=True)
 
 
 @app.command()
@@ -895,7 +982,7 @@ def predict(
             "probabilities": [float(p) for p in probs[i]],
         }
         if json_lines:
-            print(json.dumps(found, ensure_ascii=False))
+            print(json.dumps(found, ensure_ascii=not _writes_unicode(sys.stdout)))
             continue
         information = f"{found['mutual_information']:.3f}" if count else "–"
         table.add_row(
@@ -928,7 +1015,7 @@ def bench(
         typer.Option(help="Providers to compare with, divided by commas; 'none' for ours alone."),
     ] = None,
     case: Annotated[str | None, typer.Option(help="Only cases with this text in the name.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time for each case.")] = None,
+    seconds: Annotated[float | None, _number("Time for each case.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file, JSON lines.")
     ] = None,
@@ -1185,9 +1272,11 @@ def _prepare_out(folder: Path, overwrite: bool) -> None:
 
 
 def _console() -> Console:
-    console = Console()
+    # Brackets and colons in texts, classes and paths are what they are, not markup.
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    console = Console(**plain)
     # Without a terminal to measure, tables would be cut at 80 columns.
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=120, **plain)
 
 
 def _note(text: str) -> None:
@@ -1196,7 +1285,11 @@ def _note(text: str) -> None:
 
 
 def _status(text: str) -> Any:
-    return Console(stderr=True).status(f"{text} ...")
+    return Console(stderr=True).status(Text(f"{text} ..."))
+
+
+def _writes_unicode(stream: Any) -> bool:
+    return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def _shorten(text: str, length: int = 60) -> str:
@@ -1291,11 +1384,16 @@ def _print_table(summaries: Sequence[Summary], title: str) -> None:
         if len(seeds) > 1
         else f"a single seed ({seeds[0]}): no spread"
     )
-    console.print(f"{spread}; MiB: {measure}", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"{spread}; MiB: {measure}", style="dim", soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of `bayes-kernels` and of `python -m bayes_kernels COMMAND`."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks, such as an arrow in a heading, must not end a command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     app(prog_name="bayes-kernels")
 
 

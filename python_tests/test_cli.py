@@ -339,6 +339,60 @@ def test_what_cannot_work_is_one_line(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bar"], "No such option: --bar; expected what bayes-kernels --help lists"),
+        (["trian"], "expected what bayes-kernels --help lists"),
+        (["predict"], "expected what bayes-kernels predict --help lists"),
+        (["train", "x", "--threds", "3"], "No such option: --threds"),
+        (["train", "x", "--steps"], "Option '--steps' requires an argument; expected what"),
+        (["train", "x", "y"], "expected what bayes-kernels train --help lists"),
+        (["train", "x", "--steps", "1.5"], "--steps: expected an integer, got '1.5'"),
+        (["train", "x", "--lr", "fast"], "--lr: expected a number, got 'fast'"),
+        (["train", "x", "--test-size", "0"], "--test-size: expected an integer >= 1, got '0'"),
+        (["train", "x", "--seed", str(2**70)], "--seed: expected an integer from 0 to 4294967295"),
+        (["compare", "--processes", "100000"], "--threads / --processes: expected an integer from"),
+    ],
+)
+def test_command_lines_that_cannot_be_read(arguments: list[str], message: str) -> None:
+    assert message in refuse(*arguments)
+
+
+def test_texts_are_shown_as_they_are(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("[red]run")
+    classes = ["--label-names", "[bold]no,:smile:"]
+    options = ["--model", model, "--method", "map", "--steps", "1", "--out", out]
+    result = call("train", data, *classes, *options)
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {out}/" in result.stdout
+    text = "[/x] see [1] and [bold]this[/bold] :smile:"
+    result = call("predict", out, "--text", text)
+    assert result.exit_code == 0, result.output
+    assert text in result.stdout
+    assert "[bold]no" in result.stdout or result.stdout.count(":smile:") == 2
+    result = call("evaluate", out)
+    assert result.exit_code == 0, result.output
+    assert f"{data.name}" in result.stdout and "[red]run" in result.stdout
+
+
+def test_output_where_the_terminal_has_few_characters(data: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    code = "from bayes_kernels import cli; cli._note('ACC ↑'); cli._console().print('[a] ↑')"
+    code = f"import sys; sys.argv[1:] = ['info']; {code}"
+    wrapped = (
+        f"from bayes_kernels import cli\ncli.app = lambda prog_name: exec({code!r})\ncli.main()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", wrapped], capture_output=True, text=True, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == "[a] \\u2191" and "ACC \\u2191" in ended.stderr
+
+
 def test_debug_shows_the_traceback(data: Path) -> None:
     result = call("train", data, "--model", "./nowhere", "--debug")
     assert isinstance(result.exception, ValueError)
