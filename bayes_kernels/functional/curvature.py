@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -195,12 +196,14 @@ def _low_rank_update(factor: Tensor, rows: Tensor) -> None:
     with no_autocast(factor):
         for x in rows.split(_FACTOR_ROWS):
             h = torch.cat([factor.T, x])  # transposed, so that both products read rows of length d
-            unit = h / h.abs().amax().clamp_min(torch.finfo(h.dtype).tiny)  # squares stay in range
-            gram = (unit @ unit.T).double()
-            finite = torch.isfinite(gram).all()
-            gram = torch.where(finite, gram, torch.eye(len(h), dtype=gram.dtype, device=h.device))
+            # Over a power of two of its size, that squares stay in range. What is not finite the
+            # eigensolver would refuse; it is in the product all the same.
+            most = int(math.log2(torch.finfo(h.dtype).max)) - 1
+            exponent = torch.linalg.vector_norm(h, torch.inf).frexp().exponent.clamp(-most, most)
+            h.ldexp_(-exponent)
+            gram = (h @ h.T).double().nan_to_num_(0.0, 0.0, 0.0)
             vectors = torch.linalg.eigh(gram).eigenvectors
-            factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).T)
+            factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).ldexp_(exponent).T)
 
 
 def _check_curvature(
