@@ -290,7 +290,7 @@ def demo(
             one = Experiment(source, model=model, method=name, recipe=recipe, seed=seed)
             folder = out / name if seed == 0 else None
             jobs.append(experiment.Job(one, task, folder, temperature=name == _BASELINE))
-    _note(task.summary())
+    _note_task(task)
     for job in jobs[: len(methods)]:  # whether model, data and options fit
         training.build(job.experiment, job.task, device=device)
     _prepare_out(out, overwrite)
@@ -496,7 +496,7 @@ def train(
     _check_out(folder, overwrite, resume=resume, resumable=True)
     if resume:
         training.check_resumable(folder, one)
-    _note(task.summary())
+    _note_task(task)
     try:
         run = experiment.run(
             one,
@@ -617,7 +617,7 @@ def compare(
     for seed in range(seeds):
         with _status(f"reading {source.data}, seed {seed}"):
             tasks[seed] = source.load(seed)
-    _note(tasks[0].summary())
+    _note_task(tasks[0])
     pieces = comparison.plan(words, make, tasks, out, seeds=seeds)
     if resume:
         comparison.check_saved(pieces)
@@ -805,7 +805,7 @@ def bayesianize(
         task = source.load(one.seed)
     if saved is not None:
         _check_classes(saved.task, task)
-    _note(task.summary())
+    _note_task(task)
     length = None if saved is None else saved.max_length
     loaded, encoder = training.load_adapter(adapter, one, task, max_length=length, device=device)
     scores: dict[str, Any] = {
@@ -1140,9 +1140,14 @@ def _source_of(one: Experiment, saved: Saved | None, data: str | None) -> Source
     if data is None:
         return one.source
     source = Source(data=data, train_size=0)
-    if saved is not None and saved.task.kind == "classification" and Path(data).exists():
+    if saved is not None and saved.task.kind == "classification" and os.path.exists(data):
         source = dataclasses.replace(source, label_names=saved.task.label_names)
     return source
+
+
+def _note_task(task: Task) -> None:
+    """Sizes of its splits, and classes that it cannot teach."""
+    _note("\n".join([task.summary(), *(f"warning: {line}" for line in task.warnings())]))
 
 
 def _check_classes(expected: Task, got: Task) -> None:
@@ -1162,12 +1167,14 @@ def _check_classes(expected: Task, got: Task) -> None:
 
 def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Example]:
     """What to predict, from the command line and a file."""
-    from .hf.tasks import Example, read_examples
+    from .hf.tasks import Example, is_unicode, read_examples
 
     found = []
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise ValueError("--text: expected text, got nothing")
+        if not is_unicode(text):
+            raise ValueError(f"--text: expected Unicode text, got {_shorten(repr(text))}")
         found.append(Example(f"text-{number}", text, None))
     if data is not None:
         if not data.is_file():
@@ -1175,7 +1182,13 @@ def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Examp
         if data.suffix in (".jsonl", ".json", ".gz"):
             found += read_examples(data)
         else:
-            lines = data.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = data.read_bytes().decode("utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"data {str(data)!r}: expected UTF-8 text, got {error.reason} at byte "
+                    f"{error.start}"
+                ) from None
             found += [
                 Example(f"{data.name}:{number}", line, None)
                 for number, line in enumerate(lines, start=1)

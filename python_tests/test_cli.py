@@ -323,7 +323,7 @@ def test_an_interrupted_demo_can_be_overwritten(
         (["--steps", "0"], "steps must be an integer >= 1, got 0"),
         (["--train-size", "1000"], "train_size: expected an integer from 1 to"),
         (["--max-length", "999"], "max_length: expected an integer from 8 to 32, got 999"),
-        (["--ood", "nothing.jsonl"], "nothing.jsonl: cannot be read"),
+        (["--ood", "nothing.jsonl"], "nothing.jsonl: expected a file that can be read"),
         (["--device", "tpu"], "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--resume"], "expected a complete checkpoint"),

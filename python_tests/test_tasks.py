@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -249,18 +251,108 @@ def test_load_jsonl_checks_files_against_each_other(tmp_path: Path) -> None:
     mixed = write_lines(tmp_path / "mixed.jsonl", [*rows(2, choices=["a", "b"]), *rows(2, "n")])
     with pytest.raises(ValueError, match=r"mixed\.jsonl:3: 'choices' is missing"):
         load_jsonl(mixed)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="expected a file that can be read"):
         load_jsonl(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="empty file"):
         load_jsonl(write_lines(tmp_path / "empty.jsonl", []))
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(b'{"id": "a"}\n' * 1000)[:40])
-    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz: cannot be read"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz: expected a file that can be read"):
         load_jsonl(broken)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"id": "a", "question": "caf\xe9", "label": 0}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl:1: not UTF-8"):
         load_jsonl(latin)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"id": "x", "question": "q", "label": 1000000}',
+            "without gaps, got 1000000 where no row",
+        ),
+        (f'{{"id": "x", "question": "q", "label": {2**70}}}', f"without gaps, got {2**70} where"),
+        (f'{{"id": "x", "question": "q", "label": {"9" * 5000}}}', "not JSON that can be read"),
+        ('{"id": "x", "question": "q", "label": 1e400}', "must be an integer from 0, got inf"),
+        ('{"id": "x", "question": "q", "label": NaN}', "must be an integer from 0, got nan"),
+        (f'{{"id": "x", "question": {DEEP}, "label": 0}}', "nested too deep"),
+        ('{"a": ' * 100_000, "nested too deep"),
+        (
+            f'{{"id": {"[" * 600 + "]" * 600}, "question": "q", "label": 0}}',
+            "'id' must be|too deep",
+        ),
+        ('{"id": "x", "question": "a \\ud800 b", "label": 0}', "'question' must be Unicode text"),
+        ('{"id": "\\udfff", "question": "q", "label": 0}', "'id' must be Unicode text"),
+        ('{"id": "x", "question": "q", "context": "\\ud83d", "label": 0}', "'context' must be Uni"),
+    ],
+)
+def test_lines_that_no_task_can_have(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(20)) + line + "\n")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:21: [^\n]*({message})[^\n]*$"):
+        load_jsonl(file)
+
+
+def test_files_that_cannot_be_read_to_their_end(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    damaged = bytearray(gzip.compress(b"".join(b'{"id": "%d"}' % i for i in range(5000))))
+    damaged[40:60] = bytes(20)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(damaged)
+    for file, message in (
+        (loop, "expected a file that can be read, got: "),
+        (pipe, "expected a file of JSON lines, got a pipe or device"),
+        (packed, "expected a file that can be read, got: "),
+        (tmp_path, "expected a file of JSON lines, got a folder"),
+        (Path("/dev/zero"), "expected a file of JSON lines, got a pipe or device"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {re.escape(message)}"):
+            tasks.read_examples(file)
+    with pytest.raises(ValueError, match="data: expected stdlib-docs"):
+        load_task(loop)
+
+
+def test_classes_without_examples(tmp_path: Path) -> None:
+    one = write_lines(tmp_path / "one.jsonl", [{**row, "label": 0} for row in rows(40)])
+    task = load_jsonl(one, name="one")
+    assert task.label_names == ("0", "1")
+    assert task.warnings() == [
+        "one: every training example has label 0; a model learns nothing else",
+        "one: no training or test example is of class 1",
+    ]
+    two = write_lines(tmp_path / "two.jsonl", rows(40))
+    test = write_lines(tmp_path / "test.jsonl", [{**row, "label": 2} for row in rows(5, "t")])
+    task = load_jsonl(two, test, name="two")
+    (line,) = task.warnings()
+    assert line == "two: test examples of 2 have no training example of their class"
+    task = load_jsonl(two, name="two", label_names=["a", "b", *"cdefghi"])
+    (line,) = task.warnings()
+    assert line == "two: no training or test example is of class c, d, e, f, g and 2 more"
+    assert load_jsonl(two).warnings() == []
+    for names in ([], ["a"], ["a", "a"], ["a", " "], ["a", "\ud800"]):
+        with pytest.raises(ValueError, match="expected two or more distinct names"):
+            load_jsonl(two, label_names=names)
+    from_one = write_lines(tmp_path / "from_one.jsonl", [{**r, "label": 1} for r in rows(9)])
+    with pytest.raises(ValueError, match=r"from_one.jsonl:1: .*got 1 where no row has 0"):
+        load_jsonl(from_one)
+
+
+def test_out_of_distribution_rows_are_not_those_inside(tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.jsonl", rows(20))
+    test = write_lines(tmp_path / "test.jsonl", rows(20, "test"))
+    for file in (train, test):
+        with pytest.raises(ValueError, match=rf"{file.name}:1: expected data of another kind"):
+            load_jsonl(train, test, ood={"far": file})
+    # Other data that counts from 0 as well.
+    far = write_lines(tmp_path / "far.jsonl", [{**r, "question": "other"} for r in rows(20)])
+    assert len(load_jsonl(train, test, ood={"far": far}).ood["far"]) == 20
 
 
 def test_load_jsonl_reads_the_public_sets(data_dir: Path) -> None:

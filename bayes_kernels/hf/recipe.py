@@ -160,7 +160,7 @@ class Source:
         options: dict[str, Any] = {"seed": seed}
         if self.train_size is not None:
             options["train_size"] = self.train_size or None
-        is_file = Path(self.data).exists()
+        is_file = os.path.exists(self.data)
         for name in ("test", "label_names"):
             if getattr(self, name) is not None:
                 if not is_file:

@@ -25,7 +25,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,6 +113,28 @@ class Task:
             counter = Counter(example.label for example in examples)
             counts[split] = [counter[label] for label in range(self.n_classes)]
         return counts
+
+    def warnings(self) -> list[str]:
+        """What training on this task would be told too late: classes without examples."""
+        if not self.train:
+            return []
+        trained = {example.label for example in self.train}
+        tested = {example.label for example in self.test} - {None}
+        found = []
+        if len(trained) == 1:
+            (only,) = trained
+            found.append(f"every training example has label {only}; a model learns nothing else")
+        if unseen := sorted(tested - trained):
+            names = ", ".join(self.label_names[label] for label in unseen[:5])
+            more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+            found.append(f"test examples of {names}{more} have no training example of their class")
+        if self.kind == "classification":
+            empty = [label for label in range(self.n_classes) if label not in trained | tested]
+            if empty:
+                names = ", ".join(self.label_names[label] for label in empty[:5])
+                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                found.append(f"no training or test example is of class {names}{more}")
+        return [f"{self.name}: {line}" for line in found]
 
     def summary(self) -> str:
         """One line per split: size and, for classification, the share of its largest class."""
@@ -246,6 +270,29 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _decode_row(line: bytes, need_label: bool) -> Example | str:
+    """The example in one line, or what is wrong with it."""
+    try:
+        return _parse_row(json.loads(line), need_label)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason} at byte {error.start}"
+    except ValueError as error:  # an integer of thousands of digits
+        return f"not JSON that can be read: {error}"
+    except RecursionError:
+        return "expected a flat JSON object, got lists or objects nested too deep"
+
+
 def _parse_row(row: object, need_label: bool) -> Example | str:
     """The example in one decoded line, or what is wrong with it."""
     if not isinstance(row, dict):
@@ -270,13 +317,19 @@ def _parse_row(row: object, need_label: bool) -> Example | str:
         and all(isinstance(choice, str) and choice.strip() for choice in choices)
     ):
         return f"'choices' must be a list of 2 to 26 non-empty strings, got {_shorten(choices)}"
+    for key in ("id", "question", "context", "choices"):
+        texts = choices if key == "choices" else [row.get(key)]
+        for text in texts:
+            if isinstance(text, str) and not is_unicode(text):
+                return f"{key!r} must be Unicode text, got a lone surrogate in {_shorten(text)}"
     label = row.get("label")
     if label is None and not need_label:
         return Example(identity, question, None, context, tuple(choices))
     if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         return f"'label' must be an integer from 0, got {_shorten(label)}"
     if choices and label >= len(choices):
-        return f"'label' must be below the number of choices, {len(choices)}, got {label}"
+        found = _shorten(label)
+        return f"'label' must be below the number of choices, {len(choices)}, got {found}"
     return Example(identity, question, label, context, tuple(choices))
 
 
@@ -287,19 +340,15 @@ def _read_jsonl(
     rows: list[tuple[str, Example]] = []
     seen: dict[str, int] = {}
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for who writes to it
+            what = "a folder" if path.is_dir() else "a pipe or device"
+            problems.add(str(path), f"expected a file of JSON lines, got {what}")
+            return rows
         for number, line in _open_lines(path):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.add(place, f"not JSON: {error.msg} at column {error.colno}")
-                continue
-            except UnicodeDecodeError as error:
-                problems.add(place, f"not UTF-8: {error.reason} at byte {error.start}")
-                continue
-            parsed = _parse_row(row, need_label)
+            parsed = _decode_row(line, need_label)
             if isinstance(parsed, str):
                 problems.add(place, parsed)
             elif parsed.id in seen:
@@ -307,8 +356,8 @@ def _read_jsonl(
             else:
                 seen[parsed.id] = number
                 rows.append((place, parsed))
-    except (OSError, EOFError) as error:
-        problems.add(str(path), f"cannot be read: {error}")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.add(str(path), f"expected a file that can be read, got: {error}")
         return rows
     if not rows and not problems.lines:
         problems.add(str(path), "expected one JSON object a line, got an empty file")
@@ -411,8 +460,9 @@ def load_jsonl(
 
     Raises:
         ValueError: The first ten bad lines, one a line, each with its file and line number; an
-            id in both training and test file; labels out of range; a fraction or size out of
-            range; a file that is missing or cannot be told from the folder.
+            id in both training and test file; an out-of-distribution example that is one of theirs;
+            labels out of range or with gaps; a fraction or size out of range; a file that is
+            missing or cannot be told from the folder.
     """
     if not 0.0 <= validation < 1.0:
         raise ValueError(f"validation: expected a fraction in [0, 1), got {validation!r}")
@@ -441,6 +491,11 @@ def load_jsonl(
         if example.id in train_places:
             other = train_places[example.id]
             problems.add(place, f"'id' {example.id!r} is also in the training data, {other}")
+    inside = {_content(example): place for place, example in train_rows + test_rows}
+    for place, example in (row for part in ood_rows.values() for row in part):
+        # Other data may count from 0 as well; the same text of the same id is the same example.
+        if (other := inside.get(_content(example))) is not None:
+            problems.add(place, f"expected data of another kind, got the example of {other}")
     problems.raise_if_any()
 
     kind, names = _kind_of(train_rows + test_rows, ood_rows, label_names, problems)
@@ -466,6 +521,10 @@ def load_jsonl(
         ood={key: [example for _, example in rows] for key, rows in ood_rows.items()},
         template=_template(task_name),
     )
+
+
+def _content(example: Example) -> tuple[str, str, str | None]:
+    return example.id, example.question, example.context
 
 
 def split_by_hash(
@@ -504,16 +563,36 @@ def _kind_of(
         count = max(len(example.choices) for _, example in all_rows)
         return "multiple_choice", tuple(LETTERS[:count])
     shared = next(iter(choice_sets), ())
-    labels = [example.label for _, example in rows if example.label is not None]
-    count = max(labels, default=0) + 1
-    names = tuple(label_names or shared or (str(label) for label in range(max(count, 2))))
-    if label_names is not None and len(set(names)) != len(names):
-        problems.add("label_names", f"expected distinct names, got {_shorten(list(names))}")
+    if label_names is None and not shared:
+        # Numbers are the only names: the largest says how many classes there are.
+        labels = {example.label for _, example in rows if example.label is not None}
+        count = next(label for label in range(len(labels) + 1) if label not in labels)
+        for place, example in rows:
+            if example.label is not None and example.label > count:
+                problems.add(
+                    place,
+                    f"'label' must be 0, 1, ... without gaps, got {_shorten(example.label)} where no "
+                    f"row has {count}; name all classes (label-names) where some have no example",
+                )
+                return "classification", ()
+        names = tuple(str(label) for label in range(max(count, 2)))
+    else:
+        names = tuple(label_names if label_names is not None else shared)
+    if label_names is not None and not (
+        len(names) >= 2
+        and all(isinstance(name, str) and name.strip() and is_unicode(name) for name in names)
+        and len(set(names)) == len(names)
+    ):
+        problems.add(
+            "label_names", f"expected two or more distinct names, got {_shorten(list(names))}"
+        )
+        return "classification", ()
     for place, example in all_rows:
         if example.label is not None and example.label >= len(names):
             problems.add(
                 place,
-                f"'label' must be below {len(names)}, the number of classes, got {example.label}",
+                f"'label' must be below {len(names)}, the number of classes, got "
+                f"{_shorten(example.label)}",
             )
         if example.choices not in (shared, ()):
             problems.add(
@@ -755,7 +834,7 @@ def load_task(name_or_path: str | Path, **options: Any) -> Task:
         ValueError: Neither a known name nor an existing path.
     """
     text = str(name_or_path)
-    if Path(text).exists():
+    if os.path.exists(text):
         return load_jsonl(text, **options)
     if text.replace("_", "-") == "stdlib-docs":
         return stdlib_docs(**options)
