@@ -6,12 +6,14 @@ import gzip
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task as tiny_files
 import torch
 
 from bayes_kernels.hf import docstrings, tasks
@@ -799,3 +801,96 @@ def test_minilm_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"bayes-kernels\[demo\]"):
         models.minilm_path()
+
+
+# --- Texts that are too long, and models that do not fit -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_files.write_model(tmp_path_factory.mktemp("bert"))
+
+
+WORDS = [*tiny_files.GOOD, *tiny_files.OTHER]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "multiple_choice"])
+@pytest.mark.parametrize(("first", "second"), [(3, 60), (60, 3), (60, 60), (30, 12), (0, 60)])
+def test_pairs_are_cut_where_they_are_longest(
+    encoder_folder: Path, kind: str, first: int, second: int
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folder)
+    one, other = (" ".join(WORDS[i % 18] for i in range(count)) for count in (first, second))
+    if kind == "classifier":
+        example = Example("x", one, 0, context=other)
+    else:
+        example = Example("x", one, 0, choices=(other, "the"))
+    task = Task("t", kind, ("a", "b"), [example], [], [])  # type: ignore[arg-type]
+    encoder = models.TaskEncoder(tokenizer, task, kind, None, (), 16)  # type: ignore[arg-type]
+    ids = encoder(example)["input_ids"]
+    ids = ids if kind == "classifier" else ids[0]
+    left, right, rest = tokenizer.decode(ids).removeprefix("[CLS]").split("[SEP]")
+    kept = len(left.split()), len(right.split())
+    assert len(ids) <= 16 and rest == ""
+    assert one.startswith(left.strip()) and other.startswith(right.strip())
+    room = 16 - 3
+    expected = first, second
+    if first + second > room:
+        expected = (min(first, max(room - second, room // 2)), min(second, room))
+        expected = (expected[0], min(second, room - expected[0]))
+    assert sum(kept) == sum(expected)
+    if min(first, second) > room // 2:  # which of the two has the odd token is the library's choice
+        assert abs(kept[0] - kept[1]) <= 1
+    else:
+        assert kept == expected
+
+
+@pytest.mark.parametrize("context", [None, "river " * 5, "river " * 50])
+def test_prompts_keep_their_choices_while_there_is_something_else_to_cut(
+    encoder_folder: Path, context: str | None
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folder)
+    example = Example("x", "song " * 60, 0, context=context)
+    task = Task("t", "classification", ("stone", "road"), [example], [], [])
+    prompt = make_prompt(task, "laplace")
+    encoder = models.TaskEncoder(tokenizer, task, "causal", prompt, (0, 1), 40)
+    shortest = len(encoder._tokens(prompt(replace(example, question="", context=None))))
+    assert shortest < 40
+    kept = tokenizer.decode(encoder(example)["input_ids"])
+    assert len(encoder(example)["input_ids"]) == 40
+    assert "river" not in kept and "song" in kept and kept.index("stone") < kept.index("road")
+
+
+def test_kinds_that_a_model_has_not(encoder_folder: Path, tmp_path: Path) -> None:
+    task = tiny_task(kind="classification", label_names=("bad", "good"))
+    with pytest.raises(ValueError, match=r"expected a causal language model, got .* an encoder"):
+        load_model(encoder_folder, task, kind="causal")
+    llama = tmp_path / "llama"
+    transformers.AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(llama)
+    transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(llama)
+    choices = replace(task, kind="multiple_choice")
+    with pytest.raises(ValueError, match=r"multiple_choice.*which it has not; use another kind"):
+        load_model(llama, choices, kind="multiple_choice")
+    for bad in (True, "32", 12.0, 4):
+        with pytest.raises(ValueError, match="max_length: expected an integer from 8"):
+            load_model(encoder_folder, task, max_length=bad)
+
+
+def test_folders_that_hold_no_model(encoder_folder: Path, tmp_path: Path) -> None:
+    task = tiny_task(kind="classification", label_names=("bad", "good"))
+    copy = tmp_path / "copy"
+    shutil.copytree(encoder_folder, copy)
+    (copy / "vocab.txt").unlink(missing_ok=True)
+    os.mkfifo(copy / "vocab.txt")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for name, message in (
+        (copy, "got the pipe or device vocab.txt"),
+        (loop, "got a file or a broken link"),
+        (copy / "config.json", "got a file or a broken link"),
+        ("a/b/c", "a name on the Hugging Face hub such as owner/model"),
+        ("model [1]", "a name on the Hugging Face hub such as owner/model"),
+        ("", "expected a folder with config.json"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_model(name, task)

@@ -238,8 +238,9 @@ class TaskEncoder:
     * ``choice_mask``, bool (B, C): choices that exist, where their number varies in the task;
     * ``labels``, int64 (B,), unless an example of the batch has none.
 
-    Texts that are too long lose the end of their context, or of the question where there is no
-    context; the choices and ``Answer:`` are never cut.
+    Texts that are too long for a causal model lose the end of their context, then that of the
+    question; the choices and ``Answer:`` are never cut while there is anything else. Pairs for
+    other models lose the end of the longer text, and of both once they are equally long.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -328,9 +329,10 @@ class TaskEncoder:
     def _causal(self, example: Example) -> dict[str, Any]:
         assert self.prompt is not None
         ids = self._tokens(self.prompt(example))
-        if len(ids) > self.max_length:
-            name = "question" if example.context is None else "context"
+        for name in ("context", "question"):
             text = getattr(example, name)
+            if len(ids) <= self.max_length or text is None:
+                continue
             low, high = 0, len(text)
             while low < high:
                 middle = (low + high + 1) // 2
@@ -339,8 +341,9 @@ class TaskEncoder:
                     low = middle
                 else:
                     high = middle - 1
-            shorter = replace(example, **{name: text[:low].rstrip()})
-            ids = self._tokens(self.prompt(shorter))[-self.max_length :]
+            example = replace(example, **{name: text[:low].rstrip()})
+            ids = self._tokens(self.prompt(example))
+        ids = ids[-self.max_length :]
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def _single(self, example: Example) -> dict[str, Any]:
@@ -353,7 +356,7 @@ class TaskEncoder:
         encoded = self.tokenizer(
             example.question,
             *second,
-            truncation="only_second" if second else True,
+            truncation="longest_first",
             max_length=self.max_length,
         )
         return {key: encoded[key] for key in encoded if key in self.tokenizer.model_input_names}
@@ -579,9 +582,22 @@ def _locate(name_or_path: str) -> tuple[str, dict[str, Any]]:
                 f"model {name_or_path!r}: expected a folder with config.json of a transformers "
                 "model, found none in it"
             )
+        for file in path.iterdir():
+            if file.exists() and not (file.is_file() or file.is_dir()):  # reading would wait
+                raise ValueError(
+                    f"model {name_or_path!r}: expected files, got the pipe or device {file.name}"
+                )
         return str(path), {"local_files_only": True}
+    # What is there but is no folder, be it a link to nothing, is no name of the hub.
+    if os.path.lexists(path):
+        raise ValueError(f"model {name_or_path!r}: expected a folder, got a file or a broken link")
     if path.is_absolute() or name_or_path.startswith((".", "~")):
         raise ValueError(f"model {name_or_path!r}: expected a folder that exists, found none")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path, re.ASCII):
+        raise ValueError(
+            f"model {name_or_path!r}: expected 'minilm', a folder that exists, or a name on the "
+            "Hugging Face hub such as owner/model, got neither"
+        )
     return name_or_path, {}
 
 
@@ -593,11 +609,39 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _kind_of(config: Any, task: Task) -> ModelKind:
+def _is_causal(config: Any) -> bool:
     names = " ".join(getattr(config, "architectures", None) or ())
-    if re.search(r"CausalLM|LMHeadModel|ForConditionalGeneration", names):
+    return re.search(r"CausalLM|LMHeadModel|ForConditionalGeneration", names) is not None
+
+
+def _kind_of(config: Any, task: Task) -> ModelKind:
+    if _is_causal(config):
         return "causal"
     return "multiple_choice" if task.kind == "multiple_choice" else "classifier"
+
+
+def _check_kind(name: str, config: Any, kind: ModelKind) -> None:
+    """Whether transformers has a model of that kind for the configuration, that makes sense."""
+    import transformers
+
+    mapping: Any = {
+        "causal": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "classifier": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "multiple_choice": transformers.MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    }[kind]
+    # Encoders have a class with a causal head too, for use as decoders.
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    decoder = getattr(config, "is_decoder", False) or _is_causal(config)
+    if kind == "causal" and encoder and not decoder:
+        raise ValueError(
+            f"kind 'causal': expected a causal language model, got {name!r}, an encoder "
+            f"({config.model_type}); use kind='auto'"
+        )
+    if type(config) not in mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"kind {kind!r}: expected a model that transformers has of this kind, got {name!r} "
+            f"({config.model_type}), which it has not; use another kind or model"
+        )
 
 
 def load_model(
@@ -669,6 +713,7 @@ def load_model(
             f"kind {resolved!r}: expected a task of that kind, got {task.name!r}, which is "
             f"{task.kind}; use kind='auto'"
         )
+    _check_kind(str(name_or_path), config, resolved)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.bos_token or tokenizer.eos_token
     limit = min(
@@ -679,7 +724,8 @@ def load_model(
         wide = resolved == "multiple_choice" or has_context
         max_length = 300 if resolved == "causal" else 256 if wide else 128
         max_length = min(max_length, limit)
-    if not 8 <= max_length <= limit:
+    whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+    if not whole or not 8 <= max_length <= limit:
         raise ValueError(f"max_length: expected an integer from 8 to {limit}, got {max_length!r}")
 
     prompt = None
