@@ -30,10 +30,10 @@ import harness
 import torch
 import torch.nn.functional as F
 from harness import (
+    Agreement,
     Family,
     Options,
     Row,
-    Agreement,
     bandwidth_share,
     count_launches,
     make_row,

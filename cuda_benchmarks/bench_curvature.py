@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import harness
 import torch
 from harness import (
+    Agreement,
     Family,
     Options,
     Row,
-    Agreement,
     count_launches,
     make_row,
     time_interleaved,

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import harness
 import torch
 from harness import (
+    Agreement,
     Family,
     Options,
     Row,
-    Agreement,
     count_launches,
     make_row,
     peak_bytes,

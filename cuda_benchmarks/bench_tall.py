@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import harness
 import torch
 from harness import (
+    Agreement,
     Family,
     Options,
     Row,
-    Agreement,
     bandwidth_share,
     count_launches,
     make_row,

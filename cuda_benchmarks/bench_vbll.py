@@ -19,10 +19,10 @@ from typing import Any
 import harness
 import torch
 from harness import (
+    Agreement,
     Family,
     Options,
     Row,
-    Agreement,
     count_launches,
     make_row,
     peak_bytes,

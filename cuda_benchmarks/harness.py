@@ -6,8 +6,9 @@
 A case has several providers of the same work. Before anything is timed, each provider is compared
 with an fp64 reference, within what its dtype and the length of its sums explain. One of ours that
 misses ends its family, and the run goes on with the next and returns 1; another provider that misses
-is measured all the same, and its rows are marked and left out of the bars. Timing goes round the providers in turn, so that a change of the machine's
-clock or load meets all of them; what counts is the ratio of medians within one run.
+is measured all the same, and its rows are marked and left out of the bars. Timing goes round the
+providers in turn, so that a change of the machine's clock or load meets all of them; what counts is
+the ratio of medians within one run.
 
 On the CPU the clock is the CPU time of this process on one thread: other processes on a shared
 machine disturb it little, and each row says which share of the wall-clock time the process had a
