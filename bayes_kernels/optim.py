@@ -265,13 +265,19 @@ def kl_step_(
         weight: step size; a 0-dim tensor in the dtype of the means avoids a copy to the device.
 
     Raises:
-        ValueError, TypeError: lists, shapes, dtypes or options do not fit.
+        ValueError, TypeError: lists, shapes, dtypes or options do not fit, or a weight that the host
+            knows is not finite.
 
     Source: Wang et al., "BLoB", arXiv 2406.11675; its second optimiser.
     """
     mean_list = [means] if isinstance(means, Tensor) else list(means)
     rho_list = [rhos] if isinstance(rhos, Tensor) else list(rhos)
     priors = _priors("kl_step_", mean_list, rho_list, prior_std)
+    known = not isinstance(weight, Tensor) or weight.device.type == "cpu"
+    if known and not math.isfinite(float(weight)):
+        raise ValueError(
+            f"kl_step_: weight must be finite, got {float(weight)}, which no mean or rho would survive"
+        )
     by_device: dict[torch.device, list[int]] = {}
     for i, mean in enumerate(mean_list):
         by_device.setdefault(mean.device, []).append(i)
@@ -310,9 +316,10 @@ def _priors(
             f"{op}: means and rhos must be lists of the same length, at least 1, got {len(means)} "
             f"and {len(rhos)}"
         )
-    if isinstance(prior_std, (int, float)):
-        return [float(prior_std)] * len(means)
-    priors = [float(p) for p in prior_std]
+    one = isinstance(prior_std, (int, float))
+    priors = [float(prior_std)] * len(means) if one else [float(p) for p in prior_std]  # type: ignore[arg-type, union-attr]
+    if not all(0 < p < math.inf for p in priors):
+        raise ValueError(f"{op}: prior_std must be positive and finite, got {prior_std}")
     if len(priors) != len(means):
         raise ValueError(
             f"{op}: prior_std must be one number or one for each of the {len(means)} tensors, got "
@@ -388,10 +395,18 @@ class DecoupledKL:
 
         Returns:
             The step size, before the tensors' scales.
+
+        Raises:
+            ValueError: the step size is not finite; nothing has changed then.
         """
         number = self.step_count if step is None else step
-        self.step_count = number + 1
         size = self.schedule.step_size(number, lr_factor)
+        if not math.isfinite(size):
+            raise ValueError(
+                f"DecoupledKL.step: the step size must be finite, got {size} at step {number} for "
+                f"lr_factor {lr_factor}; look at the learning rate's schedule"
+            )
+        self.step_count = number + 1
         if self.skip and self._changes_nothing(size):
             self.skipped += 1
             return size

@@ -25,6 +25,11 @@ Cost: a step is a number of launches that depends on how many different shapes t
 many matrices. Matrices are never compared with n x n memory: the field is computed from r x r Grams.
 Wide parameters are transposed into a temporary of their size.
 
+A step whose gradients have a NaN or an infinity anywhere is left out as a whole: no parameter and no state
+changes, as a gradient scaler has it, and the first one is told by a warning. One such number would stay in
+the momentum for ever, where a retraction could only refuse every later step. On a GPU the decision is
+taken there; the host never waits for it.
+
 Sources: Ablin and Peyre, "Fast and Accurate Optimization on the Orthogonal Manifold without
 Retraction", arXiv 2102.07432; Lion et al., "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv
 2506.03133, and its code; Becigneul and Ganea, "Riemannian Adaptive Optimization Methods", arXiv
@@ -35,6 +40,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -54,9 +60,20 @@ _HALF = (torch.float16, torch.bfloat16)
 class _StiefelOptimizer(Optimizer):
     """What both optimisers share: groups, fp32 copies of half-precision matrices, monitoring."""
 
+    # Of the class, as copies of an optimiser are made without __init__.
+    _skipped = 0
+    _left_out: Tensor | None = None  # on a GPU: how many steps
+    _seen: tuple[Tensor, Any] | None = None  # a copy of it on its way to the host
+    _warned = False
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # From `fused` PyTorch sees on loading that step counts are tensors on the device.
         super().__init__(params, {**defaults, "fused": True})
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out as a gradient was not finite; waits for the device."""
+        return self._skipped + (0 if self._left_out is None else int(self._left_out))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the stock method; checks the options and the shapes of Stiefel matrices."""
@@ -95,9 +112,70 @@ class _StiefelOptimizer(Optimizer):
                     "the adapter out of FSDP or use DDP"
                 )
 
+    def _not_finite(self, parameters: list[Tensor]) -> Tensor | None:
+        """0-dim: 1 where any gradient has a NaN or an infinity, else 0; None where the host knows it is 0."""
+        kinds: dict[Any, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.numel() and (grad := parameter.grad) is not None:
+                kinds.setdefault((grad.device, grad.dtype, type(grad)), []).append(grad)
+        flags: list[Tensor] = []
+        for grads in kinds.values():
+            # The largest magnitude of each is NaN where one of its numbers is.
+            largest: Any = torch.stack(torch._foreach_norm(grads, math.inf))
+            flag: Any = (~torch.isfinite(largest)).any()
+            flags.append(flag.full_tensor() if hasattr(flag, "full_tensor") else flag)
+        if not flags:
+            return None
+        home = next((f.device for f in flags if self._decided_there(f)), flags[0].device)
+        flag = torch.stack([f.to(home) for f in flags]).any()
+        if self._decided_there(flag):
+            return flag.float()
+        return flag.float() if bool(flag) else None
+
+    @staticmethod
+    def _decided_there(flag: Tensor) -> bool:
+        return flag.is_cuda
+
+    def _tell(self, bad: Tensor) -> None:
+        """Counts a step that is left out, and warns at the first: as soon as the host may know."""
+        if not self._decided_there(bad):
+            self._skipped += 1
+            self._warn()
+            return
+        if self._left_out is None:
+            self._left_out = torch.zeros_like(bad)
+        self._left_out += bad
+        if self._warned or not torch.cuda.is_available():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._seen is None:
+            count = torch.zeros((), pin_memory=True)
+            count.copy_(self._left_out, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._seen = (count, event)
+        elif self._seen[1].query():
+            if float(self._seen[0]) > 0:
+                self._warn()
+            self._seen = None
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__}: gradients must be finite, got a NaN or an infinity; such steps "
+            "are left out, parameters and state stay as they are (told once, `skipped` counts them). "
+            "Lower the learning rate, clip gradients, or look for the layer that overflows.",
+            stacklevel=6,  # above torch's wrappers of step
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step with the gradients in `.grad`, which are left as they are.
+
+        Nothing changes where one of them is not finite: see the module.
 
         Args:
             closure: computes the loss anew, as for every optimiser of torch.
@@ -109,30 +187,44 @@ class _StiefelOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.is_sparse for p in given):  # type: ignore[union-attr]
+            raise TypeError(
+                f"{type(self).__name__}: gradients must be dense, got a sparse one; leave "
+                "sparse=True out of the embedding"
+            )
+        bad = self._not_finite(given)
+        if bad is not None:
+            self._tell(bad)
+            if not self._decided_there(bad):
+                return loss
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in parameters):
-                raise TypeError(
-                    f"{type(self).__name__}: gradients must be dense, got a sparse one; leave "
-                    "sparse=True out of the embedding"
-                )
             by_device: dict[torch.device, list[Tensor]] = {}
             for parameter in parameters:
                 by_device.setdefault(parameter.device, []).append(parameter)
-            for part in by_device.values():
+            for device, part in by_device.items():
+                local = None if bad is None else bad.to(device)
                 if group["stiefel"]:
-                    self._step_stiefel(group, part)
+                    self._step_stiefel(group, part, local)
                 else:
-                    self._step_euclidean(group, part)
+                    self._step_euclidean(group, part, local)
         return loss
 
-    def _step_stiefel(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _step_stiefel(
+        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
+    ) -> None:
         points = [self._point(p) for p in parameters]
         grads: list[Tensor] = []
         for parameter, point in zip(parameters, points, strict=True):
             assert parameter.grad is not None
             grads.append(parameter.grad.to(point.dtype).contiguous())
-        self._update(group, parameters, points, grads)
+        if bad is not None:  # zeros, so that nothing below is NaN but what is meant to be
+            for indices in _same_shapes(grads):
+                stack = torch.stack([grads[i] for i in indices])
+                for i, grad in zip(indices, _unless(bad, stack, 0.0).unbind(), strict=True):
+                    grads[i] = grad
+        self._update(group, parameters, points, grads, bad)
         halves = [(p, x) for p, x in zip(parameters, points, strict=True) if p is not x]
         if halves:
             torch._foreach_copy_([p for p, _ in halves], [x for _, x in halves])
@@ -152,10 +244,14 @@ class _StiefelOptimizer(Optimizer):
         parameters: list[Tensor],
         points: list[Tensor],
         grads: list[Tensor],
+        bad: Tensor | None,
     ) -> None:
+        """`bad`: None, or 0-dim on the device: 1 where nothing may change, with gradients of zeros."""
         raise NotImplementedError
 
-    def _step_euclidean(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _step_euclidean(
+        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
+    ) -> None:
         raise NotImplementedError
 
     def _matrices(self) -> list[Tensor]:
@@ -276,9 +372,11 @@ class StiefelAdamW(_StiefelOptimizer):
                 f"{group['second_moment']!r}; choose one"
             )
 
-    def _step_euclidean(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _step_euclidean(
+        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
+    ) -> None:
         grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-        self._adamw(group, parameters, parameters, grads, group["weight_decay"])
+        self._adamw(group, parameters, parameters, grads, group["weight_decay"], bad)
 
     def _update(
         self,
@@ -286,12 +384,13 @@ class StiefelAdamW(_StiefelOptimizer):
         parameters: list[Tensor],
         points: list[Tensor],
         grads: list[Tensor],
+        bad: Tensor | None,
     ) -> None:
         if group["method"] == "landing":
             fields = _landing_field(points, grads, group["penalty"])
-            self._adamw(group, parameters, points, fields, 0.0)
+            self._adamw(group, parameters, points, fields, 0.0, bad)
         else:
-            self._riemannian_adam(group, parameters, points, grads)
+            self._riemannian_adam(group, parameters, points, grads, bad)
 
     def _adamw(
         self,
@@ -300,8 +399,9 @@ class StiefelAdamW(_StiefelOptimizer):
         points: list[Tensor],
         grads: list[Tensor],
         weight_decay: float,
+        bad: Tensor | None,
     ) -> None:
-        """PyTorch's fused AdamW: one launch for all tensors."""
+        """PyTorch's fused AdamW: one launch for all tensors. It knows what `found_inf` asks of it."""
         states = [self._state(p, x, x.shape) for p, x in zip(parameters, points, strict=True)]
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i, point in enumerate(points):
@@ -316,6 +416,7 @@ class StiefelAdamW(_StiefelOptimizer):
                 [],
                 [states[i]["step"] for i in indices],
                 fused=True,
+                found_inf=bad,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
@@ -339,6 +440,7 @@ class StiefelAdamW(_StiefelOptimizer):
         parameters: list[Tensor],
         points: list[Tensor],
         grads: list[Tensor],
+        bad: Tensor | None,
     ) -> None:
         per_matrix = group["second_moment"] == "matrix"
         states = [
@@ -346,7 +448,10 @@ class StiefelAdamW(_StiefelOptimizer):
             for p, x in zip(parameters, points, strict=True)
         ]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+        if bad is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, [1 - bad] * len(steps))
         beta1, beta2 = group["betas"]
         directions: list[Tensor] = [points[0]] * len(points)
         for indices in _same_shapes(points):
@@ -361,9 +466,9 @@ class StiefelAdamW(_StiefelOptimizer):
                 )
             )
             g = _project(z, g)
-            m = _project(z, m.lerp_(g, 1 - beta1))
+            m = _unless(bad, _project(z, m.lerp(g, 1 - beta1)), m)
             square = g.square().mean((1, 2)) if per_matrix else g.square()
-            v = v.lerp_(square, 1 - beta2)
+            v = _unless(bad, v.lerp(square, 1 - beta2), v)
             # Bias corrections stay on the device: no read of the step count.
             correction1 = (1 - beta1**t).to(z.dtype).view(-1, 1, 1)
             correction2 = (1 - beta2**t).to(z.dtype).view(-1, 1, 1)
@@ -373,7 +478,7 @@ class StiefelAdamW(_StiefelOptimizer):
             torch._foreach_copy_([states[i]["exp_avg_sq"] for i in indices], list(v.unbind()))
             for i, direction in zip(indices, d.unbind(), strict=True):
                 directions[i] = direction
-        _retracted_step(points, directions, group["lr"], group["method"])
+        _retracted_step(points, directions, group["lr"], group["method"], bad)
 
 
 class StiefelSGD(_StiefelOptimizer):
@@ -423,7 +528,9 @@ class StiefelSGD(_StiefelOptimizer):
         super()._check_group(group)
         _check_number("StiefelSGD", "momentum", group["momentum"])
 
-    def _step_euclidean(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _step_euclidean(
+        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
+    ) -> None:
         grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
         momentum = group["momentum"]
         buffers: list[Tensor | None] = [None] * len(parameters)
@@ -434,6 +541,7 @@ class StiefelSGD(_StiefelOptimizer):
             grads,
             buffers,
             fused=True,
+            found_inf=bad,
             weight_decay=group["weight_decay"],
             momentum=momentum,
             lr=group["lr"],
@@ -448,27 +556,35 @@ class StiefelSGD(_StiefelOptimizer):
         parameters: list[Tensor],
         points: list[Tensor],
         grads: list[Tensor],
+        bad: Tensor | None,
     ) -> None:
         momentum, lr, method = group["momentum"], group["lr"], group["method"]
+        kept: Any = momentum  # of the buffers
+        if bad is not None:
+            kept = _unless(bad, torch.full_like(bad, momentum), 1.0)
+            lr = lr if method != "landing" else lr * (1 - bad)
         if method == "landing" and not momentum:
             _landing_step(points, grads, lr, group["penalty"])
             return
         if method == "landing":
             buffers = self._momenta(parameters, points)
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, _landing_field(points, grads, group["penalty"]))
+            torch._foreach_mul_(buffers, kept)
+            fields = _landing_field(points, grads, group["penalty"])
+            if bad is not None:
+                torch._foreach_mul_(fields, 1 - bad)
+            torch._foreach_add_(buffers, fields)
             torch._foreach_sub_(points, torch._foreach_mul(buffers, lr))
             return
         if momentum:
             buffers = self._momenta(parameters, points)
-            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_mul_(buffers, kept)
             torch._foreach_add_(buffers, grads)
             for indices in _same_shapes(points):
                 z, b = (torch.stack([t[i] for i in indices]) for t in (points, buffers))
-                b = _project(z, b)
+                b = _unless(bad, _project(z, b), b)
                 torch._foreach_copy_([buffers[i] for i in indices], list(b.unbind()))
             grads = buffers
-        _retracted_step(points, grads, lr, method)
+        _retracted_step(points, grads, lr, method, bad)
 
     def _momenta(self, parameters: list[Tensor], points: list[Tensor]) -> list[Tensor]:
         for parameter, point in zip(parameters, points, strict=True):
@@ -577,11 +693,23 @@ def _landing_step(
 
 
 def _retracted_step(
-    points: list[Tensor], directions: list[Tensor], lr: float | Tensor, method: str
+    points: list[Tensor],
+    directions: list[Tensor],
+    lr: float | Tensor,
+    method: str,
+    bad: Tensor | None,
 ) -> None:
+    if bad is not None:  # matrices keep their values under a step that is not finite
+        rate = lr if isinstance(lr, Tensor) else torch.full_like(bad, lr)
+        lr = _unless(bad, rate, math.nan)
     talls = _tall(points)
     functional.stiefel_step_(talls, _tall(directions), lr, retraction=method)
     _write_back(points, talls)
+
+
+def _unless(bad: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """`new`, or `old` where the flag is up."""
+    return new if bad is None else torch.where(bad.bool(), old, new)
 
 
 def _check_number(op: str, name: str, value: float | Tensor) -> None:

@@ -273,3 +273,25 @@ def test_errors() -> None:
         published_kl_weights(0)
     with pytest.raises(ValueError, match="must be positive"):
         kl_cycle_length(0, 4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["weight", "tensor", "lr_factor", "prior", "flow prior", "time"])
+def test_a_kl_step_that_is_not_finite_changes_nothing(what: str, bad: float) -> None:
+    means, rhos = [torch.ones(2, 3)], [torch.full((2, 3), 0.1)]
+    step = DecoupledKL(means, rhos, 0.2, KLSchedule("constant", 1))
+    calls = {
+        "weight": lambda: kl_step_(means, rhos, bad, 0.2),
+        "tensor": lambda: kl_step_(means, rhos, torch.tensor(bad), 0.2),
+        "lr_factor": lambda: step.step(bad),
+        "prior": lambda: kl_step_(means, rhos, 0.1, [bad]),
+        "flow prior": lambda: kl_flow_(means, rhos, bad, 0.1),
+        "time": lambda: kl_flow_(means, rhos, 0.2, bad),
+    }
+    with pytest.raises(ValueError, match=r"must be (positive and )?finite|must not be negative"):
+        calls[what]()
+    assert step.step_count == 0
+    assert torch.equal(means[0], torch.ones(2, 3)) and torch.equal(rhos[0], torch.full((2, 3), 0.1))
+    before = float(rhos[0][0, 0])
+    step.step(1.0)
+    assert float(rhos[0][0, 0]) != before

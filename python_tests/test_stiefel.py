@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import math
+import warnings
 from typing import Any
 
 import pytest
@@ -394,6 +397,113 @@ def test_gradient_scaler(method: str) -> None:
         results.append(model)
     for a, b in zip(results[0].parameters(), results[1].parameters(), strict=True):
         assert torch.equal(a, b)  # powers of two scale without rounding
+
+
+def values(optimizer: Any) -> list[Tensor]:
+    """Parameters and state, to the bit."""
+    found = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+    for g in optimizer.param_groups:
+        for p in g["params"]:
+            found += [v.clone() for _, v in sorted(optimizer.state[p].items())]
+    return found
+
+
+FINITE_STEPS = {
+    "adam": lambda g, **k: StiefelAdamW(g, lr=1e-2, weight_decay=0.1, **k),
+    "adam element": lambda g, **k: StiefelAdamW(g, lr=1e-2, second_moment="element", **k),
+    "sgd": lambda g, **k: StiefelSGD(g, lr=1e-2, penalty=0.5, **k),
+    "sgd momentum": lambda g, **k: StiefelSGD(g, lr=torch.tensor(1e-2), momentum=0.9, **k),
+}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FINITE_STEPS)
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    name: str, method: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor anything after it: the run goes on as if the step had not been. Also as a GPU decides it."""
+    kinds = {type(make([nn.Parameter(torch.zeros(1))])) for make in FINITE_STEPS.values()}
+    for kind in kinds:
+        monkeypatch.setattr(kind, "_decided_there", staticmethod(lambda flag: there))
+    found = []
+    for bad in (None, "b", "a", "half", "core"):
+        model = Adapters()
+        half = stiefel(12, 3, 5, torch.bfloat16)
+        optimizer = FINITE_STEPS[name](
+            [{"params": [*model.factors(), half], "stiefel": True}, {"params": list(model.core)}],
+            method=method,
+        )
+        for step in range(4):
+            optimizer.zero_grad()
+            (model() + (half.float().sum(0) - 0.3).square().sum()).backward()
+            if step in (0, 2):  # before there is any state, too
+                if bad is None:
+                    continue
+                parameter = half if bad == "half" else getattr(model, bad)[1]
+                parameter.grad.view(-1)[-1] = (math.nan, math.inf, -math.inf)[step - (bad == "a")]
+                if step == 2:
+                    before = values(optimizer)
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    optimizer.step()
+                assert len(told) == (step == 0 and not there), [str(w.message) for w in told]
+                if step == 2:
+                    assert all(map(torch.equal, before, values(optimizer)))
+            else:
+                optimizer.step()
+        assert optimizer.skipped == (0 if bad is None else 2)
+        found.append(values(optimizer))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert all(bool(t.isfinite().all()) for t in found[0])
+
+
+def test_the_warning_names_the_optimiser_and_copies_count_anew() -> None:
+    z = stiefel(6, 2, 0)
+    optimizer = StiefelSGD([{"params": [z], "stiefel": True}], lr=0.1)
+    z.grad = torch.full_like(z, math.inf)
+    with pytest.warns(UserWarning, match="StiefelSGD: gradients must be finite") as told:
+        optimizer.step()
+    assert told[0].filename == __file__
+    again = copy.deepcopy(optimizer)
+    assert (optimizer.skipped, again.skipped) == (1, 0)
+    with pytest.warns(UserWarning, match="must be finite"):
+        again.param_groups[0]["params"][0].grad = z.grad
+        again.step()
+
+
+def test_a_gpu_tells_without_being_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count is copied to the host behind the step, and read when it has arrived."""
+
+    class Event:
+        arrived = False
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return Event.arrived
+
+    zeros = torch.zeros
+    monkeypatch.setattr(StiefelSGD, "_decided_there", staticmethod(lambda flag: True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+    z = stiefel(6, 2, 0)
+    optimizer = StiefelSGD([{"params": [z], "stiefel": True}], lr=0.1)
+    told = []
+    for number in (1.0, math.nan, 1.0, 1.0, 1.0, math.nan):
+        Event.arrived = len(told) >= 3
+        z.grad = torch.full_like(z, number)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told.append(len(found))
+    # The fourth step reads what was copied before the bad one, the fifth copies, the sixth reads.
+    assert told == [0, 0, 0, 0, 0, 1]
+    assert optimizer.skipped == 2
 
 
 class Calls(TorchDispatchMode):
