@@ -852,7 +852,7 @@ def test_prompts_keep_their_choices_while_there_is_something_else_to_cut(
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_folder)
     example = Example("x", "song " * 60, 0, context=context)
     task = Task("t", "classification", ("stone", "road"), [example], [], [])
-    prompt = make_prompt(task, "laplace")
+    prompt = make_prompt(task, "blob")
     encoder = models.TaskEncoder(tokenizer, task, "causal", prompt, (0, 1), 40)
     shortest = len(encoder._tokens(prompt(replace(example, question="", context=None))))
     assert shortest < 40
