@@ -8,12 +8,14 @@ namespace {
 
 #if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
+  static constexpr int64_t most_full = int64_t{1} << 31;
   static constexpr auto workspace = predict_workspace_cpu;
   static constexpr auto predict = mc_predict_cpu;
 };
 #endif
 #if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
+  static constexpr int64_t most_full = kMaxFull;
   static constexpr auto workspace = predict_workspace_cuda;
   static constexpr auto predict = mc_predict_cuda;
 };
@@ -41,8 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, T
   BK_CHECK(cov.scalar_type() == type && (cov.dim() == 2 || full) && cov.size(0) == rows &&
                cov.size(1) == classes && (!full || cov.size(2) == classes),
            op, ": cov must have the dtype of mean and shape (B, C) or (B, C, C)");
-  BK_CHECK(!full || classes <= kMaxFull, op, ": a full covariance must have at most ", kMaxFull,
-           " classes, got ", classes, "; use variances, or reference.mc_predict");
+  BK_CHECK(!full || classes <= Device::most_full, op, ": a full covariance must have at most ",
+           Device::most_full, " classes, got ", classes,
+           "; use variances, or reference.mc_predict");
   BK_CHECK(n_samples >= (antithetic ? 2 : 1) && (!antithetic || n_samples % 2 == 0), op,
            ": n_samples must be at least 1, and even with antithetic, got ", n_samples);
   check_device(op, "cov", cov, mean);

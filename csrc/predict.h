@@ -20,7 +20,7 @@ struct PredictParams {
   int64_t stream;
   RowIds row_ids;  // rows_per_id is 1
   bool f64;        // CPU only
-  bool full;       // cov is (rows, classes, classes), at most kMaxFull classes
+  bool full;       // cov is (rows, classes, classes); on a GPU at most kMaxFull classes
   bool antithetic;
   const void* mean;
   const void* cov;
@@ -33,8 +33,8 @@ struct PredictParams {
   void* workspace;
 };
 
-constexpr int kMaxFull = 32;
-constexpr int kGroup = 4;  // samples that share a Philox block
+constexpr int kMaxFull = 32;  // classes up to which full covariances have a fast path
+constexpr int kGroup = 4;     // samples that share a Philox block
 
 // A normal of the noise contract is below sqrt(66 log 2) = 6.77. With every |x_c| <= 5 * 6.77 the
 // quotient exp(x_c) / N lies within exp(+-67.7), which fp32 holds.
@@ -65,11 +65,30 @@ BK_HD bool pivot_is_bad(double pivot, double diagonal, double unit) {
   return !(pivot >= -sqrt(unit) * diagonal) || !(diagonal < HUGE_VAL);
 }
 
-// Standard error of a mean probability from sums over n draws of d = p - weight and of d^2.
-BK_HD double standard_error_of(double sum, double squares, double n) {
-  if (!(n > 1.0)) return NAN;
-  const double variance = (squares - sum * sum / n) / (n - 1.0);
-  return sqrt((variance < 0.0 ? 0.0 : variance) / n);  // a NaN stays one
+// The probabilities of one class in `n` draws: their mean, and the sum of squared distances from
+// it.
+struct Moments {
+  double n, mean, squares;
+};
+
+// From sums of d = p - center and of d^2; with a draw as center nothing cancels, wherever draws
+// lie.
+BK_HD Moments moments_about(double center, double n, double sum, double squares) {
+  return {n, center + sum / n, squares - sum * sum / n};
+}
+
+// The moments of both sets of draws. Chan, Golub, LeVeque, "Algorithms for computing the sample
+// variance", 1983.
+BK_HD Moments merged(const Moments& a, const Moments& b) {
+  if (b.n == 0.0) return a;
+  if (a.n == 0.0) return b;
+  const double n = a.n + b.n, apart = b.mean - a.mean;
+  return {n, a.mean + apart * (b.n / n), a.squares + b.squares + apart * apart * (a.n * b.n / n)};
+}
+
+BK_HD double standard_error_of(const Moments& m) {
+  if (!(m.n > 1.0)) return NAN;
+  return sqrt((m.squares < 0.0 ? 0.0 : m.squares) / (m.n - 1.0) / m.n);  // a NaN stays one
 }
 
 #define BK_DECLARE_PREDICT(device)                            \

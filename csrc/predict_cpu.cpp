@@ -2,7 +2,8 @@
 //
 // Few classes: the lanes of a vector are samples, so that a softmax has no sum across lanes. Many
 // classes: the lanes are classes; the exponentials of one Philox block of samples (4, or 8 with
-// their mirror images) stay in the cache until their normalisers are known.
+// their mirror images) stay in the cache until their normalisers are known. fp64, and full
+// covariances of more than kMaxFull classes, take plain loops.
 #include "predict.h"
 
 #include <cmath>
@@ -185,8 +186,11 @@ struct Task {
   int64_t row, begin, end;
   int64_t padded;   // classes
   double* sum;      // (padded) sums of exp(x) / N, or of exp(log p - shift)
-  double* squares;  // (padded) sums of (p - weight)^2 over draws; null where not asked for
+  double* apart;    // (padded) sums of p - center over draws; null where not asked for
+  double* squares;  // (padded) sums of (p - center)^2, likewise
   double* entropy;  // one number: sum over samples
+  double* lower;    // (classes, classes) what factorise works in
+  T* center;        // (padded) p of the task's first draw; of a bounded one p / weight
   T* shift;         // (padded), free mode only
   T* l;             // (padded) log-softmax of the mean
   T* weight;        // (padded) its exponential
@@ -195,7 +199,9 @@ struct Task {
 };
 
 int64_t groups_of(const PredictParams& p) { return ceil_div(draws_of(p), kGroup); }
+bool plain_loops(const PredictParams& p) { return p.f64 || (p.full && p.classes > kMaxFull); }
 int64_t ranges_of(const PredictParams& p) {
+  if (p.full && p.classes > kMaxFull) return 1;  // each would factorise the covariance anew
   const int64_t ranges = ceil_div(groups_of(p), p.classes <= kNarrow ? kNarrowRange : kWideRange);
   return ranges < kMaxRanges ? ranges : kMaxRanges;
 }
@@ -205,8 +211,9 @@ int64_t scales_of(const PredictParams& p) { return p.full ? p.classes * p.classe
 
 int64_t task_bytes(const PredictParams& p) {
   const int64_t padded = padded_of(p);
-  const int64_t doubles = padded + (p.standard_error != nullptr ? padded : 0) + 8;
-  const int64_t values = 3 * padded + scales_of(p) + kGroup * signs_of(p) * padded;
+  const bool error = p.standard_error != nullptr;
+  const int64_t doubles = (error ? 3 : 1) * padded + 8 + (p.full ? p.classes * p.classes : 0);
+  const int64_t values = (error ? 4 : 3) * padded + scales_of(p) + kGroup * signs_of(p) * padded;
   const int64_t bytes = 8 * doubles + (p.f64 ? 8 : 4) * values;
   return ceil_div(bytes, 64) * 64;
 }
@@ -230,38 +237,41 @@ Task<T> make_task(const PredictParams& p, int64_t slot, int64_t row, int64_t ran
   t.sum = t.entropy + 8;
   double* end = t.sum + t.padded;
   if (p.standard_error != nullptr) {
-    t.squares = end;
-    end += t.padded;
+    t.apart = end;
+    t.squares = end + t.padded;
+    end += 2 * t.padded;
   }
+  t.lower = end;
+  if (p.full) end += p.classes * p.classes;
   t.l = reinterpret_cast<T*>(end);
   t.weight = t.l + t.padded;
   t.shift = t.weight + t.padded;
   t.scale = t.shift + t.padded;
   t.tile = t.scale + scales_of(p);
+  t.center = t.tile + kGroup * signs_of(p) * t.padded;  // behind the rest, where there is room
   return t;
 }
 
 // Lower Cholesky factor of a semi-definite matrix, column by column in fp64; reference.
 // semidefinite_cholesky is its definition. False where the matrix is no covariance.
 template <class T>
-bool factorise(const T* cov, int64_t n, bool f64, T* out) {
-  double lower[kMaxFull][kMaxFull] = {};
+bool factorise(const T* cov, int64_t n, bool f64, double* lower, T* out) {
+  for (int64_t i = 0; i < n * n; ++i) lower[i] = 0;
   const double unit = rounding_unit(f64);
   for (int64_t j = 0; j < n; ++j) {
     const double diagonal = cov[j * n + j];
     double pivot = diagonal;
-    for (int64_t k = 0; k < j; ++k) pivot -= lower[j][k] * lower[j][k];
+    for (int64_t k = 0; k < j; ++k) pivot -= lower[j * n + k] * lower[j * n + k];
     if (pivot_is_bad(pivot, diagonal, unit)) return false;
     if (pivot_is_zero(pivot, diagonal, n, unit)) continue;
-    lower[j][j] = sqrt(pivot);
+    lower[j * n + j] = sqrt(pivot);
     for (int64_t i = j + 1; i < n; ++i) {
       double value = cov[i * n + j];
-      for (int64_t k = 0; k < j; ++k) value -= lower[i][k] * lower[j][k];
-      lower[i][j] = value / lower[j][j];
+      for (int64_t k = 0; k < j; ++k) value -= lower[i * n + k] * lower[j * n + k];
+      lower[i * n + j] = value / lower[j * n + j];
     }
   }
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = 0; k < n; ++k) out[i * n + k] = static_cast<T>(lower[i][k]);
+  for (int64_t i = 0; i < n * n; ++i) out[i] = static_cast<T>(lower[i]);
   return true;
 }
 
@@ -307,7 +317,7 @@ Mode prepare(const Task<T>& t) {
   double bound = 0;
   if (p.full) {
     const T* cov = static_cast<const T*>(p.cov) + t.row * n * n;
-    if (!factorise(cov, n, p.f64, t.scale)) return Mode::kInvalid;
+    if (!factorise(cov, n, p.f64, t.lower, t.scale)) return Mode::kInvalid;
     for (int64_t c = 0; c < n; ++c) {
       double reach = 0;
       for (int64_t k = 0; k <= c; ++k) reach += fabs(static_cast<double>(t.scale[c * n + k]));
@@ -327,22 +337,29 @@ Mode prepare(const Task<T>& t) {
     bound = std::sqrt(static_cast<double>(most));
   }
   if (!valid) return Mode::kInvalid;
-  return bound <= kMaxScale && !p.f64 ? Mode::kBounded : Mode::kFree;
+  return bound <= kMaxScale && !plain_loops(p) ? Mode::kBounded : Mode::kFree;
 }
 
 // --- samples -----------------------------------------------------------------------------------
 
-// fp64: one group of draws at a time, log-probabilities with a running maximum.
-void sample_scalar(const Task<double>& t, Key key) {
-  using T = double;
+// Sums of the distance of probabilities from the center, and of its square, start at zero.
+template <class T>
+void clear_moments(const Task<T>& t, int64_t count) {
+  if (t.squares == nullptr) return;
+  for (int64_t c = 0; c < count; ++c) t.apart[c] = t.squares[c] = 0;
+}
+
+// One group of draws at a time, log-probabilities with a running maximum.
+template <class T>
+void sample_scalar(const Task<T>& t, Key key) {
   const PredictParams& p = *t.p;
   const int64_t n = p.classes, draws = draws_of(p);
   const int signs = p.antithetic ? 2 : 1;
   for (int64_t c = 0; c < n; ++c) {
     t.sum[c] = 0;
     t.shift[c] = -std::numeric_limits<T>::infinity();
-    if (t.squares != nullptr) t.squares[c] = 0;
   }
+  clear_moments(t, n);
   double entropy = 0;
   for (int64_t group = t.begin; group < t.end; ++group) {
     for (int64_t c = 0; c < n; ++c) {
@@ -350,16 +367,16 @@ void sample_scalar(const Task<double>& t, Key key) {
       normal_block(key, static_cast<uint64_t>(group * n + c), eps);
       for (int k = 0; k < kGroup; ++k) t.tile[k * t.padded + c] = static_cast<T>(eps[k]);
     }
+    for (int64_t c = p.full ? n - 1 : -1; c >= 0; --c) {  // row c needs normals 0 to c only
+      T x[kGroup] = {};
+      for (int64_t j = 0; j <= c; ++j)
+        for (int k = 0; k < kGroup; ++k) x[k] += t.scale[c * n + j] * t.tile[k * t.padded + j];
+      for (int k = 0; k < kGroup; ++k) t.tile[k * t.padded + c] = x[k];
+    }
     for (int k = 0; k < kGroup && group * kGroup + k < draws; ++k) {
       T* z = t.tile + k * t.padded;
-      for (int64_t c = n - 1; c >= 0; --c) {  // row c of the factor needs normals 0 to c only
-        if (p.full) {
-          T x = 0;
-          for (int64_t j = 0; j <= c; ++j) x += t.scale[c * n + j] * z[j];
-          z[c] = x;
-        } else {
-          z[c] *= t.scale[c];
-        }
+      for (int64_t c = 0; c < n; ++c) {
+        if (!p.full) z[c] *= t.scale[c];
       }
       T* mirror = t.tile + (kGroup + k) * t.padded;
       for (int64_t c = 0; c < n && signs == 2; ++c) mirror[c] = t.l[c] - z[c];
@@ -394,7 +411,9 @@ void sample_scalar(const Task<double>& t, Key key) {
         double probability = static_cast<double>(std::exp(z[c]));
         if (signs == 2)
           probability = 0.5 * (probability + static_cast<double>(std::exp(mirror[c])));
-        const double d = probability - static_cast<double>(t.weight[c]);
+        if (group == t.begin && k == 0) t.center[c] = static_cast<T>(probability);
+        const double d = probability - static_cast<double>(t.center[c]);
+        t.apart[c] += d;
         t.squares[c] += d * d;
       }
     }
@@ -408,17 +427,18 @@ void sample_narrow(const Task<float>& t, Key key) {
   constexpr int lanes = kLanes<float>, rows = kGroup * signs;
   const PredictParams& p = *t.p;
   const int64_t n = p.classes, draws = draws_of(p);
-  Vec<float> tile[kNarrow * rows], sum[kNarrow], squares[kNarrow], shift[bounded ? 1 : kNarrow];
+  Vec<float> tile[kNarrow * rows], sum[kNarrow], shift[bounded ? 1 : kNarrow];
+  Vec<float> apart[kNarrow], squares[kNarrow];
   for (int64_t c = 0; c < n; ++c) {
     t.sum[c] = 0;
     t.shift[c] = kLowest;
-    if (t.squares != nullptr) t.squares[c] = 0;
   }
+  clear_moments(t, n);
   const LongBits even = even_steps(n);
   double entropy = 0;
   for (int64_t block = t.begin; block < t.end; block += kFlush * lanes) {
     for (int64_t c = 0; c < n; ++c) {
-      sum[c] = squares[c] = Vec<float>{};
+      sum[c] = apart[c] = squares[c] = Vec<float>{};
       if (!bounded) shift[c] = broadcast(kLowest);
     }
     Vec<float> block_entropy = {};
@@ -500,7 +520,9 @@ void sample_narrow(const Task<float>& t, Key key) {
           for (int k = 0; k < kGroup; ++k) {
             Vec<float> d = probability[k];
             if (signs == 2) d = 0.5f * (d + probability[k + rows - kGroup]);
-            d -= t.weight[c] * active[k];
+            if (first == t.begin && k == 0) t.center[c] = d[0];
+            d -= t.center[c] * active[k];
+            apart[c] += d;
             squares[c] += d * d;
           }
         }
@@ -526,7 +548,9 @@ void sample_narrow(const Task<float>& t, Key key) {
           Vec<float> ratio = e[k] * inverse[k];
           if (signs == 2)
             ratio = 0.5f * (ratio + e[k + rows - kGroup] * inverse[k + rows - kGroup]);
-          const Vec<float> d = t.weight[c] * (ratio - active[k]);
+          if (first == t.begin && k == 0) t.center[c] = ratio[0];
+          const Vec<float> d = t.weight[c] * (ratio - t.center[c] * active[k]);
+          apart[c] += d;
           squares[c] += d * d;
         }
       }
@@ -541,7 +565,9 @@ void sample_narrow(const Task<float>& t, Key key) {
                    sum_lanes(sum[c] * exp_negative(shift[c] - most));
         t.shift[c] = most;
       }
-      if (t.squares != nullptr) t.squares[c] += sum_lanes(squares[c]);
+      if (t.squares == nullptr) continue;
+      t.apart[c] += sum_lanes(apart[c]);
+      t.squares[c] += sum_lanes(squares[c]);
     }
     entropy += sum_lanes(block_entropy);
   }
@@ -557,8 +583,8 @@ void sample_wide(const Task<float>& t, Key key) {
   for (int64_t c = 0; c < padded; ++c) {
     t.sum[c] = 0;
     t.shift[c] = kLowest;
-    if (t.squares != nullptr) t.squares[c] = 0;
   }
+  clear_moments(t, padded);
   const LongBits even = even_steps(1);
   double entropy = 0;
   for (int64_t group = t.begin; group < t.end; ++group) {
@@ -644,16 +670,20 @@ void sample_wide(const Task<float>& t, Key key) {
           t.sum[c + i] =
               t.sum[c + i] * static_cast<double>(before[i]) + static_cast<double>(total[i]);
         if (t.squares == nullptr) continue;
-        const Vec<float> weight = load(t.weight + c);
-        Vec<float> square = {};
+        Vec<float> distance = {}, square = {};
         for (int k = 0; k < kGroup; ++k) {
           Vec<float> d = exp_negative(load(t.tile + k * padded + c));
           if (signs == 2)
             d = 0.5f * (d + exp_negative(load(t.tile + (k + rows - kGroup) * padded + c)));
-          d -= weight * active[k];
+          if (group == t.begin && k == 0) store(t.center + c, d);
+          d -= load(t.center + c) * active[k];
+          distance += d;
           square += d * d;
         }
-        for (int i = 0; i < lanes; ++i) t.squares[c + i] += static_cast<double>(square[i]);
+        for (int i = 0; i < lanes; ++i) {
+          t.apart[c + i] += static_cast<double>(distance[i]);
+          t.squares[c + i] += static_cast<double>(square[i]);
+        }
       }
       continue;
     }
@@ -671,19 +701,25 @@ void sample_wide(const Task<float>& t, Key key) {
       sum[c] += static_cast<double>(total);
     }
     if (t.squares == nullptr) continue;
-    double* __restrict squares = t.squares;
+    double* __restrict apart = t.apart, * __restrict squares = t.squares;
+    float* __restrict center = t.center;
+    const auto ratio_of = [&](int k, int64_t c) {
+      const float ratio = tile[k * padded + c] * inverse[k];
+      if (signs == 1) return ratio;
+      return 0.5f * (ratio + tile[(k + rows - kGroup) * padded + c] * inverse[k + rows - kGroup]);
+    };
+    if (group == t.begin)
+      for (int64_t c = 0; c < padded; ++c) center[c] = ratio_of(0, c);
     for (int64_t c = 0; c < padded; ++c) {
-      float total = 0;
+      float distance = 0, square = 0;
 #pragma GCC unroll 4
       for (int k = 0; k < kGroup; ++k) {
-        float ratio = tile[k * padded + c] * inverse[k];
-        if (signs == 2)
-          ratio =
-              0.5f * (ratio + tile[(k + rows - kGroup) * padded + c] * inverse[k + rows - kGroup]);
-        const float d = t.weight[c] * (ratio - active[k]);
-        total += d * d;
+        const float d = t.weight[c] * (ratio_of(k, c) - center[c] * active[k]);
+        distance += d;
+        square += d * d;
       }
-      squares[c] += static_cast<double>(total);
+      apart[c] += static_cast<double>(distance);
+      squares[c] += static_cast<double>(square);
     }
   }
   *t.entropy = entropy;
@@ -703,6 +739,7 @@ void sample_as(const Task<float>& t, Key key) {
 }
 
 void sample(const Task<float>& t, Key key, Mode mode) {
+  if (plain_loops(*t.p)) return sample_scalar(t, key);
   mode == Mode::kBounded ? sample_as<true>(t, key) : sample_as<false>(t, key);
 }
 
@@ -725,10 +762,11 @@ void finish(const Task<T>& t, int64_t slot, Mode mode) {
     *entropy = *expected = nan;
     return;
   }
-  for (int64_t range = 1, count = ranges_of(p); range < count; ++range) {
-    const Task<T> other = make_task<T>(p, slot + range, t.row, range);
+  Task<T> tasks[kMaxRanges] = {t};
+  const int64_t ranges = ranges_of(p);
+  for (int64_t range = 1; range < ranges; ++range) {
+    const Task<T>& other = tasks[range] = make_task<T>(p, slot + range, t.row, range);
     for (int64_t c = 0; c < n; ++c) {
-      if (t.squares != nullptr) t.squares[c] += other.squares[c];
       if (mode == Mode::kBounded) {
         t.sum[c] += other.sum[c];
       } else if (other.shift[c] > t.shift[c]) {
@@ -741,7 +779,8 @@ void finish(const Task<T>& t, int64_t slot, Mode mode) {
     }
     *t.entropy += *other.entropy;
   }
-  const double samples = static_cast<double>(p.samples), draws = static_cast<double>(draws_of(p));
+  const double samples = static_cast<double>(p.samples);
+  const int64_t draws = draws_of(p);
   *expected = static_cast<T>(*t.entropy / samples);
   double total = 0;
   constexpr int64_t chunk = 256;
@@ -760,12 +799,18 @@ void finish(const Task<T>& t, int64_t slot, Mode mode) {
     for (int64_t c = 0; c < count; ++c) part -= probability[c] * log_probs[first + c];
     total += static_cast<double>(part);
     for (int64_t c = 0; c < count && error != nullptr; ++c) {
-      const double weight = static_cast<double>(t.weight[first + c]);
-      // In terms of exp(x) / N - 1, which keeps its digits where noise is small.
-      const double sum = mode == Mode::kBounded
-                             ? weight * (t.sum[first + c] / samples - 1.0) * draws
-                             : (static_cast<double>(probability[c]) - weight) * draws;
-      error[first + c] = static_cast<T>(standard_error_of(sum, t.squares[first + c], draws));
+      const double unit = mode == Mode::kBounded ? static_cast<double>(t.weight[first + c]) : 1.0;
+      Moments all{};
+      for (int64_t range = 0; range < ranges; ++range) {
+        const Task<T>& part = tasks[range];
+        const int64_t last = part.end * kGroup < draws ? part.end * kGroup : draws;
+        const int64_t count = last - part.begin * kGroup;
+        if (count <= 0) continue;
+        all = merged(all, moments_about(unit * static_cast<double>(part.center[first + c]),
+                                        static_cast<double>(count), part.apart[first + c],
+                                        part.squares[first + c]));
+      }
+      error[first + c] = static_cast<T>(standard_error_of(all));
     }
     for (int64_t c = 0; c < count; ++c)
       if (mean[first + c] == -std::numeric_limits<T>::infinity())

@@ -27,13 +27,14 @@ enum Mode : int32_t { kBounded, kFree, kInvalid };
 
 // Where things are in the workspace. Doubles first: they need the alignment.
 struct Layout {
-  double* sum;        // (rows, ranges, classes)
-  double* squares;    // the same, where a standard error is asked for
-  double* entropy;    // (rows, parts): sums over samples
-  float* shift;       // (rows, ranges, classes)
-  float* l;           // (rows, classes)
-  float* weight;      // (rows, classes)
-  float* scale;       // (rows, classes), or (rows, classes, classes)
+  double* sum;      // (rows, ranges, classes)
+  double* mean;     // of the probabilities of a range's draws, where a standard error is asked for
+  double* squares;  // the same: sums of their squared distances from it
+  double* entropy;  // (rows, parts): sums over samples
+  float* shift;     // (rows, ranges, classes)
+  float* l;         // (rows, classes)
+  float* weight;    // (rows, classes)
+  float* scale;     // (rows, classes), or (rows, classes, classes)
   float* normaliser;  // (rows, groups, 4 signs): 1 / N, or log N in free mode; many classes only
   int32_t* mode;      // (rows)
   int64_t groups, ranges, range_groups, parts;
@@ -58,8 +59,9 @@ Layout layout_of(const PredictParams& p, int64_t* bytes) {
     return at;
   };
   out.sum = reinterpret_cast<double*>(take(sums * out.ranges, 8));
-  out.squares =
-      reinterpret_cast<double*>(take(p.standard_error != nullptr ? sums * out.ranges : 0, 8));
+  const int64_t moments = p.standard_error != nullptr ? sums * out.ranges : 0;
+  out.mean = reinterpret_cast<double*>(take(moments, 8));
+  out.squares = reinterpret_cast<double*>(take(moments, 8));
   out.entropy = reinterpret_cast<double*>(take(p.rows * out.parts, 8));
   out.shift = reinterpret_cast<float*>(take(sums * out.ranges, 4));
   out.l = reinterpret_cast<float*>(take(sums, 4));
@@ -204,12 +206,23 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
   // Every lane has a column of its own in each array: no barrier, no bank conflict.
   float* tile = shared + lane;                    // class c, sample k: (c rows + k) kWarp
   float* sum = shared + n * rows * kWarp + lane;  // class c: c kWarp
-  float* squares = sum + n * kWarp;
-  float* shift = squares + n * kWarp;
+  float* shift = sum + n * kWarp;
+  float* mean = shift + n * kWarp;  // these two where `squared`; in units of the weight if bounded
+  float* squares = mean + n * kWarp;
   for (int c = 0; c < n; ++c) {
-    sum[c * kWarp] = squares[c * kWarp] = 0.0f;
+    sum[c * kWarp] = 0.0f;
     shift[c * kWarp] = kLowest;
+    if (squared) mean[c * kWarp] = squares[c * kWarp] = 0.0f;
   }
+  int count = 0;  // draws of this lane
+  // Takes p = unit x of one more draw of a class. Welford, "Note on a method for calculating
+  // corrected sums of squares and products", 1962.
+  const auto add_draw = [&](int c, float unit, float x, int number) {
+    const float before = x - mean[c * kWarp];
+    mean[c * kWarp] += before / static_cast<float>(number);
+    const float after = x - mean[c * kWarp];
+    squares[c * kWarp] = fmaf(unit * before, unit * after, squares[c * kWarp]);
+  };
   const int64_t draws = draws_of(p), begin = range * a.at.range_groups;
   const int64_t end =
       begin + a.at.range_groups < a.at.groups ? begin + a.at.range_groups : a.at.groups;
@@ -262,19 +275,18 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
       }
       for (int c = 0; c < n; ++c) {
         const float w = weight[c];
-        float total = 0.0f, square = 0.0f;
+        float total = 0.0f;
         BK_UNROLL
         for (int k = 0; k < kGroup; ++k) {
           float ratio = tile[(c * rows + k) * kWarp] * normaliser[k];
           if (signs == 2)
             ratio += tile[(c * rows + k + rows - kGroup) * kWarp] * normaliser[k + rows - kGroup];
           total += ratio;
-          const float d = w * (ratio / signs - 1.0f);
-          if (k < left) square = fmaf(d, d, square);
+          if (squared && k < left) add_draw(c, w, ratio / signs, count + k + 1);
         }
         sum[c * kWarp] += total;
-        if (squared) squares[c * kWarp] += square;
       }
+      count += left;
       continue;
     }
     for (int c = 0; c < n; ++c) {
@@ -313,10 +325,10 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
           add_exponential(log_p, shift + c * kWarp, sum + c * kWarp);
           probability += expf(log_p);
         }
-        const float d = probability / signs - weight[c];
-        squares[c * kWarp] = fmaf(d, d, squares[c * kWarp]);
+        if (squared) add_draw(c, 1.0f, probability / signs, count + k + 1);
       }
     }
+    count += left;
   }
   const int64_t out = blockIdx.x * static_cast<int64_t>(n);
   for (int c = 0; c < n; ++c) {
@@ -328,16 +340,27 @@ __global__ void __launch_bounds__(kWarp) small_kernel(Arguments a) {
     }
     double total = static_cast<double>(sum[c * kWarp]);
     if (mode == kFree) total *= static_cast<double>(expf(shift[c * kWarp] - most));
-    double square = static_cast<double>(squares[c * kWarp]);
+    BK_UNROLL
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+      total += __shfl_xor_sync(kAllLanes, total, lanes);
+    if (lane == 0) {
+      a.at.sum[out + c] = total;
+      a.at.shift[out + c] = most;
+    }
+    if (!squared) continue;
+    Moments all{static_cast<double>(count), static_cast<double>(mean[c * kWarp]),
+                static_cast<double>(squares[c * kWarp])};
+    if (mode == kBounded) all.mean *= static_cast<double>(weight[c]);
     BK_UNROLL
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      total += __shfl_xor_sync(kAllLanes, total, lanes);
-      square += __shfl_xor_sync(kAllLanes, square, lanes);
+      const Moments other{__shfl_xor_sync(kAllLanes, all.n, lanes),
+                          __shfl_xor_sync(kAllLanes, all.mean, lanes),
+                          __shfl_xor_sync(kAllLanes, all.squares, lanes)};
+      all = merged(all, other);
     }
     if (lane != 0) continue;
-    a.at.sum[out + c] = total;
-    a.at.shift[out + c] = most;
-    if (squared) a.at.squares[out + c] = square;
+    a.at.mean[out + c] = all.mean;
+    a.at.squares[out + c] = all.squares;
   }
   BK_UNROLL
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
@@ -428,13 +451,14 @@ __global__ void __launch_bounds__(kClassThreads) average_kernel(Arguments a) {
   const int mode = a.at.mode[row];
   if (mode == kInvalid || c >= n) return;
   const Key key = logit_key(p, row);
-  const float l = a.at.l[row * n + c], weight = a.at.weight[row * n + c];
-  const float scale = a.at.scale[row * n + c];
+  const float l = a.at.l[row * n + c], scale = a.at.scale[row * n + c];
+  const float weight = mode == kBounded ? a.at.weight[row * n + c] : 1.0f;  // p over what is summed
   const int64_t draws = draws_of(p), begin = range * a.at.range_groups;
   const int64_t end =
       begin + a.at.range_groups < a.at.groups ? begin + a.at.range_groups : a.at.groups;
-  double total = 0, total_squares = 0;
-  float sum = 0.0f, squares = 0.0f, shift = kLowest;
+  double total = 0, total_apart = 0, total_squares = 0;
+  float sum = 0.0f, shift = kLowest;
+  float center = 0.0f, apart = 0.0f, squares = 0.0f;  // of the first draw; sums about it
   for (int64_t group = begin; group < end; ++group) {
     float eps[4];
     normal_block(key, static_cast<uint64_t>(group * n + c), eps);
@@ -457,12 +481,16 @@ __global__ void __launch_bounds__(kClassThreads) average_kernel(Arguments a) {
           d += expf(log_p);
         }
       }
-      d = mode == kBounded ? weight * (d / signs - 1.0f) : d / signs - weight;
+      d /= signs;
+      if (group == begin && k == 0) center = d;
+      d = weight * (d - center);
+      apart += d;
       squares = fmaf(d, d, squares);
     }
     if ((group - begin + 1) % kFlush == 0) {
+      total_apart += static_cast<double>(apart);
       total_squares += static_cast<double>(squares);
-      squares = 0.0f;
+      apart = squares = 0.0f;
       if (mode == kBounded) {
         total += static_cast<double>(sum);
         sum = 0.0f;
@@ -472,7 +500,14 @@ __global__ void __launch_bounds__(kClassThreads) average_kernel(Arguments a) {
   const int64_t out = unit * n + c;
   a.at.sum[out] = total + static_cast<double>(sum);
   a.at.shift[out] = shift;
-  if (p.standard_error != nullptr) a.at.squares[out] = total_squares + static_cast<double>(squares);
+  if (p.standard_error == nullptr) return;
+  const int64_t last = end * kGroup < draws ? end * kGroup : draws;
+  const Moments all = moments_about(static_cast<double>(weight) * static_cast<double>(center),
+                                    static_cast<double>(last - begin * kGroup),
+                                    total_apart + static_cast<double>(apart),
+                                    total_squares + static_cast<double>(squares));
+  a.at.mean[out] = all.mean;
+  a.at.squares[out] = all.squares;
 }
 
 // One block for each example: adds the ranges and writes the results.
@@ -484,7 +519,8 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(Arguments a) {
   float* log_probs = static_cast<float*>(p.log_probs) + row * n;
   float* error =
       p.standard_error == nullptr ? nullptr : static_cast<float*>(p.standard_error) + row * n;
-  const double samples = static_cast<double>(p.samples), draws = static_cast<double>(draws_of(p));
+  const double samples = static_cast<double>(p.samples);
+  const int64_t draws = draws_of(p);
   double entropy[2] = {0, 0};
   for (int64_t c = threadIdx.x; c < n; c += blockDim.x) {
     if (mode == kInvalid) {
@@ -492,7 +528,8 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(Arguments a) {
       if (error != nullptr) error[c] = NAN;
       continue;
     }
-    double total = 0, squares = 0;
+    double total = 0;
+    Moments moments{};
     float shift = mode == kBounded ? a.at.l[row * n + c] : kLowest;
     for (int64_t range = 0; range < a.at.ranges; ++range) {
       const int64_t at = (row * a.at.ranges + range) * n + c;
@@ -504,7 +541,11 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(Arguments a) {
         total = up > 0.0f ? total * e + a.at.sum[at] : total + a.at.sum[at] * e;
         shift = up > 0.0f ? a.at.shift[at] : shift;
       }
-      if (error != nullptr) squares += a.at.squares[at];
+      if (error == nullptr) continue;
+      const int64_t begin = range * a.at.range_groups * kGroup;
+      const int64_t end = begin + a.at.range_groups * kGroup;
+      const double count = static_cast<double>((end < draws ? end : draws) - begin);
+      moments = merged(moments, {count, a.at.mean[at], a.at.squares[at]});
     }
     const double ratio = total / samples;
     const float log_p = shift + logf(static_cast<float>(ratio));
@@ -513,11 +554,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(Arguments a) {
         mode == kBounded ? static_cast<double>(weight) * ratio : static_cast<double>(expf(log_p));
     entropy[0] -= probability * static_cast<double>(log_p);
     log_probs[c] = mean[c] == -HUGE_VALF ? -HUGE_VALF : log_p;
-    if (error != nullptr) {
-      const double difference = mode == kBounded ? static_cast<double>(weight) * (ratio - 1.0)
-                                                 : probability - static_cast<double>(weight);
-      error[c] = static_cast<float>(standard_error_of(difference * draws, squares, draws));
-    }
+    if (error != nullptr) error[c] = static_cast<float>(standard_error_of(moments));
   }
   if (mode != kInvalid)
     for (int64_t i = threadIdx.x; i < a.at.parts; i += blockDim.x)
@@ -534,7 +571,9 @@ void launch_samples(const Arguments& a, void* stream) {
   const PredictParams& p = a.p;
   if (p.classes <= kSmall) {
     const std::size_t bytes =
-        static_cast<std::size_t>(p.classes * (kGroup * signs + 3) * kWarp) * sizeof(float);
+        static_cast<std::size_t>(p.classes *
+                                 (kGroup * signs + (p.standard_error != nullptr ? 4 : 2)) * kWarp) *
+        sizeof(float);
     BK_LAUNCH(small_kernel<signs>, dim3(static_cast<unsigned>(p.rows * a.at.ranges)), kWarp, bytes,
               stream, a);
     return;

@@ -10,6 +10,7 @@ import scipy.integrate
 import torch
 import torch._dynamo.testing
 from accuracy import assert_no_worse_than_torch
+from hard_matrices import KINDS, SIZES, hard_matrix
 from torch import Tensor
 from torch.distributions import Categorical, MultivariateNormal
 
@@ -155,6 +156,31 @@ def test_standard_error_is_the_spread_over_keys():
         torch.testing.assert_close(claimed, spread, rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("std", [4.9, 30.0], ids=["bounded", "free"])
+@pytest.mark.parametrize("antithetic", [False, True], ids=["plain", "pairs"])
+def test_standard_error_where_no_draw_is_near_the_softmax_of_the_mean(
+    device, std: float, antithetic: bool
+):
+    """A class that seems certain, beside many of which one is always larger: nothing may cancel."""
+    shapes = [(26, 600), (65, 500), (300, 300)]  # several ranges of draws each
+    shapes += [(26, 9000), (65, 3000)] if device.name == "cpu" else []
+    for dtype, (classes, samples) in itertools.product(device.dtypes[::3], shapes):
+        mean = torch.zeros(2, classes, dtype=dtype)
+        var = torch.full_like(mean, std * std)
+        mean[:, 0], var[:, 0] = 2 * std, 0.0
+        key = random.key(3)
+        ours = mc_predict(
+            mean.to(device.torch),
+            var.to(device.torch),
+            n_samples=samples,
+            key=key.to(device.torch),
+            antithetic=antithetic,
+            return_standard_error=True,
+        )
+        truth = definition(mean, var, key, samples, antithetic=antithetic)[3]
+        torch.testing.assert_close(ours.standard_error.double().cpu(), truth, rtol=2e-3, atol=1e-18)
+
+
 def test_pairs_lower_the_error():
     mean, cov = torch.zeros(1, 3), torch.full((1, 3), 0.25)
     truth = 1 / 3  # by symmetry
@@ -245,12 +271,51 @@ def test_singular_covariance_needs_no_jitter(device):
     torch.testing.assert_close(ours.log_probs[0].cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_large_full_covariance_takes_the_slow_path():
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in (*SIZES, "mixed")])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e30])
+def test_hard_covariances(device, kind: str, size: float):
+    key = random.key(7)
+    dtypes = device.dtypes[::3]
+    for dtype, c in itertools.product(dtypes, (2, 5, 32) + ((40,) if device.name == "cpu" else ())):
+        x = hard_matrix(kind, c, c) / c**0.5
+        cov = (size * (x.mT @ x))[None].to(dtype)
+        mean = torch.linspace(0, 2, c, dtype=dtype)[None]
+        ours = mc_predict(
+            mean.to(device.torch), cov.to(device.torch), n_samples=12, key=key.to(device.torch)
+        )
+        lower = reference.semidefinite_cholesky(cov).double()
+        truth = definition(mean, lower @ lower.mT, key, 12)
+        spread = 1 + size**0.5
+        for a, b in zip(ours[:3], truth[:3], strict=True):
+            torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=3e-5 * spread)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.5, 300.0], ids=["bounded", "free"])
+def test_large_full_covariances(dtype, scale: float):
+    key = random.key(3)
+    for rows, classes, samples in ((3, 33, 10), (1, 40, 70), (2, 130, 6)):
+        mean, cov = (t.to(dtype) for t in problem(rows, classes, scale=scale, full=True))
+        cov[0] = cov[0] + cov[0].triu(1)  # the upper triangle is not read
+        for antithetic in (False, True):
+            options = {"row0": 5, "antithetic": antithetic}
+            ours = mc_predict(
+                mean, cov, n_samples=samples, key=key, return_standard_error=True, **options
+            )
+            truth = definition(mean, cov, key, samples, **options)
+            for name, a, b in zip(ours._fields, ours, truth, strict=True):
+                torch.testing.assert_close(
+                    a.double(), b, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, name=name: name + m
+                )
+        bad = cov.clone()
+        bad[0, 2, 1] = 1e6
+        ours = mc_predict(mean, bad, n_samples=samples, key=key)
+        assert ours.log_probs[0].isnan().all() and ours.log_probs[1:].isfinite().all()
+
+
+def test_a_large_full_covariance_without_correlations_is_that_of_variances():
     mean, cov = (t.float() for t in problem(2, 40, full=True))
     key = random.key(3)
-    ours = mc_predict(mean, cov, n_samples=20, key=key, row0=5, antithetic=True)
-    truth = definition(mean, cov, key, 20, row0=5, antithetic=True)
-    torch.testing.assert_close(ours.log_probs, truth[0].float(), rtol=1e-4, atol=1e-4)
     diagonal = mc_predict(
         mean, torch.diag_embed(cov.diagonal(dim1=1, dim2=2)), n_samples=20, key=key
     )

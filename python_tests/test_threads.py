@@ -109,7 +109,7 @@ CASES = {
     **{f"divergences {n}": (divergences, n) for n in (1, 70, 9000)},
     **{
         f"predictions {s}": (predictions, *s)
-        for s in [(3, 5, 3000, False), (40, 2, 60, True), (2, 300, 500, False)]
+        for s in [(3, 5, 3000, False), (40, 2, 60, True), (2, 300, 500, False), (5, 40, 70, True)]
     },
     "dumps": (dumps, 130, 2050),
 }

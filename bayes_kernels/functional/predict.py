@@ -93,9 +93,10 @@ def mc_predict(
         mean: (B, C) mean logits, fp32 (bf16 and fp16 are converted; fp64 on the CPU). -inf removes a
             class.
         cov: (B, C) variances of independent logits, or (B, C, C) covariances, of which the lower
-            triangle is read. Converted to the dtype of the computation. Up to C = 32 a covariance is
-            factorised in fp64 inside the kernel; above, the definition in `bayes_kernels.reference`
-            runs one example at a time with O(n_samples C) memory: slower, same numbers.
+            triangle is read. Converted to the dtype of the computation. A covariance is factorised in
+            fp64 inside the kernel; above C = 32 that kernel is a slower one, and on a GPU the
+            definition in `bayes_kernels.reference` runs one example at a time with O(n_samples C)
+            memory: same numbers.
         n_samples: samples, at least 1; needed for "mc".
         key: noise key (`random.key`); needed for "mc".
         antithetic: samples in pairs mean + e, mean - e; n_samples must be even.
@@ -118,7 +119,8 @@ def mc_predict(
         ValueError, TypeError: shapes, dtypes, devices, key, n_samples or options do not fit.
 
     Cost: n_samples C normals and exponentials per example (on a GPU with C > 32 twice as many
-    normals); memory O(B C), on a GPU with C > 32 also O(B n_samples). Same inputs, same bits for any
+    normals), and C^2 / 2 products per sample with a covariance; memory O(B C), with covariances C^2
+    numbers for each thread, on a GPU with C > 32 also O(B n_samples). Same inputs, same bits for any
     number of threads and any split of the batch.
 
     Sources: Daxberger et al., "Laplace Redux", arXiv 2106.14806 (probit, bridge); Harrison et al.,
@@ -157,7 +159,8 @@ def mc_predict(
                 )
             check_same_device(op, "ids", ids, mean)
             ids = ids.to(torch.int64).contiguous()
-        if cov.dim() == 3 and mean.shape[1] > MAX_FUSED_CLASSES:
+        on_gpu = mean.device.type != "cpu"
+        if cov.dim() == 3 and mean.shape[1] > MAX_FUSED_CLASSES and on_gpu:
             results = _predict_by_example(mean, cov, n_samples, key, stream, row0, ids, antithetic)
         else:
             results = _library.ops.mc_predict(
