@@ -43,7 +43,14 @@ from .last_layer import (  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .polar import parameter_groups, stiefel_error  # noqa: E402
 from .posterior import checkpoint_noise, kl_divergence, posterior, refresh_noise  # noqa: E402
-from .predict import Prediction, fold_samples, predict, predict_dataset  # noqa: E402
+from .predict import (  # noqa: E402
+    LabelPrediction,
+    NumberPrediction,
+    Prediction,
+    fold_samples,
+    predict,
+    predict_dataset,
+)
 from .tfb import TfbReport  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin, decoupled_kl  # noqa: E402
 
@@ -55,8 +62,10 @@ __all__ = [
     "BlobConfig",
     "ConversionReport",
     "Ensemble",
+    "LabelPrediction",
     "LaplaceLoraReport",
     "LaplacePosterior",
+    "NumberPrediction",
     "PolarConfig",
     "PolarVbllConfig",
     "Prediction",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
 import transformers
 from packaging.version import Version
 from peft.utils.peft_types import PeftType, register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
 PEFT_RANGE = ("0.20", "0.23")
 TRANSFORMERS_RANGE = ("5.17", "6")
@@ -73,7 +75,8 @@ def unsupported_layer(layer: nn.Module) -> str | None:
     if not (type(layer) is lora_layers.Linear or isinstance(layer, lora_layers.Linear)):
         if name not in _LAYERS_WITH_VARIANTS:
             return f"PEFT handles it with {name}"
-    if getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
+    mesh = getattr(getattr(layer.get_base_layer(), "weight", None), "device_mesh", None)
+    if mesh is not None and (mesh.mesh_dim_names is None or "tp" in mesh.mesh_dim_names):
         return "its weight is split by tensor parallelism"
     return None
 
@@ -87,15 +90,40 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     return bool(accepts or trainer.compute_loss_func is not None)
 
 
-# Stock heads whose loss is a mean over the batch although their `forward` takes
-# `num_items_in_batch` with its keyword arguments. The Trainer then leaves out the division by the
-# accumulation steps.
-_MEAN_LOSS_HEADS = ("ForSequenceClassification", "ForMultipleChoice")
+# Names under which a forward pass is handed what earlier passes have kept: "cache" from transformers
+# 5.24 on, "past_key_values" before and for callers who have not changed, "cache_params" for
+# state-space models before.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
-def ignores_item_count(model: nn.Module) -> bool:
-    """Whether a model's loss is the mean of its batch, whatever `num_items_in_batch` says."""
-    base = getattr(model, "get_base_model", lambda: model)()
-    if getattr(base, "accepts_loss_kwargs", None) is not None:
-        return False
-    return any(cls.__name__.endswith(_MEAN_LOSS_HEADS) for cls in type(base).__mro__)
+def continues_a_text(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward pass is handed a cache that earlier tokens have filled."""
+    for name in CACHE_NAMES:
+        length = getattr(kwargs.get(name), "get_seq_length", None)
+        if length is not None and length() > 0:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def without_padding(model: nn.Module, ids: Any) -> Iterator[None]:
+    """Inside, a decoder classifier without a pad token takes copies of one example.
+
+    Such classifiers refuse batches of several rows, whose ends they cannot see. Rows that are all the
+    same end where one of them ends, at the last token: a pad token that no text has says so.
+
+    Args:
+        model: any model.
+        ids: its `input_ids`, before or after copying; anything else changes nothing.
+    """
+    config: Any = getattr(getattr(model, "get_base_model", lambda: model)(), "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    refuses = getattr(config, "pad_token_id", 0) is None and isinstance(ids, Tensor)
+    if not refuses or not bool((ids == ids[:1]).all()):
+        yield
+        return
+    config.pad_token_id = -1
+    try:
+        yield
+    finally:
+        config.pad_token_id = None

@@ -34,7 +34,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer, has_rows, is_shared
+from ._compat import without_padding
 from .config import default_options
+from .last_layer import need_classes
 from .machine import progress_bar
 from .model import BayesLoraModel, the_adapter
 from .variants import BayesVariant
@@ -300,6 +302,8 @@ def laplace_(
 
     begin = time.perf_counter()
     peft_model, name = the_adapter("laplace_", model)
+    if choices is None:
+        need_classes("laplace_", model)
     undo: list[Callable[[], None]] = []
     try:
         was_bayesian = _make_plain(peft_model, name, undo)
@@ -396,7 +400,8 @@ class ClassLogits:
 
         inputs = {k: v for k, v in batch.items() if k not in _LABELS}
         rows = LogitRows(model, inputs, self.choices)
-        return rows.of(model(**{**inputs, **rows.options}), 1)
+        with without_padding(model, inputs.get("input_ids")):
+            return rows.of(model(**{**inputs, **rows.options}), 1)
 
 
 def _labels(batch: Any) -> Tensor | None:

@@ -24,12 +24,58 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..vbll import LaplaceReport, VBLLClassification
-from .models import MASKED_LOGIT
+from .models import MASKED_LOGIT, ClassLogits
 
 if TYPE_CHECKING:
     from .config import BayesLoraConfig
 
 _NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
+
+
+# --- What a head predicts ------------------------------------------------------------------------
+
+
+def target_kind(model: nn.Module, width: int) -> str:
+    """What a model's logits of that width stand for: "classes", "labels" or "numbers".
+
+    "labels": independent yes-or-no answers (`problem_type="multi_label_classification"`). "numbers":
+    regression, which one column without a problem_type also means, as for reward models.
+
+    Raises:
+        ValueError: one class only.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    choices = any("ForMultipleChoice" in cls.__name__ for cls in type(base).__mro__)
+    if choices or isinstance(base, ClassLogits):
+        return "classes"
+    problem = getattr(getattr(base, "config", None), "problem_type", None)
+    if problem == "multi_label_classification":
+        return "labels"
+    if problem == "regression" or (problem is None and width == 1):
+        return "numbers"
+    if width == 1:
+        raise ValueError(
+            f"predict: num_labels must be at least 2 for problem_type={problem!r}, got 1; load the "
+            "model with problem_type='regression', or with two classes"
+        )
+    return "classes"
+
+
+def need_classes(op: str, model: nn.Module) -> None:
+    """Refuse a model whose head gives numbers or labels, for methods whose posterior is of classes.
+
+    Raises:
+        ValueError: as it says; the message names num_labels and problem_type.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(base, "config", None)
+    width, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
+    if target_kind(model, width) != "classes":
+        raise ValueError(
+            f"{op}: the head must have at least two classes, num_labels >= 2 and problem_type None or "
+            f"'single_label_classification', got num_labels={width}, problem_type={problem!r}; BLoB "
+            "and ScalaBL predict numbers (regression) and independent labels too"
+        )
 
 
 # --- Placing the head ----------------------------------------------------------------------------
@@ -45,8 +91,10 @@ def install_head(model: Any, config: BayesLoraConfig) -> None:
         config: options of the head; its `modules_to_save` gets the head's module.
 
     Raises:
-        ValueError: the model has no such layer, or a head with other options is there.
+        ValueError: the model has no such layer, its head gives numbers or independent labels, or a
+            head with other options is there.
     """
+    need_classes("PolarVbllConfig", model)
     top, owner, name, layer = _locate(model)
     config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), top])]
     if isinstance(layer, VBLLClassification):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import nn
 from ._compat import register
 from .config import BayesLoraConfig
 from .last_layer import install_head, plain_heads_
-from .posterior import NoiseState, adapter_devices, advance_before_forward
+from .posterior import (
+    NoiseState,
+    adapter_devices,
+    advance_before_forward,
+    generate_with_one_draw,
+    watch_training_in_eval,
+)
 from .variants import attach, fp32_parameters
 
 
@@ -74,6 +81,9 @@ class BayesLoraModel(LoraModel):
             state = NoiseState(config.seed)
             self.model.bayes_noise = state
             self.model.register_forward_pre_hook(advance_before_forward, with_kwargs=True)
+            self.model.register_forward_hook(watch_training_in_eval)
+            if hasattr(self.model, "generate"):
+                self.model.generate = functools.partial(generate_with_one_draw, self.model)
         state.samples_in_eval |= config.sample_at_inference
         return state
 
@@ -111,12 +121,16 @@ class BayesLoraModel(LoraModel):
         return model
 
     def _remove_noise(self) -> None:
-        """The noise state and its hook, off the base model."""
+        """The noise state and its hooks, off the base model."""
         model: Any = self.model
         for handle, hook in list(model._forward_pre_hooks.items()):
             if hook is advance_before_forward:
                 del model._forward_pre_hooks[handle]
                 model._forward_pre_hooks_with_kwargs.pop(handle, None)
+        for handle, hook in list(model._forward_hooks.items()):
+            if hook is watch_training_in_eval:
+                del model._forward_hooks[handle]
+        model.__dict__.pop("generate", None)
         if hasattr(model, "bayes_noise"):
             del model.bayes_noise
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .. import functional, random, reference
+from ._compat import continues_a_text
 from .last_layer import find_head
 from .variants import RHO, BayesVariant, Divergence
 
@@ -38,6 +41,9 @@ class NoiseState:
         first_sample: number of the first of them.
         samples_in_eval: whether an adapter has sample_at_inference.
         enabled: False while the adapters are disabled.
+        held: True inside `generate`, all passes of which have one key.
+        packing_checked, calls_checked, eval_warned: what has been looked at, for warnings that come
+            once.
     """
 
     def __init__(self, seed: int) -> None:
@@ -47,6 +53,8 @@ class NoiseState:
         self.first_sample = 0
         self.samples_in_eval = False
         self.enabled = True
+        self.held = False
+        self.packing_checked = self.calls_checked = self.eval_warned = False
         # The reference implementation: making a model must not need the compiled ops.
         self.keys = {torch.device("cpu"): reference.fold_in(random.key(seed), process_rank())}
 
@@ -87,6 +95,14 @@ def _normal_tensors() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def _draws_anew(module: Any, state: NoiseState) -> bool:
+    """Whether a forward pass of the base model takes new noise."""
+    if not state.enabled or state.held:
+        return False
+    samples = module.training or state.samples_in_eval if state.mode is None else False
+    return samples or state.mode == "flipout"
+
+
 def advance_before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the base model: new noise for each forward pass that samples.
 
@@ -94,18 +110,79 @@ def advance_before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> No
     the forward pass.
     """
     state: NoiseState = module.bayes_noise
-    if not state.enabled:
-        return
-    samples = module.training or state.samples_in_eval if state.mode is None else False
-    if not (samples or state.mode == "flipout"):
+    if not _draws_anew(module, state):
         return
     if not torch.compiler.is_compiling():
         if torch._C._current_graph_task_id() != -1:
             return  # the whole model is being recomputed in a backward pass
-        cache = kwargs.get("past_key_values")
-        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
+        if continues_a_text(kwargs):
             return  # further tokens of a sequence keep its draw
+        _check_packing(module, state, kwargs.get("position_ids"))
     state.advance()
+
+
+def generate_with_one_draw(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` whose passes, those of an encoder included, have one key, with a cache or not.
+
+    Base models with Bayesian adapters have it in place of the method of their class.
+    """
+    state: NoiseState = model.bayes_noise
+    generate = type(model).generate
+    if not _draws_anew(model, state):
+        return generate(model, *args, **kwargs)
+    state.advance()
+    state.held = True
+    try:
+        return generate(model, *args, **kwargs)
+    finally:
+        state.held = False
+
+
+def _check_packing(module: nn.Module, state: NoiseState, positions: Any) -> None:
+    """Warn once where rows hold several sequences and adapters have one draw for each row.
+
+    On a GPU only the first pass is looked at, since it has to be waited for.
+    """
+    if state.packing_checked or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    before, here, after = positions[:, :-2], positions[:, 1:-1], positions[:, 2:]
+    packed = bool(((before > 0) & (here == 0) & (after == 1)).any())
+    state.packing_checked = packed or not positions.is_cpu
+    if packed and any(variant.scope == "example" for variant in _variants(module)):
+        warnings.warn(
+            "scope='example' must have one sequence in each row of the batch, got rows that pack "
+            "several (position_ids start again), which then share a draw; use scope='none' (BLoB: "
+            "or 'token'), or do not pack",
+            stacklevel=2,
+        )
+
+
+def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
+    """Forward hook of the base model: one warning where a pass without noise is trained on."""
+    state: NoiseState = module.bayes_noise
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or module.training:
+        return
+    if state.eval_warned or state.mode is not None or not state.enabled or state.samples_in_eval:
+        return
+
+    def warn(_: Tensor) -> None:
+        trained = any(
+            item.variant.samples and item.layer.lora_B[item.adapter].weight.requires_grad
+            for item in bayes_layers(module)
+        )
+        if trained and not state.eval_warned:
+            state.eval_warned = True
+            warnings.warn(
+                "a backward pass reached Bayesian adapters of a model in eval mode, which trains "
+                "the posterior mean only, without noise; call model.train() before training "
+                "(PeftModel.from_pretrained leaves a model in eval mode)",
+                stacklevel=2,
+            )
+
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in (values,) if isinstance(values, Tensor) else values:
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(warn)
 
 
 class BayesLayer(NamedTuple):
@@ -161,16 +238,22 @@ def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLaye
     return sorted(found, key=lambda item: (item.name, item.adapter))
 
 
+def _variants(model: nn.Module) -> Iterator[BayesVariant]:
+    """Those of all Bayesian adapters, active or not."""
+    for module in model.modules():
+        for variant in getattr(module, "lora_variant", {}).values():
+            if isinstance(variant, BayesVariant):
+                yield variant
+
+
 def noise_state(model: nn.Module) -> NoiseState:
     """The noise state of a model with Bayesian adapters, active or not.
 
     Raises:
         ValueError: the model has none.
     """
-    for module in model.modules():
-        for variant in getattr(module, "lora_variant", {}).values():
-            if isinstance(variant, BayesVariant):
-                return variant.state
+    for variant in _variants(model):
+        return variant.state
     if any("laplace_posterior" in module.__dict__ for module in model.modules()):
         raise ValueError(
             "noise_state: the adapter must have noise, got a Laplace posterior, whose logits are "
@@ -184,10 +267,25 @@ def noise_state(model: nn.Module) -> NoiseState:
 
 def draws_weights(model: nn.Module) -> bool:
     """Whether weights of a Bayesian adapter, active or not, have draws."""
-    return any(
-        isinstance(variant, BayesVariant) and variant.samples
-        for module in model.modules()
-        for variant in getattr(module, "lora_variant", {}).values()
+    return any(variant.samples for variant in _variants(model))
+
+
+def without_effect(model: nn.Module) -> str | None:
+    """Why no LoRA adapter of a model takes part in its passes: "disabled" or "merged", or None."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    if not layers or any(not (layer.disable_adapters or layer.merged) for layer in layers):
+        return None
+    return "disabled" if any(layer.disable_adapters for layer in layers) else "merged"
+
+
+def warn_uncalled(op: str, names: Sequence[str], layers: int) -> None:
+    """One line about adapted layers that a pass has gone round."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    warnings.warn(
+        f"{op}: {len(names)} of {layers} adapted layers were not called, so that their adapters do "
+        f"nothing: {shown}; leave them out of target_modules (a module such as MultiheadAttention "
+        "uses the weights of its out_proj without calling it)",
+        stacklevel=3,
     )
 
 

@@ -1,4 +1,4 @@
-"""Predictive distribution of classes: S posterior draws folded into the batch."""
+"""Predictive distributions of classes, labels and numbers: S posterior draws folded into the batch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from .. import functional, random, reference
 from ..laplace import has_rows, is_shared
+from ._compat import without_padding
 from .baselines import Ensemble, dropout_draws, dropout_layers
 from .laplace_lora import LaplacePosterior, laplace_posterior
-from .last_layer import class_logits, find_head
-from .posterior import draws_weights, noise_state, posterior
+from .last_layer import class_logits, find_head, need_classes, target_kind
+from .posterior import (
+    bayes_layers,
+    draws_weights,
+    noise_state,
+    posterior,
+    warn_uncalled,
+    without_effect,
+)
 from .variants import BayesVariant
 
 _LABELS = ("labels", "label")
+_TOKENS = ("input_ids", "inputs_embeds")
 # Share of free device memory, and bytes on the CPU, that activations of one pass may take.
 _FREE_SHARE = 0.5
 _CPU_BUDGET = 1 << 30
@@ -66,6 +76,11 @@ class Prediction:
     def __len__(self) -> int:
         return self.log_probs.shape[0]
 
+    @property
+    def logits(self) -> Tensor:
+        """(B, C) `log_probs`, whose softmax is `probs`."""
+        return self.log_probs
+
     @staticmethod
     def concatenate(parts: Sequence[Prediction]) -> Prediction:
         """One prediction from those of successive batches.
@@ -73,25 +88,106 @@ class Prediction:
         Raises:
             ValueError: there are none, or their numbers of classes or draws differ.
         """
-        shapes = {(part.log_probs.shape[1], part.n_samples) for part in parts}
-        if len(shapes) != 1:
-            raise ValueError(
-                "Prediction.concatenate: parts must have one number of classes and draws, got "
-                f"{sorted(shapes)}"
-            )
+        return _concatenated(parts, "classes")
 
-        def join(name: str, dim: int = 0) -> Tensor | None:
-            tensors = [getattr(part, name) for part in parts]
-            return None if any(t is None for t in tensors) else torch.cat(tensors, dim)
 
-        joined = {
-            name: join(name) for name in ("log_probs", "entropy", "expected_entropy", "labels")
-        }
-        return Prediction(
-            n_samples=parts[0].n_samples,
-            sample_log_probs=join("sample_log_probs", 1),
-            **joined,  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class LabelPrediction:
+    """Independent yes-or-no labels of a batch (multi-label classification), on the CPU, fp64.
+
+    Attributes:
+        probs: (B, L) mean probability of each label over the draws.
+        entropy: (B, L) entropy of the Bernoulli distribution with that probability, nats.
+        expected_entropy: (B, L) mean entropy of the draws, nats.
+        n_samples: number of draws; 0 for the posterior mean.
+        labels: (B, L) labels of the batch, where it had them.
+        sample_probs: (S, B, L) of the single draws, where asked for.
+    """
+
+    probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    n_samples: int
+    labels: Tensor | None = None
+    sample_probs: Tensor | None = None
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """(B, L) entropy - expected_entropy, nats, at least 0: what more data could resolve."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, L) log-odds of `probs`, whose sigmoid they are."""
+        return torch.logit(self.probs, eps=1e-15)
+
+    def __len__(self) -> int:
+        return self.probs.shape[0]
+
+    @staticmethod
+    def concatenate(parts: Sequence[LabelPrediction]) -> LabelPrediction:
+        """One prediction from those of successive batches; raises as `Prediction.concatenate`."""
+        return _concatenated(parts, "labels")
+
+
+@dataclass(frozen=True)
+class NumberPrediction:
+    """Numbers of a batch (regression, rewards), on the CPU, fp64: Gaussian with
+
+        mean = 1/S sum_s f_s(x),  variance = 1/(S - 1) sum_s (f_s(x) - mean)^2
+
+    The variance is what the posterior of the weights leaves open; noise of the targets, which a model
+    trained with squared errors does not estimate, comes on top.
+
+    Attributes:
+        mean: (B, D).
+        variance: (B, D); 0 for fewer than two draws.
+        n_samples: S; 0 for the posterior mean.
+        labels: targets of the batch, where it had them.
+        samples: (S, B, D) outputs of the single draws, where asked for.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    n_samples: int
+    labels: Tensor | None = None
+    samples: Tensor | None = None
+
+    @property
+    def std(self) -> Tensor:
+        """(B, D) root of the variance."""
+        return self.variance.sqrt()
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, D) `mean`."""
+        return self.mean
+
+    def __len__(self) -> int:
+        return self.mean.shape[0]
+
+    @staticmethod
+    def concatenate(parts: Sequence[NumberPrediction]) -> NumberPrediction:
+        """One prediction from those of successive batches; raises as `Prediction.concatenate`."""
+        return _concatenated(parts, "columns")
+
+
+def _concatenated(parts: Sequence[Any], what: str) -> Any:
+    """Parts of one kind as one: draws are the first dimension of "sample" tensors."""
+    names = [field.name for field in fields(parts[0])] if parts else []
+    shapes = {(getattr(part, names[0]).shape[1], part.n_samples) for part in parts}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"Prediction.concatenate: parts must have one number of {what} and draws, got "
+            f"{sorted(shapes)}"
         )
+    joined: dict[str, Any] = {"n_samples": parts[0].n_samples}
+    for name in names:
+        tensors = [getattr(part, name) for part in parts]
+        if name == "n_samples" or any(t is None for t in tensors):
+            continue
+        joined[name] = torch.cat(tensors, 1 if name.startswith("sample") else 0)
+    return type(parts[0])(**joined)
 
 
 def fold_samples(batch: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
@@ -121,10 +217,15 @@ def predict(
     samples_per_pass: int | None = None,
     memory_budget: int | None = None,
     return_samples: bool = False,
-) -> Prediction:
+) -> Any:
     """Mean class probabilities over draws of the weights, with their uncertainty.
 
         p(c | x) = 1/S sum_s softmax(z_s(x))_c
+
+    Models whose `problem_type` is "multi_label_classification" have a Bernoulli distribution for each
+    label in place of it; those for regression (one column without a problem_type, as reward models
+    have, is one too) mean and variance of their numbers. BLoB, TFB, ScalaBL, MC dropout and ensembles
+    give all three; a variational last layer and a Laplace posterior are for classes.
 
     Draw s depends on (seed, s) only: results depend neither on how examples are batched (padding
     aside) nor on how many draws share a pass. The model is put into eval mode meanwhile.
@@ -144,9 +245,11 @@ def predict(
 
     Args:
         model: a model with Bayesian adapters, plain LoRA with dropout, or an `Ensemble`; its logits
-            are (B, C), or (B, T, V) of a causal language model, of which the last token that the
-            attention mask shows is taken.
-        batch: its inputs as tensors; labels are set aside.
+            are (B, C), or (B, T, V) of a language model, of which the last token that the attention
+            mask shows is taken: with an encoder and a decoder, the last token of
+            `decoder_input_ids` that `decoder_attention_mask` shows.
+        batch: its inputs as tensors; labels are set aside. A decoder classifier without a pad token
+            takes one example.
         n_samples: S; 0 uses the posterior mean.
         seed: seed of the draws.
         choices: ids of the answer tokens, the classes; needed for (B, T, V) logits.
@@ -157,13 +260,19 @@ def predict(
         return_samples: also return the distribution of each draw.
 
     Returns:
-        `Prediction`, on the CPU. Cost: S forward passes of the batch, in ceil(S / samples_per_pass)
-        calls; memory (S, B, C) for the draws' logits of one pass.
+        `Prediction`, `LabelPrediction` or `NumberPrediction`, on the CPU. Cost: S forward passes of the
+        batch, in ceil(S / samples_per_pass) calls; memory (S, B, C) for the draws' logits of one pass.
 
     Raises:
-        ValueError: counts are out of range, the logits do not fit, there is no Bayesian adapter, or
-            draws are asked for where neither the adapters nor the last layer have a posterior.
+        ValueError: counts are out of range, the batch or the logits do not fit, there is no Bayesian
+            adapter, or draws are asked for where neither the adapters nor the last layer have a
+            posterior, or the adapters are disabled or merged.
     """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"predict: batch must be a mapping of input tensors, got {type(batch).__name__}; for "
+            "texts pass tokenizer(texts, padding=True, return_tensors='pt')"
+        )
     if n_samples < 0:
         raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
     if samples_per_pass is not None and samples_per_pass < 1:
@@ -172,6 +281,8 @@ def predict(
         n_samples = len(model)
     laplace = None if isinstance(model, Ensemble) else laplace_posterior(model)
     if laplace is not None:
+        if choices is None:
+            need_classes("predict", model)
         if choices is not None and [int(c) for c in choices] != laplace.choices:
             raise ValueError(
                 f"predict: choices must be those of the Laplace posterior, {laplace.choices}, or None, "
@@ -185,6 +296,12 @@ def predict(
         raise ValueError(
             f"predict: n_samples must be 0 for adapters without a posterior (PoLAR), got "
             f"{n_samples}; pass n_samples=0, or use PolarVbllConfig"
+        )
+    if n_samples and find_head(model) is None and (why := without_effect(model)) is not None:
+        raise ValueError(
+            f"predict: draws need adapters that take part in the pass, got adapters that are {why}; "
+            f"{'leave disable_adapter()' if why == 'disabled' else 'call unmerge_adapter()'}, or pass "
+            "n_samples=0"
         )
     device = next(model.parameters()).device
     inputs = {
@@ -209,10 +326,9 @@ def predict(
     per_pass = samples_per_pass or _samples_that_fit(
         model, {**inputs, **rows.options}, memory_budget
     )
-    log_mean: Tensor | None = None
-    entropy_sum: Tensor | None = None
-    kept = []
-    with _eval_mode(model):
+    gathered: Any = None
+    ids = inputs.get("input_ids")
+    with _eval_mode(model), _unused_noticed(model), without_padding(model, ids):
         for first in range(0, draws, per_pass):
             count = min(per_pass, draws - first)
             folded = fold_samples({**inputs, **rows.options}, count)
@@ -231,24 +347,116 @@ def predict(
                 with context:
                     outputs = model(**folded)
             logits = rows.of(outputs, count)
+            if gathered is None:
+                kind = "classes" if choices is not None else target_kind(model, logits.shape[1])
+                gathered = _GATHERED[kind](return_samples)
             accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
-            log_probs = torch.log_softmax(logits.to(accumulate), -1).unflatten(0, (count, size))
-            entropy = _entropy(log_probs).sum(0)
-            part = torch.logsumexp(log_probs, 0)
-            log_mean = part if log_mean is None else torch.logaddexp(log_mean, part)
-            entropy_sum = entropy if entropy_sum is None else entropy_sum + entropy
-            if return_samples:
-                kept.append(log_probs.cpu())
-    assert log_mean is not None and entropy_sum is not None
-    log_mean = log_mean - math.log(draws)
-    return Prediction(
-        log_probs=log_mean.cpu(),
-        entropy=_entropy(log_mean).cpu(),
-        expected_entropy=(entropy_sum / draws).cpu(),
-        n_samples=n_samples,
-        labels=None if labels is None else labels.cpu(),
-        sample_log_probs=torch.cat(kept) if kept else None,
-    )
+            gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
+    return gathered.result(n_samples, None if labels is None else labels.cpu())
+
+
+class _Classes:
+    """Sums over draws of softmax, as logs, and of entropies."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.kept: list[Tensor] = []
+        self.draws = 0
+        self.log_mean: Any = None
+        self.entropy: Any = None
+
+    def add(self, logits: Tensor) -> None:
+        """Logits (count, B, C) of further draws."""
+        log_probs = logits.log_softmax(-1)
+        part, entropy = torch.logsumexp(log_probs, 0), _entropy(log_probs).sum(0)
+        self.log_mean = part if self.draws == 0 else torch.logaddexp(self.log_mean, part)
+        self.entropy = entropy if self.draws == 0 else self.entropy + entropy
+        self.draws += len(logits)
+        if self.keep:
+            self.kept.append(log_probs.cpu())
+
+    def result(self, n_samples: int, labels: Tensor | None) -> Prediction:
+        """The mean over all draws."""
+        log_mean = self.log_mean - math.log(self.draws)
+        return Prediction(
+            log_probs=log_mean.cpu(),
+            entropy=_entropy(log_mean).cpu(),
+            expected_entropy=(self.entropy / self.draws).cpu(),
+            n_samples=n_samples,
+            labels=labels,
+            sample_log_probs=torch.cat(self.kept) if self.kept else None,
+        )
+
+
+class _Outputs:
+    """The outputs (S, B, L) of all draws: a few numbers for each example."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.parts: list[Tensor] = []
+
+    def add(self, logits: Tensor) -> None:
+        """Outputs (count, B, L) of further draws."""
+        self.parts.append(logits.cpu())
+
+
+class _Labels(_Outputs):
+    def result(self, n_samples: int, labels: Tensor | None) -> LabelPrediction:
+        """Bernoulli distributions with the mean probabilities."""
+        logits = torch.cat(self.parts)
+        probs = logits.sigmoid()
+        of_draws = -(probs * logsigmoid(logits) + (1 - probs) * logsigmoid(-logits))
+        mean, rest = probs.mean(0), (-logits).sigmoid().mean(0)
+        return LabelPrediction(
+            probs=mean,
+            entropy=torch.special.entr(mean) + torch.special.entr(rest),
+            expected_entropy=of_draws.mean(0),
+            n_samples=n_samples,
+            labels=labels,
+            sample_probs=probs if self.keep else None,
+        )
+
+
+class _Numbers(_Outputs):
+    def result(self, n_samples: int, labels: Tensor | None) -> NumberPrediction:
+        """Mean and variance over the draws."""
+        values = torch.cat(self.parts)
+        single = len(values) < 2
+        return NumberPrediction(
+            mean=values.mean(0),
+            variance=torch.zeros_like(values[0]) if single else values.var(0),
+            n_samples=n_samples,
+            labels=labels,
+            samples=values if self.keep else None,
+        )
+
+
+_GATHERED = {"classes": _Classes, "labels": _Labels, "numbers": _Numbers}
+
+
+@contextlib.contextmanager
+def _unused_noticed(model: nn.Module) -> Iterator[None]:
+    """Around a model's first prediction: one warning about adapted layers that it does not call."""
+    # Compiled code need not look at hooks.
+    compiled = any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
+    if isinstance(model, Ensemble) or dropout_layers(model) or compiled:
+        yield
+        return
+    state = noise_state(model)
+    if state.calls_checked or without_effect(model) is not None:
+        yield
+        return
+    state.calls_checked = True
+    # Routers of experts leave layers out as the text has it.
+    layers = {item.name: item.layer for item in bayes_layers(model) if not item.variant.routed}
+    missing = dict.fromkeys(layers)
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda *_, name=name: missing.pop(name, None))
+            stack.callback(hook.remove)
+        yield
+    if missing:
+        warn_uncalled("predict", list(missing), len(layers))
 
 
 def _in_pairs(n_samples: int) -> bool:
@@ -367,7 +575,7 @@ def predict_dataset(
     collate_fn: Any = None,
     progress: bool = True,
     **options: Any,
-) -> Prediction:
+) -> Any:
     """`predict` over a data loader, an iterable of batches, or a data set.
 
     Args:
@@ -379,7 +587,7 @@ def predict_dataset(
         options: those of `predict`.
 
     Returns:
-        `Prediction` of all examples, in order.
+        `Prediction`, `LabelPrediction` or `NumberPrediction` of all examples, in order.
 
     Raises:
         ValueError: as `predict`, or the data is empty.
@@ -391,7 +599,7 @@ def predict_dataset(
     ]
     if not parts:
         raise ValueError("predict_dataset: data must have at least one example, got none")
-    return Prediction.concatenate(parts)
+    return parts[0].concatenate(parts)
 
 
 def as_batches(
@@ -448,15 +656,23 @@ class LogitRows:
             return
         if len(self.choices) < 2:
             raise ValueError(f"predict: choices must be at least two token ids, got {self.choices}")
-        mask = inputs.get("attention_mask")
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        prefix = ""
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            prefix = "decoder_"  # whose tokens the logits belong to
+            if not any(inputs.get(f"decoder_{name}") is not None for name in _TOKENS):
+                raise ValueError(
+                    "predict: batch must have decoder_input_ids for choices of an encoder-decoder, "
+                    f"got {sorted(inputs)}; begin with the model's decoder_start_token_id"
+                )
+        mask = inputs.get(f"{prefix}attention_mask")
         if mask is not None and mask.dim() == 2:
             positions = torch.arange(mask.shape[1], device=mask.device)
             self.last = (mask.ne(0) * positions).argmax(-1)
         at_the_end = mask is None or self.last is None
         if mask is not None and self.last is not None:
             at_the_end = bool((self.last == mask.shape[1] - 1).all())
-        forward = getattr(model, "get_base_model", lambda: model)().forward
-        if at_the_end and "logits_to_keep" in inspect.signature(forward).parameters:
+        if at_the_end and "logits_to_keep" in inspect.signature(base.forward).parameters:
             self.options["logits_to_keep"] = 1
             self.last = None
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ._compat import unsupported_layer
 from .config import TfbConfig, default_options
+from .last_layer import need_classes
 from .machine import progress_bar
 from .model import BayesLoraModel, the_adapter
 from .posterior import BayesLayer, bayes_layers
@@ -269,6 +270,8 @@ def tfb_(
         n_samples=n_samples,
         layers=layers,
     )
+    if choices is None:
+        need_classes("tfb_", model)
     begin = time.perf_counter()
     bound = TOLERANCES[metric] if tolerance is None else tolerance
     batches = _with_labels(_batches(anchors, batch_size, collate_fn), labels)

@@ -17,11 +17,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim import KLSchedule, kl_cycle_length
 from ..stiefel import StiefelAdamW
-from ._compat import ignores_item_count, loss_is_scaled
+from ._compat import loss_is_scaled
 from .last_layer import class_features, class_logits, find_head, variational_loss
 from .polar import parameter_groups, stiefel_error, stiefel_factors
-from .posterior import BayesLayer, bayes_layers, kl_divergence, refresh_noise
-from .predict import predict
+from .posterior import (
+    BayesLayer,
+    bayes_layers,
+    kl_divergence,
+    refresh_noise,
+    warn_uncalled,
+    without_effect,
+)
+from .predict import LabelPrediction, NumberPrediction, predict
 from .variants import KLPlan, KLStep
 
 # The mixin calls the methods of the trainer class that follows it.
@@ -57,15 +64,18 @@ class BayesTrainerMixin(_Base):
       times the configuration's kl_weight, is in the loss unless kl_mode is "none". Adapters and last
       layer take turns as the configuration's `alternation` says.
     * **Weight decay** leaves out means and deviations, whose decay is the divergence.
-    * **Stock classification heads** return the mean loss of a micro-batch and ignore the item count
-      that the Trainer passes; their loss is divided by the accumulation steps here, as it should
-      be.
+    * **Accumulation.** Many stock heads (sequence and token classification, masked language models,
+      T5, BART, ...) return the mean over the targets of a micro-batch and ignore the item count that
+      the Trainer passes, whose loss and gradients then are too large. Whether a loss uses the count
+      is seen from its graph in the first micro-batch; where it does not, the mean is weighted by
+      the micro-batch's share of all targets, so that the loss of an optimiser step is the mean over
+      its targets, however it is split.
     * **Logs**: besides the loss, nll (per term of the loss), kl (nats, whole data set), elbo =
       -(nll + kl / n_train), the bound per term, and kl_weight (the step size, for "auto" the share
       of each layer's flow time; or kl_weight / n_train).
     * **Evaluation** uses the posterior mean, or with eval_samples > 0 the mean prediction of that
-      many draws: logits are then log-probabilities (fp32), and the loss is theirs. Classification
-      only.
+      many draws: logits (fp32) are then log-probabilities, for multi-label models log-odds, for
+      regression the mean numbers, and the loss is theirs.
 
     Args:
         kl_mode: "decoupled", "loss" or "none".
@@ -81,7 +91,8 @@ class BayesTrainerMixin(_Base):
 
     Raises:
         ValueError: an option is out of range, the model has no Bayesian adapter, or label smoothing or
-            a loss function is given beside a variational last layer.
+            a loss function is given beside a variational last layer. From `train`: the adapters are
+            disabled or merged.
     """
 
     def __init__(
@@ -131,8 +142,9 @@ class BayesTrainerMixin(_Base):
         self._features: Tensor | None = None  # of the micro-batch, where they are known
         if self._head is not None:
             self._check_head_options()
-        if self._head is not None or ignores_item_count(self.model):  # type: ignore[attr-defined]
             self.model_accepts_loss_kwargs = False
+        self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
+        self._calls_checked = False
         if self._head is not None and self._config.alternation != "jacobi":
             arguments = self.args  # type: ignore[attr-defined]
             accumulates = arguments.gradient_accumulation_steps != 1
@@ -167,6 +179,12 @@ class BayesTrainerMixin(_Base):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As the stock method; `resume_from_checkpoint=True` finds the newest complete one."""
+        why = without_effect(self.model)
+        if why is not None:
+            raise ValueError(
+                f"BayesTrainer: adapters must take part in training, got adapters that are {why}; "
+                f"{'leave disable_adapter()' if why == 'disabled' else 'call unmerge_adapter()'} first"
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -206,7 +224,9 @@ class BayesTrainerMixin(_Base):
             seed=self.args.seed if self.noise_seed is None else self.noise_seed,
         )
         if self._head is None or self._config.alternation == "jacobi":
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._check_calls()
+            return loss
         inputs = self._prepare_inputs(inputs)
         head = list(self._head.parameters())
         if self._config.alternation == "gauss-seidel":
@@ -294,9 +314,16 @@ class BayesTrainerMixin(_Base):
             self._check_targets(inputs.get("labels"))
         if model.training and self._head is not None:
             return self._elbo_loss(model, inputs, return_outputs, num_items_in_batch)
+        items, counts = num_items_in_batch, self._targets_of(inputs.get("labels"))
+        if items is not None and self.compute_loss_func is None:
+            items = self._probe(model, items)
         loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+            model, inputs, return_outputs=True, num_items_in_batch=items, **kwargs
         )
+        if isinstance(items, Tensor) and items.requires_grad:
+            self._counts_items = _depends_on(loss, items)
+        if items is not None and self._counts_items is False and counts is not None:
+            loss = loss * (counts / num_items_in_batch).to(loss.device)
         if model.training:
             parts = self.current_gradient_accumulation_steps
             scaled = loss_is_scaled(self, num_items_in_batch)
@@ -308,6 +335,44 @@ class BayesTrainerMixin(_Base):
                 # Processes average their gradients of the same divergence: no factor for them.
                 loss = loss + (kl / parts if scaled else kl).to(loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def _probe(self: Any, model: nn.Module, items: Any) -> Any:
+        """The item count, in the first micro-batch of several as a leaf of the loss's graph.
+
+        None in evaluation until it is known whether the loss uses it: its mean is that of the batch.
+        """
+        args = self.args
+        if (
+            self._counts_items is not None
+            or args.gradient_accumulation_steps * args.world_size == 1
+        ):
+            return items
+        if not model.training:
+            return None
+        return torch.as_tensor(items).detach().float().requires_grad_()
+
+    def _targets_of(self: Any, labels: Any) -> Tensor | None:
+        """Number of targets in a batch, as the Trainer counts them."""
+        if not isinstance(labels, Tensor):
+            return None
+        shifted = getattr(self, "_loss_shifts_labels", False)
+        return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+    def _check_calls(self: Any) -> None:
+        """After the first backward pass: layers without gradients have not been called."""
+        if self._calls_checked:
+            return
+        self._calls_checked = True
+        layers = [item for item in bayes_layers(self.model) if not item.variant.routed]
+        trained = [
+            (item.name, weight.grad is None)
+            for item in layers
+            if (weight := item.layer.lora_B[item.adapter].weight).requires_grad
+        ]
+        missing = [name for name, none in trained if none]
+        # With sharded gradients there is none to be seen anywhere.
+        if missing and len(missing) < len(trained):
+            warn_uncalled("BayesTrainer", missing, len(trained))
 
     def _elbo_loss(
         self: Any, model: nn.Module, inputs: Any, return_outputs: bool, num_items: Any
@@ -366,11 +431,16 @@ class BayesTrainerMixin(_Base):
         with self.compute_loss_context_manager():
             result = predict(model, inputs, n_samples=self.eval_samples, seed=self.eval_seed)
         # Processes gather on their own device; fp64 is not defined on all of them.
-        logits = result.log_probs.float().to(self.args.device)
+        logits = result.logits.float().to(self.args.device)
         loss = None
         if labels is not None:
             labels = labels.to(logits.device)
-            loss = nn.functional.nll_loss(logits, labels)
+            if isinstance(result, NumberPrediction):
+                loss = nn.functional.mse_loss(logits.squeeze(), labels.squeeze().float())
+            elif isinstance(result, LabelPrediction):
+                loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+            else:
+                loss = nn.functional.nll_loss(logits, labels)
         if prediction_loss_only:
             return loss, None, None
         return loss, logits, labels
@@ -453,6 +523,20 @@ class BayesTrainerMixin(_Base):
             return
         size = self.decoupled_kl.step(self._lr_factor(), step=self.state.global_step)
         self._last_size = size if self._given_schedule is None else size * self.kl_weight
+
+
+def _depends_on(loss: Tensor, leaf: Tensor) -> bool:
+    """Whether a leaf is in the graph of a loss; nothing is computed and no hook runs."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
 
 
 class _AfterOptimizerStep(TrainerCallback):
