@@ -369,6 +369,14 @@ def build_info() -> dict[str, str]:
     return json.loads(ops.build_info())
 
 
+def constant_when_traced(function: Callable[..., Any]) -> None:
+    """Let torch.compile call `function` while it traces, and take the result as a constant.
+
+    What torch.compiler.assume_constant_result does, without importing torch._dynamo for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def require_device(op: str, t: Tensor) -> None:
     """Refuse devices for which no kernel exists, with one clear line."""
     if t.device.type == "cpu":

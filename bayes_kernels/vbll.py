@@ -52,10 +52,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from . import functional, random
-from .functional.arguments import no_autocast, outside_autocast
+from . import functional, random, reference
+from .functional.arguments import backward_of, no_autocast, transformed
 from .random import check_key
 
 COVARIANCES = ("dense", "diagonal", "low_rank")
@@ -143,6 +142,15 @@ def _unpack_columns(packed: Tensor, starts: Tensor, width: int) -> Tensor:
     return block
 
 
+def _triangular_variance(phi: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_TriangularVariance` computes, of all triangles at once."""
+    square = unpack_tril(packed)
+    logs = square.diagonal(dim1=-2, dim2=-1)
+    square = square.tril(-1) + torch.diag_embed(logs.exp())
+    variance = torch.einsum("bi,cij->bcj", phi, square).square().sum(-1)
+    return variance, square.square().sum((-2, -1)), 2 * logs.sum(-1)
+
+
 class _TriangularVariance(torch.autograd.Function):
     """v (B, C) = ||T_c' phi||^2, trace (C,) = ||T_c||_F^2, logdet (C,) = logdet T_c T_c'."""
 
@@ -164,8 +172,7 @@ class _TriangularVariance(torch.autograd.Function):
         return variance, trace, 2 * logs.sum(1)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @backward_of(_triangular_variance, 2)
     def backward(  # type: ignore[override]
         ctx: Any, dvariance: Tensor, dtrace: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -196,7 +203,17 @@ class _TriangularVariance(torch.autograd.Function):
         return dphi, dpacked
 
 
+def _packed_variance(phi: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (_triangular_variance if transformed() else _TriangularVariance.apply)(phi, packed)
+
+
 # --- diagonal and low rank ---------------------------------------------------------------------
+
+
+def _diagonal_variance(phi: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_DiagonalVariance` computes."""
+    variances = (2 * log_scale).exp()
+    return phi.square() @ variances.T, variances.sum(1), 2 * log_scale.sum(1)
 
 
 class _DiagonalVariance(torch.autograd.Function):
@@ -207,12 +224,10 @@ class _DiagonalVariance(torch.autograd.Function):
         ctx: Any, phi: Tensor, log_scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(phi, log_scale)
-        variances = (2 * log_scale).exp_()
-        return phi.square() @ variances.T, variances.sum(1), 2 * log_scale.sum(1)
+        return _diagonal_variance(phi, log_scale)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @backward_of(_diagonal_variance, 2)
     def backward(  # type: ignore[override]
         ctx: Any, dvariance: Tensor, dtrace: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -225,6 +240,21 @@ class _DiagonalVariance(torch.autograd.Function):
             dscale = torch.addmm(dtrace[:, None], dvariance.T, phi.square())
             dscale.mul_(variances).add_(dlogdet[:, None]).mul_(2)
         return dphi, dscale
+
+
+def _low_rank_variance(
+    phi: Tensor, factor: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_LowRankVariance` computes."""
+    variances = (2 * log_scale).exp()
+    projected = torch.einsum("bd,ckd->bck", phi, factor)
+    variance = projected.square().sum(2) + phi.square() @ variances.T
+    trace = variances.sum(1) + factor.square().sum((1, 2))
+    scaled = (factor * torch.exp(-log_scale)[:, None]).double()
+    identity = torch.eye(factor.shape[1], dtype=scaled.dtype, device=scaled.device)
+    root = torch.linalg.cholesky_ex(identity + scaled @ scaled.mT).L
+    logdet = root.diagonal(dim1=1, dim2=2).log().sum(1).to(phi.dtype)
+    return variance, trace, 2 * (log_scale.sum(1) + logdet)
 
 
 class _LowRankVariance(torch.autograd.Function):
@@ -255,8 +285,7 @@ class _LowRankVariance(torch.autograd.Function):
         return variance, trace, logdet
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @backward_of(_low_rank_variance, 3)
     def backward(  # type: ignore[override]
         ctx: Any, dvariance: Tensor, dtrace: Tensor, dlogdet: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -287,6 +316,12 @@ class _LowRankVariance(torch.autograd.Function):
 # --- bounds ------------------------------------------------------------------------------------
 
 
+def _jensen_bound(mean: Tensor, variance: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """What `_JensenBound` computes."""
+    chosen = mean.gather(1, labels[:, None]).squeeze(1)
+    return (chosen - (mean + variance / 2).logsumexp(1)).masked_fill(~counted, 0.0)
+
+
 class _JensenBound(torch.autograd.Function):
     """mean_y - logsumexp(mean + v / 2) for each row; 0 where the label is not counted."""
 
@@ -294,24 +329,39 @@ class _JensenBound(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, mean: Tensor, variance: Tensor, labels: Tensor, counted: Tensor
     ) -> Tensor:
-        tilted = mean + variance / 2
-        normaliser = tilted.logsumexp(1)
-        chosen = mean.gather(1, labels[:, None]).squeeze(1)
-        ctx.save_for_backward((tilted - normaliser[:, None]).exp_(), labels, counted)
-        return (chosen - normaliser).masked_fill(~counted, 0.0)
+        ctx.save_for_backward(mean, variance, labels, counted)
+        return _jensen_bound(mean, variance, labels, counted)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @backward_of(_jensen_bound, 4)
     def backward(  # type: ignore[override]
         ctx: Any, dbound: Tensor
     ) -> tuple[Tensor | None, ...]:
-        tilted, labels, counted = ctx.saved_tensors
+        mean, variance, labels, counted = ctx.saved_tensors
         weight = dbound.masked_fill(~counted, 0.0)[:, None]
-        dmean = tilted * -weight
+        dmean = (mean + variance / 2).softmax(1).mul_(-weight)
         dvariance = dmean / 2
         dmean.scatter_add_(1, labels[:, None], weight)
         return dmean, dvariance, None, None
+
+
+def _monte_carlo_bound(
+    mean: Tensor,
+    variance: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    key: Tensor,
+    n_samples: int,
+    antithetic: bool,
+) -> Tensor:
+    """What `_MonteCarloBound` computes, for torch.func."""
+    values = []
+    for sample in range(n_samples // 2 if antithetic else n_samples):
+        noise = reference.normal(reference.fold_in(key, sample), tuple(mean.shape)).to(mean.dtype)
+        for eps in (noise, -noise) if antithetic else (noise,):
+            logs = torch.addcmul(mean, variance.sqrt(), eps).log_softmax(1)
+            values.append(logs.gather(1, labels[:, None]).squeeze(1))
+    return torch.stack(values).mean(0).masked_fill(~counted, 0.0)
 
 
 class _MonteCarloBound(torch.autograd.Function):
@@ -348,11 +398,14 @@ class _MonteCarloBound(torch.autograd.Function):
         return (value / n_samples).masked_fill(~counted, 0.0)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
     def backward(  # type: ignore[override]
         ctx: Any, dbound: Tensor
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: what is kept has no derivatives
+            raise RuntimeError(
+                "VBLL: second derivatives must be those of bound='jensen', got bound='mc'; use "
+                "'jensen', or torch.func, which keeps every sample"
+            )
         dmean, dvariance, counted = ctx.saved_tensors
         weight = dbound.masked_fill(~counted, 0.0)[:, None]
         return dmean * weight, dvariance * weight, None, None, None, None, None
@@ -605,12 +658,14 @@ class _LastLayer(nn.Module):
     def _weight_variance(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """phi' S_c phi (B, C), trace S_c (C,), logdet S_c (C,)."""
         if self.scale_tril is not None:
-            return _TriangularVariance.apply(phi, self.scale_tril.to(phi.dtype))
+            return _packed_variance(phi, self.scale_tril.to(phi.dtype))
         assert self.log_scale is not None
         log_scale = self.log_scale.to(phi.dtype)
         if self.factor is not None:
-            return _LowRankVariance.apply(phi, self.factor.to(phi.dtype), log_scale)
-        return _DiagonalVariance.apply(phi, log_scale)
+            low_rank = _low_rank_variance if transformed() else _LowRankVariance.apply
+            return low_rank(phi, self.factor.to(phi.dtype), log_scale)
+        diagonal = _diagonal_variance if transformed() else _DiagonalVariance.apply
+        return diagonal(phi, log_scale)
 
     def _add_noise(self, variance: Tensor) -> Tensor:
         variance = variance.clamp_min(MIN_VARIANCE)
@@ -830,12 +885,12 @@ class VBLLClassification(_LastLayer):
         else:
             packed = self.laplace_tril.to(phi.dtype)
             if self.laplace_basis is None or self.laplace_variance is None:
-                variance, trace, logdet = _TriangularVariance.apply(phi, packed)
+                variance, trace, logdet = _packed_variance(phi, packed)
             else:
                 basis = self.laplace_basis.to(phi.dtype)
                 inside = phi @ basis.T
                 outside = (phi - inside @ basis).square().sum(1, keepdim=True)
-                variance, trace, logdet = _TriangularVariance.apply(inside, packed)
+                variance, trace, logdet = _packed_variance(inside, packed)
                 variance = variance + outside * self.laplace_variance.to(phi.dtype)
         return self._mean(phi), self._add_noise(variance), trace, logdet
 
@@ -991,8 +1046,10 @@ class VBLLClassification(_LastLayer):
         key: Tensor | None,
     ) -> Tensor:
         if bound == "jensen":
-            return _JensenBound.apply(mean, variance, targets, counted)
-        return _MonteCarloBound.apply(mean, variance, targets, counted, key, n_samples, antithetic)
+            jensen = _jensen_bound if transformed() else _JensenBound.apply
+            return jensen(mean, variance, targets, counted)
+        sampled = _monte_carlo_bound if transformed() else _MonteCarloBound.apply
+        return sampled(mean, variance, targets, counted, key, n_samples, antithetic)
 
     def _check_bound(
         self, op: str, bound: str, n_samples: int, antithetic: bool, key: Tensor | None

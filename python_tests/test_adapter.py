@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import subprocess
@@ -780,14 +781,6 @@ def test_gradcheck_scaled_and_core():
     assert torch.autograd.gradcheck(F.core_lora, (x, a, core, b, base))
 
 
-def test_forward_mode_is_refused_rather_than_zero():
-    x, a, b = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(lambda t: F.lora(x, t, b), (a,), (torch.ones_like(a),))
-    with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
-        F.lora(x, torch.autograd.forward_ad.make_dual(a, torch.ones_like(a)), b)
-
-
 def test_changed_key_is_refused_in_backward(device):
     parts = make(device, (4, 8, 3, 2), torch.float32)
     key = random.key(0, device.torch)
@@ -813,6 +806,82 @@ def test_autocast_takes_x_in_the_autocast_dtype():
     assert torch.equal(y, expected)
     y.float().sum().backward()
     assert parts["mean"].grad.dtype == torch.float32 and parts["x"].grad.dtype == torch.float32
+
+
+def forms(parts, key):
+    """Every adapter of these parts: functions of x and base, and the names of their factors."""
+    mean, rho, b = (parts[k] for k in ("mean", "rho", "b"))
+    r = mean.shape[0]
+    core = torch.randn(r, r, generator=torch.Generator().manual_seed(4)).to(mean)
+    return {
+        "lora": lambda x, base: F.lora(x, mean, b, base, key=key, dropout=0.2),
+        "token": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key),
+        "none": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key, scope="none"),
+        "scaled": lambda x, base: F.scaled_lora(x, mean, core[0], b, base),
+        "core": lambda x, base: F.core_lora(x, mean, core, b, base),
+    }
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("form", ["lora", "token", "none", "scaled", "core"])
+@pytest.mark.parametrize("rank", [4, 65])
+@pytest.mark.parametrize("autocast", HALVES, ids=str)
+def test_autocast_is_the_call_with_x_in_its_dtype(device, form, rank, autocast):
+    """Of fp32, bf16 and fp16 inputs, with and without base; backward within autocast or outside."""
+    parts = make(device, (6, 40, 12, rank), torch.float32)
+    key, factors = random.key(0, device.torch), ("mean", "b")
+    run = forms(parts, key)[form]
+    for given, base_dtype in itertools.product(
+        [torch.float32, *HALVES], [None, torch.float32, *HALVES]
+    ):
+        x = parts["x"].detach().to(given)
+        base = None if base_dtype is None else parts["base"].detach().to(base_dtype)
+        with torch.autocast(device.torch.type, dtype=autocast):
+            y = run(x, base)
+            inside = torch.autograd.grad(
+                y.float().square().sum(), [parts[k] for k in factors], retain_graph=True
+            )
+        assert y.dtype == (base_dtype or autocast)
+        expected = run(x.to(autocast), base)
+        assert torch.equal(y, expected)
+        outside = gradients_of_squares(expected, parts, factors)
+        if rank <= 64:  # the products of larger ranks are PyTorch's, in backward as well
+            assert all(torch.equal(*pair) for pair in zip(inside, outside, strict=True))
+
+
+def gradients_of_squares(y, parts, names):
+    return torch.autograd.grad(y.float().square().sum(), [parts[k] for k in names])
+
+
+@pytest.mark.parametrize("form", ["lora", "token", "none", "scaled", "core"])
+@pytest.mark.parametrize("base_dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_single_precision_x_beside_a_half_precision_base(
+    device, monkeypatch, form, base_dtype, tokens
+):
+    """Gradients are those of fp32: half is what base and y are rounded to, nothing else."""
+    shape = (tokens, 136, 40, 8)
+    names = ["x", "mean", "b"]
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        parts = make(device, shape, torch.float32)
+        if dtype == torch.float64:
+            parts = clone_as({k: v.cpu() for k, v in parts.items()}, dtype)
+            monkeypatch.setattr(_library, "ops", torch.ops.bayes_kernels)
+        base, dy = (parts[k].detach().to(base_dtype) for k in ("base", "dy"))
+        base, dy = (base, dy) if dtype == torch.float32 else (base.double(), dy.double())
+        y = forms(parts, random.key(0, base.device))[form](parts["x"], base)
+        found[dtype] = [y, *torch.autograd.grad(y, [parts[k] for k in names], dy)]
+    value, *grads = found[torch.float32]
+    truth, *true_grads = found[torch.float64]
+    assert value.dtype == base_dtype
+    eps = torch.finfo(base_dtype).eps
+    assert (value.double().cpu() - truth).abs().max() <= eps * truth.abs().max()
+    for name, ours, exact in zip(names, grads, true_grads, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double().cpu() - exact).norm() <= 2e-6 * exact.norm(), name
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

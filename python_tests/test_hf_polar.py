@@ -533,6 +533,14 @@ def test_training(stiefel: str, config: Any, tmp_path: Path) -> None:
         assert "kl" not in log[0]
 
 
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_trains_under_autocast(core: str, config: Any, tmp_path: Path) -> None:
+    model = wrap(bert_base(), config, core=core)
+    fit(model, tmp_path, max_steps=2, bf16=True)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_trains_causal_models_and_evaluates(tmp_path: Path) -> None:
     model = wrap(llama_base(), PolarVbllConfig, kl_weight=0.1)
     trainer = BayesTrainer(

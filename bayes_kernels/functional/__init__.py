@@ -4,7 +4,8 @@ Shapes: x (..., n) activations; a, mean (r, n) and b (m, r) low-rank factors; ba
 of the frozen layer. Dtypes: activations fp32, bf16, fp16 (fp64 on the CPU); factors and variances are
 fp32 (fp64 beside fp64 activations) and are converted to that where they are not. The result has the
 dtype of `base`, or of x without one. Under autocast x is taken in the autocast dtype, factors stay
-fp32. First derivatives only.
+fp32. Derivatives are fused in reverse mode; second derivatives, forward mode and torch.func take the
+definitions of `bayes_kernels.reference`, slower.
 Tall matrices (Stiefel parameters) are fp32 in lists, changed in place and without derivatives.
 
 Cost of a call with T tokens: x is read once, base read once and y written once; forward keeps x, h

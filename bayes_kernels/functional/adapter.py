@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _library, reference
 from .._library import MAX_FUSED_RANK
@@ -24,6 +23,9 @@ from .arguments import (
     check_double_on_cpu,
     check_factor,
     check_same_device,
+    no_autocast,
+    second_order,
+    transformed,
 )
 from .noise import SCOPES, STDS, Noise, dense_noise, group_ids, group_size, keep_mask
 
@@ -69,13 +71,6 @@ def lora(
     x = autocast_input(x)
     _check(op, x, a, b, base, dropout, key)
     noise = Noise(key, stream, row0, dropout=dropout)
-    if a.shape[0] > MAX_FUSED_RANK:
-        keep = keep_mask(x, noise)
-        x_kept = x.to(accumulate_dtype(x))
-        if keep is not None:
-            x_kept = reference.dropped(x_kept, keep.reshape(x.shape), dropout)
-        a, b = _factors(x, a, b)
-        return _cast_base(reference.lora(x_kept, a, b, scaling=scaling), base, x)
     return _adapter(x, a, b, base, noise=noise, scaling=scaling)
 
 
@@ -158,19 +153,6 @@ def flipout_lora(
     rows_per_id = group_size(op, x, scope, rows_per_group)
     noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
     flipped = scope != "none" or ids is not None
-    if r > MAX_FUSED_RANK:
-        mean, rho, b = _factors(x, mean, rho, b)
-        y = reference.flipout_lora(
-            x.to(accumulate_dtype(x)),
-            mean,
-            rho,
-            b,
-            scaling=scaling,
-            noise=dense_noise(x, r, noise, signs=flipped),
-            std=std,
-            dropout=dropout,
-        )
-        return _cast_base(y, base, x)
     kind = "flipped" if flipped else "shared"
     return _adapter(x, mean, b, base, rho=rho, noise=noise, scaling=scaling, std=std, kind=kind)
 
@@ -215,16 +197,10 @@ def scaled_lora(
             f"{op}: groups must be given exactly when d is (G, r), got d of shape {tuple(d.shape)}"
         )
     check_factor(op, "d", d, x)
-    acc = accumulate_dtype(x)
-    middle = d.to(acc)
+    middle = d.to(accumulate_dtype(x))
     if groups is not None:
         ids = group_ids(op, groups, x)
         middle = middle.index_select(0, ids)  # type: ignore[arg-type]
-    if r > MAX_FUSED_RANK:
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        a, b = _factors(x, a, b)
-        y = (((rows.to(acc) @ a.T) * middle) @ b.T * scaling).reshape(*x.shape[:-1], b.shape[0])
-        return _cast_base(y, base, x)
     return _adapter(x, a, b, base, middle=middle, scaling=scaling, kind="scaled")
 
 
@@ -262,11 +238,7 @@ def core_lora(
     if tuple(core.shape) != (r, r):
         raise ValueError(f"{op}: core must have shape ({r}, {r}), got {tuple(core.shape)}")
     check_factor(op, "core", core, x)
-    acc = accumulate_dtype(x)
-    core = core.to(acc)
-    if r > MAX_FUSED_RANK:
-        a, b = _factors(x, a, b)
-        return _cast_base(reference.core_lora(x.to(acc), a, core, b, scaling=scaling), base, x)
+    core = core.to(accumulate_dtype(x))
     return _adapter(x, a, b, base, middle=core, scaling=scaling, kind="core")
 
 
@@ -353,32 +325,19 @@ def _infer(
         or not _is_stored_float(a)
         or not _is_stored_float(b)
         or not (rho is None or _is_stored_float(rho))
+        or not _library.has_kernels(x)
         or _needs_gradient(x, a, rho, b, base)
+        or transformed()
     ):
         return None
     try:
         return _library.ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling, True)[0]
-    except NotImplementedError:  # a device that has no kernels
+    except RuntimeError:  # the caller says what does not fit, or meets the same error
         return None
-    except RuntimeError as error:
-        text = str(error)  # of the dispatcher or the op's checks, or of a kernel or the allocator
-        refused = any(word in text for word in (" must ", " is needed "))
-        if "adapter_forward() " in text or ("adapter_forward: " in text and refused):
-            return None
-        raise
 
 
 def _is_stored_float(factor: Tensor) -> bool:
-    return factor.dtype == torch.float32 and not factor.is_meta
-
-
-def _factors(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    acc = accumulate_dtype(x)
-    return tuple(f if f.dtype == acc else f.to(acc) for f in factors)
-
-
-def _cast_base(y: Tensor, base: Tensor | None, x: Tensor) -> Tensor:
-    return y.to(x.dtype) if base is None else base + y.to(base.dtype)
+    return isinstance(factor, Tensor) and factor.dtype == torch.float32 and not factor.is_meta
 
 
 def _adapter(
@@ -394,7 +353,7 @@ def _adapter(
     std: str = "",
     kind: str = "plain",
 ) -> Tensor:
-    """The fused path: checked arguments of any leading shape. `kind` as in `_Adapter`."""
+    """Checked arguments of any leading shape, on the path that takes them. `kind` as in `_Adapter`."""
     acc = accumulate_dtype(x)
     if a.dtype != acc:
         a = a.to(acc)
@@ -407,29 +366,53 @@ def _adapter(
     tokens = math.prod(shape[:-1])
     rows = x if x.dim() == 2 else x.reshape(tokens, shape[-1])
     base_rows = base if base is None or base.dim() == 2 else base.reshape(tokens, m)
-    if _needs_gradient(x, a, rho, middle, b, base):
-        y = _Adapter.apply(rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
+    arguments = (rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
+    if a.shape[0] > MAX_FUSED_RANK or not _library.has_kernels(x) or transformed():
+        update = _update(rows, a, rho, middle, b, noise, scaling, std, kind)
+        y = update.to(x.dtype) if base is None else (base_rows.to(acc) + update).to(base.dtype)
+    elif _needs_gradient(x, a, rho, middle, b, base):
+        y = _Adapter.apply(*arguments)
     else:
-        y, _ = _shrink_expand(rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
+        y, _ = _shrink_expand(*arguments)
     return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd's function has to be called; inference is faster without it.
+def _update(
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    middle: Tensor | None,
+    b: Tensor,
+    noise: Noise,
+    scaling: float,
+    std: str,
+    kind: str,
+) -> Tensor:
+    """What is added to base, in PyTorch's own operations and on materialised noise.
 
-    Also under forward-mode differentiation and torch.func transforms, which it refuses with a clear
-    error; the raw ops would silently drop the tangents.
+    For ranks above 64, devices without kernels, second derivatives and torch.func.
     """
+    with no_autocast(x):
+        wide = x.to(accumulate_dtype(x))
+        if rho is None:
+            h = reference.dropped(wide, keep_mask(x, noise), noise.dropout) @ a.T
+        else:
+            drawn = dense_noise(x, a.shape[0], noise, signs=kind == "flipped")
+            h = reference.flipout_rank(wide, a, rho, drawn, std, noise.dropout)
+        if kind == "scaled":
+            h = h * middle
+        elif kind == "core":
+            h = h @ middle.T  # type: ignore[union-attr]
+        return (h @ b.T) * scaling
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd's function has to be called; inference is faster without it."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    return False
 
 
 def _shrink_expand(
@@ -482,20 +465,29 @@ class _Adapter(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ops = _library.ops
         x, a, rho, middle, b, h, key, ids = ctx.saved_tensors
         noise = ctx.noise._replace(key=key, ids=ids)
         scaling, std, kind = ctx.options
         need_x, need_a, need_rho, need_middle, need_b, need_base = ctx.needs_input_grad[:6]
+        dbase = dy if need_base else None
+        if torch.is_grad_enabled() or transformed():
+            found = second_order(
+                lambda *tensors: _update(*tensors, noise, scaling, std, kind),
+                (x, a, rho, middle, b),
+                dy.to(h.dtype),
+            )
+            return *found, dbase, None, None, None, None
+        if x.dtype == h.dtype:
+            dy = dy.to(h.dtype)  # kernels of a half-precision dy round their operands
         if kind in _WHOLE:
             found = ops.adapter_backward(
                 dy, x, a, rho, b, h, *noise, std, scaling, need_x, need_a, need_rho, need_b
             )
             needed = (need_x, need_a, need_rho, need_b)
             dx, da, drho, db = (g if n else None for g, n in zip(found, needed, strict=True))
-            return dx, da, drho, None, db, dy if need_base else None, None, None, None, None
+            return dx, da, drho, None, db, dbase, None, None, None, None
         need_h = need_x or need_a or need_rho or need_middle
         dx = da = drho = dmiddle = db = None
         if need_h or need_b:
@@ -510,8 +502,8 @@ class _Adapter(torch.autograd.Function):
             )
             dmiddle = found if need_middle else None
         elif need_middle:
-            product = dh * h
-            dmiddle = product.sum(0) if middle.dim() == 1 else product
+            terms = dh * h
+            dmiddle = terms.sum(0) if middle.dim() == 1 else terms
         if need_x or need_a or need_rho:
             if kind == "scaled":
                 dh = dh * middle
@@ -524,7 +516,6 @@ class _Adapter(torch.autograd.Function):
                 drho = ops.scaled_normal_backward(da, rho, key, noise.stream, std)
             dx = dx if need_x else None
             da = da if need_a else None
-        dbase = dy if need_base else None
         return dx, da, drho, dmiddle, db, dbase, None, None, None, None
 
 
@@ -538,8 +529,6 @@ def _drawn_factor(a: Tensor, rho: Tensor | None, noise: Noise, std: str, kind: s
 def _apply_middle(h: Tensor, middle: Tensor | None, kind: str) -> Tensor:
     if kind == "scaled":
         return h * middle  # type: ignore[operator]
-    if (
-        kind == "core"
-    ):  # by our kernel: a product of PyTorch's differs in bits between thread counts
+    if kind == "core":  # PyTorch's product differs in bits between thread counts
         return _library.ops.adapter_shrink(h, middle, None, *Noise())
     return h

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import _library
+
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 T = TypeVar("T")
@@ -22,9 +24,11 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def autocast_input(x: Tensor) -> Tensor:
     """x in the autocast dtype, where autocast is on."""
     device = x.device.type
-    if device not in ("cpu", "cuda"):
-        return x  # refused by the checks, with a clear line
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if (
+        x.dtype in ACTIVATIONS[:3]
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -34,15 +38,65 @@ def no_autocast(t: Tensor) -> torch.autocast:
     return torch.autocast(t.device.type, enabled=False)
 
 
-def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Products of a backward pass that is run within autocast stay in the dtype of their operands."""
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way.
 
-    @wraps(backward)
-    def run(ctx: Any, first: Tensor, *rest: Tensor) -> Any:
-        with no_autocast(first):
-            return backward(ctx, first, *rest)
+    The kernels have no rules for those: raw ops would drop tangents in silence.
+    """
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
-    return run
+
+_library.constant_when_traced(transformed)
+
+
+def second_order(
+    definition: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    gradients: Tensor | Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of definition(*inputs) that can be differentiated again; None where none is needed.
+
+    For backward passes of a graph that is itself differentiated (`create_graph=True`).
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: each derivative is a partial one, also where an input was made from another.
+        own = [t if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t in own if t is not None and t.requires_grad]
+        outputs = definition(*own)
+        found = torch.autograd.grad(
+            outputs, wanted, gradients, create_graph=again, allow_unused=True
+        )
+    left = iter(found)
+    return tuple(next(left) if t is not None and t.requires_grad else None for t in own)
+
+
+def backward_of(
+    definition: Callable[..., Any], inputs: int
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of `backward`: outside autocast, and with derivatives of its own.
+
+    Args:
+        definition: what `forward` computes, in PyTorch's own operations, of its first arguments. It
+            gives the gradients of a graph that is itself differentiated (`create_graph=True`).
+        inputs: how many arguments that are; `forward` saves them first.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def run(ctx: Any, *gradients: Tensor) -> Any:
+            with no_autocast(gradients[0]):
+                if torch.is_grad_enabled() or transformed():
+                    found = second_order(definition, ctx.saved_tensors[:inputs], gradients)
+                    return (*found, *(None for _ in ctx.needs_input_grad[inputs:]))
+                return backward(ctx, *gradients)
+
+        return run
+
+    return decorate
 
 
 def as_list(items: Tensor | Sequence[T]) -> list[Any]:

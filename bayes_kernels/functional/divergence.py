@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import _library
-from .arguments import as_list, check_choice
+from .. import _library, reference
+from .arguments import as_list, check_choice, second_order, transformed
 from .noise import STDS
 
 
@@ -47,7 +46,18 @@ def gaussian_kl(
     """
     op = "gaussian_kl"
     mean_list, rho_list, priors = check_divergence(op, means, rhos, prior_std, std, direction)
-    return _GaussianKL.apply(priors, std, direction, len(mean_list), *mean_list, *rho_list)
+    tensors = [t.contiguous() for t in (*mean_list, *rho_list)]
+    if transformed() or not _library.has_kernels(tensors[0]):
+        return _definition(priors, std, direction, tensors)
+    return _GaussianKL.apply(priors, std, direction, *tensors)
+
+
+def _definition(priors: list[float], std: str, direction: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The divergence of means, then rhos, in PyTorch's own operations, summed in fp64."""
+    prior_std = priors[0] if len(priors) == 1 else priors
+    means, rhos = _halves([t.double() for t in tensors])
+    found = reference.gaussian_kl(means, rhos, prior_std, std=std, direction=direction)
+    return found.to(tensors[0])
 
 
 def check_divergence(
@@ -104,20 +114,24 @@ def check_divergence(
 class _GaussianKL(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, priors: list[float], std: str, direction: str, count: int, *tensors: Tensor
+        ctx: Any, priors: list[float], std: str, direction: str, *tensors: Tensor
     ) -> Tensor:
-        tensors = tuple(t.contiguous() for t in tensors)
-        means, rhos = list(tensors[:count]), list(tensors[count:])
+        means, rhos = _halves(tensors)
         ctx.save_for_backward(*tensors)
-        ctx.options = (priors, std, direction, count)
+        ctx.options = (priors, std, direction)
         return _library.ops.gaussian_kl(means, rhos, priors, std, direction).to(means[0].dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        priors, std, direction, count = ctx.options
         tensors = ctx.saved_tensors
-        dmeans, drhos = _library.ops.gaussian_kl_backward(
-            weight, list(tensors[:count]), list(tensors[count:]), priors, std, direction
-        )
-        return (None, None, None, None, *dmeans, *drhos)
+        if torch.is_grad_enabled() or transformed():
+            found = second_order(lambda *t: _definition(*ctx.options, t), tensors, weight)
+            return (None, None, None, *found)
+        means, rhos = _halves(tensors)
+        dmeans, drhos = _library.ops.gaussian_kl_backward(weight, means, rhos, *ctx.options)
+        return (None, None, None, *dmeans, *drhos)
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    count = len(tensors) // 2
+    return list(tensors[:count]), list(tensors[count:])

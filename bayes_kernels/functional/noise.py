@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _library, reference
-from .arguments import accumulate_dtype
+from .. import random, reference
+from .arguments import accumulate_dtype, transformed
 
 SCOPES = ("token", "example", "none")
 STDS = ("square", "softplus", "direct")
@@ -75,24 +75,36 @@ def keep_mask(x: Tensor, noise: Noise) -> Tensor | None:
     """The dropout mask (tokens, n) of a call; None without dropout."""
     if noise.dropout == 0.0:
         return None
+    assert noise.key is not None
     first = noise.row0 * noise.rows_per_id
     rows, n = math.prod(x.shape[:-1]), x.shape[-1]
-    return _library.ops.dropout_mask(noise.key, noise.stream, rows, n, first, noise.dropout)
+    made = reference if transformed() else random
+    return made.dropout_mask(noise.key, rows, n, noise.dropout, stream=noise.stream, row0=first)
 
 
 def dense_noise(x: Tensor, r: int, noise: Noise, *, signs: bool) -> reference.DenseNoise:
-    """The noise of a call as tensors, from the dump ops; without `signs` these are one."""
-    ops, acc = _library.ops, accumulate_dtype(x)
+    """The noise of a call as tensors; without `signs` these are one."""
+    made, acc = reference if transformed() else random, accumulate_dtype(x)
     rows, n = math.prod(x.shape[:-1]), x.shape[-1]
+    key, stream, row0, rows_per_id, ids, _ = noise
+    assert key is not None
 
     def drawn(output: bool, columns: int) -> Tensor:
         if not signs:
             return x.new_ones((), dtype=acc)
-        key, stream, row0, rows_per_id, ids, _ = noise
-        return ops.sign_bits(key, stream, output, rows, columns, row0, rows_per_id, ids).to(acc)
+        return made.sign_bits(
+            key,
+            rows,
+            columns,
+            stream=stream,
+            output=output,
+            row0=row0,
+            rows_per_id=rows_per_id,
+            ids=ids,
+        ).to(acc)
 
     return reference.DenseNoise(
-        eps=ops.normal(noise.key, noise.stream, [r, n]).to(acc),
+        eps=made.normal(key, (r, n), stream=stream).to(acc),
         r_in=drawn(False, n),
         r_out=drawn(True, r),
         keep=keep_mask(x, noise),

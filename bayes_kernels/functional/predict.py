@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from numpy.polynomial import hermite
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _library, reference
 from .._library import MAX_FUSED_CLASSES
@@ -17,11 +16,12 @@ from ..random import check_key
 from .arguments import (
     ACTIVATIONS,
     accumulate_dtype,
+    backward_of,
     check_choice,
     check_double_on_cpu,
     check_factor,
     check_same_device,
-    outside_autocast,
+    transformed,
 )
 
 PREDICT_METHODS = ("mc", "quadrature", "probit", "bridge")
@@ -276,7 +276,8 @@ def linear_logits(
         elif covariance == "diagonal":
             var = phi.square() @ weight_scale.to(acc).square().T  # type: ignore[union-attr]
         else:
-            var = _TriangularForm.apply(phi, weight_scale.to(acc))  # type: ignore[union-attr]
+            form = _triangular_form if transformed() else _TriangularForm.apply
+            var = form(phi, weight_scale.to(acc))  # type: ignore[union-attr]
         if noise_var is not None:
             var = var + (noise_var.to(acc) if isinstance(noise_var, Tensor) else noise_var)
     return mean, var
@@ -533,18 +534,21 @@ def _bridge(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     return McPrediction(log_probs, _entropy(log_probs), expected)
 
 
+def _triangular_form(phi: Tensor, lower: Tensor) -> Tensor:
+    forms = [(phi @ _triangle(t, phi)).square().sum(1) for t in lower.unbind(0)]
+    return torch.stack(forms, 1) if forms else phi.new_empty(phi.shape[0], 0)
+
+
 class _TriangularForm(torch.autograd.Function):
     """|L_c^T phi_b|^2 for every example and class, one class at a time in both directions."""
 
     @staticmethod
     def forward(ctx: Any, phi: Tensor, lower: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(phi, lower)
-        forms = [(phi @ _triangle(t, phi)).square().sum(1) for t in lower.unbind(0)]
-        return torch.stack(forms, 1) if forms else phi.new_empty(phi.shape[0], 0)
+        return _triangular_form(phi, lower)
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
+    @backward_of(_triangular_form, 2)
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         phi, lower = ctx.saved_tensors
         dphi = torch.zeros_like(phi) if ctx.needs_input_grad[0] else None
