@@ -51,9 +51,11 @@ setup: $(VENV)/.library
 demo: $(VENV)/.library
 	$(PY) -m bayes_kernels demo --overwrite $(ARGS)
 
-# One thread for each worker: the machine's cores are used by running test files side by side.
+# One thread for each worker: the machine's cores are used by running test files side by side. The ops are
+# tested on every CPU path that the processor has; not so where ARGS choose tests.
 test: $(VENV)/.testing
 	$(PY) -m bayes_kernels
+	$(if $(ARGS),,OMP_NUM_THREADS=1 $(PY) python_tests/cpu_paths.py -n $(JOBS))
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # All families, a few cases of each: under five minutes on a machine left alone. ARGS="adapter --vs compiled"

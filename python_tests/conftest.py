@@ -2,8 +2,9 @@
 
 `device` runs a test on the CPU kernels, on the emulated CUDA kernels ("sim", where the emulator
 library is built) and on a real GPU ("cuda", where there is one). FAIL_WITHOUT_CUDA=1 turns a skip for
-lack of a GPU into a failure. BAYES_KERNELS_DATA and BAYES_KERNELS_MODELS name folders with real data
-sets and small real models; tests that need them skip where they are absent.
+lack of a GPU into a failure; `--device cpu` leaves the others out. BAYES_KERNELS_DATA and
+BAYES_KERNELS_MODELS name folders with real data sets and small real models; tests that need them skip
+where they are absent.
 """
 
 from __future__ import annotations
@@ -22,6 +23,37 @@ import bayes_kernels as bk
 from bayes_kernels import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=("cpu", "sim", "cuda"), help="the only device of tests that take one"
+    )
+
+
+def pytest_configure() -> None:
+    wanted = os.environ.get("BAYES_KERNELS_CPU")
+    if wanted and _library.problem is None and bk.build_info()["cpu_path"] != wanted:
+        raise pytest.UsageError(
+            f"BAYES_KERNELS_CPU={wanted}: the kernels are those of {bk.build_info()['cpu_path']}; "
+            "name a path that the processor has"
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    only = config.getoption("--device")
+    if only is None:
+        return
+    others = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("device", only) != only
+    ]
+    config.hook.pytest_deselected(items=others)
+    left = set(map(id, others))
+    items[:] = [item for item in items if id(item) not in left]
 
 
 def pytest_report_header() -> list[str]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import cpu_paths
 import pytest
 
 import bayes_kernels as bk
@@ -126,6 +127,13 @@ def test_cpu_path_can_be_lowered(wanted: str):
     )
     order = ["baseline", "avx2", "avx512"]
     assert order.index(result.stdout.strip()) <= order.index(wanted)
+
+
+def test_every_cpu_kernel_is_tested_on_every_path():
+    sources = cpu_paths.HERE.parent.glob("csrc/*_cpu.cpp")
+    families = {path.name.removesuffix("_cpu.cpp").replace("noise", "random") for path in sources}
+    assert families <= {path.stem.removeprefix("test_") for path in cpu_paths.FILES} and families
+    assert all(path.is_file() for path in cpu_paths.FILES)
 
 
 def test_unknown_names_raise_attribute_error():
