@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import functional, random, reference
@@ -95,7 +96,8 @@ def linear_layers(
         bias: whether biases that require a gradient (or, with names, all) get a block of their own.
 
     Raises:
-        ValueError: no layer, or a name that is no linear layer.
+        ValueError: no layer, a name that is no linear layer, or a weight that is computed from other
+            parameters (parametrisations, `weight_norm`, pruning), which no draw could change.
     """
     modules = dict(model.named_modules())
     if isinstance(names, str):
@@ -112,9 +114,7 @@ def linear_layers(
                     f"({type(modules[name]).__name__ if name in modules else 'no such module'})"
                 )
     else:
-        chosen = [
-            n for n, m in modules.items() if isinstance(m, nn.Linear) and m.weight.requires_grad
-        ]
+        chosen = [n for n, m in modules.items() if isinstance(m, nn.Linear) and _trains(m)]
     if not chosen:
         raise ValueError(
             f"linear_layers: the model must have nn.Linear modules that match, got names={names!r}; "
@@ -123,12 +123,33 @@ def linear_layers(
     layers = []
     for name in chosen:
         module: Any = modules[name]
+        _refuse_computed(name, module, "weight")
         layers.append(Layer(f"{name}.weight", module, module.weight))
         if bias and module.bias is not None and (names is not None or module.bias.requires_grad):
+            _refuse_computed(name, module, "bias")
             layers.append(
                 Layer(f"{name}.bias", module, module.bias, lambda x: x.new_ones(*x.shape[:-1], 1))
             )
     return layers
+
+
+def _trains(module: nn.Linear) -> bool:
+    """Whether the weight requires a gradient, or what it is computed from."""
+    if "weight" in module._parameters:
+        return module.weight.requires_grad
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _refuse_computed(name: str, module: nn.Module, kind: str) -> None:
+    """Raises where a module's weight or bias is made anew for each pass, from other parameters."""
+    if kind in module._parameters:
+        return
+    raise ValueError(
+        f"linear_layers: {kind} of {name} must be a parameter, got one that is computed for each pass "
+        "(weight_norm, spectral_norm, orthogonal, pruning or the like): draws of it would have no "
+        "effect; make it one (parametrize.remove_parametrizations, remove_weight_norm, prune.remove), "
+        "or leave the layer out with names=..."
+    )
 
 
 def lora_layers(
@@ -318,12 +339,24 @@ class _Tap(torch.autograd.Function):
         return dy, None, None, None, None
 
 
-Collector = Callable[[nn.Module, Tensor, Tensor], None]
+class _Collector:
+    """What `_watched` calls for each backward pass of a module; `called`: those that ran forward."""
+
+    def __init__(self) -> None:
+        self.called: set[nn.Module] = set()
+
+    def __call__(self, module: nn.Module, x: Tensor, dy: Tensor) -> None:
+        raise NotImplementedError
+
+
+def _first(args: Any, kwargs: Any) -> Any:
+    """A module's first argument."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @contextlib.contextmanager
 def _watched(
-    model: nn.Module, modules: Iterable[nn.Module], collect: Collector
+    model: nn.Module, modules: Iterable[nn.Module], collect: _Collector
 ) -> Iterator[Tensor]:
     """Eval mode, all parameters frozen, taps on the modules; everything restored at the end.
 
@@ -336,9 +369,10 @@ def _watched(
         anchor = torch.zeros((), requires_grad=True)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        collect.called.add(module)
         if not torch.is_grad_enabled():  # the forward pass of reentrant checkpointing
             return None
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = _first(args, kwargs)
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             raise ValueError(
                 f"Laplace: watched modules must take and return one tensor, got "
@@ -664,6 +698,7 @@ class Laplace:
                     f"Laplace: layer {layer.name} must have a floating-point weight (out, in) or "
                     f"bias (out,), got {layer.weight.dtype} of shape {tuple(layer.weight.shape)}"
                 )
+        self._check_places()
         self.rank, self.dense_below, self.buffer = rank, dense_below, buffer
         self.fisher, self.tokens, self.jacobian = fisher, tokens, jacobian
         self.mc_samples, self.seed = mc_samples, seed
@@ -680,6 +715,51 @@ class Laplace:
         self.n_examples = 0
         self.log_likelihood: float | None = None
         self.prior_precision = prior_precision  # type: ignore[assignment]
+
+    def _check_places(self) -> None:
+        """Refuses weights that are no parameters of the model, and one parameter in two layers."""
+        places: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for kind, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is not None:
+                    places.setdefault(id(value), []).append(f"{name}.{kind}".lstrip("."))
+        first: dict[int, str] = {}
+        for layer in self.layers:
+            where = places.get(id(layer.weight))
+            if where is None:
+                raise ValueError(
+                    f"Laplace: the weight of layer {layer.name} must be a parameter of the model, got "
+                    "a tensor that is computed or belongs to another model: draws of it would have "
+                    "no effect; leave the layer out"
+                )
+            other = first.setdefault(id(layer.weight), layer.name)
+            if other != layer.name:
+                raise ValueError(
+                    f"Laplace: layers must have weights of their own, got one parameter for {other} "
+                    f"and {layer.name}: it would need one posterior with both uses; leave them out, "
+                    "or give one of them a copy"
+                )
+        for layer in self.layers:
+            if len(where := places[id(layer.weight)]) > 1:
+                warnings.warn(
+                    f"Laplace: the weight of layer {layer.name} is also used as "
+                    f"{', '.join(w for w in where if w != layer.name)}: the posterior has the "
+                    "curvature of this layer alone, and draws of weights change both",
+                    stacklevel=3,
+                )
+
+    def _idle(self, module: nn.Module, called: Iterable[nn.Module]) -> str:
+        """What to say of a watched module that got no gradient."""
+        name = self.layers[self._sites[module][0]].name
+        if module in called:
+            return f"layer {name} must act on the logits, got no gradient for it; leave it out"
+        why = ""
+        if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+            why = " (nn.MultiheadAttention takes the weight of its out_proj without calling it)"
+        return (
+            f"layer {name} must be called in the forward pass, got a module that never was{why}; leave "
+            "it out of the layers"
+        )
 
     # --- options and batches -------------------------------------------------------------------
 
@@ -720,6 +800,39 @@ class Laplace:
         """The batch on the model's device, in at most `count` parts where it can be split."""
         parts = [batch] if self._split is None or count < 2 else self._split(batch, count)
         return map(self._prepare, parts)
+
+    @staticmethod
+    def _without_examples(batch: Any) -> bool:
+        """Whether all tensors of a batch that have a row for each example have none."""
+        named = (
+            batch.items()
+            if isinstance(batch, Mapping)
+            else enumerate(batch if isinstance(batch, (tuple, list)) else [batch])
+        )
+        sizes = [
+            value.shape[0]
+            for name, value in named
+            if isinstance(value, Tensor) and value.dim() and not is_shared(str(name), value)
+        ]
+        return bool(sizes) and not any(sizes)
+
+    def _where_not_finite(self, batch: Any) -> str:
+        """Which layer is the first to see or to give a NaN or an infinity."""
+        found: list[str] = []
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            for what, value in (("inputs", _first(args, kwargs)), ("outputs", output)):
+                if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                    found.append(f"{what} of {self.layers[self._sites[module][0]].name}")
+
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in self._sites]
+        try:
+            with torch.no_grad():
+                self._logits(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else "the logits, behind the last layer"
 
     def _logits(self, batch: Any) -> Tensor:
         if self._forward is not None:
@@ -793,12 +906,20 @@ class Laplace:
         log_likelihood, labelled = 0.0, True
         examples = 0
         collect = _Accumulator(self, sides)
+        errors = torch.zeros(())  # largest entry of any column
+        filled = (raw for raw in loader if not self._without_examples(raw))
         with _watched(self.model, self._sites, collect):
-            for batch in (part for raw in loader for part in self._parts(raw, 2)):
+            for batch in (part for raw in filled for part in self._parts(raw, 2)):
                 logits = self._logits(batch)
-                _require_gradient(logits)
+                self._require_gradient(logits, collect)
                 b, self._classes = logits.shape
                 wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+                if not bool(torch.isfinite(wide).all()):
+                    raise ValueError(
+                        f"Laplace.fit: logits must be finite, got NaN or infinity, first in "
+                        f"{self._where_not_finite(batch)} (examples {examples} to {examples + b - 1} "
+                        "of the loader); look at these inputs, or run the model in float32 or bfloat16"
+                    )
                 labels = self._labels_of(batch)
                 if labels is None:
                     labelled = False
@@ -822,6 +943,7 @@ class Laplace:
                 else:
                     hot = nn.functional.one_hot(labels, wide.shape[1])  # type: ignore[arg-type]
                     columns = [wide.softmax(-1) - hot]
+                errors = errors.to(wide).maximum(torch.stack(columns).abs().max())
                 collect.start(b, self._valid(batch))
                 for i, column in enumerate(columns):
                     collect.first_column = i == 0
@@ -845,7 +967,7 @@ class Laplace:
             labelled = float(totals[2]) == world.size
         if examples == 0:
             raise ValueError("Laplace.fit: loader must give at least one example, got none")
-        self._blocks = self._decompose(sides, examples)
+        self._blocks = self._decompose(sides, examples, collect.called, float(errors))
         self._digest, self._versions = _digest(self._trained), _versions(self._trained)
         self.n_examples = examples
         self.log_likelihood = log_likelihood if labelled else None
@@ -860,22 +982,39 @@ class Laplace:
         )
         return i, o
 
-    def _decompose(self, sides: list[tuple[_Factor, _Factor]], examples: int) -> list[_Block]:
+    def _decompose(
+        self,
+        sides: list[tuple[_Factor, _Factor]],
+        examples: int,
+        called: Iterable[nn.Module],
+        errors: float,
+    ) -> list[_Block]:
         blocks: list[_Block] = []
         while sides:  # factors are freed as the posterior is made
             layer = self.layers[len(blocks)]
             activation, gradient = sides.pop(0)
+            for what, side in (("inputs", activation), ("gradients", gradient)):
+                if not bool(torch.isfinite(side.sum).all()):
+                    raise ValueError(
+                        f"Laplace.fit: {what} of layer {layer.name} must be finite, got NaN or "
+                        "infinity; run the model in float32 or bfloat16"
+                    )
             (u, mu), (q, nu) = activation.decompose(), gradient.decompose()
-            if not (torch.isfinite(mu).all() and torch.isfinite(nu).all()):
-                raise ValueError(
-                    f"Laplace.fit: layer {layer.name} must have finite rows, got NaN or infinity; "
-                    "run the model in float32 or bfloat16"
-                )
             if float(mu.max()) * float(nu.max()) == 0.0:
+                if layer.module not in called:
+                    raise ValueError(f"Laplace.fit: {self._idle(layer.module, called)}")
+                if errors == 0.0:
+                    raise ValueError(
+                        "Laplace.fit: probabilities must lie between 0 and 1, got a softmax that is "
+                        "saturated for every example (one class has all of it, to the last bit): the "
+                        "curvature is zero; scale the logits down, as a temperature does, or train "
+                        "with weight decay"
+                    )
                 raise ValueError(
                     f"Laplace.fit: layer {layer.name} must have curvature, got "
                     f"{'inputs' if float(mu.max()) == 0.0 else 'gradients'} that are zero for every "
-                    "example (LoRA before training has B = 0); train it first or leave it out"
+                    "example (LoRA before training has B = 0, a saturated softmax has none): train it "
+                    "first or leave it out"
                 )
             blocks.append(_Block(u, mu / examples, q, nu))
         return blocks
@@ -1056,6 +1195,8 @@ class Laplace:
             scores = torch.zeros(len(grid), dtype=torch.float64)
             seen = 0
             for raw in loader:
+                if self._without_examples(raw):
+                    continue
                 found = []
                 for part in self._parts(raw, self._classes):
                     labels = self._labels_of(part)
@@ -1100,6 +1241,7 @@ class Laplace:
             ValueError: not fitted, or the batch does not fit.
         """
         self._fitted()
+        self._require_examples(batch)
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
@@ -1127,6 +1269,7 @@ class Laplace:
         Raises:
             ValueError: not fitted, or the batch does not fit.
         """
+        self._require_examples(batch)
         mean, covs = self._linearised(self._prepare(batch), [self._prior_precision])
         return mean, covs[0]
 
@@ -1163,6 +1306,7 @@ class Laplace:
         if n_samples < 1:
             raise ValueError(f"Laplace.predict: n_samples must be at least 1, got {n_samples}")
         if method == "weights":
+            self._require_examples(batch)
             return self._predict_weights(self._prepare(batch), n_samples, seed)
         mean, cov = self.logits(batch)
         return self._from_logits(mean, cov, method, n_samples, seed, row0)
@@ -1185,14 +1329,30 @@ class Laplace:
         )
         return Prediction(result.log_probs, result.entropy, result.expected_entropy, mean, cov)
 
+    def _require_examples(self, batch: Any) -> None:
+        if self._without_examples(batch):
+            raise ValueError("Laplace: a batch must have at least one example, got an empty one")
+
+    def _require_gradient(self, logits: Tensor, collect: _Collector) -> None:
+        if logits.requires_grad:
+            return
+        idle = [m for m in self._sites if m not in collect.called]
+        if idle:
+            raise ValueError(f"Laplace: {self._idle(idle[0], collect.called)}")
+        raise ValueError(
+            "Laplace: the layers must act on the logits, got logits without a graph; check the layers, "
+            "and use gradient checkpointing with use_reentrant=False"
+        )
+
     def _linearised(self, batch: Any, deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits and their covariance for several prior precisions, in one pass."""
         blocks = self._fitted()
         collect = _Contraction(self, blocks, deltas)
+        vectorised = self.jacobian == "vmap"
         with _watched(self.model, self._sites, collect) as anchor:
-            if self.jacobian == "vmap":
+            if vectorised:
                 logits = self._logits(batch)
-                _require_gradient(logits)
+                self._require_gradient(logits, collect)
                 b, c = logits.shape
                 collect.start(b, c)
                 basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
@@ -1204,7 +1364,16 @@ class Laplace:
                 with warnings.catch_warnings():
                     # Attention kernels whose backward runs once for each class instead.
                     warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                    torch.func.vmap(pull)(basis)
+                    try:
+                        torch.func.vmap(pull)(basis)
+                        reached = len(collect.seen) == len(self._sites)
+                    except RuntimeError:
+                        if not _checkpointed_reentrantly(logits):
+                            raise
+                        reached = False
+                    # Such a checkpoint raises, or is left out where no gradient of a leaf is behind it.
+                    if not reached and _checkpointed_reentrantly(logits):
+                        self.jacobian = "repeat"
                 mean = logits.detach()
             else:
                 with torch.no_grad():
@@ -1212,7 +1381,7 @@ class Laplace:
                 b, c = mean.shape
                 collect.start(b, c)
                 logits = self._logits(_repeated(batch, b, c))
-                _require_gradient(logits)
+                self._require_gradient(logits, collect)
                 if logits.shape[0] != b * c:
                     raise ValueError(
                         f"Laplace: jacobian='repeat' must be able to repeat the batch, got "
@@ -1221,6 +1390,14 @@ class Laplace:
                 # Copy c of the batch gets the gradient of logit c.
                 basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
                 logits.backward(basis.repeat_interleave(b, 0))
+        if vectorised and self.jacobian == "repeat":
+            warnings.warn(
+                "Laplace: the model checkpoints with use_reentrant=True, which cannot be vectorised: "
+                "predictions take jacobian='repeat' from now on, C copies of each batch; use "
+                "use_reentrant=False to have 'vmap'",
+                stacklevel=4,
+            )
+            return self._linearised(batch, deltas)
         wide = torch.promote_types(mean.dtype, torch.float32)
         covs = [cov.to(device=mean.device, dtype=wide) for cov in collect.covariances()]
         return mean.to(wide), covs
@@ -1366,10 +1543,11 @@ class Laplace:
         self.log_likelihood = None if math.isnan(value) else value
 
 
-class _Accumulator:
+class _Accumulator(_Collector):
     """Collector of `fit`: rows of one module's layers into their factors."""
 
     def __init__(self, owner: Laplace, sides: list[tuple[_Factor, _Factor]]) -> None:
+        super().__init__()
         self.owner, self.sides = owner, sides
         self.first_column = True
         self.seen: set[nn.Module] = set()
@@ -1445,10 +1623,11 @@ class _Accumulator:
         return _token_rows(rows, self.owner.tokens, valid, gradient=gradient)
 
 
-class _Contraction:
+class _Contraction(_Collector):
     """Collector of predictions: adds each layer's J Sigma J^T (B, C, C) for several priors."""
 
     def __init__(self, owner: Laplace, blocks: list[_Block], deltas: Sequence[Tensor]) -> None:
+        super().__init__()
         self.owner, self.blocks = owner, blocks
         count = len(owner.layers)
         self.deltas = [[float(v) for v in d.double().expand(count)] for d in deltas]
@@ -1462,10 +1641,8 @@ class _Contraction:
     def covariances(self) -> list[Tensor]:
         missing = [m for m in self.owner._sites if m not in self.seen]
         if missing or any(s is None for s in self.sums):
-            name = self.owner.layers[self.owner._sites[missing[0]][0]].name if missing else "any"
-            raise ValueError(
-                f"Laplace: layer {name} must act on the logits, got no gradient for it"
-            )
+            first = missing[0] if missing else next(iter(self.owner._sites))
+            raise ValueError(f"Laplace: {self.owner._idle(first, self.called)}")
         return [s for s in self.sums if s is not None]
 
     def __call__(self, module: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -1555,12 +1732,19 @@ def _processes(distributed: bool | None) -> _World:
     return _World(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-def _require_gradient(logits: Tensor) -> None:
-    if not logits.requires_grad:
-        raise ValueError(
-            "Laplace: the layers must act on the logits, got logits without a graph; check the layers, "
-            "and use gradient checkpointing with use_reentrant=False"
-        )
+def _checkpointed_reentrantly(output: Tensor) -> bool:
+    """Whether the graph of a tensor has a node of `checkpoint(..., use_reentrant=True)`."""
+    kind = torch.utils.checkpoint.CheckpointFunction
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(type(node), "_forward_cls", None) is kind:
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:

@@ -699,3 +699,36 @@ def test_commands(tmp_path: Path) -> None:
     error = refuse("bayesianize", out, "--method", "laplace", "--metric", "nll")
     assert "expected options among anchors" in error
     assert "laplace" in refuse("bayesianize", out, "--method", "blob")
+
+
+# --- what cannot be ------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("layers", ["all", "adapters"])
+def test_factors_that_are_computed_and_numbers_that_are_none_are_named(
+    kind: str, layers: str
+) -> None:
+    model = adapter(kind)
+    factor = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
+    nn.utils.parametrizations.weight_norm(factor)
+    with pytest.raises(ValueError, match=r"lora_A must be a parameter of the model"):
+        fit(model, kind, layers=layers)
+    nn.utils.parametrize.remove_parametrizations(factor, "weight")
+    model.get_input_embeddings().weight.data[IDS[0, 0], 0] = float("nan")
+    with pytest.raises(ValueError, match=r"logits must be finite.*first in inputs of"):
+        fit(model, kind, layers=layers)
+    assert laplace_posterior(model) is None
+
+
+@KINDS
+def test_empty_batches_change_nothing(kind: str) -> None:
+    empty = {name: value[:0] for name, value in BATCH.items()}
+    found = []
+    for data in (BATCHES, [empty, *BATCHES, empty]):
+        model = adapter(kind)
+        fit(model, kind, data=data, prior="validation", validation=data)
+        la = laplace_posterior(model).laplace
+        found.append((la.n_examples, la.log_likelihood, la.prior_precision, *la.logits(BATCH)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import UserDict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -290,9 +295,54 @@ def test_gradient_checkpointing(reentrant: bool):
         torch.testing.assert_close(a, b)
     again.jacobian = "repeat"
     torch.testing.assert_close(again.logits((x,))[1], expected)
-    if not reentrant:
-        again.jacobian = "vmap"
-        torch.testing.assert_close(again.logits((x,))[1], expected)
+    again.jacobian = "vmap"
+    for warned in (reentrant, False):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(again.logits((x,))[1], expected)
+        assert [("jacobian='repeat'" in str(w.message)) for w in told] == [True] * warned
+        assert again.jacobian == ("repeat" if reentrant else "vmap")
+
+
+def test_reentrant_checkpointing_of_what_is_not_watched():
+    """Nothing of the checkpointed part has a posterior; other failures of a prediction stay errors."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.h = (nn.Linear(*s) for s in ((4, 6), (6, 6), (6, 3)))
+            self.reentrant: bool | None = True
+
+        def forward(self, x):
+            x = self.a(x)
+            if self.reentrant is None:
+                x = Opaque.apply(self.b(x))
+            else:
+                x = checkpoint(nn.Sequential(self.b, nn.Tanh()), x, use_reentrant=self.reentrant)
+            return self.h(x)
+
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            raise RuntimeError("no second way")
+
+    torch.manual_seed(0)
+    model = Block().double()
+    x, y = torch.randn(7, 4, dtype=D), torch.arange(7) % 3
+    la = Laplace(model, linear_layers(model, "a")).fit([(x, y)], verbose=False)
+    model.reentrant = False
+    expected = la.logits((x,))[1]
+    model.reentrant = None
+    with pytest.raises(RuntimeError):
+        la.logits((x,))
+    assert la.jacobian == "vmap"
+    model.reentrant = True
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        torch.testing.assert_close(la.logits((x,))[1], expected)
 
 
 def test_the_model_is_left_as_it_was():
@@ -845,7 +895,7 @@ def test_errors():
     with pytest.raises(ValueError, match="used once in a forward pass"):
         Laplace(again, linear_layers(again, "0")).fit([(x, y)])
     unused = nn.ModuleDict({"used": nn.Linear(4, 3), "idle": nn.Linear(4, 3)}).double()
-    with pytest.raises(ValueError, match=r"idle\.weight must have curvature"):
+    with pytest.raises(ValueError, match=r"idle\.weight must be called in the forward pass"):
         Laplace(unused, forward=lambda m, b: m["used"](b[0])).fit([(x, y)])
 
 
@@ -909,3 +959,189 @@ def test_a_prior_is_not_chosen_without_held_out_examples():
     with pytest.raises(ValueError, match="must give held-out examples"):
         la.optimize_prior_precision("validation", loader=[])
     assert torch.equal(la.prior_precision, before)
+
+
+def pruned(kind: str) -> Any:
+    return lambda layer: prune.random_unstructured(layer, kind, 0.3)
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "pruned": pruned("weight"),
+    "pruned bias": pruned("bias"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("names", [None, "2", ["2"]])
+@pytest.mark.parametrize("change", COMPUTED)
+def test_a_computed_weight_is_refused_by_name(change: str, names: Any):
+    model, x, y = mlp()
+    COMPUTED[change](model[2])
+    kind = "bias" if "bias" in change else "weight"
+    with pytest.raises(ValueError, match=f"{kind} of 2 must be a parameter.*leave the layer out"):
+        linear_layers(model, names)
+    layer = Layer("2", model[2], getattr(model[2], kind))
+    with pytest.raises(ValueError, match="weight of layer 2 must be a parameter of the model"):
+        Laplace(model, [layer])
+    # The other layer can have a posterior, and so can this one when it is a plain layer again.
+    Laplace(model, linear_layers(model, "0")).fit([(x, y)], verbose=False)
+    if "pruned" in change:
+        prune.remove(model[2], kind)
+        la = Laplace(model, linear_layers(model, names)).fit([(x, y)], verbose=False)
+        before = getattr(model[2], kind).detach().clone()
+        with la.sampled(0):
+            assert not torch.equal(getattr(model[2], kind), before)
+
+
+def test_weights_of_another_model_and_shared_ones():
+    model, x, y = mlp(classes=4)
+    other = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"layer 0\.weight must be a parameter of the model"):
+        Laplace(model, linear_layers(other))
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"one parameter for 0\.weight and 2\.weight"):
+        Laplace(tied)
+    with pytest.raises(ValueError, match="one parameter for a and b"):
+        Laplace(model, [Layer(n, model[0], model[0].weight) for n in "ab"])
+    with pytest.warns(UserWarning, match=r"layer 2\.weight is also used as 0\.weight"):
+        Laplace(tied, linear_layers(tied, "2")).fit([(x, y)], verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Laplace(tied, linear_layers(tied, "2")[1:]).fit([(x, y)], verbose=False)  # its bias
+
+
+class Attention(nn.Module):
+    """A module inside that torch never calls, and a branch that is taken or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.branch, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.taken = self.acts = True
+
+    def forward(self, x):
+        z = self.mha(x[:, None], x[:, None], x[:, None])[0][:, 0]
+        if self.taken:
+            z = z + self.branch(z) if self.acts else z + 0 * self.branch(z).detach()
+        return self.head(z)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_layers_that_are_never_called_and_layers_that_do_not_act(rank: int | None):
+    torch.manual_seed(0)
+    model = Attention().double()
+    data = [(torch.randn(6, 4, dtype=D), torch.arange(6) % 3)]
+    options = {"rank": rank, "dense_below": 1}
+    with pytest.raises(
+        ValueError, match=r"mha\.out_proj\.weight must be called.*MultiheadAttention"
+    ):
+        Laplace(model, **options).fit(data, verbose=False)
+    with pytest.raises(ValueError, match="must be called"):  # nothing but this layer
+        Laplace(model, linear_layers(model, "mha.out_proj")).fit(data, verbose=False)
+    layers = linear_layers(model, ["branch", "head"])
+    la = Laplace(model, layers, **options).fit(data, verbose=False)
+    for jacobian in ("vmap", "repeat"):
+        la.jacobian = jacobian
+        la.predict(data[0])
+        model.taken = False
+        with pytest.raises(ValueError, match=r"branch\.weight must be called in the forward pass"):
+            la.predict(data[0])
+        model.taken = True
+    model.acts = False
+    with pytest.raises(ValueError, match=r"branch\.weight must have curvature"):
+        Laplace(model, layers, **options).fit(data, verbose=False)
+    # Called for some of the batches is enough.
+    model.acts, batches = True, [*data, *data]
+
+    def turns(model, batch):
+        model.taken = batch is not batches[1]
+        return model(batch[0])
+
+    Laplace(model, layers, forward=turns, **options).fit(batches, verbose=False)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("fisher", ["ggn", "mc", "empirical"])
+def test_a_saturated_softmax_is_named(fisher: str, rank: int | None):
+    """No probability but 0 and 1, where the labels agree with them."""
+    model, x, _ = mlp(dtype=torch.float32)
+    model[1] = nn.Tanh()
+    with torch.no_grad():
+        model[2].weight.mul_(1e6)
+    options = {"fisher": fisher, "rank": rank, "dense_below": 1}
+    y = model(x).argmax(1)
+    with pytest.raises(ValueError, match="got a softmax that is saturated for every example"):
+        Laplace(model, **options).fit([(x, y)], verbose=False)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-5)
+    Laplace(model, **options).fit([(x, (y + 1) % 3)], verbose=False)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_named(bad: float, rank: int | None):
+    model, x, y = mlp()
+    wrong = x.clone()
+    wrong[3, 1] = bad
+    batches = [(x, y), (wrong, y)]
+    options = {"rank": rank, "dense_below": 1}
+    with pytest.raises(ValueError, match=r"first in inputs of 0\.weight \(examples 20 to 39"):
+        Laplace(model, **options).fit(batches, verbose=False)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken[2].bias[1] = bad
+    with pytest.raises(ValueError, match=r"first in outputs of 2\.weight"):
+        Laplace(broken, **options).fit([(x, y)], verbose=False)
+    behind = Laplace(model, forward=lambda m, batch: m(batch[0]) * bad, **options)
+    with pytest.raises(ValueError, match="first in the logits, behind the last layer"):
+        behind.fit([(x, y)], verbose=False)
+    rooted = nn.Sequential(nn.Linear(4, 6), Root(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=r"gradients of layer 0\.weight must be finite"):
+        Laplace(rooted, **options).fit([(x, y)], verbose=False)
+
+
+class Root(nn.Module):
+    """Finite at 0, with an infinite slope there."""
+
+    def forward(self, x):
+        return x + (0 * x).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["tuple", "mapping", "split"])
+def test_empty_batches(kind: str):
+    """They change nothing in a pass over data, and have no prediction."""
+    model, x, y = mlp()
+    options: dict[str, Any] = {}
+    if kind == "split":
+        options["split"] = lambda batch, n: [
+            tuple(p) for p in zip(*(t.chunk(n) for t in batch), strict=True)
+        ]
+
+    def batch(x, y):
+        return (
+            {"input": x, "labels": y, "position_ids": torch.arange(4)}
+            if kind == "mapping"
+            else (x, y)
+        )
+
+    if kind == "mapping":
+        options["forward"] = lambda model, batch: model(batch["input"])
+    empty = batch(x[:0], y[:0])
+    found = []
+    for batches in ([batch(x, y)], [empty, batch(x, y), empty]):
+        la = Laplace(model, **options).fit(batches, verbose=False)
+        delta = la.optimize_prior_precision("validation", loader=batches, refine=0)
+        found.append((la.n_examples, la.log_likelihood, float(delta), *kronecker(la)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        Laplace(model, **options).fit([empty, empty], verbose=False)
+    for predict in (la.logits, la.mean_logits, la.predict, partial(la.predict, method="weights")):
+        with pytest.raises(ValueError, match="at least one example, got an empty one"):
+            predict(empty)
