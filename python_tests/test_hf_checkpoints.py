@@ -357,9 +357,12 @@ def test_import_errors(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="weights must be safetensors, got a pickled file"):
         import_lora(base(), tmp_path)
-    save_file({"base_model.model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"1 unexpected tensors .* 8 missing"):
-        import_lora(base(), tmp_path)
+    odd = {f"base_model.model.x.q_proj.lora_{f}.weight": torch.ones(1) for f in "AB"}
+    save_file(odd, tmp_path / "adapter_model.safetensors")
+    model = base()
+    with pytest.raises(ValueError, match=r"2 unexpected tensors .* 8 missing"):
+        import_lora(model, tmp_path)
+    assert not any("lora_" in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match=r"options must be among .* got \['r'\]"):
         import_lora(base(), tmp_path, r=2)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import random
-from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
+from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
+from .config import BAYES_FIELDS, METHODS, PEFT_TYPE_NAME, BayesLoraConfig
 from .last_layer import (
     POSTERIOR_TENSORS,
     bayesian_head_tensors,
@@ -28,10 +28,7 @@ from .last_layer import (
     plain_head_tensors,
 )
 from .posterior import BayesLayer, bayes_layers
-from .variants import extra_names, set_tensors
-
-CONFIG_NAME = "adapter_config.json"
-_PREFIX = "base_model.model."
+from .variants import extra_names
 
 
 def import_lora(
@@ -74,7 +71,11 @@ def import_lora(
         wrapped = model
     else:
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    _copy_tensors(wrapped, adapter_name, tensors)
+    try:
+        _copy_tensors(wrapped, adapter_name, tensors)
+    except BaseException:
+        wrapped.delete_adapter(adapter_name) if wrapped is model else wrapped.unload()
+        raise
     return wrapped
 
 
@@ -85,8 +86,8 @@ def stored_method(folder: str | os.PathLike[str]) -> str:
     its BLoB and TFB write them, it is read as "blob", the same Gaussian; else (MLE, MAP, dropout,
     Laplace, which is refitted there and not stored) as "map".
     """
-    config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-    if config.get("peft_type") == "BAYES_LORA":
+    config = read_json(Path(folder) / CONFIG_NAME)
+    if config.get("peft_type") == PEFT_TYPE_NAME:
         return config.get("method", "blob")
     return "blob" if _has_deviations(_keys(Path(folder))) else "map"
 
@@ -104,15 +105,27 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
         folder: folder with adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        FileNotFoundError, ValueError: as `import_lora`.
+        FileNotFoundError: as `import_lora`.
+        ValueError: as `import_lora`, the folder is damaged (see `bayes_kernels.hf.checks`), or the
+            base model has other layers.
         RuntimeError: shapes do not fit, as PEFT says it.
     """
     folder = Path(folder)
     keys = _keys(folder)
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    deviations = config.get("peft_type") != "BAYES_LORA" and _has_deviations(keys)
-    if not deviations and not any(key.startswith(_PREFIX * 2) for key in keys):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    check_folder(folder)
+    _check_architecture(model, folder, keys)
+    config = read_json(folder / CONFIG_NAME)
+    deviations = config.get("peft_type") != PEFT_TYPE_NAME and _has_deviations(keys)
+    if not deviations and not any(key.startswith(PREFIX * 2) for key in keys):
+        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        missing = sorted(set(_adapter_state(wrapped, "default")) - set(keys))
+        missing = [key for key in missing if ".lora_" in key]
+        if missing:
+            raise ValueError(
+                f"{_weights(folder, folder)}: expected {missing[0]}, found none ({len(missing)} tensors "
+                "are missing); the file is not whole, or the base model is another one"
+            )
+        return wrapped
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     head = re.compile(r"\b(classifier|score)\.(?!.*lora_)")
     if classifies and not any(head.search(key) for key in keys):
@@ -131,9 +144,20 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     return wrapped.eval()
 
 
+def _check_architecture(model: nn.Module, folder: Path, keys: Iterable[str]) -> None:
+    """Some layer of the adapter must be one of the model."""
+    layers = sorted({layer_of(key) for key in keys} - {""})
+    modules = {name for name, _ in model.named_modules()}
+    if layers and not modules & set(layers):
+        base = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected a base model with the layer {layers[0]}, got "
+            f"{type(model).__name__} without; use the one that it was trained on ({base})"
+        )
+
+
 def _keys(folder: Path) -> list[str]:
-    with safe_open(_weights(folder, folder), framework="pt") as file:
-        return list(file.keys())
+    return tensor_names(_weights(folder, folder))
 
 
 def _has_deviations(keys: Iterable[str]) -> bool:
@@ -201,7 +225,7 @@ def export_lora(
         plain = _plain_factors(item, sample, seed)
         for factor, old, new in zip(("lora_A", "lora_B"), own, plain, strict=True):
             if new is not old:
-                replaced[f"{_PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
+                replaced[f"{PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
     state = _adapter_state(peft_model, names[0])
     extra = extra_names()
     tensors = {
@@ -306,12 +330,13 @@ def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:
         raise FileNotFoundError(
             f"import_lora: {path} must exist, got nothing; name a folder that PEFT has saved"
         )
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     kind = fields.pop("peft_type", "LORA")
-    if kind not in ("LORA", "BAYES_LORA"):
+    if kind not in ("LORA", PEFT_TYPE_NAME):
         raise ValueError(
             f"import_lora: {path} must describe a LoRA adapter, got peft_type {kind!r}"
         )
+    check_folder(folder)
     known = set(BayesLoraConfig.__dataclass_fields__)
     fields = {k: v for k, v in fields.items() if k in known and k != "auto_mapping"}
     unknown = sorted(set(options) - BAYES_FIELDS)
@@ -344,8 +369,8 @@ def _weights(folder: Path, path: Path) -> Path:
 
 
 def _single_prefix(key: str) -> str:
-    while key.startswith(_PREFIX * 2):
-        key = key[len(_PREFIX) :]
+    while key.startswith(PREFIX * 2):
+        key = key[len(PREFIX) :]
     return key
 
 
@@ -378,8 +403,7 @@ def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) ->
         if bayesian and not any(k.rpartition(".")[2] in extra for k in tensors):
             # Beside a method's tensors the factors may mean something else than in plain LoRA.
             for item in bayes_layers(model, adapter):
-                values = item.variant.initial(item.layer, adapter)
-                set_tensors(item.layer, adapter, item.variant, values)
+                item.variant.init(item.layer, adapter)
 
 
 def _named_slots(model: PeftModel, adapter: str) -> Any:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -65,7 +66,8 @@ class BayesLoraConfig(LoraConfig):
     there. The additional fields are plain numbers and words, so that the configuration is JSON.
 
     Loading such an adapter needs `import bayes_kernels.hf` first; without it PEFT raises
-    `KeyError: 'BAYES_LORA'`. `export_lora` writes a folder that stock PEFT loads.
+    `KeyError: 'BAYES_LORA'`, and the README.md in the folder says so. `export_lora` writes a folder
+    that stock PEFT loads.
 
     Args:
         method: "blob", "scalabl", ...: the method. Defaults below are BLoB's; the other methods'
@@ -229,6 +231,10 @@ class BayesLoraConfig(LoraConfig):
             raise ValueError(
                 "BayesLoraConfig: init_lora_weights='mica' freezes a factor; use True or 'gaussian'"
             )
+        scales = {"lora_alpha": self.lora_alpha, **(self.alpha_pattern or {})}
+        for name, value in scales.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"BayesLoraConfig: {name} must be a finite number, got {value!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
                 f"BayesLoraConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}"
@@ -250,6 +256,22 @@ class BayesLoraConfig(LoraConfig):
                     f"BayesLoraConfig: {name} must be one of {values} for method {self.method!r}, "
                     f"got {getattr(self, name)!r}; choose one"
                 )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As PEFT's; a folder on this machine is looked through first.
+
+        Raises:
+            ValueError: the folder is damaged; the message names the file and the key.
+        """
+        from .checks import CONFIG_NAME, check_folder
+
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / CONFIG_NAME).is_file():
+            check_folder(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def prior_std_of(self, in_features: int) -> float:
         """Standard deviation of the prior for a layer with that many input features."""

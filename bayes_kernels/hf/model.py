@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ._compat import register
 from .config import BayesLoraConfig
+from .guards import install as install_guards
 from .last_layer import install_head, plain_heads_
 from .posterior import (
     NoiseState,
@@ -22,6 +23,9 @@ from .posterior import (
     watch_training_in_eval,
 )
 from .variants import attach, fp32_parameters
+
+# As transformers' `should_convert_module` reads them: regular expressions from the start of a name.
+_FACTOR_PATTERNS = (r".*\.lora_[AB]",)
 
 
 class BayesLoraModel(LoraModel):
@@ -50,6 +54,27 @@ class BayesLoraModel(LoraModel):
                 f"model, got method {config.method!r} beside the others; load the base model again"
             )
         super()._check_new_adapter_config(config)
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; a refusal leaves the model without the adapter, as it was before.
+
+        Only weights that `init_lora_weights` takes part of away (PiSSA, OLoRA, ...) do not come back.
+        """
+        _keep_factors(model)
+        before = [(module, dict(module._modules)) for module in model.modules()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            layer: Any
+            for layer, children in before:
+                if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+                    layer.delete_adapter(adapter_name)
+                for name, child in children.items():
+                    if layer._modules.get(name) is not child:
+                        setattr(layer, name, child)
+            if not any(isinstance(layer, LoraLayer) for layer in model.modules()):
+                self._remove_noise()
+            raise
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
@@ -153,6 +178,19 @@ class BayesLoraModel(LoraModel):
 
 
 register(BayesLoraConfig, BayesLoraModel)
+install_guards()
+
+
+def _keep_factors(model: nn.Module) -> None:
+    """Have the model's quantiser leave the factors alone.
+
+    transformers loads an adapter's tensors like the base model's, and torchao would quantise those of
+    every `nn.Linear`: the factors to 8 bits, which the ops cannot read.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and hasattr(quantizer, "modules_to_not_convert"):
+        kept = list(quantizer.modules_to_not_convert or [])
+        quantizer.modules_to_not_convert = [*dict.fromkeys([*kept, *_FACTOR_PATTERNS])]
 
 
 def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:

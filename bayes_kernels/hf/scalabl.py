@@ -10,7 +10,7 @@ goes into B. All of them are trained, V^T without a constraint. Source: "ScalaBL
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,13 @@ class ScalablVariant(BayesVariant, method="scalabl"):
     parameters = (LOG_S, LOG_SIGMA, EIGENVALUES, EIGENVECTORS)
     fp32 = parameters
 
+    @classmethod
+    def tensors(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """With the diagonal or the full covariance."""
+        if config.get("covariance") == "full":
+            return LOG_S, EIGENVALUES, EIGENVECTORS
+        return LOG_S, LOG_SIGMA
+
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
         """Singular values of A; A becomes V^T and B takes the left factor, so that B A stays."""
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -61,6 +68,8 @@ class ScalablVariant(BayesVariant, method="scalabl"):
                 a.copy_(right)
                 b.copy_(b.double() @ left)
                 s = s.clamp(min=1e-6 * max(float(s.max()), 1e-30)).float()
+                if self.config.init_lora_weights == "eva":
+                    s.fill_(1.0)  # EVA puts directions of length 1 where A is
         eps = self.config.init_rho
         sigma = uniform_like(a, (rank,), eps / math.sqrt(2), eps, self.stream)
         if self.config.covariance == "diagonal":

@@ -7,6 +7,7 @@ weights a pass uses, rows of a draw, parameters beside the factors, merging the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
@@ -120,6 +121,11 @@ class BayesVariant(LoraVariant):
         self.routed = ".experts." in f".{name}."
         self.state = state
 
+    @classmethod
+    def tensors(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors that `initial` makes, for a configuration as its JSON has it."""
+        return (*cls.parameters, *cls.constants)
+
     # --- hooks: what a method is -----------------------------------------------------------------
 
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
@@ -189,7 +195,20 @@ class BayesVariant(LoraVariant):
         dropout = 0.0
         if module.training:
             dropout = float(getattr(module.lora_dropout[active_adapter], "p", 0.0))
-        return self.adapted(module, active_adapter, x, result, self.mode(module), dropout)
+        mode = self.mode(module)
+        out = self.adapted(module, active_adapter, x, result, mode, dropout)
+        if mode == "mean" and self.state.mode is None and self._trains(module, active_adapter, out):
+            out.register_hook(_warn_eval)
+        return out
+
+    def _trains(self, module: Any, adapter: str, out: Tensor) -> bool:
+        """Whether a backward pass of this output would train the mean of a posterior alone."""
+        if not (self.samples and out.requires_grad) or torch.compiler.is_compiling():
+            return False
+        if torch._C._are_functorch_transforms_active():
+            return False
+        tensors = [getattr(module, name, {}).get(adapter) for name in self.parameters]
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def mode(self, module: Any) -> str:
         """What an enclosing `posterior` says; else training draws and evaluation does not."""
@@ -241,9 +260,14 @@ class BayesVariant(LoraVariant):
         delta = (b.float() @ a.float()) * module.scaling[adapter]
         return delta.T if getattr(module, "fan_in_fan_out", False) else delta
 
-    @staticmethod
-    def init(module: Any, adapter_name: str, **_: Any) -> None:
-        """Nothing: `attach` has done it."""
+    def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
+        """Make the method's tensors anew, for factors that have just been made.
+
+        PEFT calls it whenever it gives an adapter new factors (EVA hands out ranks after the adapter
+        was made), and `attach` does for the first ones: this is the only place that ties rank, device
+        and first values of the tensors to those of the factors.
+        """
+        set_tensors(module, adapter_name, self, self.initial(module, adapter_name))
 
     def merge_safe(  # type: ignore[override]
         self, module: Any, active_adapter: str, orig_weight: Tensor
@@ -264,6 +288,15 @@ class BayesVariant(LoraVariant):
     ) -> Tensor:
         """Take the posterior mean out again."""
         return orig_weight - self.delta_weight(module, active_adapter).to(orig_weight.dtype)
+
+
+def _warn_eval(_: Tensor) -> None:
+    warnings.warn(
+        "a backward pass went through a Bayesian adapter in eval mode, which trains the mean without "
+        "noise and no deviation; call model.train() before training, or say "
+        'posterior(model, "mean") where the mean is meant',
+        stacklevel=2,
+    )
 
 
 def _warn_merge() -> None:
@@ -347,10 +380,6 @@ class BlobVariant(BayesVariant, method="blob"):
         """That of N(M, Omega^2) from N(0, sigma_p^2)."""
         mean, rho = module.lora_A[adapter].weight, module.lora_A_rho[adapter]
         return Divergence(_fp32(mean), _fp32(rho), self.prior_std, self.std)
-
-    def delta_weight(self, module: Any, adapter: str) -> Tensor:
-        """PEFT's own: the mean is an ordinary LoRA adapter."""
-        return module.get_delta_weight(adapter)
 
     def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
         """Means and deviations."""
@@ -449,11 +478,22 @@ def attach(
             "torchao"
         )
     variant = VARIANTS[config.method](config, name, layer.in_features, state)
-    set_tensors(layer, adapter, variant, variant.initial(layer, adapter))
+    variant.init(layer, adapter)
     layer.lora_variant[adapter] = variant
+    # PEFT's own multiplies lora_A and lora_B alone. What asks a layer for its update (convert_to_lora,
+    # merging into a torchao base) must see what the method has between them.
+    layer.get_delta_weight = functools.partial(_delta_weight, layer)
     # The ops take activations as they are and keep the factors in fp32 themselves.
     layer.cast_input_dtype_enabled = False
     return variant
+
+
+def _delta_weight(layer: Any, adapter: str) -> Tensor:
+    """`get_delta_weight` of a layer that has had a Bayesian adapter."""
+    variant = layer.lora_variant.get(adapter)
+    if isinstance(variant, BayesVariant):
+        return variant.delta_weight(layer, adapter)
+    return type(layer).get_delta_weight(layer, adapter)
 
 
 def set_tensors(

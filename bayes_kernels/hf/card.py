@@ -1,0 +1,176 @@
+"""README.md of an adapter folder: what the adapter is and how to load it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checks import CONFIG_NAME, LAPLACE_NAME, RECORD_NAME, read_json
+from .config import METHODS, PEFT_TYPE_NAME, Method
+from .recipe import write_text
+
+CARD_NAME = "README.md"
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_SCORES = (("accuracy", "accuracy"), ("ece", "ECE"), ("nll", "NLL"), ("brier", "Brier score"))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Names of a classifier's classes from its configuration; none where they are LABEL_0, ..."""
+    config: Any = getattr(model, "config", None)
+    named = getattr(config, "id2label", None) or {}
+    names = [str(named[key]) for key in sorted(named)]
+    return [] if all(name.startswith("LABEL_") for name in names) else names
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] = (),
+    scores: Mapping[str, float] | None = None,
+) -> Path:
+    """Write README.md into an adapter folder, in place of the one that PEFT writes.
+
+    Args:
+        folder: with adapter_config.json, and experiment.json where a command wrote it.
+        classes: names of the classes, where the record does not say.
+        scores: metrics of `bayes_kernels.metrics.report` by name, where they are known.
+
+    Returns:
+        The file.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_NAME)
+    record = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
+    path = folder / CARD_NAME
+    write_text(path, _text(folder, config, record, classes, scores or {}))
+    return path
+
+
+def _text(
+    folder: Path,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    classes: Sequence[str],
+    scores: Mapping[str, float],
+) -> str:
+    bayesian = config.get("peft_type") == PEFT_TYPE_NAME
+    experiment = record.get("experiment", {})
+    word = config.get("method", "blob") if bayesian else experiment.get("method", "map")
+    method = METHODS[word]
+    base = _base(folder, config, experiment)
+    names = list(record.get("task", {}).get("label_names", ())) or list(classes)
+    facts = [
+        ("Method", f"{method.title} (`{word}`)"),
+        ("Base model", f"`{base}`" if base else "not recorded"),
+        ("Task", record.get("task", {}).get("name") or config.get("task_type")),
+        ("Classes", ", ".join(names)),
+        (
+            "LoRA",
+            f"r = {config.get('r')}, alpha = {config.get('lora_alpha')}, on {_layers(config)}",
+        ),
+        ("Prior", _prior(word, config) if bayesian else ""),
+        ("Scores", ", ".join(f"{t} {scores[k]:.4g}" for k, t in _SCORES if k in scores)),
+    ]
+    lines = [
+        "---",
+        *([f"base_model: {base}"] if base else []),
+        "library_name: peft",
+        f"tags: [bayes-kernels, lora, {word}]",
+        "---",
+        "",
+        f"# {method.title} adapter",
+        "",
+        *(f"* {title}: {fact}" for title, fact in facts if fact),
+        "",
+        _advice(method),
+        "",
+        "## Loading",
+        "",
+        "```python",
+        *_loading(config, method, base, (folder / LAPLACE_NAME).is_file()),
+        "```",
+    ]
+    if bayesian:
+        lines += [
+            "",
+            f"Without `import bayes_kernels.hf` PEFT raises `KeyError: '{PEFT_TYPE_NAME}'`.",
+        ]
+    if record:
+        commands = ['bayes-kernels predict . --text "..."', "bayes-kernels evaluate . --out scores"]
+    else:
+        commands = [
+            f"bayes-kernels evaluate . --data test.jsonl --out scores --model {base or 'BASE'}"
+        ]
+    lines += ["", "```bash", *commands, "```", ""]
+    return "\n".join(lines)
+
+
+def _base(folder: Path, config: Mapping[str, Any], experiment: Mapping[str, Any]) -> str:
+    """The base model as it was named; a folder beside the adapter as seen from the adapter."""
+    base = experiment.get("model") or config.get("base_model_name_or_path") or ""
+    path = Path(base)
+    if base and path.is_absolute() and path.exists():
+        folder, path = folder.resolve(), path.resolve()
+        shared = Path(os.path.commonpath([folder, path]))
+        if len(folder.relative_to(shared).parts) <= 3 and shared != Path(shared.anchor):
+            return Path(os.path.relpath(path, folder)).as_posix()
+    return str(base)
+
+
+def _layers(config: Mapping[str, Any]) -> str:
+    targets = config.get("target_modules")
+    return str(targets) if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+
+
+def _prior(word: str, config: Mapping[str, Any]) -> str:
+    std = config.get("prior_std")
+    if word == "blob":
+        rule = " / sqrt(in)" if config.get("prior_rule") == "fan_in" else ""
+        return f"N(0, ({std}{rule})^2) on each element of A"
+    if word == "scalabl":
+        return f"N(0, {std}^2) on each singular value"
+    if word == "tfb":
+        sigma = config.get("sigma_q")
+        return f"none; noise of deviation sigma_q = {sigma} found without training"
+    if word == "polar-vbll":
+        return f"on the last layer, head_prior_scale = {config.get('head_prior_scale') or 1.0}"
+    return ""
+
+
+def _advice(method: Method) -> str:
+    if not method.bayesian:
+        return "A point estimate: predictions have no posterior draws."
+    return (
+        f"Predictions average posterior draws: {method.n_samples} is the default, more lower the "
+        "Monte-Carlo error, 0 is the posterior mean (fast, and less well calibrated). A plain forward "
+        "pass in evaluation mode is the mean."
+    )
+
+
+def _loading(config: Mapping[str, Any], method: Method, base: str, laplace: bool) -> list[str]:
+    auto = _CLASSES.get(str(config.get("task_type")), "AutoModel")
+    draws = f", n_samples={method.n_samples}" if method.bayesian else ""
+    return [
+        "import bayes_kernels.hf  # first: it registers the adapter's type",
+        f"from bayes_kernels.hf import {'load_laplace, ' if laplace else ''}predict",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        f'base = {auto}.from_pretrained("{base or "BASE MODEL"}")',
+        'model = PeftModel.from_pretrained(base, ".").eval()',
+        *(['load_laplace(model, ".")'] if laplace else []),
+        f"print(predict(model, batch{draws}))",
+    ]
+
+
+__all__ = ["CARD_NAME", "class_names", "write_card"]

@@ -1,0 +1,373 @@
+"""What PEFT promises for its own types, for every method, with plain LoRA as the control."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    set_peft_model_state_dict,
+)
+from peft.optimizers import create_lorafa_optimizer
+from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from bayes_kernels.hf import (
+    BlobConfig,
+    PolarConfig,
+    PolarVbllConfig,
+    ScalablConfig,
+    TfbConfig,
+    kl_divergence,
+    posterior,
+)
+from bayes_kernels.hf.guards import _GUARDS
+from bayes_kernels.hf.posterior import bayes_layers
+from bayes_kernels.hf.variants import VARIANTS
+
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "blob": BlobConfig,
+    "scalabl": ScalablConfig,
+    "scalabl-full": lambda **options: ScalablConfig(covariance="full", **options),
+    "polar": PolarConfig,
+    "polar-diagonal": lambda **options: PolarConfig(core="diagonal", **options),
+    "tfb": TfbConfig,
+}
+ALL = {"lora": LoraConfig, **CONFIGS}
+IN, MIDDLE, OUT = 48, 32, 20
+X = torch.randn(6, IN, generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(1))
+every = pytest.mark.parametrize("method", ALL)
+bayesian = pytest.mark.parametrize("method", CONFIGS)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(IN, MIDDLE), nn.ReLU(), nn.Linear(MIDDLE, OUT))
+
+
+def fill(model: nn.Module, size: float = 0.3) -> Any:
+    """Adapters that do something: every trainable tensor moved, deviations too."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(p.shape, generator=generator) * size
+                p.copy_(noise.abs() if "sigma" in name and p.dim() == 2 else p + noise)
+    return model
+
+
+def adapted(method: str, **options: Any) -> PeftModel:
+    options = {"target_modules": ["0", "2"], "r": 4, **options}
+    return fill(get_peft_model(net(), ALL[method](**options))).eval()
+
+
+def gpt2() -> GPT2ForSequenceClassification:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=24, n_layer=1, n_head=2, n_positions=8, vocab_size=96, num_labels=3, pad_token_id=0
+    )
+    return GPT2ForSequenceClassification(config).eval()
+
+
+# --- the update, wherever PEFT asks for it -------------------------------------------------------
+
+
+@every
+@torch.no_grad()
+def test_converted_to_lora(method: str) -> None:
+    model = adapted(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config, state = convert_to_lora(model, 4)
+    plain = get_peft_model(net(), config).eval()
+    set_peft_model_state_dict(plain, state)
+    torch.testing.assert_close(plain(X), model(X), rtol=1e-4, atol=1e-5)
+    assert (model(X) - net()(X)).abs().max() > 0.1
+
+
+@every
+@torch.no_grad()
+def test_update_of_a_layer(method: str) -> None:
+    model = adapted(method)
+    layer: Any = model.base_model.model[0]
+    delta = layer.get_delta_weight("default")
+    assert delta.shape == (MIDDLE, IN)
+    expected = layer.get_base_layer()(X) + X @ delta.T
+    torch.testing.assert_close(layer(X), expected, rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(model).base_model.model[0]
+    again.lora_B["default"].weight.mul_(2)
+    torch.testing.assert_close(again.get_delta_weight("default"), 2 * delta)
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=0, atol=0)
+    read = pickle.loads(pickle.dumps(model)).base_model.model[0]
+    torch.testing.assert_close(read.get_delta_weight("default"), delta, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", [*ALL, "polar-vbll"])
+@pytest.mark.parametrize("safe", [False, True])
+@torch.no_grad()
+def test_merged_into_gpt2(method: str, safe: bool) -> None:
+    """Conv1D keeps its weight as (in, out), and c_attn is 24 x 72."""
+    config = {**ALL, "polar-vbll": PolarVbllConfig}[method]
+    options = {"target_modules": ["c_attn", "mlp.c_proj"], "task_type": "SEQ_CLS", "r": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fill(get_peft_model(gpt2(), config(**options))).eval()
+        before, base = model(input_ids=IDS).logits, gpt2()(input_ids=IDS).logits
+        layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+        assert len(layers) == 2
+        for layer in layers:
+            assert layer.get_delta_weight("default").shape == layer.get_base_layer().weight.shape
+        model.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(model(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-5)
+        merged = model.merge_and_unload(safe_merge=safe)
+    assert not any("lora_" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(merged(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-5)
+    assert (before - base).abs().max() > 0.01
+
+
+# --- ranks that PEFT changes ---------------------------------------------------------------------
+
+
+def calibration() -> list[Tensor]:
+    """Inputs of low rank, so that EVA takes ranks away from the first layer."""
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.randn(2, IN, generator=generator)
+    noise = [torch.randn(16, IN, generator=generator) * 0.01 for _ in range(12)]
+    return [torch.randn(16, 2, generator=generator) @ basis + n for n in noise]
+
+
+@every
+@pytest.mark.parametrize("empty", [False, True])
+def test_eva_changes_the_ranks(method: str, empty: bool) -> None:
+    config = ALL[method](
+        target_modules=["0", "2"], r=6, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)
+    )
+    model = get_peft_model(net(), config, low_cpu_mem_usage=empty)
+    initialize_lora_eva_weights(
+        model,
+        calibration(),
+        forward_fn=lambda module, batch: module(batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    layers: Any = [model.base_model.model[i] for i in (0, 2)]
+    ranks = [layer.lora_A["default"].weight.shape[0] for layer in layers]
+    assert ranks[0] < 6 < ranks[1]
+    variant = VARIANTS.get(method.partition("-")[0])
+    for layer, rank in zip(layers, ranks, strict=True):
+        for name in variant.tensors(config.to_dict()) if variant else ():
+            tensor = getattr(layer, name)["default"]
+            assert tensor.shape[0] == rank and tensor.dtype == torch.float32
+    model.eval()
+    torch.testing.assert_close(model(X), net()(X), rtol=1e-4, atol=1e-5)  # nothing was added yet
+    model.train()
+    model(X).square().sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    if method != "lora":
+        assert kl_divergence(model).isfinite()
+        # A is what EVA put there: orthonormal directions of the layer's input.
+        a = bayes_layers(model)[0].variant.mean_factors(layers[0], "default")[0].float()
+        torch.testing.assert_close(a @ a.T, torch.eye(ranks[0]), rtol=0, atol=1e-4)
+
+
+# --- helpers that know plain LoRA only: refused, and nothing has changed ----------------------------
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    found: dict[str, tuple[Any, ...]] = {
+        n: (p.shape, p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()
+    }
+    for name, module in model.named_modules():
+        if hasattr(module, "scaling"):
+            found[f"{name}.scaling"] = (dict(module.scaling), type(module.scaling["default"]))
+    return found
+
+
+def same(a: dict[str, tuple[Any, ...]], b: dict[str, tuple[Any, ...]]) -> bool:
+    return a.keys() == b.keys() and all(
+        all(
+            torch.equal(x, y) if isinstance(x, Tensor) else x == y
+            for x, y in zip(a[k], b[k], strict=True)
+        )
+        for k in a
+    )
+
+
+def pad(model: Any, folder: Path) -> None:
+    prepare_model_for_compiled_hotswap(model, target_rank=13)
+
+
+def swap(model: Any, folder: Path) -> None:
+    state = {k: v + 1 for k, v in model.state_dict().items() if "lora_" in k}
+    from peft.utils import hotswap  # as it is now, whoever imported it before
+
+    hotswap.hotswap_adapter_from_state_dict(model, state, "default", model.peft_config["default"])
+
+
+def lora_fa(model: Any, folder: Path) -> None:
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+    model(X).sum().backward()
+    optimizer.step()
+
+
+def to_lora_at_save(model: Any, folder: Path) -> None:
+    config = model.peft_config["default"]
+    config.init_lora_weights = "pissa"
+    try:
+        model.save_pretrained(
+            folder / "out", path_initial_model_for_weight_conversion=folder / "init"
+        )
+    finally:
+        config.init_lora_weights = True
+
+
+HELPERS = {f.__name__: f for f in (pad, swap, lora_fa, to_lora_at_save)}
+
+
+@every
+@pytest.mark.parametrize("helper", HELPERS)
+def test_helpers_for_plain_lora(tmp_path: Path, method: str, helper: str) -> None:
+    model = adapted(method)
+    model.save_pretrained(tmp_path / "init")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "init").iterdir()}
+    before = snapshot(model)
+    if method == "lora":
+        HELPERS[helper](model, tmp_path)  # the guard lets plain LoRA through
+        return
+    with pytest.raises(ValueError, match=r"plain LoRA|must be left out"):
+        HELPERS[helper](model, tmp_path)
+    assert same(before, snapshot(model))
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "init").iterdir()}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("guard", _GUARDS, ids=[f"{g[0]}.{g[1]}" for g in _GUARDS])
+def test_guarded_functions_exist(guard: Any) -> None:
+    """A release of PEFT without one of these names has to be looked at."""
+    place, name, before, _ = guard
+    module, _, inside = place.partition(":")
+    owner = __import__(module, fromlist=["x"])
+    function = getattr(getattr(owner, inside) if inside else owner, name)
+    assert function.bayes_kernels_guard
+    needed = inspect.signature(before).parameters.values() if before else ()
+    given = inspect.signature(function).parameters
+    assert all(p.name in given for p in needed if p.kind is not p.VAR_KEYWORD), given
+    assert hotswap_adapter_from_state_dict.__module__ == "peft.utils.hotswap"
+
+
+# --- refusals leave the model as it was ------------------------------------------------------------
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(IN, OUT)
+        self.table = nn.Embedding(9, OUT)
+        self.last = nn.Linear(OUT, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) + self.table.weight[0])
+
+
+@bayesian
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_a_refused_layer_leaves_the_model_as_it_was(method: str, start: str) -> None:
+    base = Embedded()
+    modules, parameters = dict(base.named_modules()), dict(base.named_parameters())
+    hooks = len(base._forward_pre_hooks)
+    if start == "base":
+        with pytest.raises(ValueError, match="target table"):
+            get_peft_model(base, CONFIGS[method](target_modules=["first", "table", "last"], r=2))
+        assert dict(base.named_modules()) == modules and not hasattr(base, "bayes_noise")
+        assert all(a is b for a, b in zip(base.parameters(), parameters.values(), strict=True))
+        assert len(base._forward_pre_hooks) == hooks
+        assert all(p.requires_grad for p in base.parameters())
+    model = fill(get_peft_model(base, CONFIGS[method](target_modules=["first"], r=2)))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".first.lora_" in n for n in trained)
+    if start == "adapter":
+        before, out = snapshot(model), model.eval()(X)
+        with pytest.raises(ValueError, match="target table"):
+            model.add_adapter("b", CONFIGS[method](target_modules=["first", "table"], r=2))
+        assert same(before, snapshot(model)) and list(model.peft_config) == ["default"]
+        torch.testing.assert_close(model(X), out, rtol=0, atol=0)
+        model.add_adapter("b", CONFIGS[method](target_modules=["first", "last"], r=2))
+        assert {item.name for item in bayes_layers(model, "b")} == {"first", "last"}
+
+
+def test_a_refused_head_leaves_the_model_as_it_was() -> None:
+    base = gpt2()
+    head = base.score
+    with pytest.raises(ValueError, match=r"target transformer\.wte"):
+        get_peft_model(
+            base,
+            PolarVbllConfig(
+                target_modules=["wte", "c_attn"], task_type="SEQ_CLS", r=2, head_init="vbll"
+            ),
+        )
+    assert base.score is head and not hasattr(base, "bayes_noise")
+
+
+# --- training without .train() ---------------------------------------------------------------------
+
+
+@every
+def test_a_loop_in_eval_mode_is_named(method: str) -> None:
+    model = adapted(method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(X).sum().backward()
+        with posterior(model, "mean") if method != "lora" else torch.enable_grad():
+            model(X).sum().backward()
+        model.train()(X).sum().backward()
+        with torch.no_grad():
+            model.eval()(X)
+    said = [str(w.message) for w in caught if "eval mode" in str(w.message)]
+    assert len(said) == (2 if method in ("blob", "scalabl", "scalabl-full") else 0)  # two layers
+    assert all("model.train()" in text for text in said)
+
+
+# --- the card --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*CONFIGS, "polar-vbll"])
+def test_saved_folders_explain_themselves(tmp_path: Path, method: str) -> None:
+    base = gpt2()
+    base.config.id2label = {0: "red", 1: "green", 2: "blue"}
+    config = {**CONFIGS, "polar-vbll": PolarVbllConfig}[method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, config(target_modules=["c_attn"], task_type="SEQ_CLS", r=2))
+        model.peft_config["default"].base_model_name_or_path = "some/gpt2"
+        model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    for part in ("import bayes_kernels.hf", "some/gpt2", "red, green, blue", "r = 2", "c_attn"):
+        assert part in text, part
+    assert "AutoModelForSequenceClassification" in text and "bayes-kernels evaluate" in text
+    assert "[More Information Needed]" not in text and str(tmp_path) not in text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "README.md", "exec")
+    assert code.index("import bayes_kernels.hf") < code.index("PeftModel")
+    assert ("0 is the posterior mean" in text) == (method not in ("polar", "polar-diagonal"))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BAYES_LORA"
