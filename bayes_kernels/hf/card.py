@@ -37,13 +37,15 @@ def write_card(
     *,
     classes: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
+    place: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write README.md into an adapter folder, in place of the one that PEFT writes.
 
     Args:
         folder: with adapter_config.json, and experiment.json where a command wrote it.
         classes: names of the classes, where the record does not say.
-        scores: metrics of `bayes_kernels.metrics.report` by name, where they are known.
+        scores: metrics of test examples by name (accuracy, ece, nll, brier), where they are known.
+        place: where the folder will be, if it moves: paths are as seen from there.
 
     Returns:
         The file.
@@ -52,7 +54,8 @@ def write_card(
     config = read_json(folder / CONFIG_NAME)
     record = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
     path = folder / CARD_NAME
-    write_text(path, _text(folder, config, record, classes, scores or {}))
+    base = _base(Path(place or folder), config, record.get("experiment", {}))
+    write_text(path, _text(folder, config, record, base, classes, scores or {}))
     return path
 
 
@@ -60,6 +63,7 @@ def _text(
     folder: Path,
     config: Mapping[str, Any],
     record: Mapping[str, Any],
+    base: str,
     classes: Sequence[str],
     scores: Mapping[str, float],
 ) -> str:
@@ -67,7 +71,6 @@ def _text(
     experiment = record.get("experiment", {})
     word = config.get("method", "blob") if bayesian else experiment.get("method", "map")
     method = METHODS[word]
-    base = _base(folder, config, experiment)
     names = list(record.get("task", {}).get("label_names", ())) or list(classes)
     facts = [
         ("Method", f"{method.title} (`{word}`)"),

@@ -103,9 +103,8 @@ def layer_of(key: str) -> str:
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    scales = {"lora_alpha": config.get("lora_alpha", 8)}
-    scales.update(config.get("alpha_pattern") or {})
-    ranks = {"r": config.get("r", 8), **(config.get("rank_pattern") or {})}
+    scales = {"lora_alpha": config.get("lora_alpha", 8), **_pattern(config, "alpha_pattern")}
+    ranks = {"r": config.get("r", 8), **_pattern(config, "rank_pattern")}
     for key, value in scales.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
@@ -113,6 +112,10 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     for key, value in ranks.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {key} must be a rank of at least 1, got {value!r}")
+
+
+def _pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {f"{name}[{key!r}]": value for key, value in (config.get(name) or {}).items()}
 
 
 def _check_record(folder: Path, config: Mapping[str, Any]) -> None:

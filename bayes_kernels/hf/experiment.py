@@ -24,6 +24,7 @@ import transformers
 from peft import PeftModel
 
 from .bayesianize import CONVERSIONS
+from .card import write_card
 from .config import METHODS
 from .machine import progress_bar, synchronise
 from .models import TaskEncoder
@@ -186,6 +187,9 @@ def finish(
             progress=progress,
             label=f"{METHODS[experiment.method].title}, seed {experiment.seed}",
         )
+        own = [row for row in rows if row.method == experiment.method and row.temperature is None]
+        if folder is not None and own:
+            write_card(folder, scores=own[-1].report.to_dict())
     return Run(experiment, training, rows, conversion, seconds, parameters)
 
 

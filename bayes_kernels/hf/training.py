@@ -28,6 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers import TrainingArguments as Arguments
 
 from .bayesianize import CONVERSIONS, ConversionReport, bayesianize
+from .card import write_card
 from .checkpoints import read_lora
 from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
 from .laplace_lora import LAPLACE_FILE, laplace_posterior, load_laplace, save_laplace
@@ -218,6 +219,7 @@ def save_adapter(
         else:
             save_laplace(model, temporary)
         _write_record(temporary, experiment, task, encoder)
+        write_card(temporary, place=folder)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
         for path in files:  # the configuration last: without it there is no adapter
             os.replace(path, folder / path.name)
