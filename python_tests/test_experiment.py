@@ -251,6 +251,19 @@ def test_a_reloaded_adapter_gives_the_same_numbers(
     assert numbers(ex.Run(tiny, None, rows)) == numbers(run)
 
 
+def test_the_folder_explains_itself(
+    finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
+) -> None:
+    run, folder = finished
+    text = (folder / "README.md").read_text()
+    own = run.rows[-1].report.to_dict()
+    for part in (METHODS[tiny.method].title, f"accuracy {own['accuracy']:.4g}", f"{own['nll']:.4g}"):
+        assert part in text, part
+    assert all(name in text for name in task.label_names) and "bayes-kernels predict" in text
+    base = Path("..", Path(tiny.model).name).as_posix()  # the model's folder lies beside it
+    assert f'from_pretrained("{base}")' in text and tiny.model not in text
+
+
 def test_peft_itself_loads_the_adapter(
     finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
