@@ -57,6 +57,8 @@ int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
 
 int padded_rank(int r) { return r <= 8 ? 8 : r <= 16 ? 16 : r <= 32 ? 32 : 64; }
 
+int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+
 bool uses_mma(DType dtype, int64_t tokens) { return dtype != DType::kF32 && tokens >= kMmaTokens; }
 
 bool vector_access(const void* pointer, int64_t stride_bytes, int bytes) {
@@ -132,17 +134,17 @@ class PackList {
   // F (r, n) for down.
   const uint4* factor(Workspace& workspace, const float* source, int64_t rank_stride,
                       int64_t column_stride, int64_t columns) {
-    const int groups = padded_rank(r_) / 8;
-    const int64_t count = 4 * ceil_div(columns, kSignsPerBlock) * groups * 32;
+    const int bits = log2_of(padded_rank(r_) / 8);
+    const int64_t count = 4 * ceil_div(columns, kSignsPerBlock) * 32 << bits;
     return add(workspace, PackJob{Fragment::kDown, source, rank_stride, column_stride, r_, columns,
-                                  false, nullptr, count, groups});
+                                  false, nullptr, count, bits});
   }
   // h (tokens, r) for up or outer.
   const uint4* low(Workspace& workspace, Fragment kind, const float* source, int64_t tokens,
                    bool flip) {
-    const int groups = (padded_rank(r_) + 15) / 16;
-    const int64_t count = 2 * ceil_div(tokens, 32) * groups * 32;
-    return add(workspace, PackJob{kind, source, r_, 1, tokens, r_, flip, nullptr, count, groups});
+    const int bits = log2_of((padded_rank(r_) + 15) / 16);
+    const int64_t count = 2 * ceil_div(tokens, 32) * 32 << bits;
+    return add(workspace, PackJob{kind, source, r_, 1, tokens, r_, flip, nullptr, count, bits});
   }
   template <class T>
   const char* launch(void* stream) {

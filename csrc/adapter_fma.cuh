@@ -5,8 +5,9 @@
 // may.
 //
 // Names as in adapter_mma.cuh: down contracts columns, up contracts ranks, outer contracts tokens.
-// The dtype of the activations is a run-time branch, the same for all threads: these kernels are
-// bound by arithmetic.
+// The dtype of the activations is a run-time branch, the same for all threads, around the loads of
+// four tokens. A thread that waited for each token would keep 2 KB of a block in flight, 8 KB of a
+// multiprocessor, where some 20 KB cover the latency of memory.
 #pragma once
 
 #include "adapter_noise.cuh"
@@ -20,11 +21,18 @@ constexpr int kFmaTokens = 32;  // worked on between two barriers
 // ---- down
 // -----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float load_1(DType dtype, const void* data, int64_t at) {
-  if (dtype == DType::kF32) return static_cast<const float*>(data)[at];
-  if (dtype == DType::kBF16) return static_cast<float>(static_cast<const bf16*>(data)[at]);
-  return static_cast<float>(static_cast<const f16*>(data)[at]);
+// Calls f(zero of the element type). Around a batch of loads, so that they are issued together.
+template <class F>
+__device__ __forceinline__ void with_element(DType dtype, const F& f) {
+  if (dtype == DType::kF32)
+    f(float{});
+  else if (dtype == DType::kBF16)
+    f(bf16{});
+  else
+    f(f16{});
 }
+
+constexpr int kFmaAhead = 4;  // tokens loaded before the first is used; divides kFmaTokens
 
 __device__ __forceinline__ void store_1(DType dtype, void* data, int64_t at, float value) {
   if (dtype == DType::kF32)
@@ -53,26 +61,43 @@ struct DownFmaArgs {
 constexpr int kDownFmaRanks = 8;
 constexpr int kDownFmaColumns = kFmaThreads * 4;
 
-// Four elements from element `at` on, of which `inside` are inside the row.
-__device__ __forceinline__ void load_4(DType dtype, const void* data, int64_t at, int64_t inside,
-                                       bool vector, float (&x)[4]) {
-  if (vector && inside >= 4) {
-    if (dtype == DType::kF32) {
-      const float4 v =
-          __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(data) + at));
-      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-      return;
-    }
-    const uint2 v = __ldcs(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + at));
+// Four neighbouring elements, aligned to 16 (fp32) or 8 bytes.
+template <class T>
+__device__ __forceinline__ void load_4(const T* data, float (&x)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    const float4 v = load_once(reinterpret_cast<const float4*>(data));
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  } else {
+    const uint2 v = load_once(reinterpret_cast<const uint2*>(data));
     const uint32_t word[2] = {v.x, v.y};
     BK_UNROLL
-    for (int i = 0; i < 4; ++i)
-      x[i] = dtype == DType::kBF16 ? unpack<bf16>(word[i / 2], i % 2)
-                                   : unpack<f16>(word[i / 2], i % 2);
-    return;
+    for (int i = 0; i < 4; ++i) x[i] = unpack<T>(word[i / 2], i % 2);
   }
+}
+
+// Four columns from element `at` on of tokens 0 to kFmaAhead - 1, of which `count` exist; `inside`
+// of the columns do.
+__device__ __forceinline__ void load_ahead(DType dtype, const void* data, int64_t at,
+                                           int64_t stride, int count, int64_t inside, bool vector,
+                                           float (&x)[kFmaAhead][4]) {
   BK_UNROLL
-  for (int i = 0; i < 4; ++i) x[i] = i < inside ? load_1(dtype, data, at + i) : 0.0f;
+  for (int u = 0; u < kFmaAhead; ++u) x[u][0] = x[u][1] = x[u][2] = x[u][3] = 0.0f;
+  with_element(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(data) + at;
+    if (vector && inside >= 4) {
+      BK_UNROLL
+      for (int u = 0; u < kFmaAhead; ++u)
+        if (u < count) load_4(from + u * stride, x[u]);
+    } else {
+      BK_UNROLL
+      for (int u = 0; u < kFmaAhead; ++u) {
+        BK_UNROLL
+        for (int j = 0; j < 4; ++j)
+          if (u < count && j < inside) x[u][j] = static_cast<float>(from[u * stride + j]);
+      }
+    }
+  });
 }
 
 // A lane keeps four columns of eight ranks of the factor in registers and walks over tokens, so the
@@ -125,50 +150,57 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
       rank_signs[warp][lane] = (rank0 < 32 ? o.word[0] : o.word[1]) >> (rank0 % 32);
     }
     __syncwarp();
-    for (int i = 0; i < count; ++i) {
-      float x[4];
-      load_4(p.dtype, p.x, (row0 + i) * p.stride + column, p.n - column, p.vector, x);
-      if (dropout) {
-        const PhiloxBlock b = dropout_block(dropout_key, dropout_row(p.noise.rows, row0 + i), p.n,
-                                            column / kDropoutPerBlock);
-        const uint32_t keep = kept_bits(b, threshold) >> (4 * (lane % 2));
-        BK_UNROLL
-        for (int j = 0; j < 4; ++j) x[j] = (keep >> j & 1u) != 0 ? p.keep_scale * x[j] : 0.0f;
-      }
-      float sum[kDownFmaRanks];
+    for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
+      float ahead[kFmaAhead][4];
+      load_ahead(p.dtype, p.x, (row0 + i0) * p.stride + column, p.stride, count - i0, p.n - column,
+                 p.vector, ahead);
       BK_UNROLL
-      for (int k = 0; k < kDownFmaRanks; ++k) {
-        sum[k] = 0;
-        BK_UNROLL
-        for (int j = 0; j < 4; ++j) sum[k] = fmaf(factor[k][j], x[j], sum[k]);
-      }
-      if constexpr (kFlip) {
-        const uint32_t signs = sign_words[warp][i][lane / 8] >> (4 * (lane % 8));
-        BK_UNROLL
-        for (int j = 0; j < 4; ++j) x[j] = (signs >> j & 1u) != 0 ? -x[j] : x[j];
+      for (int u = 0; u < kFmaAhead; ++u) {
+        const int i = i0 + u;
+        if (i >= count) break;
+        float (&x)[4] = ahead[u];
+        if (dropout) {
+          const PhiloxBlock b = dropout_block(dropout_key, dropout_row(p.noise.rows, row0 + i), p.n,
+                                              column / kDropoutPerBlock);
+          const uint32_t keep = kept_bits(b, threshold) >> (4 * (lane % 2));
+          BK_UNROLL
+          for (int j = 0; j < 4; ++j) x[j] = (keep >> j & 1u) != 0 ? p.keep_scale * x[j] : 0.0f;
+        }
+        float sum[kDownFmaRanks];
         BK_UNROLL
         for (int k = 0; k < kDownFmaRanks; ++k) {
-          float u = 0;
+          sum[k] = 0;
           BK_UNROLL
-          for (int j = 0; j < 4; ++j) u = fmaf(factor_e[k][j], x[j], u);
-          sum[k] += (rank_signs[warp][i] >> k & 1u) != 0 ? -u : u;
+          for (int j = 0; j < 4; ++j) sum[k] = fmaf(factor[k][j], x[j], sum[k]);
         }
-      }
-      BK_UNROLL
-      for (int half = 4; half > 0; half /= 2) {
-        // Lanes with this bit set go on with the upper half of the sums.
-        const bool upper = (lane & 4 * half) != 0;
+        if constexpr (kFlip) {
+          const uint32_t signs = sign_words[warp][i][lane / 8] >> (4 * (lane % 8));
+          BK_UNROLL
+          for (int j = 0; j < 4; ++j) x[j] = (signs >> j & 1u) != 0 ? -x[j] : x[j];
+          BK_UNROLL
+          for (int k = 0; k < kDownFmaRanks; ++k) {
+            float noise = 0;
+            BK_UNROLL
+            for (int j = 0; j < 4; ++j) noise = fmaf(factor_e[k][j], x[j], noise);
+            sum[k] += (rank_signs[warp][i] >> k & 1u) != 0 ? -noise : noise;
+          }
+        }
         BK_UNROLL
-        for (int k = 0; k < half; ++k) {
-          const float give = upper ? sum[k] : sum[k + half];
-          const float keep = upper ? sum[k + half] : sum[k];
-          sum[k] = keep + __shfl_xor_sync(kAllLanes, give, 4 * half);
+        for (int half = 4; half > 0; half /= 2) {
+          // Lanes with this bit set go on with the upper half of the sums.
+          const bool upper = (lane & 4 * half) != 0;
+          BK_UNROLL
+          for (int k = 0; k < half; ++k) {
+            const float give = upper ? sum[k] : sum[k + half];
+            const float keep = upper ? sum[k + half] : sum[k];
+            sum[k] = keep + __shfl_xor_sync(kAllLanes, give, 4 * half);
+          }
         }
+        sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
+        sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 1);
+        if (lane % 4 == 0)
+          partial[warp][i][lane / 4] = sum[0];  // bits 4, 3, 2 of the lane are the rank's
       }
-      sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
-      sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 1);
-      if (lane % 4 == 0)
-        partial[warp][i][lane / 4] = sum[0];  // bits 4, 3, 2 of the lane are the rank's
     }
     __syncthreads();
     for (int at = static_cast<int>(threadIdx.x); at < count * kDownFmaRanks; at += kFmaThreads) {
@@ -252,6 +284,30 @@ __device__ void fill_tile(TokenTile<R, kFlip>& tile, const AdapterNoise& noise,
   }
 }
 
+// The columns of this thread, kSignsPerBlock apart from element `at` on, of tokens 0 to kFmaAhead -
+// 1, of which `count` exist; `inside` elements are left of the row.
+template <int kColumns>
+__device__ __forceinline__ void load_columns_ahead(DType dtype, const void* data, int64_t at,
+                                                   int64_t stride, int count, int64_t inside,
+                                                   float (&x)[kFmaAhead][kColumns]) {
+  BK_UNROLL
+  for (int u = 0; u < kFmaAhead; ++u) {
+    BK_UNROLL
+    for (int c = 0; c < kColumns; ++c) x[u][c] = 0.0f;
+  }
+  with_element(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(data) + at;
+    BK_UNROLL
+    for (int u = 0; u < kFmaAhead; ++u) {
+      BK_UNROLL
+      for (int c = 0; c < kColumns; ++c)
+        if (u < count && c * kSignsPerBlock < inside)
+          x[u][c] = static_cast<float>(from[u * stride + c * kSignsPerBlock]);
+    }
+  });
+}
+
 struct UpFmaArgs {
   DType dtype;
   const void* base;
@@ -297,40 +353,49 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
     fill_tile<R, kFlip>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns);
     __syncthreads();
-    for (int i = 0; i < count; ++i) {
-      const int64_t row = row0 + i;
-      float y[kColumns], z[kColumns];
+    for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
+      float base[kFmaAhead][kColumns] = {};
+      if (p.base != nullptr)
+        load_columns_ahead<kColumns>(p.dtype, p.base, (row0 + i0) * p.base_stride + column0,
+                                     p.base_stride, count - i0, p.columns - column0, base);
       BK_UNROLL
-      for (int c = 0; c < kColumns; ++c) y[c] = z[c] = 0.0f;
-      BK_UNROLL
-      for (int k = 0; k < R; k += 4) {
-        const float4 l = *reinterpret_cast<const float4*>(&tile.low[0][i][k]);
+      for (int u = 0; u < kFmaAhead; ++u) {
+        const int i = i0 + u;
+        if (i >= count) break;
+        const int64_t row = row0 + i;
+        float y[kColumns], z[kColumns];
         BK_UNROLL
-        for (int c = 0; c < kColumns; ++c)
-          y[c] = fmaf(factor[c][k + 3], l.w,
-                      fmaf(factor[c][k + 2], l.z,
-                           fmaf(factor[c][k + 1], l.y, fmaf(factor[c][k], l.x, y[c]))));
-        if constexpr (kFlip) {
-          const float4 e = *reinterpret_cast<const float4*>(&tile.low[1][i][k]);
+        for (int c = 0; c < kColumns; ++c) y[c] = z[c] = 0.0f;
+        BK_UNROLL
+        for (int k = 0; k < R; k += 4) {
+          const float4 l = *reinterpret_cast<const float4*>(&tile.low[0][i][k]);
           BK_UNROLL
           for (int c = 0; c < kColumns; ++c)
-            z[c] = fmaf(factor_e[c][k + 3], e.w,
-                        fmaf(factor_e[c][k + 2], e.z,
-                             fmaf(factor_e[c][k + 1], e.y, fmaf(factor_e[c][k], e.x, z[c]))));
+            y[c] = fmaf(factor[c][k + 3], l.w,
+                        fmaf(factor[c][k + 2], l.z,
+                             fmaf(factor[c][k + 1], l.y, fmaf(factor[c][k], l.x, y[c]))));
+          if constexpr (kFlip) {
+            const float4 e = *reinterpret_cast<const float4*>(&tile.low[1][i][k]);
+            BK_UNROLL
+            for (int c = 0; c < kColumns; ++c)
+              z[c] = fmaf(factor_e[c][k + 3], e.w,
+                          fmaf(factor_e[c][k + 2], e.z,
+                               fmaf(factor_e[c][k + 1], e.y, fmaf(factor_e[c][k], e.x, z[c]))));
+          }
         }
-      }
-      BK_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        const int64_t column = column0 + c * kSignsPerBlock;
-        if (column >= p.columns) continue;
-        float value = y[c];
-        if constexpr (kFlip)
-          value += (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0 ? -z[c] : z[c];
-        if (dropout && (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) == 0)
-          value = 0.0f;
-        value *= p.scale;
-        if (p.base != nullptr) value += load_1(p.dtype, p.base, row * p.base_stride + column);
-        store_1(p.dtype, p.out, row * p.columns + column, value);
+        BK_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          const int64_t column = column0 + c * kSignsPerBlock;
+          if (column >= p.columns) continue;
+          float value = y[c];
+          if constexpr (kFlip)
+            value += (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0 ? -z[c] : z[c];
+          if (dropout && (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) == 0)
+            value = 0.0f;
+          value *= p.scale;
+          value += base[u][c];
+          store_1(p.dtype, p.out, row * p.columns + column, value);
+        }
       }
     }
     __syncthreads();
@@ -367,39 +432,45 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
     fill_tile<R, kFlip>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns);
     __syncthreads();
-    for (int i = 0; i < count; ++i) {
-      float x[kColumns];
+    for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
+      float ahead[kFmaAhead][kColumns];
+      load_columns_ahead<kColumns>(p.dtype, p.x, (row0 + i0) * p.stride + column0, p.stride,
+                                   count - i0, p.columns - column0, ahead);
       BK_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        const int64_t column = column0 + c * kSignsPerBlock;
-        x[c] = column < p.columns ? load_1(p.dtype, p.x, (row0 + i) * p.stride + column) : 0.0f;
-        if (dropout && (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) == 0)
-          x[c] = 0.0f;
-      }
-      BK_UNROLL
-      for (int k = 0; k < R; k += 4) {
-        const float4 l = *reinterpret_cast<const float4*>(&tile.low[0][i][k]);
+      for (int u = 0; u < kFmaAhead; ++u) {
+        const int i = i0 + u;
+        if (i >= count) break;
+        float (&x)[kColumns] = ahead[u];
         BK_UNROLL
         for (int c = 0; c < kColumns; ++c) {
-          sum[c][k] = fmaf(l.x, x[c], sum[c][k]);
-          sum[c][k + 1] = fmaf(l.y, x[c], sum[c][k + 1]);
-          sum[c][k + 2] = fmaf(l.z, x[c], sum[c][k + 2]);
-          sum[c][k + 3] = fmaf(l.w, x[c], sum[c][k + 3]);
+          if (dropout && (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) == 0)
+            x[c] = 0.0f;
         }
-      }
-      if constexpr (kFlip) {
-        BK_UNROLL
-        for (int c = 0; c < kColumns; ++c)
-          x[c] = (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0 ? -x[c] : x[c];
         BK_UNROLL
         for (int k = 0; k < R; k += 4) {
-          const float4 l = *reinterpret_cast<const float4*>(&tile.low[1][i][k]);
+          const float4 l = *reinterpret_cast<const float4*>(&tile.low[0][i][k]);
           BK_UNROLL
           for (int c = 0; c < kColumns; ++c) {
-            sum_e[c][k] = fmaf(l.x, x[c], sum_e[c][k]);
-            sum_e[c][k + 1] = fmaf(l.y, x[c], sum_e[c][k + 1]);
-            sum_e[c][k + 2] = fmaf(l.z, x[c], sum_e[c][k + 2]);
-            sum_e[c][k + 3] = fmaf(l.w, x[c], sum_e[c][k + 3]);
+            sum[c][k] = fmaf(l.x, x[c], sum[c][k]);
+            sum[c][k + 1] = fmaf(l.y, x[c], sum[c][k + 1]);
+            sum[c][k + 2] = fmaf(l.z, x[c], sum[c][k + 2]);
+            sum[c][k + 3] = fmaf(l.w, x[c], sum[c][k + 3]);
+          }
+        }
+        if constexpr (kFlip) {
+          BK_UNROLL
+          for (int c = 0; c < kColumns; ++c)
+            x[c] = (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0 ? -x[c] : x[c];
+          BK_UNROLL
+          for (int k = 0; k < R; k += 4) {
+            const float4 l = *reinterpret_cast<const float4*>(&tile.low[1][i][k]);
+            BK_UNROLL
+            for (int c = 0; c < kColumns; ++c) {
+              sum_e[c][k] = fmaf(l.x, x[c], sum_e[c][k]);
+              sum_e[c][k + 1] = fmaf(l.y, x[c], sum_e[c][k + 1]);
+              sum_e[c][k + 2] = fmaf(l.z, x[c], sum_e[c][k + 2]);
+              sum_e[c][k + 3] = fmaf(l.w, x[c], sum_e[c][k + 3]);
+            }
           }
         }
       }

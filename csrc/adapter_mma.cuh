@@ -39,8 +39,8 @@ struct PackJob {
   int64_t major, minor;  // extents; elements outside are zero
   bool flip;             // times the rank signs of the token
   uint4* out;
-  int64_t count;  // 16-byte fragments
-  int groups;     // Q or K
+  int64_t count;   // 16-byte fragments
+  int group_bits;  // log2 of Q or K
 };
 
 constexpr int kMaxPackJobs = 4;
@@ -57,32 +57,47 @@ template <class T>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArgs p) {
   const PackJob& job = p.job[blockIdx.y];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (index >= job.count) return;
+  if (index >= job.count) return;  // whole warps: count is a multiple of 32
   const int lane = static_cast<int>(index % 32), g = lane / 4, t = lane % 4;
-  const int64_t tile = index / 32 / job.groups;
-  const int group = static_cast<int>(index / 32 - tile * job.groups);
-  Key key{};
-  if (job.flip) key = noise_key(p.noise, kSignOut);
-  const auto element = [&](int64_t major, int64_t minor) {
+  const int64_t tile = index / 32 >> job.group_bits;
+  const int group = static_cast<int>(index / 32 - (tile << job.group_bits));
+  // The signs of 16 tokens for the 16 ranks of this fragment: a lane draws those of one token, and
+  // shuffles hand them round. Rank k < 64: words 0 and 1 of the token's block.
+  uint32_t drawn = 0;
+  if (job.flip) {
+    const int64_t own = 16 * tile + lane % 16;
+    const int64_t token = own < job.major ? own : job.major - 1;
+    const PhiloxBlock b =
+        sign_block(noise_key(p.noise, kSignOut), sign_row_of(p.noise.rows, token), p.r, 0);
+    drawn = (group < 2 ? b.word[0] : b.word[1]) >> (16 * (group % 2));
+  }
+  // Element (major, minor); the sign is bit `bit` of `signs`.
+  const auto element = [&](int64_t major, int64_t minor, uint32_t signs, int bit) {
     if (major >= job.major || minor >= job.minor) return 0.0f;
     const float v = job.source[major * job.major_stride + minor * job.minor_stride];
-    if (!job.flip) return v;
-    // Rank k < 64: words 0 and 1 of the token's block.
-    const PhiloxBlock b = sign_block(key, sign_row_of(p.noise.rows, major), p.r, 0);
-    return ((minor < 32 ? b.word[0] : b.word[1]) >> (minor % 32) & 1u) != 0 ? -v : v;
+    return (signs >> bit & 1u) != 0 ? -v : v;
   };
   uint32_t word[4];
   BK_UNROLL
   for (int w = 0; w < 4; ++w) {
     float value[2];
-    BK_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (job.kind == Fragment::kDown)
-        value[i] = element(8 * group + g, 32 * tile + 8 * t + 2 * w + i);
-      else if (job.kind == Fragment::kUp)
-        value[i] = element(16 * tile + g + 8 * (w / 2), 16 * group + 2 * t + 8 * (w % 2) + i);
-      else
-        value[i] = element(16 * tile + 2 * t + 8 * (w / 2) + i, 16 * group + g + 8 * (w % 2));
+    if (job.kind == Fragment::kDown) {
+      BK_UNROLL
+      for (int i = 0; i < 2; ++i)
+        value[i] = element(8 * group + g, 32 * tile + 8 * t + 2 * w + i, 0, 0);
+    } else if (job.kind == Fragment::kUp) {
+      const int token = g + 8 * (w / 2), k = 2 * t + 8 * (w % 2);
+      const uint32_t signs = __shfl_sync(kAllLanes, drawn, token);
+      BK_UNROLL
+      for (int i = 0; i < 2; ++i)
+        value[i] = element(16 * tile + token, 16 * group + k + i, signs, k + i);
+    } else {
+      const int token = 2 * t + 8 * (w / 2), k = g + 8 * (w % 2);
+      BK_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t signs = __shfl_sync(kAllLanes, drawn, token + i);
+        value[i] = element(16 * tile + token + i, 16 * group + k, signs, k);
+      }
     }
     word[w] = pack_2<T>(value[0], value[1]);
   }
@@ -160,7 +175,7 @@ __global__ void __launch_bounds__(kMmaThreads, R == 8 && !kFlip    ? 4
           BK_UNROLL
           for (int c = 0; c < kPart; ++c) {
             const uint4 q =
-                __ldcs(reinterpret_cast<const uint4*>(row[i] + column + 32 * (part + c)));
+                load_once(reinterpret_cast<const uint4*>(row[i] + column + 32 * (part + c)));
             v[i][c] = Eight{{q.x, q.y, q.z, q.w}};
           }
         }
@@ -255,6 +270,34 @@ __global__ void __launch_bounds__(kMmaThreads, R == 8 && !kFlip    ? 4
   }
 }
 
+// Eight columns of tokens first, first + 1, first + 8 and first + 9, and of those 16 further on for
+// each half; tokens from `tokens` on are left as they are. The branch lies around all loads, so
+// that they are issued together.
+template <class T, int kHalves>
+__device__ __forceinline__ void load_pairs(const T* rows, int64_t stride, int64_t first,
+                                           int64_t tokens, int64_t column, int64_t columns,
+                                           bool vector, Eight (&v)[kHalves][4]) {
+  const bool whole = vector && column + 8 <= columns;
+  const auto each = [&](const auto& load) {
+    BK_UNROLL
+    for (int half = 0; half < kHalves; ++half) {
+      BK_UNROLL
+      for (int s = 0; s < 4; ++s) {
+        const int64_t token = first + 16 * half + s % 2 + 8 * (s / 2);
+        if (token < tokens) v[half][s] = load(rows + token * stride);
+      }
+    }
+  };
+  if (whole) {
+    each([&](const T* row) {
+      const uint4 q = load_once(reinterpret_cast<const uint4*>(row + column));
+      return Eight{{q.x, q.y, q.z, q.w}};
+    });
+  } else {
+    each([&](const T* row) { return load_8(row, column, columns, false); });
+  }
+}
+
 // ---- up
 // -------------------------------------------------------------------------------------------
 
@@ -340,15 +383,11 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 4 : 2)
     for (int half = 0; half < 2 && row0 + 16 * half < end; ++half) {
       const int64_t tile0 = row0 + 16 * half;
       const int64_t fragment = tile0 / 16 * kSteps * 32 + lane;
-      Eight v[4] = {};
+      Eight loaded[1][4] = {};
+      Eight(&v)[4] = loaded[0];
       if (!kFlip && p.base != nullptr) {  // expand has a base, dx has noise
-        BK_UNROLL
-        for (int s = 0; s < 4; ++s) {
-          const int64_t token = tile0 + 2 * t + s % 2 + 8 * (s / 2);
-          if (token < p.tokens)
-            v[s] = load_8(static_cast<const T*>(p.base) + token * p.base_stride, column, p.columns,
-                          p.vector);
-        }
+        load_pairs(static_cast<const T*>(p.base), p.base_stride, tile0 + 2 * t, p.tokens, column,
+                   p.columns, p.vector, loaded);
       }
       uint32_t signs[kFlip ? 4 : 1] = {}, keep[4];
       BK_UNROLL
@@ -449,16 +488,8 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 3 : 2)
   const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
   for (int64_t row0 = begin + 32 * warp; row0 < end; row0 += 128) {
     Eight v[2][4] = {};
-    BK_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      BK_UNROLL
-      for (int s = 0; s < 4; ++s) {
-        const int64_t token = row0 + 16 * half + 2 * t + s % 2 + 8 * (s / 2);
-        if (token < p.tokens)
-          v[half][s] =
-              load_8(static_cast<const T*>(p.x) + token * p.stride, column, p.columns, p.vector);
-      }
-    }
+    load_pairs(static_cast<const T*>(p.x), p.stride, row0 + 2 * t, p.tokens, column, p.columns,
+               p.vector, v);
     uint32_t first = 0, second = 0;
     if (kFlip) {
       const int64_t own = row0 + lane < p.tokens ? row0 + lane : p.tokens - 1;

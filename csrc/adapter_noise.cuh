@@ -4,10 +4,35 @@
 #include "adapter.h"
 #include "cuda_portable.h"
 
+#ifndef BAYES_KERNELS_EVICT_FIRST
+#define BAYES_KERNELS_EVICT_FIRST 1
+#endif
+
 namespace bayes_kernels {
 namespace {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Activations are read and written once by a kernel, but often again by the next one: q, k and v
+// share x, and what an adapter writes is the next layer's input. Evict-first keeps the small
+// operands in the caches; without it neighbours may find 16 MB (2,048 tokens of 4,096) in a 50 MB
+// L2. Which is faster only a GPU can tell: build with BAYES_KERNELS_EVICT_FIRST=OFF for the other.
+template <class V>
+__device__ __forceinline__ V load_once(const V* at) {
+#if BAYES_KERNELS_EVICT_FIRST
+  return __ldcs(at);
+#else
+  return __ldg(at);
+#endif
+}
+template <class V>
+__device__ __forceinline__ void store_once(V* at, V value) {
+#if BAYES_KERNELS_EVICT_FIRST
+  __stcs(at, value);
+#else
+  *at = value;
+#endif
+}
 
 // Noise as kernels take it: subkeys cost a Philox block each, so only those in use are derived.
 __device__ __forceinline__ Key noise_key(const AdapterNoise& noise, Purpose purpose) {
@@ -63,7 +88,7 @@ __device__ __forceinline__ Eight load_8(const T* row, int64_t column, int64_t co
                                         bool vector) {
   static_assert(sizeof(T) == 2, "16-bit elements");
   if (vector && column + 8 <= columns) {
-    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(row + column));
+    const uint4 v = load_once(reinterpret_cast<const uint4*>(row + column));
     return Eight{{v.x, v.y, v.z, v.w}};
   }
   Eight out{};
@@ -78,8 +103,8 @@ template <class T>
 __device__ __forceinline__ void store_8(T* row, int64_t column, int64_t columns, bool vector,
                                         const Eight& v) {
   if (vector && column + 8 <= columns) {
-    __stcs(reinterpret_cast<uint4*>(row + column),
-           make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+    store_once(reinterpret_cast<uint4*>(row + column),
+               make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
     return;
   }
   BK_UNROLL

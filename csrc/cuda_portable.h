@@ -15,6 +15,7 @@
 //                                  needed once per kernel and device for more than 48 KiB
 //     bk_max_shared_memory_per_block()   opt-in limit of the current device, in bytes
 //     bk_multiprocessor_count()          of the current device
+//     bk_large_arguments()               whether kernels may take kLargeArguments bytes of arguments
 //   Shared memory (plain `__shared__` is not available in the emulator, on purpose)
 //     BK_SHARED(T, name, [d0][d1]...)  static array; empty third argument: one T; 16-byte aligned
 //     BK_DYNAMIC_SHARED(T, name)       T* const name: the dynamic shared memory, 16-byte aligned
@@ -49,6 +50,10 @@
 #include <cstdint>
 #include <utility>
 
+// Bytes of kernel arguments: what every driver accepts, and what drivers from CUDA 12.1 on do for
+// kernels that were compiled by 12.1 or later. Lists of matrices travel in them.
+constexpr std::size_t kArguments = 4000, kLargeArguments = 32764;
+
 #ifdef BAYES_KERNELS_SIM
 
 #include "simt/simt.h"
@@ -78,6 +83,7 @@ inline int bk_max_shared_memory_per_block() {
   return static_cast<int>(::simt::settings().max_shared_bytes);
 }
 inline int bk_multiprocessor_count() { return ::simt::multiprocessor_count; }
+inline bool bk_large_arguments() { return true; }
 
 inline void bk_cp_async_16(void* dst_smem, const void* src, int bytes_valid = 16,
                            const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -141,6 +147,18 @@ inline int bk_max_shared_memory_per_block() {
   return bk_device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 inline int bk_multiprocessor_count() { return bk_device_attribute(cudaDevAttrMultiProcessorCount); }
+
+inline bool bk_large_arguments() {
+#if CUDART_VERSION >= 12010
+  static const bool large = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+  }();
+  return large;
+#else
+  return false;
+#endif
+}
 
 // The shared-memory window's address of a generic pointer, as PTX wants it.
 __device__ __forceinline__ unsigned bk_shared_address(const void* pointer) {

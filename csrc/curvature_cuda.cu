@@ -15,7 +15,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSplit = 1024;  // rows of H in one partial Gram matrix: a constant, for fixed bits
-constexpr int kTile = 32;     // rows of H in shared memory
+constexpr int kTile = 32;     // rows of H in shared memory, of the second pass
+constexpr int kAhead = 4;     // 16-byte loads of a thread before the first is used
 constexpr int kQuad = 4;      // a thread multiplies 4 columns with 4 columns
 constexpr int kStatic = 48 * 1024;
 constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -25,25 +26,28 @@ struct Item {
   const float* rows;
   int32_t d, k, b;
   int32_t gram_block, apply_block;  // first of this item in its launch
-  int32_t padding;
+  int32_t wide;                     // factor and rows can be read 16 bytes at a time
   int64_t
       at;  // of this item in the workspace, in doubles: partial sums, coefficients, eigenproblem
 };
 
-constexpr int kItems = 60;  // 4 KB of kernel arguments is what every driver accepts
+constexpr int kFew = 60, kMany = 500;  // items to a launch, by what arguments take
 
+template <int kItems>
 struct List {
   Item items[kItems];
   int32_t n_items;
   double* workspace;
 };
-static_assert(sizeof(List) <= 4000, "kernel arguments");
+static_assert(sizeof(List<kFew>) <= kArguments, "kernel arguments");
+static_assert(sizeof(List<kMany>) <= kLargeArguments, "kernel arguments");
 
 __device__ __host__ __forceinline__ int splits_of(int64_t d) {
   return static_cast<int>(ceil_div(d, kSplit));
 }
 
-__device__ int item_of(const List& list, int block, bool gram) {
+template <int kItems>
+__device__ int item_of(const List<kItems>& list, int block, bool gram) {
   int low = 0, high = list.n_items - 1;  // the last item that starts at or before the block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -56,13 +60,95 @@ __device__ int item_of(const List& list, int block, bool gram) {
   return low;
 }
 
-__device__ __forceinline__ double* coefficients_of(const List& list, const Item& item) {
+template <int kItems>
+__device__ __forceinline__ double* coefficients_of(const List<kItems>& list, const Item& item) {
   const int c = item.k + item.b;
   return list.workspace + item.at + static_cast<int64_t>(splits_of(item.d)) * c * c;
 }
 
-__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ List list) {
-  BK_SHARED(float, tile, [kMaxSmall + kQuad][kTile + 1]);
+// Rows of H that gram_kernel holds in shared memory: kAhead loads of each thread fill the tile.
+__device__ __forceinline__ int gram_rows_of(int c) {
+  return c <= 16 ? 256 : c <= 32 ? 128 : c <= 64 ? 64 : 32;
+}
+constexpr int kGramTile = (kMaxSmall + kQuad) * 33 > 64 * 65 ? (kMaxSmall + kQuad) * 33 : 64 * 65;
+
+// The pieces of a tile that a thread brings, of four numbers each: all are loaded before the tile
+// in front of it is multiplied, and stored behind it. A piece of the factor is four neighbours of
+// its row-major rows, a piece of the new rows four neighbours of one of them.
+struct GramPieces {
+  const Item& item;
+  int rows, pitch, of_factor, count;  // of the tile
+  int at[kAhead], column[kAhead];     // of the first of the four
+
+  __device__ __forceinline__ GramPieces(const Item& item_, int rows_)
+      : item(item_),
+        rows(rows_),
+        pitch(rows_ + 1),
+        of_factor(rows_ * item_.k / 4),
+        count(of_factor + rows_ * item_.b / 4) {
+    BK_UNROLL
+    for (int l = 0; l < kAhead; ++l) {
+      const int piece = threadIdx.x + l * kThreads, behind = piece - of_factor;
+      if (behind < 0) {
+        at[l] = 4 * piece / item.k;
+        column[l] = 4 * piece - at[l] * item.k;
+      } else {
+        column[l] = behind / (rows / 4);  // of the new rows; rows is a power of two
+        at[l] = 4 * (behind % (rows / 4));
+      }
+    }
+  }
+  __device__ __forceinline__ void load(int64_t row, int64_t end, float (&v)[kAhead][4]) const {
+    const int left = static_cast<int>(end - row < rows ? end - row : rows);
+    const auto each = [&](const auto& read) {
+      BK_UNROLL
+      for (int l = 0; l < kAhead; ++l) {
+        const int piece = threadIdx.x + l * kThreads;
+        v[l][0] = v[l][1] = v[l][2] = v[l][3] = 0.0f;
+        if (piece < of_factor)
+          read(item.factor + row * item.k + 4 * piece, left * item.k - 4 * piece, v[l]);
+        else if (piece < count)
+          read(item.rows + static_cast<int64_t>(column[l]) * item.d + row + at[l], left - at[l],
+               v[l]);
+      }
+    };
+    if (item.wide != 0) {  // then what is left is a multiple of four
+      each([](const float* from, int there, float (&to)[4]) {
+        if (there <= 0) return;
+        const float4 f = __ldg(reinterpret_cast<const float4*>(from));
+        to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+      });
+    } else {
+      each([](const float* from, int there, float (&to)[4]) {
+        BK_UNROLL
+        for (int i = 0; i < 4; ++i)
+          if (i < there) to[i] = __ldg(from + i);
+      });
+    }
+  }
+  // tile[column][row of H]
+  __device__ __forceinline__ void store(const float (&v)[kAhead][4], float* tile) const {
+    BK_UNROLL
+    for (int l = 0; l < kAhead; ++l) {
+      const int piece = threadIdx.x + l * kThreads;
+      if (piece >= count) continue;
+      const bool factor = piece < of_factor;
+      int row = at[l], j = factor ? column[l] : item.k + column[l];
+      BK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        tile[j * pitch + row] = v[l][i];
+        if (!factor || ++j == item.k) {
+          ++row;
+          if (factor) j = 0;
+        }
+      }
+    }
+  }
+};
+
+template <int kItems>
+__global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ List<kItems> list) {
+  BK_SHARED(float, tile, [kGramTile]);
   BK_SHARED(float, partial, [kThreads * kQuad * kQuad]);
   const Item& item = list.items[item_of(list, blockIdx.x, true)];
   const int split = blockIdx.x - item.gram_block;
@@ -75,6 +161,10 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
   const int64_t begin = static_cast<int64_t>(split) * kSplit;
   const int64_t end = begin + kSplit < item.d ? begin + kSplit : item.d;
   double* out = list.workspace + item.at + static_cast<int64_t>(split) * c * c;
+  const int rows = gram_rows_of(c), pitch = rows + 1;
+  const GramPieces pieces(item, rows);
+  for (int e = threadIdx.x; e < (quads * kQuad - c) * pitch; e += kThreads)
+    tile[c * pitch + e] = 0.0f;  // columns that fill the last quad
   for (int first = 0; first < pairs; first += used) {
     // Pair number p is (row quad i, column quad j <= i).
     const int p = first + slot;
@@ -88,26 +178,20 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
       BK_UNROLL
       for (int u = 0; u < kQuad; ++u) sum[t][u] = 0;
     }
-    for (int64_t row = begin; row < end; row += kTile) {
+    float ahead[kAhead][4];
+    pieces.load(begin, end, ahead);
+    for (int64_t row = begin; row < end; row += rows) {
       __syncthreads();
-      for (int e = threadIdx.x; e < kTile * item.k; e += kThreads) {
-        const int at = e / item.k;
-        tile[e % item.k][at] = row + at < end ? item.factor[(row + at) * item.k + e % item.k] : 0;
-      }
-      for (int e = threadIdx.x; e < kTile * (quads * kQuad - item.k); e += kThreads) {
-        const int at = e % kTile, s = e / kTile;
-        const bool there = row + at < end && s < item.b;
-        tile[item.k + s][at] =
-            there ? item.rows[static_cast<int64_t>(s) * item.d + row + at] : 0.0f;
-      }
+      pieces.store(ahead, tile);
       __syncthreads();
+      if (row + rows < end) pieces.load(row + rows, end, ahead);
       if (!active) continue;
-      for (int at = group; at < kTile; at += groups) {
+      for (int at = group; at < rows; at += groups) {
         float x[kQuad], y[kQuad];
         BK_UNROLL
         for (int t = 0; t < kQuad; ++t) {
-          x[t] = tile[i * kQuad + t][at];
-          y[t] = tile[j * kQuad + t][at];
+          x[t] = tile[(i * kQuad + t) * pitch + at];
+          y[t] = tile[(j * kQuad + t) * pitch + at];
         }
         BK_UNROLL
         for (int t = 0; t < kQuad; ++t) {
@@ -158,8 +242,9 @@ struct Block {
   static __device__ __forceinline__ void sync() { __syncthreads(); }
 };
 
+template <int kItems>
 __global__ void __launch_bounds__(kThreads)
-    eigen_kernel(const __grid_constant__ List list, int shared_bytes) {
+    eigen_kernel(const __grid_constant__ List<kItems> list, int shared_bytes) {
   BK_DYNAMIC_SHARED(double, shared);
   BK_SHARED(double, values, [kMaxSmall]);
   BK_SHARED(double, flags, [kWarps]);
@@ -211,7 +296,9 @@ __global__ void __launch_bounds__(kThreads)
     coefficients[e] = v[order[e % item.k] * c + e / item.k];
 }
 
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ List list) {
+template <int kItems>
+__global__ void __launch_bounds__(kThreads)
+    apply_kernel(const __grid_constant__ List<kItems> list) {
   BK_DYNAMIC_SHARED(float, shared);
   const Item& item = list.items[item_of(list, blockIdx.x, false)];
   const int k = item.k, c = item.k + item.b;
@@ -266,13 +353,15 @@ struct DenseItem {
   int64_t at;    // of this item's partial sums in the workspace, in floats
 };
 
+template <int kItems>
 struct DenseList {
   DenseItem items[kItems];
   int32_t n_items;
   const double *beta, *alpha;
   float* workspace;
 };
-static_assert(sizeof(DenseList) <= 4000, "kernel arguments");
+static_assert(sizeof(DenseList<kFew>) <= kArguments, "kernel arguments");
+static_assert(sizeof(DenseList<kMany>) <= kLargeArguments, "kernel arguments");
 
 // Rows in one partial sum: by the shape only, for fixed bits. Few rows keep more multiprocessors at
 // work where columns are many; more than 256 would lose digits.
@@ -292,7 +381,8 @@ __device__ __host__ __forceinline__ int rounds_of(int64_t d) {
   return (pairs_of(d) + kPairs - 1) / kPairs;
 }
 
-__device__ int item_of(const DenseList& list, int block, bool adding) {
+template <int kItems>
+__device__ int item_of(const DenseList<kItems>& list, int block, bool adding) {
   int low = 0, high = list.n_items - 1;  // the last item that starts at or before the block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -314,19 +404,39 @@ __device__ __forceinline__ void load_tile(const DenseItem& item, int64_t row, co
   const int d = item.d;
   const T* x = static_cast<const T*>(item.rows) + row * d;
   if (item.wide) {
-    const int pieces = d / kWide;
-    for (int e = threadIdx.x; e < kDenseTile * pieces; e += kThreads) {
-      const int at = e / pieces, column = e % pieces * kWide;
-      const float root = roots[at];
-      uint4 bits = make_uint4(0, 0, 0, 0);
-      if (root != 0) bits = __ldg(reinterpret_cast<const uint4*>(x + at * d + column));
-      T values[kWide];
-      memcpy(values, &bits, sizeof(bits));
+    // kAhead loads before the first is used; a piece is found without a division for each.
+    const int pieces = d / kWide, down = kThreads / pieces, along = kThreads % pieces;
+    int at = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+    while (at < kDenseTile) {
+      uint4 bits[kAhead];
+      float root[kAhead];
+      int to[kAhead];
       BK_UNROLL
-      for (int v = 0; v < kWide; v += 4)
-        *reinterpret_cast<float4*>(tile + at * pitch + column + v) = make_float4(
-            root * static_cast<float>(values[v]), root * static_cast<float>(values[v + 1]),
-            root * static_cast<float>(values[v + 2]), root * static_cast<float>(values[v + 3]));
+      for (int l = 0; l < kAhead; ++l) {
+        const bool inside = at < kDenseTile;
+        root[l] = inside ? roots[at] : 0.0f;
+        to[l] = inside ? at * pitch + piece * kWide : -1;
+        bits[l] = make_uint4(0, 0, 0, 0);
+        if (root[l] != 0) bits[l] = __ldg(reinterpret_cast<const uint4*>(x + at * d) + piece);
+        at += down;
+        piece += along;
+        if (piece >= pieces) {
+          piece -= pieces;
+          ++at;
+        }
+      }
+      BK_UNROLL
+      for (int l = 0; l < kAhead; ++l) {
+        if (to[l] < 0) continue;
+        T values[kWide];
+        memcpy(values, &bits[l], sizeof(bits[l]));
+        BK_UNROLL
+        for (int v = 0; v < kWide; v += 4)
+          *reinterpret_cast<float4*>(tile + to[l] + v) = make_float4(
+              root[l] * static_cast<float>(values[v]), root[l] * static_cast<float>(values[v + 1]),
+              root[l] * static_cast<float>(values[v + 2]),
+              root[l] * static_cast<float>(values[v + 3]));
+      }
     }
     return;
   }
@@ -337,8 +447,9 @@ __device__ __forceinline__ void load_tile(const DenseItem& item, int64_t row, co
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    dense_sum_kernel(const __grid_constant__ DenseList list) {
+template <int kItems>
+__global__ void __launch_bounds__(kThreads, 3)
+    dense_sum_kernel(const __grid_constant__ DenseList<kItems> list) {
   BK_SHARED(float, shared, [kDenseTile * kMaxDense]);
   BK_SHARED(float, roots, [kDenseTile]);
   static_assert(kThreads * kCells <= kDenseTile * kMaxDense, "sums of the groups");
@@ -412,8 +523,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // factor <- beta factor + alpha (sum of the partial sums): a thread for each element below the
 // diagonal, which it writes on both sides.
+template <int kItems>
 __global__ void __launch_bounds__(kThreads)
-    dense_add_kernel(const __grid_constant__ DenseList list) {
+    dense_add_kernel(const __grid_constant__ DenseList<kItems> list) {
   const DenseItem& item = list.items[item_of(list, blockIdx.x, true)];
   const int cells = pairs_of(item.d) * kCells;
   const int e = (blockIdx.x - item.add_block) * kThreads + threadIdx.x;
@@ -439,21 +551,12 @@ int64_t dense_floats(const KronItem& item) {
   return int64_t{dense_splits(item.n, item.d)} * pairs_of(item.d) * kCells;
 }
 
-}  // namespace
+int items_to_a_launch(int64_t items) { return items > kFew && bk_large_arguments() ? kMany : kFew; }
 
-int64_t kron_workspace_cuda(const KronParams& p) {
-  int64_t most = 0;  // each list of kItems uses it anew
+template <int kItems>
+const char* kron_accumulate_lists(const KronParams& p, void* stream) {
   for (int64_t i = 0; i < p.n_items;) {
-    int64_t total = 0;
-    for (int64_t end = i + kItems; i < p.n_items && i < end; ++i) total += dense_floats(p.items[i]);
-    most = total > most ? total : most;
-  }
-  return most * static_cast<int64_t>(sizeof(float));
-}
-
-const char* kron_accumulate_cuda(const KronParams& p, void* stream) {
-  for (int64_t i = 0; i < p.n_items;) {
-    DenseList list{};
+    DenseList<kItems> list{};
     list.beta = p.beta;
     list.alpha = p.alpha;
     list.workspace = static_cast<float*>(p.workspace);
@@ -479,30 +582,25 @@ const char* kron_accumulate_cuda(const KronParams& p, void* stream) {
       at += dense_floats(given);
     }
     if (sum_blocks > 0)
-      BK_LAUNCH(dense_sum_kernel, dim3(static_cast<unsigned>(sum_blocks)), kThreads, 0, stream,
-                list);
-    BK_LAUNCH(dense_add_kernel, dim3(static_cast<unsigned>(add_blocks)), kThreads, 0, stream, list);
+      BK_LAUNCH((dense_sum_kernel<kItems>), dim3(static_cast<unsigned>(sum_blocks)), kThreads, 0,
+                stream, list);
+    BK_LAUNCH((dense_add_kernel<kItems>), dim3(static_cast<unsigned>(add_blocks)), kThreads, 0,
+              stream, list);
     const char* error = bk_last_error();
     if (error != nullptr) return error;
   }
   return nullptr;
 }
 
-int64_t low_rank_workspace_cuda(const LowRankParams& p) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < p.n_items; ++i)
-    total += doubles_of(p.items[i].d, p.items[i].k, rows_of(p.items[i], 0));
-  return total * static_cast<int64_t>(sizeof(double));
-}
-
-const char* low_rank_update_cuda(const LowRankParams& p, void* stream) {
+template <int kItems>
+const char* low_rank_update_lists(const LowRankParams& p, void* stream) {
   int64_t most = 0;
   for (int64_t i = 0; i < p.n_items; ++i) most = p.items[i].n > most ? p.items[i].n : most;
-  bk_set_max_dynamic_smem(apply_kernel, bk_max_shared_memory_per_block());
+  bk_set_max_dynamic_smem(apply_kernel<kItems>, bk_max_shared_memory_per_block());
   for (int64_t done = 0; done < most; done += kBlockRows) {
     int64_t at = 0;
     for (int64_t i = 0; i < p.n_items;) {
-      List list{};
+      List<kItems> list{};
       list.workspace = static_cast<double*>(p.workspace);
       int gram_blocks = 0, apply_blocks = 0, eigen_bytes = 0, apply_bytes = 0;
       for (; i < p.n_items && list.n_items < kItems; ++i) {
@@ -515,6 +613,8 @@ const char* low_rank_update_cuda(const LowRankParams& p, void* stream) {
         item.d = static_cast<int32_t>(given.d);
         item.k = static_cast<int32_t>(given.k);
         item.b = static_cast<int32_t>(b);
+        item.wide = given.d % 4 == 0 && reinterpret_cast<uintptr_t>(given.factor) % 16 == 0 &&
+                    reinterpret_cast<uintptr_t>(given.rows) % 16 == 0;
         item.gram_block = gram_blocks;
         item.apply_block = apply_blocks;
         item.at = at;
@@ -530,16 +630,47 @@ const char* low_rank_update_cuda(const LowRankParams& p, void* stream) {
         if (apply > apply_bytes) apply_bytes = apply;
       }
       if (list.n_items == 0) continue;
-      BK_LAUNCH(gram_kernel, dim3(static_cast<unsigned>(gram_blocks)), kThreads, 0, stream, list);
-      BK_LAUNCH(eigen_kernel, dim3(static_cast<unsigned>(list.n_items)), kThreads, eigen_bytes,
-                stream, list, eigen_bytes);
-      BK_LAUNCH(apply_kernel, dim3(static_cast<unsigned>(apply_blocks)), kThreads, apply_bytes,
+      BK_LAUNCH((gram_kernel<kItems>), dim3(static_cast<unsigned>(gram_blocks)), kThreads, 0,
                 stream, list);
+      BK_LAUNCH((eigen_kernel<kItems>), dim3(static_cast<unsigned>(list.n_items)), kThreads,
+                eigen_bytes, stream, list, eigen_bytes);
+      BK_LAUNCH((apply_kernel<kItems>), dim3(static_cast<unsigned>(apply_blocks)), kThreads,
+                apply_bytes, stream, list);
       const char* error = bk_last_error();
       if (error != nullptr) return error;
     }
   }
   return nullptr;
+}
+
+}  // namespace
+
+int64_t kron_workspace_cuda(const KronParams& p) {
+  int64_t most = 0;  // each list uses it anew
+  const int items = items_to_a_launch(p.n_items);
+  for (int64_t i = 0; i < p.n_items;) {
+    int64_t total = 0;
+    for (int64_t end = i + items; i < p.n_items && i < end; ++i) total += dense_floats(p.items[i]);
+    most = total > most ? total : most;
+  }
+  return most * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t low_rank_workspace_cuda(const LowRankParams& p) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < p.n_items; ++i)
+    total += doubles_of(p.items[i].d, p.items[i].k, rows_of(p.items[i], 0));
+  return total * static_cast<int64_t>(sizeof(double));
+}
+
+const char* low_rank_update_cuda(const LowRankParams& p, void* stream) {
+  return items_to_a_launch(p.n_items) == kMany ? low_rank_update_lists<kMany>(p, stream)
+                                               : low_rank_update_lists<kFew>(p, stream);
+}
+
+const char* kron_accumulate_cuda(const KronParams& p, void* stream) {
+  return items_to_a_launch(p.n_items) == kMany ? kron_accumulate_lists<kMany>(p, stream)
+                                               : kron_accumulate_lists<kFew>(p, stream);
 }
 
 }  // namespace bayes_kernels

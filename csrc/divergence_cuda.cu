@@ -3,6 +3,8 @@
 // The list travels by value in the kernel's arguments: no copy to the device, so a captured graph
 // replays it. A block finds its tensor by a search in the running block counts. Arithmetic is fp64
 // where it is cheap beside the bytes moved: 8 per weight for the value, 16 for the gradient.
+#include <type_traits>
+
 #include "cuda_portable.h"
 #include "divergence.h"
 
@@ -11,6 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kChunk = 4096;  // weights per block: a constant, so that sums have fixed bits
+constexpr int kAhead = 4;         // weights of a thread that are loaded before the first is used
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // One tensor as rows that share a rho; a tensor whose rho has its shape is a single row.
@@ -26,9 +29,9 @@ struct Item {
   int64_t first_block;  // of this tensor in the launch
 };
 
-constexpr int kItems = 60;  // 4 KB of kernel arguments is what every driver accepts
-
+template <int kItems>
 struct List {
+  static constexpr int kCapacity = kItems;
   Item items[kItems];
   int32_t n_items;
   Std std;
@@ -36,9 +39,12 @@ struct List {
   const void* weight;
   double* partial;  // one per block
 };
-static_assert(sizeof(List) <= 4000, "kernel arguments");
+constexpr int kFew = 60, kMany = 500;
+static_assert(sizeof(List<kFew>) <= kArguments, "kernel arguments");
+static_assert(sizeof(List<kMany>) <= kLargeArguments, "kernel arguments");
 
-__device__ int item_of(const List& list, int64_t block) {
+template <int kItems>
+__device__ int item_of(const List<kItems>& list, int64_t block) {
   int low = 0, high = list.n_items - 1;  // the last item that starts at or before the block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -62,8 +68,17 @@ __device__ double block_sum(double sum) {
   return sum;
 }
 
+// from[i], from[i + kThreads], ... below `end`.
 template <class T>
-__global__ void __launch_bounds__(kThreads) value_kernel(const __grid_constant__ List list) {
+__device__ __forceinline__ void load_ahead(const T* from, int64_t i, int64_t end, T (&to)[kAhead]) {
+  BK_UNROLL
+  for (int u = 0; u < kAhead; ++u)
+    to[u] = i + u * kThreads < end ? __ldcg(from + i + u * kThreads) : T(0);
+}
+
+template <class T, int kItems>
+__global__ void __launch_bounds__(kThreads)
+    value_kernel(const __grid_constant__ List<kItems> list) {
   const Item& item = list.items[item_of(list, blockIdx.x)];
   const int64_t unit = blockIdx.x - item.first_block;
   const int64_t row = unit / item.chunks;
@@ -73,9 +88,16 @@ __global__ void __launch_bounds__(kThreads) value_kernel(const __grid_constant__
   const T* rho = static_cast<const T*>(item.rho) + (item.row_constant != 0 ? row : 0);
   const double prior = item.prior_std;
   double sum = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const double s = std_of<double>(list.std, rho[item.row_constant != 0 ? 0 : i]);
-    sum += gaussian_kl_term(list.direction, mean[i], s, prior);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kAhead * kThreads) {
+    T m[kAhead], r[kAhead];
+    load_ahead(mean, i, end, m);
+    if (item.row_constant == 0) load_ahead(rho, i, end, r);
+    BK_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      if (i + u * kThreads >= end) break;
+      const double s = std_of<double>(list.std, item.row_constant != 0 ? rho[0] : r[u]);
+      sum += gaussian_kl_term(list.direction, m[u], s, prior);
+    }
   }
   sum = block_sum(sum);
   if (threadIdx.x == 0) list.partial[blockIdx.x] = sum;
@@ -101,8 +123,9 @@ __device__ __forceinline__ void apply(T* value, T* gradient, int64_t i, double o
 }
 
 // A block takes a chunk of weights, or, where rho is constant along rows, a whole row.
-template <class T, bool kStep>
-__global__ void __launch_bounds__(kThreads, 4) gradient_kernel(const __grid_constant__ List list) {
+template <class T, bool kStep, int kItems>
+__global__ void __launch_bounds__(kThreads, 4)
+    gradient_kernel(const __grid_constant__ List<kItems> list) {
   const Item& item = list.items[item_of(list, blockIdx.x)];
   const int64_t unit = blockIdx.x - item.first_block;
   const double weight = static_cast<double>(*static_cast<const T*>(list.weight));
@@ -114,24 +137,39 @@ __global__ void __launch_bounds__(kThreads, 4) gradient_kernel(const __grid_cons
   if (item.row_constant == 0) {
     const int64_t begin = unit * kChunk;
     const int64_t end = begin + kChunk < item.columns ? begin + kChunk : item.columns;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const double m = mean[i], r = rho[i];
-      const double s = std_of<double>(list.std, r);
-      const double ds = gaussian_kl_dstd(list.direction, m, s, prior);
-      apply<T, kStep>(mean, dmean, i, m, weight * gaussian_kl_dmean(list.direction, m, s, prior));
-      apply<T, kStep>(rho, drho, i, r,
-                      weight * (ds * std_derivative<double>(list.std, guarded(list.std, r))));
+    for (int64_t first = begin + threadIdx.x; first < end; first += kAhead * kThreads) {
+      T means[kAhead], rhos[kAhead];
+      load_ahead(mean, first, end, means);
+      load_ahead(rho, first, end, rhos);
+      BK_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const int64_t i = first + u * kThreads;
+        if (i >= end) break;
+        const double m = means[u], r = rhos[u];
+        const double s = std_of<double>(list.std, r);
+        const double ds = gaussian_kl_dstd(list.direction, m, s, prior);
+        apply<T, kStep>(mean, dmean, i, m, weight * gaussian_kl_dmean(list.direction, m, s, prior));
+        apply<T, kStep>(rho, drho, i, r,
+                        weight * (ds * std_derivative<double>(list.std, guarded(list.std, r))));
+      }
     }
     return;
   }
   const double r = rho[unit];
   const double s = std_of<double>(list.std, r);
   double sum = 0;
-  for (int64_t j = threadIdx.x; j < item.columns; j += kThreads) {
-    const int64_t i = unit * item.columns + j;
-    const double m = mean[i];
-    sum += gaussian_kl_dstd(list.direction, m, s, prior);
-    apply<T, kStep>(mean, dmean, i, m, weight * gaussian_kl_dmean(list.direction, m, s, prior));
+  const int64_t end = (unit + 1) * item.columns;
+  for (int64_t first = end - item.columns + threadIdx.x; first < end; first += kAhead * kThreads) {
+    T means[kAhead];
+    load_ahead(mean, first, end, means);
+    BK_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t i = first + u * kThreads;
+      if (i >= end) break;
+      const double m = means[u];
+      sum += gaussian_kl_dstd(list.direction, m, s, prior);
+      apply<T, kStep>(mean, dmean, i, m, weight * gaussian_kl_dmean(list.direction, m, s, prior));
+    }
   }
   sum =
       block_sum(sum);  // its barrier also orders every thread's read of rho before the write below
@@ -148,11 +186,11 @@ int64_t blocks_of(const DivergenceItem& item, bool value) {
 }
 
 // Calls use(list, blocks) for every group of at most kItems tensors.
-template <class Use>
-const char* for_lists(const DivergenceParams& p, bool value, const Use& use) {
+template <int kItems, class Use>
+const char* for_lists_of(const DivergenceParams& p, bool value, const Use& use) {
   double* partial = static_cast<double*>(p.workspace);
   for (int64_t i = 0; i < p.n_items;) {
-    List list{};
+    List<kItems> list{};
     list.std = p.std;
     list.direction = p.direction;
     list.weight = p.weight;
@@ -183,13 +221,20 @@ const char* for_lists(const DivergenceParams& p, bool value, const Use& use) {
   return nullptr;
 }
 
+template <class Use>
+const char* for_lists(const DivergenceParams& p, bool value, const Use& use) {
+  return p.n_items > kFew && bk_large_arguments() ? for_lists_of<kMany>(p, value, use)
+                                                  : for_lists_of<kFew>(p, value, use);
+}
+
 template <bool kStep>
 const char* launch_gradient(const DivergenceParams& p, void* stream) {
-  return for_lists(p, false, [&](const List& list, dim3 grid) {
+  return for_lists(p, false, [&](const auto& list, dim3 grid) {
+    constexpr int kItems = std::decay_t<decltype(list)>::kCapacity;
     if (p.f64)
-      BK_LAUNCH((gradient_kernel<double, kStep>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((gradient_kernel<double, kStep, kItems>), grid, kThreads, 0, stream, list);
     else
-      BK_LAUNCH((gradient_kernel<float, kStep>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((gradient_kernel<float, kStep, kItems>), grid, kThreads, 0, stream, list);
   });
 }
 
@@ -206,11 +251,12 @@ int64_t divergence_workspace_cuda(const DivergenceParams& p) {
 }
 
 const char* gaussian_kl_cuda(const DivergenceParams& p, void* stream) {
-  const char* error = for_lists(p, true, [&](const List& list, dim3 grid) {
+  const char* error = for_lists(p, true, [&](const auto& list, dim3 grid) {
+    constexpr int kItems = std::decay_t<decltype(list)>::kCapacity;
     if (p.f64)
-      BK_LAUNCH((value_kernel<double>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((value_kernel<double, kItems>), grid, kThreads, 0, stream, list);
     else
-      BK_LAUNCH((value_kernel<float>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((value_kernel<float, kItems>), grid, kThreads, 0, stream, list);
   });
   if (error != nullptr) return error;
   BK_LAUNCH(total_kernel, 1, kThreads, 0, stream, static_cast<const double*>(p.workspace),

@@ -6,6 +6,9 @@
 // (mma.m8n8k4): fp32 numbers go from global memory straight into fragments, without shared memory,
 // since the summed index may be permuted freely. Sums are split by the shape only and added in a
 // fixed order.
+#include <algorithm>
+#include <vector>
+
 #include "cuda_portable.h"
 #include "mma.h"
 #include "tall.h"
@@ -35,16 +38,18 @@ struct Item {
   int32_t index;   // in the caller's list
   int32_t vector;  // all pointers and r allow vector accesses
 };
-static_assert(sizeof(Item) == 64, "room for 60 in the arguments");
+static_assert(sizeof(Item) == 64, "room for 60 or 500 in the arguments");
 
-constexpr int kItems = 60;  // 4 KB of kernel arguments is what every driver accepts
+template <int kItems>
 struct List {
   Item items[kItems];
   Item* all;      // in the workspace
   int32_t first;  // position of items[0] there
   TallOp op;
 };
-static_assert(sizeof(List) <= 4000, "kernel arguments");
+constexpr int kFew = 60, kMany = 500;
+static_assert(sizeof(List<kFew>) <= kArguments, "kernel arguments");
+static_assert(sizeof(List<kMany>) <= kLargeArguments, "kernel arguments");
 
 BK_HD int rows_of(int64_t n) {
   const int64_t even = ceil_div(ceil_div(n, kMaxSplits), 4 * kWarps) * 4 * kWarps;
@@ -100,34 +105,38 @@ struct BlockTeam {
   static __device__ __forceinline__ void sync() { __syncthreads(); }
 };
 
-// `count` adjacent numbers of a row; zero where masked. vector: one access of 4 * count bytes.
-template <int count>
-__device__ __forceinline__ void load_columns(const float* row, int column, int r, bool valid,
-                                             bool vector, float* v) {
+// `count` adjacent numbers of rows `row`, row + step, ... below `end`; zero where masked. vector:
+// one access of 4 * count bytes. The branch lies around all loads, so that they are issued
+// together.
+template <int count, int kRows>
+__device__ __forceinline__ void load_rows(const float* matrix, uint32_t row, int step, uint32_t end,
+                                          int column, int r, bool vector,
+                                          float (&v)[kRows][count]) {
+  const float* at = matrix + static_cast<int64_t>(row) * r + column;
+  const uint32_t left = column < r && row < end ? end - row : 0;
   BK_UNROLL
-  for (int e = 0; e < count; ++e) v[e] = 0;
-  if (!valid || column >= r) return;
-  if constexpr (count == 4) {
+  for (int u = 0; u < kRows; ++u) BK_UNROLL
+  for (int e = 0; e < count; ++e) v[u][e] = 0;
+  if constexpr (count > 1) {
     if (vector) {
-      const float4 f = *reinterpret_cast<const float4*>(row + column);
-      v[0] = f.x;
-      v[1] = f.y;
-      v[2] = f.z;
-      v[3] = f.w;
+      BK_UNROLL
+      for (int u = 0; u < kRows; ++u, at += step * r) {
+        if (static_cast<uint32_t>(u * step) >= left) continue;
+        if constexpr (count == 4) {
+          const float4 f = __ldcg(reinterpret_cast<const float4*>(at));
+          v[u][0] = f.x, v[u][1] = f.y, v[u][2] = f.z, v[u][3] = f.w;
+        } else {
+          const float2 f = __ldcg(reinterpret_cast<const float2*>(at));
+          v[u][0] = f.x, v[u][1] = f.y;
+        }
+      }
       return;
     }
   }
-  if constexpr (count == 2) {
-    if (vector) {
-      const float2 f = *reinterpret_cast<const float2*>(row + column);
-      v[0] = f.x;
-      v[1] = f.y;
-      return;
-    }
-  }
   BK_UNROLL
+  for (int u = 0; u < kRows; ++u, at += step * r) BK_UNROLL
   for (int e = 0; e < count; ++e)
-    if (column + e < r) v[e] = row[column + e];
+    if (column + e < r && static_cast<uint32_t>(u * step) < left) v[u][e] = __ldcg(at + e);
 }
 
 // x and d as the ops see them: rows of x, of x + d, or of d.
@@ -136,15 +145,22 @@ struct Source {
   const float* added;  // or null
 };
 
-template <int count>
-__device__ __forceinline__ void load_source(const Source& s, int64_t row, int column, int r,
-                                            bool valid, bool vector, float* v) {
-  load_columns<count>(s.matrix + row * r, column, r, valid, vector, v);
+// load_rows of x + d: all of x, and as much of d as registers allow, before the first sum.
+template <int count, int kRows>
+__device__ __forceinline__ void load_source(const Source& s, uint32_t row, int step, uint32_t end,
+                                            int column, int r, bool vector,
+                                            float (&v)[kRows][count]) {
+  load_rows(s.matrix, row, step, end, column, r, vector, v);
   if (s.added == nullptr) return;
-  float w[count];
-  load_columns<count>(s.added + row * r, column, r, valid, vector, w);
+  constexpr int kPart = kRows;
   BK_UNROLL
-  for (int e = 0; e < count; ++e) v[e] += w[e];
+  for (int part = 0; part < kRows; part += kPart) {
+    float w[kPart][count];
+    load_rows(s.added, row + part * step, step, end, column, r, vector, w);
+    BK_UNROLL
+    for (int u = 0; u < kPart; ++u) BK_UNROLL
+    for (int e = 0; e < count; ++e) v[part + u][e] += w[u][e];
+  }
 }
 
 __device__ __forceinline__ Source source_of(TallOp op, const Item& item, bool d) {
@@ -161,11 +177,11 @@ BK_HD int jobs_of(TallOp op, int groups) {
 
 // Grid (matrices, splits, jobs). A lane holds row `lane % 4` of 4 rows and B adjacent columns, so
 // that block I of the 8-column blocks is made of columns B (lane / 4) + I.
-template <int B, int groups>
-__global__ void __launch_bounds__(kThreads, B == 4   ? 2
-                                            : B == 2 ? 3
-                                                     : 4)
-    gram_kernel(const __grid_constant__ List list) {
+template <int B, int groups, int kItems>
+__global__ void __launch_bounds__(kThreads, B == 1   ? 4
+                                            : B == 2 ? 2
+                                                     : 1)
+    gram_kernel(const __grid_constant__ List<kItems> list) {
   constexpr int kUnroll = B == 4 ? 4 : 8;
   const Item& item = list.items[blockIdx.x];
   if (blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0)
@@ -192,21 +208,18 @@ __global__ void __launch_bounds__(kThreads, B == 4   ? 2
   const Source b = source_of(list.op, item, kind != 0);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int ca = ga * kGroup + B * (lane / 4), cb = gb * kGroup + B * (lane / 4);
-  const int64_t begin = int64_t{rows} * blockIdx.y;
-  const int64_t end = begin + rows < item.n ? begin + rows : item.n;
+  const uint32_t n = static_cast<uint32_t>(item.n),
+                 begin = static_cast<uint32_t>(rows) * blockIdx.y;
+  const uint32_t end = begin + rows < n ? begin + rows : n;
   const bool vector = item.vector != 0;
   double acc[B][B][2];
   BK_UNROLL
   for (int i = 0; i < B; ++i) BK_UNROLL
   for (int j = 0; j < B; ++j) acc[i][j][0] = acc[i][j][1] = 0;
-  for (int64_t row = begin + 4 * warp; row < end; row += 4 * kWarps * kUnroll) {
+  for (uint32_t row = begin + 4 * warp; row < end; row += 4 * kWarps * kUnroll) {
     float va[kUnroll][B], vb[kUnroll][B];
-    BK_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t mine = row + u * 4 * kWarps + lane % 4;
-      load_source<B>(a, mine, ca, r, mine < end, vector, va[u]);
-      if (!same) load_source<B>(b, mine, cb, r, mine < end, vector, vb[u]);
-    }
+    load_source(a, row + lane % 4, 4 * kWarps, end, ca, r, vector, va);
+    if (!same) load_source(b, row + lane % 4, 4 * kWarps, end, cb, r, vector, vb);
     BK_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
       BK_UNROLL
@@ -427,7 +440,7 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Item* items, TallOp op, const int32_t* info, int32_t shared_rank) {
   constexpr int V = W >= 16 ? 4 : 2, S = W / (4 * V);
   constexpr int kSteps = W / 4, kBlocks = W / 8;  // of the product: summed index, columns
-  constexpr int kTiles = 2;                       // of 8 rows, for each read of a coefficient
+  constexpr int kTiles = W <= 16 ? 4 : 2;         // of 8 rows, for each read of a coefficient
   BK_DYNAMIC_SHARED(double, coefficients);
   const Item item = items[blockIdx.x];
   const int r = item.r, ld = pitch_of(r), rows = rows_of(item.n);
@@ -450,18 +463,26 @@ __global__ void __launch_bounds__(kThreads)
   const bool vector = item.vector != 0;
   float* out = op == TallOp::kLandingField ? item.out : item.x;
   for (int64_t row = begin + 8 * kTiles * warp; row < end; row += 8 * kTiles * kWarps) {
+    const uint32_t first = static_cast<uint32_t>(row) + lane / 4;
     double acc[kTiles][kBlocks][2];
     BK_UNROLL
     for (int t = 0; t < kTiles; ++t) BK_UNROLL
     for (int j = 0; j < kBlocks; ++j) acc[t][j][0] = acc[t][j][1] = 0;
     for (int part = 0; part < (pair ? 2 : 1); ++part) {
       const Source source = source_of(op, item, part == 1);
-      float v[kTiles][S][V];
+      float v[S][kTiles][V];
       BK_UNROLL
-      for (int t = 0; t < kTiles; ++t) BK_UNROLL
-      for (int q = 0; q < S; ++q) {
-        const int64_t mine = row + 8 * t + lane / 4;
-        load_source<V>(source, mine, 4 * V * q + V * (lane % 4), r, mine < end, vector, v[t][q]);
+      for (int q = 0; q < S; ++q)
+        load_rows(source.matrix, first, 8, end, 4 * V * q + V * (lane % 4), r, vector, v[q]);
+      if (source.added != nullptr) {
+        float w[S][kTiles][V];
+        BK_UNROLL
+        for (int q = 0; q < S; ++q)
+          load_rows(source.added, first, 8, end, 4 * V * q + V * (lane % 4), r, vector, w[q]);
+        BK_UNROLL
+        for (int q = 0; q < S; ++q) BK_UNROLL
+        for (int t = 0; t < kTiles; ++t) BK_UNROLL
+        for (int e = 0; e < V; ++e) v[q][t][e] += w[q][t][e];
       }
       const double* c = coefficients + part * kSteps * kBlocks * 32 + lane;
       BK_UNROLL
@@ -470,7 +491,7 @@ __global__ void __launch_bounds__(kThreads)
         const double coefficient = c[(step * kBlocks + j) * 32];
         BK_UNROLL
         for (int t = 0; t < kTiles; ++t)
-          mma_m8n8k4_f64(acc[t][j], static_cast<double>(v[t][step / V][step % V]), coefficient);
+          mma_m8n8k4_f64(acc[t][j], static_cast<double>(v[step / V][t][step % V]), coefficient);
       }
     }
     BK_UNROLL
@@ -500,6 +521,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 constexpr int kClasses = 4;  // by width: 8, 16, 32, 64
+struct Class {
+  int64_t first, count;
+  int splits;
+};
 int class_of(int64_t r) { return r <= 8 ? 0 : r <= 16 ? 1 : r <= 32 ? 2 : 3; }
 
 bool aligned(const void* pointer, int64_t bytes) {
@@ -512,21 +537,48 @@ int shared_rank_of() {
   return r;
 }
 
-const char* launch_gram(int width_class, const List& list, dim3 grid, void* stream) {
+template <int kItems>
+const char* launch_gram(int width_class, const List<kItems>& list, dim3 grid, void* stream) {
   switch (width_class) {
     case 0:
-      BK_LAUNCH((gram_kernel<1, 1>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((gram_kernel<1, 1, kItems>), grid, kThreads, 0, stream, list);
       break;
     case 1:
-      BK_LAUNCH((gram_kernel<2, 1>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((gram_kernel<2, 1, kItems>), grid, kThreads, 0, stream, list);
       break;
     case 2:
-      BK_LAUNCH((gram_kernel<4, 1>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((gram_kernel<4, 1, kItems>), grid, kThreads, 0, stream, list);
       break;
     default:
-      BK_LAUNCH((gram_kernel<4, 2>), grid, kThreads, 0, stream, list);
+      BK_LAUNCH((gram_kernel<4, 2, kItems>), grid, kThreads, 0, stream, list);
   }
   return bk_last_error();
+}
+
+// The Gram matrices of all items, which lie in order of their classes.
+template <int kItems>
+const char* launch_grams(const std::vector<Item>& items, const Class (&classes)[kClasses],
+                         Item* all, TallOp op, void* stream) {
+  for (int c = 0; c < kClasses; ++c) {
+    const int64_t last = classes[c].first + classes[c].count;
+    for (int64_t first = classes[c].first; first < last; first += kItems) {
+      const int64_t count = last - first < kItems ? last - first : kItems;
+      List<kItems> list{};
+      list.all = all;
+      list.first = static_cast<int32_t>(first);
+      list.op = op;
+      int splits = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        list.items[i] = items[static_cast<size_t>(first + i)];
+        splits = std::max(splits, splits_of(list.items[i].n));
+      }
+      const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(splits),
+                      static_cast<unsigned>(jobs_of(op, c == 3 ? 2 : 1)));
+      const char* error = launch_gram(c, list, grid, stream);
+      if (error != nullptr) return error;
+    }
+  }
+  return nullptr;
 }
 
 template <int W>
@@ -558,49 +610,33 @@ const char* tall_cuda(const TallParams& p, void* stream) {
   const int shared_rank = shared_rank_of();
   Item* all = static_cast<Item*>(p.workspace);
   double* region = reinterpret_cast<double*>(all + p.n_items);
-  struct Class {
-    int64_t first, count;
-    int splits;
-  } classes[kClasses] = {};
-  int64_t position = 0, solve = 0;
-  const char* error = nullptr;
+  Class classes[kClasses] = {};
+  std::vector<Item> items;
+  items.reserve(static_cast<size_t>(p.n_items));
+  int64_t solve = 0, most = 0;
   for (int c = 0; c < kClasses; ++c) {
-    classes[c].first = position;
-    List list{};
-    int splits = 0, filled = 0;
-    auto flush = [&]() {
-      if (filled == 0) return;
-      list.all = all;
-      list.first = static_cast<int32_t>(position - filled);
-      list.op = p.op;
-      const dim3 grid(static_cast<unsigned>(filled), static_cast<unsigned>(splits),
-                      static_cast<unsigned>(jobs_of(p.op, c == 3 ? 2 : 1)));
-      if (error == nullptr) error = launch_gram(c, list, grid, stream);
-      filled = splits = 0;
-    };
+    classes[c].first = static_cast<int64_t>(items.size());
     for (int64_t i = 0; i < p.n_items; ++i) {
       const TallItem& item = p.items[i];
       if (class_of(item.r) != c) continue;
       const int r = static_cast<int>(item.r), unit = c == 0 ? 2 : 4;
       const bool vector = r % unit == 0 && aligned(item.x, 4 * unit) && aligned(item.d, 4 * unit) &&
                           aligned(item.out, 4 * unit);
-      list.items[filled++] =
-          Item{static_cast<float*>(item.x),      static_cast<const float*>(item.d),
-               static_cast<float*>(item.out),    static_cast<float*>(item.out_xd),
-               static_cast<float*>(item.out_dd), region,
-               static_cast<int32_t>(item.n),     static_cast<int32_t>(r),
-               static_cast<int32_t>(i),          vector ? 1 : 0};
+      items.push_back(Item{static_cast<float*>(item.x), static_cast<const float*>(item.d),
+                           static_cast<float*>(item.out), static_cast<float*>(item.out_xd),
+                           static_cast<float*>(item.out_dd), region, static_cast<int32_t>(item.n),
+                           static_cast<int32_t>(r), static_cast<int32_t>(i), vector ? 1 : 0});
       region += region_of(p.op, item.n, r, r > shared_rank).end;
-      splits = splits > splits_of(item.n) ? splits : splits_of(item.n);
-      classes[c].splits = classes[c].splits > splits ? classes[c].splits : splits;
-      if (r <= shared_rank && solve_bytes(r) > solve) solve = solve_bytes(r);
-      ++position;
-      if (filled == kItems) flush();
+      classes[c].splits = std::max(classes[c].splits, splits_of(item.n));
+      if (r <= shared_rank) solve = std::max(solve, solve_bytes(r));
     }
-    flush();
-    if (error != nullptr) return error;
-    classes[c].count = position - classes[c].first;
+    classes[c].count = static_cast<int64_t>(items.size()) - classes[c].first;
+    most = std::max(most, classes[c].count);
   }
+  const char* error = most > kFew && bk_large_arguments()
+                          ? launch_grams<kMany>(items, classes, all, p.op, stream)
+                          : launch_grams<kFew>(items, classes, all, p.op, stream);
+  if (error != nullptr) return error;
   const SolveArguments arguments{all,  p.op,  p.retraction, static_cast<int32_t>(shared_rank),
                                  p.lr, p.lam, p.info};
   const dim3 grid(static_cast<unsigned>(p.n_items));
