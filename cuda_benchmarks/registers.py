@@ -2,13 +2,13 @@
 
     python cuda_benchmarks/registers.py [--library PATH] [--check | --save]
 
-Without an option it prints a table; `--check` also compares with the rows in results/registers, and `--save`
-writes those rows and docs/registers.md. cuobjdump lists the resources and the machine code; it comes with the
-CUDA toolkit and with the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+Without an option it prints a table; `--check` also compares with the rows in results/registers, and
+`--save` writes those rows and docs/registers.md. cuobjdump lists the resources and the machine code; it
+comes with the CUDA toolkit and with the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 
 Loads in flight are counted in the machine code: global loads that a thread issues before an instruction
-reads one of them. Memory is slow to answer (500 to 800 ns), so that a multiprocessor of an H100 needs some 20 KB
-in flight to reach its share of 3 TB/s.
+reads one of them. Memory answers late, so that a multiprocessor of an H100 needs some 20 KB in flight to
+reach its share of 3 TB/s.
 """
 
 from __future__ import annotations
@@ -209,11 +209,11 @@ def page(rows: Sequence[Kernel]) -> str:
     lines = [
         "# Registers and loads in flight", "",
         "<!-- Written by `python cuda_benchmarks/registers.py --save`. -->", "",
-        "What the CUDA kernels take of a multiprocessor, read from the compiled library by cuobjdump. No GPU is",
-        "needed. Registers, local memory (spilled registers) and bytes in flight are of one thread, static shared",
-        "memory of one block, in bytes. *Bytes in flight* are the global loads that a thread issues before an",
-        "instruction reads one of them, at most, anywhere in the kernel. A multiprocessor of an H100 needs some",
-        "20 KB in flight: 256 resident threads with 80 bytes each.", "",
+        "What the CUDA kernels take of a multiprocessor, read from the compiled library by cuobjdump. No",
+        "GPU is needed. Registers, local memory (spilled registers) and bytes in flight are of one thread,",
+        "static shared memory of one block, in bytes. *Bytes in flight* are the global loads that a thread",
+        "issues before an instruction reads one of them, at most, anywhere in the kernel. A multiprocessor",
+        "of an H100 needs some 20 KB in flight: 256 resident threads with 80 bytes each.", "",
         "```bash", "python cuda_benchmarks/registers.py --check   # what is worse than on this page",
         "python cuda_benchmarks/registers.py --save    # write this page", "```", "",
     ]  # fmt: skip
@@ -241,7 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if library is None:
         parser.error(f"{LIBRARY} was not found; build it, or name it with --library")
     if tool is None:
-        parser.error("cuobjdump was not found; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        parser.error(
+            "cuobjdump was not found; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
     try:
         rows = read_library(library, tool, compiler())
     except RuntimeError as problem:

@@ -24,12 +24,12 @@ identifier = csrc/tall_cuda.cu
 Resource usage:
  Common:
   GLOBAL:0
- Function _ZN13bayes_kernels45_GLOBAL__N__582ab68f_12_tall_cuda_cu_9c90966d11gram_kernelILi4ELb1EEEvPKf:
+ Function _ZN13bayes_kernels38_GLOBAL__N__5_12_tall_cuda_cu_9c90966d11gram_kernelILi4ELb1EEEvPKf:
   REG:10 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:904 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 SASS = """
 arch = sm_90
-		Function : _ZN13bayes_kernels45_GLOBAL__N__582ab68f_12_tall_cuda_cu_9c90966d11gram_kernelILi4ELb1EEEvPKf
+	Function : _ZN13bayes_kernels38_GLOBAL__N__5_12_tall_cuda_cu_9c90966d11gram_kernelILi4ELb1EEEvPKf
 	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64] ;  /* 0x00 */
                                                                                 /* 0x00 */
