@@ -46,26 +46,33 @@ BK_HD_LARGE Factor factor_gram(Retraction retraction, double* g, double* p, doub
   if (retraction == Retraction::kQr) {
     double* u = work;
     double* diagonal = numbers;
-    bool resolved = cholesky<Team>(g, u, diagonal, r, ld, 1.0 / kSingularSpread, least);
-    Team::sync();
-    if (!resolved) {
+    const auto invert = [&] {
+      invert_upper<Team>(u, p, r, ld);
+      // Of u with unit columns: the eigenvalues of its Gram matrix add up to r, so that the sum of
+      // their inverses less r - 1 is that of the smallest, to within 1. The largest is 1 to r.
+      double squares = 0;
       for (int i = 0; i < r; ++i)
-        if (!(g[i * ld + i] > 0)) return Factor::kZero;
+        for (int j = i + Team::lane(); j < r; j += Team::lanes())
+          squares += diagonal[i] * p[i * ld + j] * p[i * ld + j];
+      *spread = Team::sum(squares) - (r - 1);
       Team::sync();
-      for (int i = Team::thread(); i < r; i += Team::threads())
-        g[i * ld + i] *= 1.0 + 10.0 * r / kSingularSpread;
-      Team::sync();
-      if (!cholesky<Team>(g, u, diagonal, r, ld, 0.0, 0.0)) return Factor::kZero;
+    };
+    if (cholesky<Team>(g, u, diagonal, r, ld, 1.0 / kSingularSpread, least)) {
+      invert();
+      // A pivot behind a small one can be larger than the limit and still nothing but the rounding
+      // errors that the small one has amplified.
+      if (*spread < kSingularSpread) return Factor::kResolved;
     }
-    invert_upper<Team>(u, p, r, ld);
-    // Of u with unit columns: the eigenvalues of its Gram matrix add up to r, so that the sum of
-    // their inverses less r - 1 is that of the smallest, to within 1. The largest is 1 to r.
-    double squares = 0;
+    Team::sync();
     for (int i = 0; i < r; ++i)
-      for (int j = i + Team::lane(); j < r; j += Team::lanes())
-        squares += diagonal[i] * p[i * ld + j] * p[i * ld + j];
-    *spread = Team::sum(squares) - (r - 1);
-    return resolved ? Factor::kResolved : Factor::kShifted;
+      if (!(g[i * ld + i] > 0)) return Factor::kZero;
+    Team::sync();
+    for (int i = Team::thread(); i < r; i += Team::threads())
+      g[i * ld + i] *= 1.0 + 10.0 * r / kSingularSpread;
+    Team::sync();
+    if (!cholesky<Team>(g, u, diagonal, r, ld, 0.0, 0.0)) return Factor::kZero;
+    invert();
+    return Factor::kShifted;
   }
   if (inverse_root_near_identity<Team>(g, p, work, r, ld, kNewtonSchulzLimit, spread))
     return Factor::kResolved;

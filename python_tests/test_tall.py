@@ -199,6 +199,26 @@ def test_failures_are_reported_and_stay_alone(device, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["polar", "qr"])
+@pytest.mark.parametrize("r", [2, 3, 5, 16])
+def test_info_follows_the_condition_number_and_not_rounding_errors(kind: str, r: int):
+    """Also behind columns that are nearly parallel, where a pivot is rounding errors times a thousand."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        exponent = 12 * float(torch.rand((), generator=generator, dtype=torch.float64))
+        x = with_condition(r + 1 + seed % 5, r, 10**exponent, seed=seed, dtype=torch.float64)
+        unit = x / (x.norm(dim=0) if kind == "qr" else 1)
+        condition = float(torch.linalg.cond(unit))
+        info = int(RETRACT[kind]([x])[0])
+        assert defect(x) < 1e-14 * r, (seed, condition)
+        if condition > 3e7:
+            assert info == F.SHIFTED, (seed, condition)
+        elif 20 < condition < 3e6:
+            assert info == F.REFINED, (seed, condition)
+        elif condition < 5:
+            assert info == F.RETRACTED, (seed, condition)
+
+
+@pytest.mark.parametrize("kind", ["polar", "qr"])
 @pytest.mark.parametrize("matrix", KINDS)
 def test_retraction_of_hard_matrices(device, kind: str, matrix: str):
     """An orthonormal result, the right one, or the matrix as it was and a code that says so."""
