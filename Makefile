@@ -3,6 +3,7 @@
 #
 #   make demo    fine-tune a real language model with BLoB on real text, and compare it with plain LoRA
 #   make test    build everything, the CUDA emulator included, and run the test suite
+#   make test-floor   the suite with the oldest transformers, PEFT and accelerate that pyproject.toml admits
 #   make setup   only the environment
 #   make bench   CPU benchmarks;   make lint   style and types;   make docs   the site, in site/
 #
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TOOLS := $(VENV)/.tools-$(subst =,_,$(TORCH))
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: demo test setup bench lint docs clean
+.PHONY: demo test test-floor setup bench lint docs clean
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
@@ -57,6 +58,23 @@ test: $(VENV)/.testing
 	$(PY) -m bayes_kernels
 	$(if $(ARGS),,OMP_NUM_THREADS=1 $(PY) python_tests/cpu_paths.py -n $(JOBS))
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# The same library and torch in an environment of its own, with the oldest releases of what it rests on.
+FLOOR := .venv-floor
+FLOOR_TOOLS := $(FLOOR)/.tools-$(subst =,_,$(TORCH))
+SITE = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+$(FLOOR_TOOLS): pyproject.toml python_tests/floor.py | $(VENV)/.testing
+	@echo "== installing the oldest transformers, PEFT and accelerate (about two minutes)"
+	$(PYTHON) -m venv $(FLOOR)
+	$(PY) python_tests/floor.py pyproject.toml > $(FLOOR)/floor.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy -r $(FLOOR)/floor.txt
+	ln -sfn $(call SITE,$(VENV))/*bayes_kernels* $(call SITE,$(FLOOR))/
+	@touch $@
+
+test-floor: $(FLOOR_TOOLS) $(VENV)/.testing
+	$(FLOOR)/bin/python -m bayes_kernels
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # All families, a few cases of each: under five minutes on a machine left alone. ARGS="adapter --vs compiled"
 # or the like chooses; without --quick (make bench QUICK=) all cases are measured.

@@ -98,11 +98,19 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 def continues_a_text(kwargs: Mapping[str, Any]) -> bool:
     """Whether a forward pass is handed a cache that earlier tokens have filled."""
-    for name in CACHE_NAMES:
-        length = getattr(kwargs.get(name), "get_seq_length", None)
-        if length is not None and length() > 0:
-            return True
-    return False
+    caches = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
+    return any(_is_filled(part) for cache in caches for part in getattr(cache, "layers", [cache]))
+
+
+def _is_filled(part: Any) -> bool:
+    """Of a layer's cache: keys and values of tokens, or a recurrent state (one, or a dict of them)."""
+    states = getattr(part, "has_previous_state", None)
+    if isinstance(states, dict):
+        states = any(states.values())
+    if states is True:
+        return True
+    length = getattr(part, "get_seq_length", None)
+    return length is not None and bool(length() > 0)
 
 
 @contextlib.contextmanager
