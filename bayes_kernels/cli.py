@@ -7,6 +7,7 @@ one line on standard error and exit code 2; ``--debug`` shows the traceback inst
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -14,11 +15,11 @@ import io
 import json
 import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -37,10 +38,11 @@ except ImportError as _error:
 
 if TYPE_CHECKING:
     from .hf.experiment import Run
+    from .hf.output import Output
     from .hf.recipe import Experiment, Recipe, Source
     from .hf.results import Summary
     from .hf.tasks import Example, Task
-    from .hf.training import Interrupted, Saved
+    from .hf.training import Saved
 
 USAGE_ERROR = 2
 _BASELINE = "map"  # what `demo` compares with
@@ -267,7 +269,7 @@ def demo(
     Task: which area of Python's standard library a docstring is from. Out of distribution:
     docstrings of numpy and torch. No download.
     """
-    from .hf import experiment, results, training
+    from .hf import experiment, output, results, training
     from .hf.config import METHODS
     from .hf.recipe import DEMO, Experiment, Source, write_json
 
@@ -281,40 +283,42 @@ def demo(
     source = Source(
         data=data or "stdlib-docs", train_size=train_size, test_size=test_size, ood_size=ood_size
     )
-    _check_out(out, overwrite)
-    jobs = []
-    for seed in range(seeds):
-        with _status(f"reading {source.data}, seed {seed}"):
-            task = source.load(seed)
-        for name in methods:
-            one = Experiment(source, model=model, method=name, recipe=recipe, seed=seed)
-            folder = out / name if seed == 0 else None
-            jobs.append(experiment.Job(one, task, folder, temperature=name == _BASELINE))
-    _note_task(task)
-    for job in jobs[: len(methods)]:  # whether model, data and options fit
-        training.build(job.experiment, job.task, device=device)
-    _prepare_out(out, overwrite)
-    gpu = training.pick_device(device).type == "cuda"
+    files = [*methods, *output.PICTURES, results.METRICS_FILE]
+    inputs = {"data": data, "model": model}
+    with _writing("demo", out, files, inputs, overwrite=overwrite) as place:
+        jobs = []
+        for seed in range(seeds):
+            with _status(f"reading {source.data}, seed {seed}"):
+                task = source.load(seed)
+            for name in methods:
+                one = Experiment(source, model=model, method=name, recipe=recipe, seed=seed)
+                folder = out / name if seed == 0 else None
+                jobs.append(experiment.Job(one, task, folder, temperature=name == _BASELINE))
+        _note_task(task)
+        for job in jobs[: len(methods)]:  # whether model, data and options fit
+            training.build(job.experiment, job.task, device=device)
+        place.begin()
+        gpu = training.pick_device(device).type == "cuda"
 
-    def done(run: Run) -> None:
-        assert run.training is not None
-        _note(
-            f"{METHODS[run.experiment.method].title}, seed {run.experiment.seed}: "
-            f"{run.training.steps} steps in {run.training.seconds:.0f} s"
-        )
+        def done(run: Run) -> None:
+            assert run.training is not None
+            _note(
+                f"{METHODS[run.experiment.method].title}, seed {run.experiment.seed}: "
+                f"{run.training.steps} steps in {run.training.seconds:.0f} s"
+            )
 
-    # Longest first, so that all cores are busy to the end.
-    jobs.sort(key=lambda job: job.experiment.method == _BASELINE)
-    runs = experiment.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
-    order = {name: place for place, name in enumerate(methods)}
-    runs.sort(key=lambda run: (run.experiment.seed, order[run.experiment.method]))
-    content = results.report(runs, task, command=_command())
-    summaries = results.summarise(runs)
-    rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
-    verdict = results.verdict(summaries, rows[0].name, rows[-1].name)
-    content["verdict"] = verdict
-    pictures = _plots(rows, out)
-    write_json(out / results.METRICS_FILE, content)
+        # Longest first, so that all cores are busy to the end.
+        jobs.sort(key=lambda job: job.experiment.method == _BASELINE)
+        runs = experiment.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
+        order = {name: place for place, name in enumerate(methods)}
+        runs.sort(key=lambda run: (run.experiment.seed, order[run.experiment.method]))
+        content = results.report(runs, task, command=_command())
+        summaries = results.summarise(runs)
+        rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
+        verdict = results.verdict(summaries, rows[0].name, rows[-1].name)
+        content["verdict"] = verdict
+        pictures = _plots(rows, out)
+        write_json(out / results.METRICS_FILE, content)
     _print_table(summaries, f"{task.name}: {len(task.train)} training texts, {model}")
     console = _console()
     console.print(verdict, soft_wrap=True)
@@ -441,7 +445,7 @@ def train(
         )
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from .hf import experiment, results, training
+    from .hf import experiment, output, results, training
     from .hf.recipe import Experiment, Source, write_json
 
     _start(threads)
@@ -488,16 +492,19 @@ def train(
         label_names=_words(label_names),
     )
     one = Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed)
+    files = [*output.ADAPTER_FILES, f"{training.CHECKPOINTS}/checkpoint-*", results.METRICS_FILE]
+    files += output.PICTURES if plots else ()
+    inputs = {"data": source.data, "test": test, "ood": ood, "model": model}
+    writing: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
     if out is not None:
-        _check_out(out, overwrite, resume=resume, resumable=True)
+        _output("train", out, files, inputs, **writing).check()
     with _status(f"reading {source.data}"):
         task = source.load(seed)
     folder = out or Path("runs") / f"{task.name}-{method}-seed{seed}"
-    _check_out(folder, overwrite, resume=resume, resumable=True)
-    if resume:
-        training.check_resumable(folder, one)
-    _note_task(task)
-    try:
+    with _writing("train", folder, files, inputs, **writing) as place:
+        if resume:
+            training.check_resumable(folder, one)
+        _note_task(task)
         run = experiment.run(
             one,
             task,
@@ -505,13 +512,11 @@ def train(
             resume=resume,
             save_every=save_every,
             device=device,
-            before_writing=lambda: _prepare_out(folder, overwrite),
+            before_writing=place.begin,
         )
-    except training.Interrupted as stop:
-        _interrupted(stop)
-    if plots:
-        _plots(run.rows, folder)
-    write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
+        if plots:
+            _plots(run.rows, folder)
+        write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
     _print_table(results.summarise([run]), f"{task.name}, {model}, seed {seed}")
     _console().print(f"Wrote {folder}/", soft_wrap=True)
 
@@ -585,7 +590,7 @@ def compare(
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
     from .hf import compare as comparison
-    from .hf import results, training
+    from .hf import output, results, training
     from .hf.recipe import Source, write_json, write_text
 
     cores = threads or _all_cores()
@@ -612,50 +617,48 @@ def compare(
     )
     setting = {"kind": kind, "style": style, "dtype": dtype, "quantization": quantization}
     make = _experiments(source, model, setting, common, option, members)
-    _check_out(out, overwrite, resume=resume, resumable=True)
-    tasks = {}
-    for seed in range(seeds):
-        with _status(f"reading {source.data}, seed {seed}"):
-            tasks[seed] = source.load(seed)
-    _note_task(tasks[0])
-    pieces = comparison.plan(words, make, tasks, out, seeds=seeds)
-    if resume:
-        comparison.check_saved(pieces)
-    first = pieces[0]  # whether model and data fit
-    training.build(make("map", 0), first.task, device=device)
-    if not resume:
-        _prepare_out(out, overwrite)
-    gpu = training.pick_device(device).type == "cuda"
+    files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, *output.PICTURES]
+    inputs = {"data": source.data, "test": test, "ood": ood, "model": model}
+    with _writing("compare", out, files, inputs, overwrite=overwrite, resume=resume) as place:
+        tasks = {}
+        for seed in range(seeds):
+            with _status(f"reading {source.data}, seed {seed}"):
+                tasks[seed] = source.load(seed)
+        _note_task(tasks[0])
+        pieces = comparison.plan(words, make, tasks, out, seeds=seeds)
+        if resume:
+            comparison.check_saved(pieces)
+        first = pieces[0]  # whether model and data fit
+        training.build(make("map", 0), first.task, device=device)
+        place.files += comparison.own_files(pieces, out)
+        place.begin()
+        gpu = training.pick_device(device).type == "cuda"
 
-    def done(piece: comparison.Piece, result: Run | comparison.Failure) -> None:
-        one = piece.experiment
-        what = f"failed: {result.error}" if isinstance(result, comparison.Failure) else "done"
-        _note(f"{one.method}, seed {one.seed}: {what}")
+        def done(piece: comparison.Piece, result: Run | comparison.Failure) -> None:
+            one = piece.experiment
+            what = f"failed: {result.error}" if isinstance(result, comparison.Failure) else "done"
+            _note(f"{one.method}, seed {one.seed}: {what}")
 
-    try:
         runs, failures = comparison.compare(
             pieces, processes=1 if gpu else cores, device=device, done=done
         )
-    except KeyboardInterrupt:
-        _note(f"interrupted; what has ended is kept\ngo on with: {_resuming()}")
-        raise typer.Exit(130) from None
-    if not runs:
-        raise ValueError(
-            "compare: every run failed: " + "; ".join(sorted({one.error for one in failures}))
-        )
-    shown = comparison.chosen(results.summarise(runs), words)
-    headings, lines = comparison.table(shown, failures, seeds)
-    content = results.report(runs, tasks[0], command=_command())
-    content["failures"] = [dataclasses.asdict(one) for one in failures]
-    rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
-    drawn = comparison.main_rows(rows, words)
-    pictures = _plots(drawn, out) if drawn else []
-    text = comparison.markdown(headings, lines)
-    shifted = comparison.shift_table(shown)
-    if shifted is not None:
-        text += "\n" + comparison.markdown(*shifted)
-    write_text(out / comparison.TABLE_FILE, text)
-    write_json(out / comparison.RESULTS_FILE, content)
+        if not runs:
+            raise ValueError(
+                "compare: every run failed: " + "; ".join(sorted({one.error for one in failures}))
+            )
+        shown = comparison.chosen(results.summarise(runs), words)
+        headings, lines = comparison.table(shown, failures, seeds)
+        content = results.report(runs, tasks[0], command=_command())
+        content["failures"] = [dataclasses.asdict(one) for one in failures]
+        rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
+        drawn = comparison.main_rows(rows, words)
+        pictures = _plots(drawn, out) if drawn else []
+        text = comparison.markdown(headings, lines)
+        shifted = comparison.shift_table(shown)
+        if shifted is not None:
+            text += "\n" + comparison.markdown(*shifted)
+        write_text(out / comparison.TABLE_FILE, text)
+        write_json(out / comparison.RESULTS_FILE, content)
     # Wide tables would be cut at the width of a terminal: Markdown is read as it is.
     print(text)
     names = ", ".join([comparison.RESULTS_FILE, comparison.TABLE_FILE])
@@ -762,7 +765,7 @@ def bayesianize(
     TFB searches the largest noise that its anchors bear; Laplace-LoRA fits a posterior to all training
     examples. Both are those of the recorded task, or of --data.
     """
-    from .hf import experiment, results, scoring, training
+    from .hf import experiment, output, results, scoring, training
     from .hf.config import METHODS
     from .hf.recipe import write_json
 
@@ -800,37 +803,42 @@ def bayesianize(
     )
     training.conversion_options(one)
     folder = out or Path(f"{adapter.rstrip('/')}-{method}")
-    _check_out(folder, overwrite)
-    with _status(f"reading {source.data}"):
-        task = source.load(one.seed)
-    if saved is not None:
-        _check_classes(saved.task, task)
-    _note_task(task)
-    length = None if saved is None else saved.max_length
-    loaded, encoder = training.load_adapter(adapter, one, task, max_length=length, device=device)
-    scores: dict[str, Any] = {
-        "seed": one.seed if seed is None else seed,
-        "batch_size": recipe.eval_batch_size,
-        "temperature": False,
-    }
-    rows = scoring.evaluate_model(
-        loaded, encoder, task, method=before, n_samples=0, label="before", **scores
-    )
-    report = training.convert_model(one, loaded, encoder)
-    draws = one.n_samples
-    after = scoring.evaluate_model(
-        loaded, encoder, task, method=method, n_samples=draws, label="after", **scores
-    )[-1]
-    # Rows of one name would be taken for seeds of one method.
-    rows = [*(row for row in rows if row.name != after.name), after]
-    _prepare_out(folder, overwrite)
-    training.save_adapter(loaded, one, task, encoder, folder)
-    if plots:
-        _plots(rows, folder)
-    run = experiment.Run(one, None, rows)
-    content = results.report([run], task, command=_command())
-    content["conversion"] = report.to_dict()
-    write_json(folder / results.METRICS_FILE, content)
+    files = [*output.ADAPTER_FILES, results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    inputs = {"adapter": adapter, "model": one.model, **_inputs(source)}
+    with _writing("bayesianize", folder, files, inputs, overwrite=overwrite) as place:
+        with _status(f"reading {source.data}"):
+            task = source.load(one.seed)
+        if saved is not None:
+            _check_classes(saved.task, task)
+        _note_task(task)
+        length = None if saved is None else saved.max_length
+        loaded, encoder = training.load_adapter(
+            adapter, one, task, max_length=length, device=device
+        )
+        place.hold()
+        scores: dict[str, Any] = {
+            "seed": one.seed if seed is None else seed,
+            "batch_size": recipe.eval_batch_size,
+            "temperature": False,
+        }
+        rows = scoring.evaluate_model(
+            loaded, encoder, task, method=before, n_samples=0, label="before", **scores
+        )
+        report = training.convert_model(one, loaded, encoder)
+        draws = one.n_samples
+        after = scoring.evaluate_model(
+            loaded, encoder, task, method=method, n_samples=draws, label="after", **scores
+        )[-1]
+        # Rows of one name would be taken for seeds of one method.
+        rows = [*(row for row in rows if row.name != after.name), after]
+        place.begin()
+        training.save_adapter(loaded, one, task, encoder, folder)
+        if plots:
+            _plots(rows, folder)
+        run = experiment.Run(one, None, rows)
+        content = results.report([run], task, command=_command())
+        content["conversion"] = report.to_dict()
+        write_json(folder / results.METRICS_FILE, content)
     title, headings, lines = report.table()
     table = _table(title, headings, left=0)
     for line in lines:
@@ -865,7 +873,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data."""
-    from .hf import experiment, results, scoring, training
+    from .hf import experiment, output, results, scoring, training
     from .hf.recipe import write_json
 
     _start(threads)
@@ -881,35 +889,38 @@ def evaluate(
     }
     given = {key: value for key, value in changes.items() if value is not None}
     source = dataclasses.replace(source, **given)
-    folder = out or Path(adapter) / "evaluation"
-    _check_out(folder, overwrite)
-    with _status(f"reading {source.data}"):
-        task = source.load(one.seed)
-    if saved is not None:
-        _check_classes(saved.task, task)
-    _note(task.summary())
-    loaded, encoder = training.load_adapter(
-        adapter,
-        one,
-        task,
-        max_length=None if saved is None else saved.max_length,
-        device=device,
-    )
-    recipe = one.recipe
-    rows = scoring.evaluate_model(
-        loaded,
-        encoder,
-        task,
-        method=one.method,
-        n_samples=one.n_samples if n_samples is None else n_samples,
-        seed=one.seed if seed is None else seed,
-        batch_size=batch_size or recipe.eval_batch_size,
-    )
-    run = experiment.Run(dataclasses.replace(one, source=source), None, rows)
-    _prepare_out(folder, overwrite)
-    if plots:
-        _plots(rows, folder)
-    write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
+    folder = out or Path(adapter) / output.EVALUATION
+    files = [results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    inputs = {"adapter": adapter, "model": one.model, **_inputs(source)}
+    with _writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
+        with _status(f"reading {source.data}"):
+            task = source.load(one.seed)
+        if saved is not None:
+            _check_classes(saved.task, task)
+        _note_task(task)
+        loaded, encoder = training.load_adapter(
+            adapter,
+            one,
+            task,
+            max_length=None if saved is None else saved.max_length,
+            device=device,
+        )
+        place.hold()
+        recipe = one.recipe
+        rows = scoring.evaluate_model(
+            loaded,
+            encoder,
+            task,
+            method=one.method,
+            n_samples=one.n_samples if n_samples is None else n_samples,
+            seed=one.seed if seed is None else seed,
+            batch_size=batch_size or recipe.eval_batch_size,
+        )
+        run = experiment.Run(dataclasses.replace(one, source=source), None, rows)
+        place.begin()
+        if plots:
+            _plots(rows, folder)
+        write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
     _print_table(results.summarise([run]), f"{task.name}, {adapter}")
     _console().print(f"Wrote {folder}/", soft_wrap=True)
 
@@ -1217,68 +1228,54 @@ def _answer(task: Task, example: Example, index: int) -> str:
 
 # --- Folders -------------------------------------------------------------------------------------
 
-_OWN_FILES = (
-    "metrics.json",
-    "results.json",
-    "table.md",
-    "experiment.json",
-    "adapter_config.json",
-    "laplace.safetensors",
-)
-_OWN_FOLDERS = ("checkpoints", "evaluation")
+
+def _output(
+    kind: str,
+    folder: Path,
+    files: Sequence[str],
+    inputs: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Output:
+    from .hf.output import Output
+
+    return Output(
+        folder,
+        files,
+        kind=kind,
+        command=_command(),
+        inputs=inputs,
+        overwrite=overwrite,
+        resume=resume,
+    )
 
 
-def _check_out(
-    folder: Path, overwrite: bool, *, resume: bool = False, resumable: bool = False
-) -> None:
-    """Whether results may go there; writes nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out {str(folder)!r}: expected a folder, got a file; choose another")
-    if resume or not folder.is_dir() or not any(folder.iterdir()):
+@contextlib.contextmanager
+def _writing(
+    kind: str, folder: Path, files: Sequence[str], inputs: Mapping[str, Any], **options: bool
+) -> Iterator[Output]:
+    """The folder of a command; Ctrl-C and SIGTERM end it with a line that says how to go on."""
+    from .hf.training import Interrupted
+
+    output = _output(kind, folder, files, inputs, **options)
+    try:
+        with output:
+            yield output
+    except Interrupted as stop:
+        what = f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}"
+        number = stop.signal
+    except KeyboardInterrupt as stop:
+        kept = "what has ended is kept" if output.kept() else f"{folder} is as it was"
+        what, number = f"interrupted; {kept}", getattr(stop, "signal", signal.SIGINT)
+    else:
         return
-    if not overwrite:
-        raise ValueError(
-            f"out {str(folder)!r}: expected a new or empty folder, got files in it; use --overwrite"
-            f"{', --resume' if resumable else ''} or another folder"
-        )
-    if not _has_results(folder):
-        raise ValueError(
-            f"out {str(folder)!r}: --overwrite replaces results of an earlier run, and this folder "
-            "has none; choose another folder"
-        )
+    _note(f"{what}\ngo on with: {output.way_on()}")
+    raise typer.Exit(128 + number)
 
 
-def _has_results(folder: Path) -> bool:
-    """Whether an earlier run wrote there, be it one that was interrupted.
-
-    The adapters of `demo` come long before its `metrics.json`. Folders of such names count only
-    with an adapter in them, or a part of one.
-    """
-    if any((folder / name).exists() for name in (*_OWN_FILES, "checkpoints")):
-        return True
-    parts = (*_OWN_FILES, "adapter_model.safetensors", ".adapter.*", "seed-*")
-    return any(any((folder / name).glob(part)) for name in _method_names() for part in parts)
-
-
-def _method_names() -> tuple[str, ...]:
-    """Folders that `demo` writes adapters to."""
-    from .hf.config import METHODS
-
-    return tuple(METHODS)
-
-
-def _prepare_out(folder: Path, overwrite: bool) -> None:
-    """Make the folder; with overwrite, remove what an earlier run left, and nothing else."""
-    import shutil
-
-    if overwrite and folder.is_dir():
-        for name in (*_OWN_FOLDERS, *_method_names()):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for path in folder.iterdir():
-            own = path.suffix == ".png" or path.name == "adapter_model.safetensors"
-            if own or path.name in _OWN_FILES:
-                path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+def _inputs(source: Source) -> dict[str, Any]:
+    return {"data": source.data, "test": source.test, "ood": source.ood}
 
 
 # --- Output --------------------------------------------------------------------------------------
@@ -1312,20 +1309,6 @@ def _shorten(text: str, length: int = 60) -> str:
 
 def _command() -> list[str]:
     return ["bayes-kernels", *sys.argv[1:]]
-
-
-def _resuming() -> str:
-    """The command that goes on where this one was interrupted."""
-    words = [word for word in _command() if word not in ("--overwrite", "--resume")]
-    return shlex.join([*words, "--resume"])
-
-
-def _interrupted(stop: Interrupted) -> NoReturn:
-    _note(
-        f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}\n"
-        f"go on with: {_resuming()}"
-    )
-    raise typer.Exit(128 + stop.signal)
 
 
 def _plots(rows: Sequence[Any], folder: Path) -> list[Path]:

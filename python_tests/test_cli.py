@@ -98,7 +98,9 @@ def test_training_writes_adapter_scores_and_pictures(trained: Path, data: Path) 
     names = {path.name for path in trained.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "experiment.json"} <= names
     assert {"metrics.json", "reliability.png", "risk_coverage.png", "entropy.png"} <= names
-    assert not [name for name in names if name.startswith(".")]  # no temporary file is left
+    # No temporary file is left.
+    assert [name for name in names if name.startswith(".")] == [".bayes_kernels"]
+    assert [path.name for path in (trained / ".bayes_kernels").iterdir()] == ["run.json"]
     for name in ("reliability.png", "risk_coverage.png", "entropy.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG")
 
@@ -271,7 +273,7 @@ def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> N
     assert "use --overwrite" in refuse("demo", "--data", data, "--model", model, "--out", out)
 
 
-def test_an_interrupted_demo_can_be_overwritten(
+def test_an_interrupted_demo_leaves_nothing(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
@@ -286,18 +288,18 @@ def test_an_interrupted_demo_can_be_overwritten(
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "run_many", stop_after_the_first)
         assert call("demo", *options).exit_code == 2
-    assert [path.name for path in out.iterdir()] == ["blob"]
-    assert "use --overwrite" in refuse("demo", *options)
-    for _ in range(2):  # what is left of an interrupted run, then a complete one
-        result = call("demo", *options, "--overwrite")
+    assert not out.exists()
+    for overwrite in ([], ["--overwrite"]):
+        result = call("demo", *options, *overwrite)
         assert result.exit_code == 0, result.output
         assert results(out)["seeds"] == [0]
+    assert "use --overwrite" in refuse("demo", *options)
     # A folder that happens to have such a name is not the demo's.
     notes = tmp_path / "other" / "map" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("important")
     error = refuse("demo", *options[:-1], tmp_path / "other", "--overwrite")
-    assert "this folder has none" in error and notes.read_text() == "important"
+    assert "expected no file in the way" in error and notes.read_text() == "important"
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def test_an_interrupted_demo_can_be_overwritten(
         (["--ood", "nothing.jsonl"], "nothing.jsonl: expected a file that can be read"),
         (["--device", "tpu"], "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
         (["--resume", "--overwrite"], "exclude each other"),
-        (["--resume"], "expected a complete checkpoint"),
+        (["--resume"], "resume: expected an earlier run"),
         (["--data", "x"], "as argument or as --data, got both"),
     ],
 )
@@ -483,15 +485,16 @@ def test_folders_are_not_overwritten_by_accident(
     (tmp_path / "thesis.tex").write_text("important")
     error = refuse(*common, "--out", tmp_path, "--overwrite")
     assert "this folder has none" in error
-    (tmp_path / "metrics.json").write_text("{}")
-    result = call(*common, "--out", tmp_path, "--overwrite", "--method", "map")
+    (tmp_path / "metrics.json").write_text("{}")  # of another program
+    assert "expected no file in the way" in refuse(*common, "--out", tmp_path, "--overwrite")
+    out = tmp_path / "map"
+    result = call(*common, "--out", out, "--method", "map")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "thesis.tex").read_text() == "important"
-    assert results(tmp_path)["methods"][0]["name"] == "LoRA (MAP)"
+    assert results(out)["methods"][0]["name"] == "LoRA (MAP)"
     # Plain LoRA has no posterior to draw from.
-    error = refuse("predict", tmp_path, "--text", "a bright day", "--n-samples", "5")
+    error = refuse("predict", out, "--text", "a bright day", "--n-samples", "5")
     assert "expected 0 for an adapter that has no posterior" in error
-    plain = call("predict", tmp_path, "--text", "a bright day", "--json")
+    plain = call("predict", out, "--text", "a bright day", "--json")
     assert json.loads(plain.stdout)["mutual_information"] is None
 
 

@@ -1,8 +1,8 @@
 """Several methods on one task, over seeds: one table.
 
 :func:`compare` runs every (method, seed) that has no result yet, several at a time. A finished one is
-a folder ``METHOD/seed-N`` with its adapter and ``result.json``, written last and as a whole: a
-comparison that was interrupted, or that gets more methods or seeds, goes on from what is there.
+a folder ``METHOD/seed-N`` with its adapter and ``result.json``, which appears as a whole: a comparison
+that was interrupted, or that gets more methods or seeds, goes on from what is there.
 
 Plain LoRA is trained once for a seed. Its adapter is what temperature scaling and conversions use, and
 the first member of an ensemble.
@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,15 +163,46 @@ class Failure:
 
 
 def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
-    """Train, convert or join one (method, seed), score it and write its result."""
-    one, task, folder, score = piece.experiment, piece.task, piece.folder, piece.score
+    """Train, convert or join one (method, seed), score it and write its result.
+
+    All that it writes is in a folder beside its own until it has ended.
+    """
+    saved = _saved(piece.folder)
+    if saved is not None:
+        _run_piece(piece, saved, piece.folder, device, progress)
+        return
+    piece.folder.parent.mkdir(parents=True, exist_ok=True)
+    name = _unfinished(piece.folder).replace("*", secrets.token_hex(4))
+    half = piece.folder.with_name(name)
+    half.mkdir()
+    try:
+        _run_piece(piece, None, half, device, progress)
+        os.rename(half, piece.folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> str:
+    """Names of folders that a piece is written to until it has ended."""
+    return f".{folder.name}.*.tmp"
+
+
+def own_files(pieces: Sequence[Piece], folder: Path) -> list[str]:
+    """Where pieces are written, relative to the folder of the comparison."""
+    places = [piece.folder.relative_to(folder) for piece in pieces]
+    return [str(p) for path in places for p in (path, path.with_name(_unfinished(path)))]
+
+
+def _run_piece(
+    piece: Piece, saved: Run | None, folder: Path, device: str | None, progress: bool
+) -> None:
+    one, task, score = piece.experiment, piece.task, piece.score
     made = METHODS[one.method].made
     options: dict[str, Any] = {
         "temperature": one.method == PLAIN,
         "mean": made == "train",
         "progress": progress,
     }
-    saved = _saved(folder)
     if saved is not None and made == "train":  # trained as a member only, and not scored then
         model, encoder = load_adapter(folder, one, task, device=device)
         scored = finish(one, task, model, encoder, saved.training, **options)
@@ -328,9 +361,15 @@ def compare(
         The results that there are, and the failures, both in the order of the pieces.
 
     Raises:
-        ValueError: As `check_saved`.
+        ValueError: As `check_saved`, or a folder of something else stands where a result goes.
     """
     check_saved(pieces)
+    for piece in pieces:
+        if _saved(piece.folder) is None and os.path.lexists(piece.folder):
+            raise ValueError(
+                f"compare: expected {RESULT_FILE} in {piece.folder}, found none; move it away or "
+                "choose another folder"
+            )
     left = [piece for piece in pieces if not _is_done(piece)]
     failed: dict[Path, Failure] = {}
     numbers = {piece.folder: i for i, piece in enumerate(left)}
@@ -347,8 +386,8 @@ def compare(
             done(piece, load_run(piece.folder / RESULT_FILE))
 
     for piece in left:  # what a killed run left half written
-        if _saved(piece.folder) is None and piece.folder.is_dir():
-            shutil.rmtree(piece.folder)
+        for half in piece.folder.parent.glob(_unfinished(piece.folder)):
+            shutil.rmtree(half)
     if left:
         side_by_side(
             run_piece,

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -364,9 +366,18 @@ def side_by_side(
 
 def _start_worker(threads: int, counter: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     count_steps_in(counter)
     torch.set_num_threads(threads)
     quiet_libraries()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, in whatever way: nobody waits for its result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_job(job: Job, device: str | None, *, progress: bool) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
@@ -640,15 +641,27 @@ def _of_one_method(model: nn.Module) -> list[BayesLayer]:
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint folder that was written to its end, or None.
 
-    The Trainer writes its state file last; a folder without it belongs to a run that was stopped
-    while it was saving.
+    A folder without a whole state file belongs to a run that was stopped while it was saving.
     """
     found = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = folder.name.rpartition("-")[2]
-        if number.isdigit() and (folder / TRAINER_STATE_NAME).is_file():
-            found.append((int(number), folder))
+        if is_checkpoint(folder) and is_whole_checkpoint(folder):
+            found.append((int(folder.name.rpartition("-")[2]), folder))
     return str(max(found)[1]) if found else None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a Trainer's checkpoint."""
+    name, _, number = folder.name.rpartition("-")
+    return name == PREFIX_CHECKPOINT_DIR and number.isdigit()
+
+
+def is_whole_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state last."""
+    try:
+        return "global_step" in json.loads((folder / TRAINER_STATE_NAME).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 class BayesTrainer(BayesTrainerMixin, Trainer):

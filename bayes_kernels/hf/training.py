@@ -35,6 +35,7 @@ from .laplace_lora import LAPLACE_FILE, laplace_posterior, load_laplace, save_la
 from .last_layer import calibrate_head, find_head, laplace_refine
 from .machine import peak_memory, progress_bar, synchronise, versions
 from .models import EncodedDataset, TaskEncoder, load_model
+from .output import stopped_run
 from .recipe import FORMAT, Experiment, write_json
 from .tasks import Task, choose_subset
 from .trainer import BayesTrainer, last_checkpoint
@@ -272,9 +273,10 @@ def read_record(folder: str | Path) -> Saved | None:
         raise ValueError(f"adapter {str(folder)!r}: expected a folder that exists, found none")
     if not (path / "adapter_config.json").is_file():
         last = last_checkpoint(path / CHECKPOINTS)
-        advice = f"; name its last checkpoint instead: {last}" if last else ""
+        advice = [stopped_run(path), f"name its last checkpoint instead: {last}" if last else ""]
+        text = "".join(f"; {words}" for words in advice if words)
         raise ValueError(
-            f"adapter {str(folder)!r}: expected adapter_config.json in it, found none{advice}"
+            f"adapter {str(folder)!r}: expected adapter_config.json in it, found none{text}"
         )
     if not (path / "adapter_model.safetensors").is_file():
         raise ValueError(
@@ -341,18 +343,13 @@ def load_adapter(
 
 
 def check_resumable(folder: Path, experiment: Experiment) -> None:
-    """Whether the last checkpoint of a folder belongs to the same experiment.
+    """Whether the last checkpoint of a folder, if it has one, belongs to the same experiment.
 
     Raises:
-        ValueError: There is no checkpoint, or its experiment differs; the message says where.
+        ValueError: Its experiment differs; the message says where.
     """
     last = last_checkpoint(folder / CHECKPOINTS)
-    if last is None:
-        raise ValueError(
-            f"resume: expected a complete checkpoint in {folder / CHECKPOINTS}, found none; start "
-            "again without --resume"
-        )
-    saved = read_record(last)
+    saved = None if last is None else read_record(last)
     if saved is None:
         return
     changed = changed_settings(saved.experiment, experiment)
