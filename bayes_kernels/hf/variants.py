@@ -195,20 +195,7 @@ class BayesVariant(LoraVariant):
         dropout = 0.0
         if module.training:
             dropout = float(getattr(module.lora_dropout[active_adapter], "p", 0.0))
-        mode = self.mode(module)
-        out = self.adapted(module, active_adapter, x, result, mode, dropout)
-        if mode == "mean" and self.state.mode is None and self._trains(module, active_adapter, out):
-            out.register_hook(_warn_eval)
-        return out
-
-    def _trains(self, module: Any, adapter: str, out: Tensor) -> bool:
-        """Whether a backward pass of this output would train the mean of a posterior alone."""
-        if not (self.samples and out.requires_grad) or torch.compiler.is_compiling():
-            return False
-        if torch._C._are_functorch_transforms_active():
-            return False
-        tensors = [getattr(module, name, {}).get(adapter) for name in self.parameters]
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return self.adapted(module, active_adapter, x, result, self.mode(module), dropout)
 
     def mode(self, module: Any) -> str:
         """What an enclosing `posterior` says; else training draws and evaluation does not."""
@@ -288,15 +275,6 @@ class BayesVariant(LoraVariant):
     ) -> Tensor:
         """Take the posterior mean out again."""
         return orig_weight - self.delta_weight(module, active_adapter).to(orig_weight.dtype)
-
-
-def _warn_eval(_: Tensor) -> None:
-    warnings.warn(
-        "a backward pass went through a Bayesian adapter in eval mode, which trains the mean without "
-        "noise and no deviation; call model.train() before training, or say "
-        'posterior(model, "mean") where the mean is meant',
-        stacklevel=2,
-    )
 
 
 def _warn_merge() -> None:
