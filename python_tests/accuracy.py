@@ -7,12 +7,19 @@ from torch import Tensor
 
 
 def assert_no_worse_than_torch(
-    ours: Tensor, same_dtype: Tensor, truth: Tensor, *, factor: float = 2.0, what: str = ""
+    ours: Tensor,
+    same_dtype: Tensor,
+    truth: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float = 1.0,
+    what: str = "",
 ) -> None:
     """Compare errors against the fp64 truth, by maximum and by Frobenius norm.
 
     The floors are what rounding an exact result costs at most: a unit in the last place of the
-    largest entry, and half of one in norm. They avoid 0 <= 2 * 0.
+    largest entry, and half of one in norm; times `floor`, where a rounding error in the middle is
+    that of many entries. They avoid 0 <= 2 * 0.
     """
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -20,7 +27,7 @@ def assert_no_worse_than_torch(
     a, b, t = (v.detach().double().cpu() for v in (ours, same_dtype, truth))
     assert torch.isfinite(a).all(), f"{what}: not finite"
     scale = t.abs().max().item()
-    eps = torch.finfo(ours.dtype).eps
+    eps = floor * torch.finfo(ours.dtype).eps
     error = (a - t).abs().max().item()
     allowed = factor * (b - t).abs().max().item() + eps * scale
     assert error <= allowed, (

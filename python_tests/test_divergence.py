@@ -134,6 +134,7 @@ def test_many_tensors_in_one_call(device):
         ([torch.ones(2)], [torch.ones(2)], {"std": "cube"}, "std must be one of"),
         ([torch.ones(2)], [torch.ones(2)], {"direction": "up"}, "direction must be"),
         ([torch.ones(2).half()], [torch.ones(2).half()], {}, "must be float32"),
+        ([torch.ones(2, 0)], [torch.ones(2, 1)], {}, "means must have columns beside a rho"),
     ],
 )
 def test_errors(means, rhos, options, text):

@@ -102,6 +102,11 @@ def check_divergence(
                 f"({first.dtype}, {first.device}), got {rho.dtype}, {rho.device}"
             )
         shared = mean.dim() == 2 and tuple(rho.shape) == (mean.shape[0], 1)
+        if shared and mean.shape[1] == 0:
+            raise ValueError(
+                f"{op}: tensor {i}: means must have columns beside a rho of shape (r, 1), got "
+                f"{tuple(mean.shape)}; leave the tensor out"
+            )
         if rho.shape != mean.shape and not shared:
             raise ValueError(
                 f"{op}: tensor {i}: rho must have shape {tuple(mean.shape)}"
