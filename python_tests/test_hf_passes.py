@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -445,6 +446,25 @@ def test_a_loop_with_a_loss_of_its_own_in_eval_mode(said: Any) -> None:
     model = llama()
     model(input_ids=IDS).logits.square().mean().backward()
     assert len(said("eval mode")) == 1
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "object"])
+def test_outputs_of_any_kind_in_eval_mode(kind: str, said: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.query(x)
+            return {"tensor": y, "tuple": (None, y), "object": SimpleNamespace(y=y)}[kind]
+
+    model = filled(get_peft_model(Net(), BlobConfig(r=2, target_modules=["query"])))
+    out = model(torch.ones(2, 4))
+    y = {"tensor": out, "tuple": out[1:] if kind == "tuple" else None, "object": out}[kind]
+    y = y[0] if kind == "tuple" else getattr(y, "y", y)
+    y.sum().backward()
+    assert len(said("eval mode")) == (kind != "object")  # whose parts are not known
 
 
 def test_methods_without_noise_may_train_in_eval_mode(said: Any) -> None:

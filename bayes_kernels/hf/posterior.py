@@ -164,6 +164,8 @@ def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
         return
     if state.eval_warned or state.mode is not None or not state.enabled or state.samples_in_eval:
         return
+    if torch._C._are_functorch_transforms_active():
+        return
 
     def warn(_: Tensor) -> None:
         trained = any(
@@ -180,7 +182,7 @@ def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
             )
 
     values = output.values() if isinstance(output, Mapping) else output
-    for value in (values,) if isinstance(values, Tensor) else values:
+    for value in values if isinstance(output, (Mapping, tuple, list)) else [output]:
         if isinstance(value, Tensor) and value.requires_grad:
             value.register_hook(warn)
 
@@ -271,11 +273,13 @@ def draws_weights(model: nn.Module) -> bool:
 
 
 def without_effect(model: nn.Module) -> str | None:
-    """Why no LoRA adapter of a model takes part in its passes: "disabled" or "merged", or None."""
+    """Why no LoRA adapter of a model takes part in its passes, and what to do; None where one does."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     if not layers or any(not (layer.disable_adapters or layer.merged) for layer in layers):
         return None
-    return "disabled" if any(layer.disable_adapters for layer in layers) else "merged"
+    if any(layer.disable_adapters for layer in layers):
+        return "disabled; leave disable_adapter()"
+    return "merged; call unmerge_adapter()"
 
 
 def warn_uncalled(op: str, names: Sequence[str], layers: int) -> None:

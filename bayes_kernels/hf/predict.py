@@ -299,9 +299,8 @@ def predict(
         )
     if n_samples and find_head(model) is None and (why := without_effect(model)) is not None:
         raise ValueError(
-            f"predict: draws need adapters that take part in the pass, got adapters that are {why}; "
-            f"{'leave disable_adapter()' if why == 'disabled' else 'call unmerge_adapter()'}, or pass "
-            "n_samples=0"
+            f"predict: draws need adapters that take part in the pass, got adapters that are {why}, or "
+            "pass n_samples=0"
         )
     device = next(model.parameters()).device
     inputs = {

@@ -183,8 +183,7 @@ class BayesTrainerMixin(_Base):
         why = without_effect(self.model)
         if why is not None:
             raise ValueError(
-                f"BayesTrainer: adapters must take part in training, got adapters that are {why}; "
-                f"{'leave disable_adapter()' if why == 'disabled' else 'call unmerge_adapter()'} first"
+                f"BayesTrainer: adapters must take part in training, got adapters that are {why} first"
             )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
