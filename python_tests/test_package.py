@@ -7,9 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import check_wheel
 import cpu_paths
 import pytest
+import torch
 
 import bayes_kernels as bk
 from bayes_kernels import _library
@@ -73,6 +77,54 @@ def test_binary_needs_no_cuda_and_no_python_library():
     )
     assert [n for n in needed if n.startswith(forbidden)] == []
     assert "RUNPATH" not in dynamic and "RPATH" not in dynamic
+
+
+def test_binary_loads_where_torch_does():
+    """Versions of C and C++ symbols: at most those of manylinux_2_28, and others are noticed."""
+    tool("readelf", "--version")
+    compiler = bk.build_info()["compiler"]
+    if os.uname().machine != "x86_64" or int(re.findall(r"gcc (\d+)", compiler)[0]) > 12:
+        pytest.skip("symbols of newer compilers and other machines are for `make wheel` to name")
+    found = check_wheel.versions(Path(library()))
+    assert any(v.startswith("GLIBC_2") for v in found) and any("GLIBCXX" in v for v in found)
+    assert check_wheel.too_new(found) == []
+    newer = {"GLIBC_2.29", "GLIBC_2.34", "GLIBCXX_3.4.29", "CXXABI_1.3.13", "OTHER_1.0"}
+    assert check_wheel.too_new(found | newer) == sorted(newer)
+
+
+def test_the_library_asks_no_newer_glibc_than_torch():
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if os.uname().machine != "x86_64" or not torch_library.is_file():
+        pytest.skip("torch has no such library here")
+    tool("readelf", "--version")
+
+    def newest(path: Path) -> list[int]:
+        found = check_wheel.versions(path)
+        numbers = (v.removeprefix("GLIBC_").split(".") for v in found if v.startswith("GLIBC_2"))
+        return max([int(part) for part in number] for number in numbers)
+
+    if newest(torch_library) > [2, 28]:
+        pytest.skip("a torch that was built here")
+    assert newest(Path(library())) <= newest(torch_library)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_an_exception_of_the_library_is_an_error_in_python(threads: bool):
+    """With its text, from whatever thread, and as often as it is thrown."""
+
+    def provoke() -> None:
+        for _ in range(50):
+            with pytest.raises(RuntimeError, match=r"bayes_kernels::tall_gram: .*must be tall"):
+                torch.ops.bayes_kernels.tall_gram([torch.zeros(2, 3)])
+
+    assert library()
+    bk.functional.gram(torch.zeros(3, 2))  # loads it
+    if not threads:
+        provoke()
+        return
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(provoke) for _ in range(4)]:
+            future.result()
 
 
 def test_binary_exports_no_symbol_of_ours():
