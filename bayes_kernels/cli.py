@@ -80,11 +80,14 @@ class _Commands(typer.core.TyperGroup):
                     f"memory: expected enough for this model and its batches, got: {error}; use "
                     "smaller batches, a smaller --max-length, or fewer things side by side"
                 )
-            if isinstance(error, OSError) and error.errno in _FULL:
-                _fail(
-                    f"{error.filename or 'output'}: expected room to write to, got: "
-                    f"{error.strerror}; make room, or choose another folder"
-                )
+            if isinstance(error, OSError) and error.errno is not None:
+                place = _shorten(str(error.filename or "file"))
+                if error.errno in _FULL:
+                    _fail(
+                        f"{place}: expected room to write to, got: {error.strerror}; make room, or "
+                        "choose another folder"
+                    )
+                _fail(f"{place}: expected a path that can be used, got: {error.strerror}")
             if isinstance(error, _EXPECTED):
                 _fail(str(error) or type(error).__name__)
             raise
@@ -275,14 +278,21 @@ def demo(
 
     cores = threads or _all_cores()
     methods = (_BASELINE, method)
-    if method == _BASELINE:
-        raise ValueError(f"method: expected a Bayesian method, got {method!r}, the baseline")
+    if method not in METHODS or method == _BASELINE:
+        allowed = ", ".join(name for name in METHODS if name != _BASELINE)
+        raise ValueError(f"method: expected one of {allowed}, got {method!r}")
     _start(cores)
-    changes: dict[str, Any] = {"steps": steps, "n_samples": n_samples}
-    recipe = dataclasses.replace(DEMO, **{k: v for k, v in changes.items() if v is not None})
-    source = Source(
-        data=data or "stdlib-docs", train_size=train_size, test_size=test_size, ood_size=ood_size
-    )
+    recipe = DEMO if steps is None else dataclasses.replace(DEMO, steps=steps)
+    recipes = {
+        name: dataclasses.replace(recipe, n_samples=n_samples if name == method else None)
+        for name in methods
+    }
+    source = Source(data=data or "", train_size=train_size, test_size=test_size, ood_size=ood_size)
+    experiment.check_trainable(method)
+    for name in methods:
+        training.check_experiment(
+            Experiment(source, model=model, method=name, recipe=recipes[name])
+        )
     files = [*methods, *output.PICTURES, results.METRICS_FILE]
     inputs = {"data": data, "model": model}
     with _writing("demo", out, files, inputs, overwrite=overwrite) as place:
@@ -291,7 +301,7 @@ def demo(
             with _status(f"reading {source.data}, seed {seed}"):
                 task = source.load(seed)
             for name in methods:
-                one = Experiment(source, model=model, method=name, recipe=recipe, seed=seed)
+                one = Experiment(source, model=model, method=name, recipe=recipes[name], seed=seed)
                 folder = out / name if seed == 0 else None
                 jobs.append(experiment.Job(one, task, folder, temperature=name == _BASELINE))
         _note_task(task)
@@ -492,6 +502,8 @@ def train(
         label_names=_words(label_names),
     )
     one = Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed)
+    experiment.check_trainable(method)
+    training.check_experiment(one)
     files = [*output.ADAPTER_FILES, f"{training.CHECKPOINTS}/checkpoint-*", results.METRICS_FILE]
     files += output.PICTURES if plots else ()
     inputs = {"data": source.data, "test": test, "ood": ood, "model": model}
@@ -607,7 +619,7 @@ def compare(
         "n_samples": n_samples,
     }
     source = Source(
-        data=data or "stdlib-docs",
+        data=data or "",
         test=test,
         ood=tuple(ood) if ood else None,
         train_size=train_size,
@@ -616,7 +628,12 @@ def compare(
         label_names=_words(label_names),
     )
     setting = {"kind": kind, "style": style, "dtype": dtype, "quantization": quantization}
-    make = _experiments(source, model, setting, common, option, members)
+    if members is not None and "ensemble" not in words:
+        raise ValueError(f"members: expected ensemble among --methods, got {', '.join(words)}")
+    used = comparison.used_methods(words)
+    make = _experiments(source, model, setting, common, option, members, used)
+    for name in used:
+        training.check_experiment(make(name, 0))
     files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, *output.PICTURES]
     inputs = {"data": source.data, "test": test, "ood": ood, "model": model}
     with _writing("compare", out, files, inputs, overwrite=overwrite, resume=resume) as place:
@@ -675,39 +692,83 @@ def _experiments(
     common: dict[str, Any],
     options: Sequence[str] | None,
     members: int | None,
+    used: Sequence[str],
 ) -> Callable[[str, int], Experiment]:
     """What `compare` runs for a method and a seed.
 
+    What is set for all methods goes to those that have it, and to one at least.
+
     Raises:
-        ValueError: An option names no method or no field of the recipe.
+        ValueError: An option names no method of this comparison or no field of the recipe, or nothing
+            uses it.
     """
     from .hf.config import METHODS
     from .hf.recipe import Experiment, Recipe
 
-    shared = {key: value for key, value in common.items() if value is not None}
     own: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
     fields = {field.name for field in dataclasses.fields(Recipe)}
+    every = {name for row in METHODS.values() for name in row.options}
+    seen: set[str] = set()
+
+    def uses(method: str, key: str, alone: bool) -> bool:
+        row = METHODS[method]
+        if key in every:
+            return key in row.options
+        if key == "laplace":
+            return method == "polar-vbll"
+        if key == "convert":
+            return row.made == "convert"
+        if key == "n_samples":  # those of an ensemble are its members
+            return row.bayesian and method != "ensemble"
+        # What converts or joins is made of plain LoRA, which is trained once with its own settings.
+        return row.made == "train" or key == "eval_batch_size" or not alone
+
+    def put(where: str, method: str | None, path: Sequence[str], value: Any) -> None:
+        place = ".".join([method or "", *path])
+        if place in seen:
+            raise ValueError(f"{where}: expected a setting once, got it twice")
+        seen.add(place)
+        takers = [m for m in ([method] if method else used) if uses(m, path[0], method is not None)]
+        if not takers:
+            whom = method or f"some method of {', '.join(used)}"
+            raise ValueError(
+                f"{where}: expected a setting that {whom} uses, got one that it does not"
+            )
+        for taker in takers:
+            found = own[taker]
+            # Those of one method stand, whatever is said of all.
+            if len(path) == 2:
+                found[path[0]] = {**found.get(path[0], {}), path[1]: value}
+            else:
+                found[path[0]] = value
+
+    for key, value in common.items():
+        if value is not None:
+            put(key.replace("_", "-"), None, [key], value)
+    parsed = []
     for item in options or ():
         name, equals, _ = item.partition("=")
-        first, *rest = name.strip().split(".")
-        methods = [first] if rest and first.replace("_", "-") in METHODS else list(METHODS)
-        path = rest if rest and len(methods) == 1 else [first, *rest]
-        if not equals or path[0].replace("-", "_") not in fields or len(path) > 2:
+        first, *rest = name.strip().replace("-", "_").split(".")
+        word = first.replace("_", "-")
+        method = word if rest and word in METHODS else None
+        path = rest if method else [first, *rest]
+        nested = len(path) == 2 and path[0] in ("convert", "lora")
+        if not equals or path[0] not in fields or not (len(path) == 1 or nested):
             raise ValueError(
                 f"--set: expected NAME=VALUE or METHOD.NAME=VALUE with a field of the recipe "
                 f"({', '.join(sorted(fields))}), got {item!r}"
             )
+        if method is not None and method not in used:
+            raise ValueError(
+                f"--set: expected a method of this comparison ({', '.join(used)}), got {item!r}"
+            )
         (value,) = (_pairs([item], "--set") or {}).values()
-        key = path[0].replace("-", "_")
-        for method in methods:
-            place = own[method.replace("_", "-")]
-            if len(path) == 2:
-                place[key] = {**place.get(key, {}), path[1].replace("-", "_"): value}
-            else:
-                place[key] = value
+        parsed.append((f"--set {item}", method, path, value))
+    for where, method, path, value in sorted(parsed, key=lambda one: one[1] is not None):
+        put(where, method, path, value)
 
     def make(method: str, seed: int) -> Experiment:
-        found = {**shared, **own[method]}
+        found = dict(own[method])
         if method == "ensemble":
             found["n_samples"] = members or METHODS[method].n_samples
         recipe = Recipe(**found)
@@ -897,7 +958,7 @@ def evaluate(
             task = source.load(one.seed)
         if saved is not None:
             _check_classes(saved.task, task)
-        _note_task(task)
+        _note(task.summary())
         loaded, encoder = training.load_adapter(
             adapter,
             one,
@@ -906,6 +967,7 @@ def evaluate(
             device=device,
         )
         place.hold()
+        scoring.check_draws(loaded, n_samples or 0)
         recipe = one.recipe
         rows = scoring.evaluate_model(
             loaded,
@@ -1110,12 +1172,14 @@ def _pairs(items: Sequence[str] | None, option: str) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
+        name = name.strip().replace("-", "_")
         if not equals or not name:
             raise ValueError(f"{option}: expected name=value, got {item!r}")
-        name = name.strip().replace("-", "_")
+        if name in found:
+            raise ValueError(f"{option}: expected {name} once, got it twice, last as {item!r}")
         try:
             found[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 

@@ -410,7 +410,7 @@ def test_data_that_is_missing_or_bad(model: Path, data: Path, tmp_path: Path) ->
     lines = file.read_text().splitlines()
     lines[6] = lines[6][:-4]
     file.write_text("\n".join(lines) + "\n")
-    assert f"{file}:7: not JSON" in refuse("train", file, *common)
+    assert f"{file}:7: expected JSON, got" in refuse("train", file, *common)
     good[2].pop("label")
     tiny_task.write_rows(file, good)
     assert f"{file}:3: 'label' must be an integer from 0, got None" in refuse(
@@ -488,7 +488,7 @@ def test_folders_are_not_overwritten_by_accident(
     (tmp_path / "metrics.json").write_text("{}")  # of another program
     assert "expected no file in the way" in refuse(*common, "--out", tmp_path, "--overwrite")
     out = tmp_path / "map"
-    result = call(*common, "--out", out, "--method", "map")
+    result = call(*common[:-2], "--out", out, "--method", "map")
     assert result.exit_code == 0, result.output
     assert results(out)["methods"][0]["name"] == "LoRA (MAP)"
     # Plain LoRA has no posterior to draw from.

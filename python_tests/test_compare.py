@@ -378,7 +378,7 @@ def test_the_command(
         return CliRunner().invoke(cli.app, ["compare", *map(str, arguments)])
 
     # A setting of one method that nobody can train is a line of the table.
-    result = call(*options, "--set", "polar.stiefel=magic")
+    result = call(*options, "--set", 'polar.target_modules=["nothing"]')
     assert result.exit_code == 1, result.output
     table = (out / "table.md").read_text()
     assert table in result.stdout
@@ -389,7 +389,7 @@ def test_the_command(
         *("LoRA (MAP)", "LoRA + temperature", "BLoB mean", "BLoB N=2"),
         *("PoLAR (MAP), seed 0", "PoLAR (MAP), seed 1"),
     ]
-    assert lines[-1][1].startswith("failed: BayesLoraConfig: stiefel must be one of")
+    assert lines[-1][1].startswith("failed: target-modules: expected names of linear layers")
     content = json.loads((out / "results.json").read_text())
     assert [one["method"] for one in content["failures"]] == ["polar", "polar"]
     assert content["experiments"]["blob"]["recipe"]["n_samples"] == 2
@@ -435,10 +435,69 @@ def test_the_command(
         ("blob.magic=1", "a field of the recipe"),
         ("rank", "NAME=VALUE"),
         ("tfb.convert.a.b=1", "a field of the recipe"),
+        ("rank.a=1", "a field of the recipe"),
+        ("lr=abc", "recipe: lr must be a positive number, got 'abc'"),
+        ("blob.rank=true", "recipe: rank must be an integer >= 1, got True"),
+        ("lora=3", "recipe: lora must be a table of options, got 3"),
+        ("target_modules=query", "target_modules must be a list of names, got 'query'"),
+        ("polar.stiefel=magic", "stiefel must be one of"),
+        ("polar.n_samples=3", "--set polar.n_samples=3: expected a setting that polar uses"),
+        ("map.prior_std=1", "expected a setting that map uses"),
+        ("tfb.lr=0.1", "expected a setting that tfb uses"),
+        ("ensemble.n_samples=4", "expected a setting that ensemble uses"),
+        ("blob.kl_lr=1", "kl-lr: expected kl-schedule published or constant with it, got 'auto'"),
+        ("tfb.convert.anchrs=1", "convert: expected options among"),
+        ("lora.r=4", "lora: expected options that have no name of their own here, got r; use rank"),
+        ("max_length=a", "recipe: max_length must be an integer >= 1, got 'a'"),
     ],
 )
 def test_settings_that_are_refused(setting: str, message: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     result = CliRunner().invoke(cli.app, ["compare", "--set", setting, *out])
-    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--methods", "map", "--n-samples", "3"],
+            "n-samples: expected a setting that some method",
+        ),
+        (
+            ["--methods", "map,blob", "--set", "tfb.convert.anchors=3"],
+            "a method of this comparison",
+        ),
+        (
+            ["--methods", "map,blob", "--set", "stiefel=qr"],
+            "expected a setting that some method of",
+        ),
+        (["--methods", "map", "--members", "3"], "members: expected ensemble among --methods"),
+        (["--rank", "4", "--set", "rank=8"], "--set rank=8: expected a setting once, got it twice"),
+        (["--set", "lr=1", "--set", "lr=2"], "--set lr=2: expected a setting once, got it twice"),
+        (["--style", "foo"], "style: expected one of blob, laplace, plain, got 'foo'"),
+        (["--kind", "foo"], "kind: expected one of auto, causal, classifier, multiple_choice"),
+        (["--alpha", "nan"], "recipe: alpha must be a positive number, got nan"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, ["compare", *options, *out])
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_all_methods_go_to_those_that_have_them() -> None:
+    used = co.used_methods(("blob", "tfb", "ensemble"))
+    assert used == ("map", "blob", "tfb", "ensemble")
+    options = ["prior_std=0.3", "blob.prior_std=0.4", "tfb.convert.anchors=9", "rank=2"]
+    common = {"n_samples": 7, "steps": None, "lr": 0.5}
+    make = cli._experiments(Source(), "minilm", {}, common, options, 5, used)
+    found = {name: make(name, 1).recipe for name in used}
+    assert [one.prior_std for one in found.values()] == [None, 0.4, None, None]
+    assert [one.n_samples for one in found.values()] == [None, 7, 7, 5]
+    assert {(one.rank, one.lr, one.steps) for one in found.values()} == {(2, 0.5, 600)}
+    assert found["tfb"].convert == {"anchors": 9} and found["map"].convert == {}

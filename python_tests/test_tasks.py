@@ -222,11 +222,11 @@ def test_load_jsonl_reports_every_bad_line_with_its_number(tmp_path: Path) -> No
     lines = str(caught.value).splitlines()
     assert len(lines) == 8
     expected = {
-        2: "not JSON",
+        2: "expected JSON, got",
         3: "'id' must be",
         4: "'question' must be",
         5: "'label' must be an integer from 0, got True",
-        7: "'id' 'a' is also on line 1",
+        7: "'id' must be new, got 'a', which is also on line 1",
         8: "'choices' must be",
         9: "below the number of choices, 2, got 2",
         10: "expected a JSON object, got [1]",
@@ -245,7 +245,9 @@ def test_load_jsonl_shows_ten_problems_at_most(tmp_path: Path) -> None:
 
 def test_load_jsonl_checks_files_against_each_other(tmp_path: Path) -> None:
     train = write_lines(tmp_path / "train.jsonl", rows(10))
-    with pytest.raises(ValueError, match=r"test\.jsonl:3: 'id' 'row-2' is also in the training"):
+    with pytest.raises(
+        ValueError, match=r"test\.jsonl:3: 'id' must be new, got 'row-2', which is also in the tr"
+    ):
         load_jsonl(train, write_lines(tmp_path / "test.jsonl", [*rows(2, "t"), rows(3)[2]]))
     far = write_lines(tmp_path / "far.jsonl", [{"id": "x", "question": "q", "label": 2}])
     with pytest.raises(ValueError, match=r"far\.jsonl:1: 'label' must be below 2"):
@@ -263,7 +265,7 @@ def test_load_jsonl_checks_files_against_each_other(tmp_path: Path) -> None:
         load_jsonl(broken)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"id": "a", "question": "caf\xe9", "label": 0}\n')
-    with pytest.raises(ValueError, match=r"latin\.jsonl:1: not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl:1: expected UTF-8, got"):
         load_jsonl(latin)
 
 
@@ -278,7 +280,10 @@ DEEP = "[" * 100_000 + "]" * 100_000
             "without gaps, got 1000000 where no row",
         ),
         (f'{{"id": "x", "question": "q", "label": {2**70}}}', f"without gaps, got {2**70} where"),
-        (f'{{"id": "x", "question": "q", "label": {"9" * 5000}}}', "not JSON that can be read"),
+        (
+            f'{{"id": "x", "question": "q", "label": {"9" * 5000}}}',
+            "expected JSON that can be read",
+        ),
         ('{"id": "x", "question": "q", "label": 1e400}', "must be an integer from 0, got inf"),
         ('{"id": "x", "question": "q", "label": NaN}', "must be an integer from 0, got nan"),
         (f'{{"id": "x", "question": {DEEP}, "label": 0}}', "nested too deep"),

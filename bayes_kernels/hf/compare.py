@@ -11,7 +11,6 @@ the first member of an ensemble.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import secrets
@@ -26,6 +25,7 @@ import torch
 from bayes_kernels import metrics
 
 from .baselines import join_adapters
+from .checks import read_json
 from .config import METHODS
 from .experiment import Run, finish, run, side_by_side
 from .recipe import FORMAT, Experiment, write_json
@@ -65,6 +65,13 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     return known if "all" in methods else tuple(name for name in known if name in methods)
 
 
+def used_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    """Names of `METHODS` that a comparison of these words runs: plain LoRA too where it is needed."""
+    named = [name for name in methods if name != TEMPERATURE]
+    plain = any(METHODS[name].made != "train" for name in named) or TEMPERATURE in methods
+    return tuple(dict.fromkeys([PLAIN, *named] if plain else named))
+
+
 # --- Results as files ----------------------------------------------------------------------------
 
 
@@ -99,7 +106,7 @@ def load_run(path: Path) -> Run:
         ValueError: The file is damaged, or of another version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r} is not {FORMAT}")
         training = content["training"]

@@ -365,6 +365,7 @@ class Method:
             its members.
         lr: peak learning rate, likewise.
         dropout: dropout before the adapter, likewise.
+        options: fields of `BayesLoraConfig` that recipes and the command line set for it.
     """
 
     name: str
@@ -375,12 +376,17 @@ class Method:
     n_samples: int = 10
     lr: float = 1e-3
     dropout: float = 0.0
+    options: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:
         """Whether what is trained is an adapter of stock PEFT."""
         return self.config is LoraConfig
 
+
+_NOISE = ("prior_std", "init_rho", "scope", "kl_schedule", "kl_lr", "kl_time", "kl_gamma")
+_STIEFEL = ("stiefel", "stiefel_penalty")
+_HEAD = ("head_covariance", "head_prior_scale", "head_lr", "kl_weight", "alternation")
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -389,15 +395,24 @@ METHODS: dict[str, Method] = {
         # Dropout in training and in prediction, at the rate of BLoB's published baseline.
         Method("dropout", "MC dropout", LoraConfig, dropout=0.1),
         Method("ensemble", "Ensemble", LoraConfig, made="join", n_samples=3),
-        Method("blob", "BLoB", BlobConfig),
+        Method("blob", "BLoB", BlobConfig, options=_NOISE),
         Method("tfb", "TFB", TfbConfig, made="convert"),
         Method("laplace", "Laplace-LoRA", LoraConfig, made="convert", n_samples=1000),
         Method(
             "laplace-last", "Laplace-LoRA, last layer", LoraConfig, made="convert", n_samples=1000
         ),
-        Method("scalabl", "ScalaBL", ScalablConfig),
-        Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3),
-        Method("polar-vbll", "PoLAR-VBLL", PolarVbllConfig, n_samples=1000, lr=2e-3),
+        Method(
+            "scalabl", "ScalaBL", ScalablConfig, options=(*_NOISE, "kl_direction", "covariance")
+        ),
+        Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3, options=_STIEFEL),
+        Method(
+            "polar-vbll",
+            "PoLAR-VBLL",
+            PolarVbllConfig,
+            n_samples=1000,
+            lr=2e-3,
+            options=(*_STIEFEL, *_HEAD),
+        ),
     )
 }
 # Values of BayesLoraConfig.method.

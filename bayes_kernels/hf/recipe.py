@@ -14,7 +14,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,24 +99,79 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name in ("rank", "steps", "batch_size", "accumulation", "eval_batch_size"):
+        for name, (least, most) in _WHOLE.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"recipe: {name} must be an integer >= 1, got {value!r}")
-        draws = self.n_samples
-        if draws is not None and (isinstance(draws, bool) or draws < 0):
-            raise ValueError(f"recipe: n_samples must be an integer >= 0, got {draws!r}")
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"recipe: lr must be a positive number, got {self.lr!r}")
-        for name in ("warmup", "dropout", "base_dropout"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share < 1:
-                raise ValueError(f"recipe: {name} must be in [0, 1), got {share!r}")
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not least <= value <= most:
+                limit = f" and <= {most}" if whole and value > most else ""
+                raise ValueError(
+                    f"recipe: {name} must be an integer >= {least}{limit}, got {value!r}"
+                )
+        for name, (accepts, words) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # Integers beyond the range of floats are numbers that no optimiser takes.
+            if not number or abs(value) > sys.float_info.max or not accepts(value):
+                raise ValueError(f"recipe: {name} must be {words}, got {value!r}")
+        targets = self.target_modules
+        if targets is not None and not (
+            isinstance(targets, tuple)
+            and targets
+            and all(isinstance(t, str) and t for t in targets)
+        ):
+            raise ValueError(f"recipe: target_modules must be a list of names, got {targets!r}")
+        if not isinstance(self.laplace, bool):
+            raise ValueError(f"recipe: laplace must be true or false, got {self.laplace!r}")
+        for name in ("convert", "lora"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise ValueError(f"recipe: {name} must be a table of options, got {value!r}")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"recipe: batch_size must be a multiple of accumulation, got {self.batch_size} and "
                 f"{self.accumulation}"
             )
+
+
+_ANY = 2**31 - 1
+_WHOLE = {
+    "rank": (1, 2**16),
+    "steps": (1, _ANY),
+    "batch_size": (1, _ANY),
+    "accumulation": (1, _ANY),
+    "eval_batch_size": (1, _ANY),
+    "max_length": (1, _ANY),
+    "n_samples": (0, 1_000_000),
+}
+_POSITIVE = (lambda x: x > 0, "a positive number")
+_NOT_NEGATIVE = (lambda x: x >= 0, "a number >= 0")
+_SHARE = (lambda x: 0 <= x < 1, "in [0, 1)")
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "alpha": _POSITIVE,
+    "lr": _POSITIVE,
+    "adam_epsilon": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "warmup": _SHARE,
+    "dropout": _SHARE,
+    "base_dropout": _SHARE,
+}
+_MAY_BE_NONE = ("max_length", "n_samples", "lr", "dropout", "base_dropout")
+# numpy, which the trainer seeds as well, takes no others.
+_SEEDS = 2**32
+# Fields of `peft.LoraConfig` that recipes set, under other names.
+_OWN_LORA_OPTIONS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "method": "method",
+    "seed": "seed",
+}
 
 
 # What `demo` trains: docstrings are short.
@@ -149,6 +205,19 @@ class Source:
         for name in ("ood", "label_names"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            words = value is None or isinstance(value, tuple)
+            if not words or not all(isinstance(word, str) and word for word in value or ()):
+                raise ValueError(f"{name}: expected a list of words, got {value!r}")
+        for name in ("data", "test"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and (name == "data" or value is not None):
+                raise ValueError(f"{name}: expected a name or path, got {value!r}")
+        for name, least in (("train_size", 0), ("test_size", 1), ("ood_size", 1)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or value < least):
+                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
     def load(self, seed: int = 0) -> Task:
         """The task, with the training examples that the seed chooses.
@@ -216,12 +285,20 @@ class Experiment:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("method", METHODS),
+            ("kind", ("auto", "causal", "classifier", "multiple_choice")),
+            ("style", ("blob", "laplace", "plain")),
             ("dtype", ("float32", "bfloat16", "float16")),
             ("quantization", (None, "8bit", "4bit")),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if not isinstance(value, str | None) or value not in allowed:
                 words = ", ".join(str(word) for word in allowed if word)
-                raise ValueError(f"{name}: expected one of {words}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {words}, got {value!r}")
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model: expected a folder or a name, got {self.model!r}")
+        seed = self.seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+            raise ValueError(f"seed: expected an integer from 0 to {_SEEDS - 1}, got {seed!r}")
         if self.method == "dropout" and self.dropout == 0:
             raise ValueError("dropout: expected a rate above 0 for MC dropout, got 0")
         if self.recipe.laplace and self.method != "polar-vbll":
@@ -229,6 +306,54 @@ class Experiment:
         if self.recipe.convert and METHODS[self.method].made != "convert":
             words = ", ".join(name for name, row in METHODS.items() if row.made == "convert")
             raise ValueError(f"convert: expected method {words} with it, got {self.method!r}")
+
+    def check_options(self) -> None:
+        """Whether every option of the recipe that was set does something.
+
+        A recipe that several methods share may have some that do not, so that this is a question of
+        its own.
+
+        Raises:
+            ValueError: One does nothing with this method, or contradicts another.
+        """
+        recipe, row = self.recipe, METHODS[self.method]
+        every = {name for method in METHODS.values() for name in method.options}
+        for name in sorted(every):
+            value = getattr(recipe, name)
+            if value is not None and name not in row.options:
+                words = ", ".join(key for key, one in METHODS.items() if name in one.options)
+                raise ValueError(
+                    f"{_spelt(name)}: expected method {words} with it, got {self.method!r}, which "
+                    "has no such option; leave it out"
+                )
+        if recipe.n_samples and not row.bayesian:
+            raise ValueError(
+                f"n-samples: expected 0 for {self.method!r}, which has no posterior to draw from, "
+                f"got {recipe.n_samples}; leave it out"
+            )
+        schedule = recipe.kl_schedule or "auto"
+        for name, others in (
+            ("kl_lr", ("published", "constant")),
+            ("kl_gamma", ("published", "constant")),
+            ("kl_time", ("auto",)),
+        ):
+            if getattr(recipe, name) is not None and schedule not in others:
+                raise ValueError(
+                    f"{_spelt(name)}: expected kl-schedule {' or '.join(others)} with it, got "
+                    f"{schedule!r}, which does not use it"
+                )
+        if recipe.stiefel_penalty is not None and recipe.stiefel not in (None, "landing"):
+            raise ValueError(
+                f"stiefel-penalty: expected stiefel landing with it, got {recipe.stiefel!r}, which "
+                "does not use it"
+            )
+        twice = [name for name in recipe.lora if name in (*_OWN_LORA_OPTIONS, *every)]
+        if twice:
+            own = _spelt(_OWN_LORA_OPTIONS.get(twice[0], twice[0]))
+            raise ValueError(
+                f"lora: expected options that have no name of their own here, got {twice[0]}; use "
+                f"{own}"
+            )
 
     @property
     def n_samples(self) -> int:
@@ -259,6 +384,8 @@ class Experiment:
             ValueError: A field is unknown or of the wrong kind.
         """
         try:
+            if not isinstance(fields, Mapping):
+                raise TypeError(f"expected a table, got {fields!r}")
             return cls(
                 **{
                     **fields,
@@ -268,6 +395,10 @@ class Experiment:
             )
         except TypeError as error:
             raise ValueError(f"experiment: a field does not fit this version: {error}") from None
+
+
+def _spelt(name: str) -> str:
+    return name.replace("_", "-")
 
 
 # --- Files ---------------------------------------------------------------------------------------

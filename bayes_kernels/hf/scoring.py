@@ -90,16 +90,12 @@ def predict_examples(
         label: Name of the bar.
 
     Raises:
-        ValueError: No examples, or draws from an adapter that has no posterior.
+        ValueError: No examples, draws from an adapter that has no posterior, or logits that are nan.
     """
     if not examples:
         raise ValueError(f"{label}: expected at least one example, got none")
-    draws = _has_posterior(model) or (n_samples > 0 and bool(dropout_layers(model)))
-    if n_samples and not draws:
-        raise ValueError(
-            f"n-samples: expected 0 for an adapter that has no posterior (plain LoRA, PoLAR), got "
-            f"{n_samples}"
-        )
+    check_draws(model, n_samples)
+    draws = _has_posterior(model) or n_samples > 0
     items = encoder.dataset(examples).items
     order = sorted(range(len(items)), key=lambda i: _length(items[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -121,6 +117,11 @@ def predict_examples(
     kept = sum(len(chunk) for chunk in chunks[discarded:])
     milliseconds = 1000 * sum(times[discarded:]) / kept
     joined = Prediction.concatenate(parts)
+    if bad := int(joined.log_probs.isnan().any(-1).sum()):
+        raise ValueError(
+            f"{label}: expected finite logits, got nan for {bad} of {len(items)} examples; weights of "
+            "the adapter or of its base are damaged, or training diverged"
+        )
     back = torch.tensor([i for chunk in chunks for i in chunk]).argsort()
     prediction = dataclasses.replace(
         joined,
@@ -129,6 +130,19 @@ def predict_examples(
         expected_entropy=joined.expected_entropy[back],
     )
     return prediction, milliseconds
+
+
+def check_draws(model: PeftModel | Ensemble, n_samples: int) -> None:
+    """Whether a model has as many draws as are asked for.
+
+    Raises:
+        ValueError: It has no posterior and no dropout.
+    """
+    if n_samples and not (_has_posterior(model) or dropout_layers(model)):
+        raise ValueError(
+            f"n-samples: expected 0 for an adapter that has no posterior (plain LoRA, PoLAR), got "
+            f"{n_samples}"
+        )
 
 
 def _has_posterior(model: PeftModel | Ensemble) -> bool:

@@ -284,11 +284,11 @@ def _decode_row(line: bytes, need_label: bool) -> Example | str:
     try:
         return _parse_row(json.loads(line), need_label)
     except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}"
+        return f"expected JSON, got {error.msg} at column {error.colno}"
     except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason} at byte {error.start}"
+        return f"expected UTF-8, got {error.reason} at byte {error.start}"
     except ValueError as error:  # an integer of thousands of digits
-        return f"not JSON that can be read: {error}"
+        return f"expected JSON that can be read, got: {error}"
     except RecursionError:
         return "expected a flat JSON object, got lists or objects nested too deep"
 
@@ -352,7 +352,10 @@ def _read_jsonl(
             if isinstance(parsed, str):
                 problems.add(place, parsed)
             elif parsed.id in seen:
-                problems.add(place, f"'id' {parsed.id!r} is also on line {seen[parsed.id]}")
+                problems.add(
+                    place,
+                    f"'id' must be new, got {_shorten(parsed.id)}, which is also on line {seen[parsed.id]}",
+                )
             else:
                 seen[parsed.id] = number
                 rows.append((place, parsed))
@@ -490,7 +493,10 @@ def load_jsonl(
     for place, example in test_rows:
         if example.id in train_places:
             other = train_places[example.id]
-            problems.add(place, f"'id' {example.id!r} is also in the training data, {other}")
+            problems.add(
+                place,
+                f"'id' must be new, got {_shorten(example.id)}, which is also in the training data, {other}",
+            )
     inside = {_content(example): place for place, example in train_rows + test_rows}
     for place, example in (row for part in ood_rows.values() for row in part):
         # Other data may count from 0 as well; the same text of the same id is the same example.

@@ -7,10 +7,8 @@ Training cost is the wall-clock time of the training loop, and peak memory as
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -23,13 +21,17 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
+from transformers.pytorch_utils import Conv1D
 
 from .bayesianize import CONVERSIONS, ConversionReport, bayesianize
 from .card import write_card
 from .checkpoints import read_lora
+from .checks import read_json
 from .config import BAYES_FIELDS, METHODS, BayesLoraConfig
 from .laplace_lora import LAPLACE_FILE, laplace_posterior, load_laplace, save_laplace
 from .last_layer import calibrate_head, find_head, laplace_refine
@@ -109,6 +111,21 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
     Raises:
         ValueError: An option is unknown, out of range, or does not go with the method.
     """
+    options = _config_options(experiment)
+    options.setdefault("task_type", {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(kind))
+    if kind == "multiple_choice":
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        heads = sorted(names & {"classifier", "logits_proj", "score"})
+        options["modules_to_save"] = options.get("modules_to_save") or heads
+    return METHODS[trained_method(experiment)].config(**options)
+
+
+def _config_options(experiment: Experiment) -> dict[str, Any]:
+    """Arguments of the method's configuration that do not depend on the model.
+
+    Raises:
+        ValueError: An option is unknown.
+    """
     recipe = experiment.recipe
     method = METHODS[trained_method(experiment)]
     config_class = LoraConfig if method.plain else BayesLoraConfig
@@ -123,19 +140,30 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
         "lora_alpha": recipe.alpha,
         "lora_dropout": experiment.dropout,
         "target_modules": None if targets is None else list(targets),
-        "task_type": {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(kind),
+        **recipe.lora,
     }
-    if kind == "multiple_choice":
-        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        options["modules_to_save"] = sorted(names & {"classifier", "logits_proj", "score"})
-    options.update(recipe.lora)
     if method.plain:
-        return method.config(**options)
+        return options
     for name in _POSTERIOR_FIELDS:
         if getattr(recipe, name) is not None:
             options.setdefault(name, getattr(recipe, name))
     options.setdefault("seed", experiment.seed)
-    return method.config(**options)
+    return options
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Whether a run's options are in range, go together and do something; reads no data.
+
+    For commands, whose every option is there for its one method; recipes that several methods share
+    may have more.
+
+    Raises:
+        ValueError, TypeError: One does not.
+    """
+    experiment.check_options()
+    METHODS[trained_method(experiment)].config(**_config_options(experiment))
+    if METHODS[experiment.method].made == "convert":
+        conversion_options(experiment)
 
 
 def trained_method(experiment: Experiment) -> str:
@@ -153,30 +181,59 @@ def build(
     """
     recipe = experiment.recipe
     base, encoder = _load_base(experiment, task, recipe.max_length, device)
+    if experiment.style != "blob" and encoder.kind != "causal":
+        raise ValueError(
+            f"style: expected a causal language model with a style of prompt, got "
+            f"{experiment.model!r}, which is loaded as {encoder.kind}; leave it out"
+        )
     if recipe.base_dropout is not None:
         for module in base.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.base_dropout
+    _check_targets(experiment, base)
     config = adapter_config(experiment, base, encoder.kind)
     # Plain LoRA and Bayesian adapters draw the same factors from the same seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         try:
             model = get_peft_model(base, config)
-        except ValueError as error:
-            if not re.search(r"target_modules|[Tt]arget modules|were targeted", str(error)):
+        except (AttributeError, AssertionError, KeyError, TypeError) as error:
+            if not recipe.lora:
                 raise
-            names = {
-                name.rpartition(".")[2]
-                for name, module in base.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-            given = ", ".join(recipe.target_modules or ()) or "none, and PEFT has no default"
+            # PEFT does not check the types of its options.
+            given = ", ".join(f"{key}={value!r}" for key, value in recipe.lora.items())
             raise ValueError(
-                f"target-modules: expected names of linear layers of {experiment.model!r}, which "
-                f"has {', '.join(sorted(names))}; got {given}"
-            ) from None
+                f"lora: expected options that PEFT can use, got {given}: {error!r}"
+            ) from error
     return _placed(model, device), encoder
+
+
+def _check_targets(experiment: Experiment, base: Any) -> None:
+    """Whether every name that is to be adapted is a layer: PEFT is content with one of them."""
+    targets = experiment.recipe.target_modules
+    modules = dict(base.named_modules())
+    if targets is None:
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        missing = [] if base.config.model_type in known else ["none, and PEFT has no default"]
+    else:
+        ends = {name for path in modules for name in _endings(path)}
+        missing = [name for name in targets if name not in ends]
+    if missing:
+        names = {
+            path.rpartition(".")[2]
+            for path, module in modules.items()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+        }
+        raise ValueError(
+            f"target-modules: expected names of linear layers of {experiment.model!r}, which "
+            f"has {', '.join(sorted(names))}; got {', '.join(missing)}"
+        )
+
+
+def _endings(path: str) -> Iterator[str]:
+    """``a.b.c``, ``b.c`` and ``c``: names that PEFT takes for a module."""
+    parts = path.split(".")
+    return (".".join(parts[first:]) for first in range(len(parts)))
 
 
 def _placed(model: PeftModel, device: str | None) -> PeftModel:
@@ -214,7 +271,8 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
     try:
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        with _writing(folder, "the adapter"):
+            model.save_pretrained(str(temporary), save_embedding_layers=False)
         if laplace_posterior(model) is None:
             (folder / LAPLACE_FILE).unlink(missing_ok=True)
         else:
@@ -226,6 +284,19 @@ def save_adapter(
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, what: str) -> Iterator[None]:
+    """Errors of libraries that write in native code, as an OSError that says what is missing."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{folder}: expected room to write {what} to, got: {reason}; make room, or choose "
+            "another folder"
+        ) from error
 
 
 def stored_numbers(folder: Path) -> int:
@@ -285,25 +356,32 @@ def read_record(folder: str | Path) -> Saved | None:
         )
     if not (path / EXPERIMENT_FILE).is_file():
         return None
+    record = read_json(path / EXPERIMENT_FILE)
     try:
-        record = json.loads((path / EXPERIMENT_FILE).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r} is not {FORMAT}")
-        shell = record["task"]
-        task = Task(
-            shell["name"],
-            shell["kind"],
-            tuple(shell["label_names"]),
-            [],
-            [],
-            [],
-            template=shell["template"],
+        length = record["max_length"]
+        if not (length is None or (isinstance(length, int) and length > 0)):
+            raise ValueError(f"max_length {length!r} is no length")
+        return Saved(
+            Experiment.from_dict(record["experiment"]), _task_without_rows(record["task"]), length
         )
-        return Saved(Experiment.from_dict(record["experiment"]), task, record["max_length"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path / EXPERIMENT_FILE}: expected what `train` wrote, got {error!r}"
         ) from None
+
+
+def _task_without_rows(record: Mapping[str, Any]) -> Task:
+    names, kind = record["label_names"], record["kind"]
+    if kind not in ("classification", "multiple_choice"):
+        raise ValueError(f"kind {kind!r} of task")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"label_names {names!r}")
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise ValueError(f"label_names {names!r}, which are not two or more")
+    template = record["template"]
+    return Task(str(record["name"]), kind, tuple(names), [], [], [], template=template)
 
 
 def load_adapter(
@@ -509,7 +587,8 @@ def train_model(
 
     Raises:
         Interrupted: A signal came, and the checkpoint is written.
-        ValueError: No training examples.
+        ValueError: No training examples, or a loss that is not finite.
+        OSError: A checkpoint cannot be written.
     """
     recipe = experiment.recipe
     data = encoder.dataset(encoder.task.train)
@@ -557,7 +636,7 @@ def train_model(
             "data_collator": encoder.collate,
         }
         plain = METHODS[trained_method(experiment)].plain
-        trainer: Any = (Trainer if plain else BayesTrainer)(**options)
+        trainer: Any = (_PlainTrainer if plain else _Trainer)(**options)
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(_Bar(label, progress))
@@ -570,7 +649,7 @@ def train_model(
         with peak_memory() as peak, stop.installed(checkpoints is not None):
             synchronise(model)
             begin = time.perf_counter()
-            trainer.train(resume_from_checkpoint=last)
+            _train(trainer, last, folder)
             finished = trainer.state.global_step >= recipe.steps
             if recipe.laplace and finished:
                 laplace_refine(model, _batches(data, encoder, recipe.eval_batch_size))
@@ -602,6 +681,83 @@ def _resolved(model: PeftModel) -> dict[str, Any]:
 
 def _step_of(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+
+
+class _WatchedMixin:
+    """Stops a trainer at the first loss that is not finite.
+
+    The host looks at the loss of every step on a CPU. On a GPU it would wait for each: there it
+    looks whenever the trainer logs, which copies the loss anyway, and still names the first step.
+    """
+
+    _first_bad: Tensor | None = None  # step of the first loss that is not finite, -1 for none
+
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the trainer's."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self._first_bad is None:
+            self._first_bad = torch.full((), -1, dtype=torch.int64, device=loss.device)
+            self._rates: list[float] = []
+            self._first_step = self.state.global_step
+        step = self.state.global_step
+        if step - self._first_step == len(self._rates):
+            self._rates.append(self.lr_scheduler.get_last_lr()[0])
+        bad = ~loss.detach().isfinite().all() & (self._first_bad < 0)
+        self._first_bad.masked_fill_(bad, step)
+        if loss.device.type == "cpu":
+            self.check_finite()
+        return loss
+
+    def log(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's."""
+        self.check_finite()
+        super().log(*args, **kwargs)  # type: ignore[misc]
+
+    def check_finite(self: Any) -> None:
+        """Raise where a loss was not finite.
+
+        Raises:
+            ValueError: With step and learning rate.
+        """
+        if self._first_bad is None or (step := int(self._first_bad)) < 0:
+            return
+        rate = self._rates[step - self._first_step]
+        raise ValueError(_diverged(f"loss at step {step + 1} of {self.state.max_steps}", rate))
+
+
+class _PlainTrainer(_WatchedMixin, Trainer):
+    """The stock Trainer, which would go on with a loss that is not finite."""
+
+
+class _Trainer(_WatchedMixin, BayesTrainer):
+    """`BayesTrainer`, likewise."""
+
+
+def _diverged(what: str, rate: float) -> str:
+    return (
+        f"training: expected a finite {what}, got nan or inf, at learning rate {rate:.3g}; use a "
+        "lower lr or a longer warmup"
+    )
+
+
+def _train(trainer: Any, checkpoint: str | None, folder: str) -> None:
+    """Train, and see to it that what was trained is finite.
+
+    Raises:
+        ValueError: It is not.
+        OSError: A checkpoint cannot be written.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (SafetensorError, RuntimeError, OSError):
+        if not trainer.control.should_save:
+            raise
+        with _writing(Path(folder), "a checkpoint"):
+            raise
+    trainer.check_finite()
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    if not all(bool(p.isfinite().all()) for p in trained):
+        raise ValueError(_diverged("adapter after the last step", trainer.args.learning_rate))
 
 
 # --- Callbacks -----------------------------------------------------------------------------------
