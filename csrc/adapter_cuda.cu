@@ -131,24 +131,38 @@ class PackList {
     args_.noise = noise;
     args_.r = r;
   }
+  // Parts of the largest magnitude of an operand, or of two that share a scale; null where the type
+  // of the activations needs none. Called before the operand is packed.
+  const float* amax(Workspace& workspace, DType dtype, const float* data, const float* also,
+                    int64_t count) {
+    if (dtype != DType::kF16) return nullptr;
+    if (const AmaxJob* known = amax_of(data)) return known->parts;
+    amax_.job[amaxes_] = {data, also, count, workspace.take<float>(kAmaxParts)};
+    return amax_.job[amaxes_++].parts;
+  }
   // F (r, n) for down.
   const uint4* factor(Workspace& workspace, const float* source, int64_t rank_stride,
                       int64_t column_stride, int64_t columns) {
     const int bits = log2_of(padded_rank(r_) / 8);
     const int64_t count = 4 * ceil_div(columns, kSignsPerBlock) * 32 << bits;
     return add(workspace, PackJob{Fragment::kDown, source, rank_stride, column_stride, r_, columns,
-                                  false, nullptr, count, bits});
+                                  false, parts_of(source), nullptr, count, bits});
   }
   // h (tokens, r) for up or outer.
   const uint4* low(Workspace& workspace, Fragment kind, const float* source, int64_t tokens,
                    bool flip) {
     const int bits = log2_of((padded_rank(r_) + 15) / 16);
     const int64_t count = 2 * ceil_div(tokens, 32) * 32 << bits;
-    return add(workspace, PackJob{kind, source, r_, 1, tokens, r_, flip, nullptr, count, bits});
+    return add(workspace, PackJob{kind, source, r_, 1, tokens, r_, flip, parts_of(source), nullptr,
+                                  count, bits});
   }
   template <class T>
   const char* launch(void* stream) {
     if constexpr (sizeof(T) == 2) {
+      if (amaxes_ > 0) {
+        BK_LAUNCH(amax_kernel, grid_of(kAmaxParts, amaxes_), kAmaxThreads, 0, stream, amax_);
+        if (const char* error = bk_last_error()) return error;
+      }
       if (most_ == 0) return nullptr;
       BK_LAUNCH((pack_kernel<T>), grid_of(ceil_div(most_, kPackThreads), jobs_), kPackThreads, 0,
                 stream, args_);
@@ -165,7 +179,18 @@ class PackList {
     args_.job[jobs_++] = job;
     return job.out;
   }
+  const AmaxJob* amax_of(const float* data) const {
+    for (int i = 0; i < amaxes_; ++i)
+      if (amax_.job[i].data == data || amax_.job[i].also == data) return &amax_.job[i];
+    return nullptr;
+  }
+  const float* parts_of(const float* data) const {
+    const AmaxJob* known = amax_of(data);
+    return known == nullptr ? nullptr : known->parts;
+  }
   PackArgs args_{};
+  AmaxArgs amax_{};
+  int amaxes_ = 0;
   int r_;
   int jobs_ = 0;
   int64_t most_ = 0;
@@ -198,11 +223,13 @@ struct Down {
   bool mma;
   int64_t splits, per_split;
   const uint4 *packed, *packed_e;
+  const float* amax;
   float* partial;
 
   void plan(PackList& packs, Workspace& workspace) {
     mma = uses_mma(dtype, rows.tokens);
     if (mma) {
+      amax = packs.amax(workspace, dtype, factor.data, factor.e, r * rows.columns);
       const int64_t blocks = ceil_div(rows.tokens, kDownTokens * (kMmaThreads / 32));
       const int64_t tiles = at_least_one(ceil_div(rows.columns, kSignsPerBlock));
       const int64_t wanted = at_least_one(kFullGrid / blocks);
@@ -228,10 +255,19 @@ struct Down {
     if constexpr (sizeof(T) == 2) {
       if (mma)
         error = with_rank(r, flip, [&](auto rank, auto flips) {
-          const DownArgs args{
-              rows.data, rows.stride, rows.tokens, rows.columns,
-              packed,    packed_e,    noise,       first_scale * keep_scale(noise),
-              first_out, r,           per_split,   vector_access(rows.data, rows.stride * 2, 16)};
+          const DownArgs args{rows.data,
+                              rows.stride,
+                              rows.tokens,
+                              rows.columns,
+                              packed,
+                              packed_e,
+                              amax,
+                              noise,
+                              first_scale * keep_scale(noise),
+                              first_out,
+                              r,
+                              per_split,
+                              vector_access(rows.data, rows.stride * 2, 16)};
           BK_LAUNCH((down_mma_kernel<T, decltype(rank)::value, decltype(flips)::value>),
                     grid_of(ceil_div(rows.tokens, kDownTokens * (kMmaThreads / 32)), splits),
                     kMmaThreads, 0, stream, args);
@@ -288,10 +324,13 @@ struct Up {
 
   bool mma;
   const uint4 *packed, *packed_e;
+  const float *amax_low, *amax;
 
   void plan(PackList& packs, Workspace& workspace) {
     mma = uses_mma(dtype, base.tokens);
     if (!mma) return;
+    amax_low = packs.amax(workspace, dtype, low, nullptr, base.tokens * r);
+    amax = packs.amax(workspace, dtype, factor.data, factor.e, r * base.columns);
     packed = packs.low(workspace, Fragment::kUp, low, base.tokens, false);
     packed_e =
         factor.e == nullptr ? nullptr : packs.low(workspace, Fragment::kUp, low, base.tokens, true);
@@ -326,6 +365,8 @@ struct Up {
                             factor.column_stride,
                             packed,
                             packed_e,
+                            amax_low,
+                            amax,
                             noise,
                             scale * keep_scale(noise),
                             r,
@@ -378,6 +419,7 @@ struct Outer {
   bool mma;
   int64_t splits, tokens_per_block;
   const uint4 *packed, *packed_e;
+  const float* amax_low;
   float *partial, *partial_e;
 
   void plan(PackList& packs, Workspace& workspace) {
@@ -396,6 +438,7 @@ struct Outer {
     tokens_per_block = ceil_div(ceil_div(rows.tokens, wanted), quantum) * quantum;
     splits = ceil_div(rows.tokens, tokens_per_block);
     if (mma) {
+      amax_low = packs.amax(workspace, dtype, low, nullptr, rows.tokens * r);
       packed = packs.low(workspace, Fragment::kOuter, low, rows.tokens, false);
       packed_e = flip ? packs.low(workspace, Fragment::kOuter, low, rows.tokens, true) : nullptr;
     }
@@ -418,6 +461,7 @@ struct Outer {
                                rows.columns,
                                packed,
                                packed_e,
+                               amax_low,
                                steps,
                                noise,
                                partial,

@@ -38,6 +38,7 @@ struct PackJob {
   int64_t minor_stride;  // of the column (kDown) or the rank
   int64_t major, minor;  // extents; elements outside are zero
   bool flip;             // times the rank signs of the token
+  const float* amax;     // of the operand: operand_scale
   uint4* out;
   int64_t count;   // 16-byte fragments
   int group_bits;  // log2 of Q or K
@@ -71,10 +72,11 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
         sign_block(noise_key(p.noise, kSignOut), sign_row_of(p.noise.rows, token), p.r, 0);
     drawn = (group < 2 ? b.word[0] : b.word[1]) >> (16 * (group % 2));
   }
+  const float scale = operand_scale<T>(job.amax);
   // Element (major, minor); the sign is bit `bit` of `signs`.
   const auto element = [&](int64_t major, int64_t minor, uint32_t signs, int bit) {
     if (major >= job.major || minor >= job.minor) return 0.0f;
-    const float v = job.source[major * job.major_stride + minor * job.minor_stride];
+    const float v = scale * job.source[major * job.major_stride + minor * job.minor_stride];
     return (signs >> bit & 1u) != 0 ? -v : v;
   };
   uint32_t word[4];
@@ -104,6 +106,39 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
   job.out[index] = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+struct AmaxJob {
+  const float* data;
+  const float* also;  // a second array that shares the scale, or null
+  int64_t count;      // of each
+  float* parts;       // (kAmaxParts)
+};
+
+struct AmaxArgs {
+  AmaxJob job[kMaxPackJobs];
+};
+
+constexpr int kAmaxThreads = 256;
+
+// Grid (kAmaxParts, operands): the largest magnitude of each part of an operand.
+__global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const __grid_constant__ AmaxArgs p) {
+  BK_SHARED(float, warps, [kAmaxThreads / 32]);
+  const AmaxJob& job = p.job[blockIdx.y];
+  float most = 0.0f;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kAmaxThreads + threadIdx.x; i < job.count;
+       i += kAmaxParts * kAmaxThreads) {
+    most = fmaxf(most, fabsf(__ldg(job.data + i)));
+    if (job.also != nullptr) most = fmaxf(most, fabsf(__ldg(job.also + i)));
+  }
+  BK_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, lanes));
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = most;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kAmaxThreads / 32; ++w) most = fmaxf(most, warps[w]);
+  job.parts[blockIdx.x] = most;
+}
+
 // ---- down
 // -----------------------------------------------------------------------------------------
 
@@ -112,6 +147,7 @@ struct DownArgs {
   int64_t stride, tokens, n;
   const uint4* factor;    // kDown fragments
   const uint4* factor_e;  // of the noise matrix
+  const float* amax;      // of both factors
   AdapterNoise noise;
   float scale;
   float* out;  // (splits, tokens, r)
@@ -249,6 +285,7 @@ __global__ void __launch_bounds__(kMmaThreads, R == 8 && !kFlip    ? 4
   PhiloxBlock signs{};
   if (kFlip) signs = sign_block(noise_key(p.noise, kSignOut), id, p.r, 0);
   float* out = p.out + blockIdx.y * p.tokens * p.r;
+  const float scale = p.scale / operand_scale<T>(p.amax);
   BK_UNROLL
   for (int i = 0; i < 4; ++i) {
     const uint32_t word0 = kFlip ? __shfl_sync(kAllLanes, signs.word[0], i, 4) : 0;
@@ -264,7 +301,7 @@ __global__ void __launch_bounds__(kMmaThreads, R == 8 && !kFlip    ? 4
           const float noise = u[i / 2][q][2 * (i % 2) + j];
           sum += ((k < 32 ? word0 : word1) >> (k % 32) & 1u) != 0 ? -noise : noise;
         }
-        if (token < p.tokens && k < p.r) out[token * p.r + k] = p.scale * sum;
+        if (token < p.tokens && k < p.r) out[token * p.r + k] = scale * sum;
       }
     }
   }
@@ -311,6 +348,8 @@ struct UpArgs {
   int64_t rank_stride, column_stride;
   const uint4* low;  // kUp fragments
   const uint4* low_e;
+  const float* amax_low;  // of low, of both factors
+  const float* amax;
   AdapterNoise noise;
   float scale;
   int r;
@@ -342,6 +381,8 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 4 : 2)
   const int64_t column0 = warp * kSlab, column = column0 + 8 * g;
   if (column0 >= p.columns) return;
 
+  const float factor_scale = operand_scale<T>(p.amax);
+  const float scale = p.scale / (operand_scale<T>(p.amax_low) * factor_scale);
   uint32_t factor[4][kSteps][4], factor_e[kFlip ? 4 : 1][kSteps][4];
   const auto load_factor = [&](const float* source, int j, int step, uint32_t (&out)[4]) {
     BK_UNROLL
@@ -350,8 +391,8 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 4 : 2)
       const int k = 16 * step + 2 * t + 8 * (w / 2);
       const float* f = source + at * p.column_stride + k * p.rank_stride;
       const bool inside = at < p.columns;
-      out[w] = pack_2<T>(inside && k < p.r ? __ldg(f) : 0.0f,
-                         inside && k + 1 < p.r ? __ldg(f + p.rank_stride) : 0.0f);
+      out[w] = pack_2<T>(inside && k < p.r ? factor_scale * __ldg(f) : 0.0f,
+                         inside && k + 1 < p.r ? factor_scale * __ldg(f + p.rank_stride) : 0.0f);
     }
   };
   BK_UNROLL
@@ -429,7 +470,7 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 4 : 2)
               value[c] += (signs[s] >> (2 * j + c) & 1u) != 0 ? -noise : noise;
             }
             if ((keep[s] >> (2 * j + c) & 1u) == 0) value[c] = 0.0f;
-            value[c] *= p.scale;
+            value[c] *= scale;
             if (!kFlip) value[c] += unpack<T>(v[s].word[j], c);
           }
           v[s].word[j] = pack_2<T>(value[0], value[1]);
@@ -453,6 +494,7 @@ struct OuterArgs {
   int64_t stride, tokens, columns;
   const uint4* low;  // kOuter fragments
   const uint4* low_e;
+  const float* amax_low;
   int steps;  // 16-rank fragments to a token tile
   AdapterNoise noise;
   float* out;    // (splits, r, columns)
@@ -561,6 +603,7 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 3 : 2)
     __syncthreads();
   }
   if (warp != 0) return;
+  const float inverse = 1.0f / operand_scale<T>(p.amax_low);
   const int64_t split = static_cast<int64_t>(blockIdx.y) * p.r;
   BK_UNROLL
   for (int matrix = 0; matrix < (kFlip ? 2 : 1); ++matrix) {
@@ -574,7 +617,8 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 3 : 2)
         if (k >= p.r) continue;
         BK_UNROLL
         for (int j = 0; j < 8; ++j)
-          if (at + j < p.columns) out[(split + k) * p.columns + at + j] = sum[matrix][step][j][i];
+          if (at + j < p.columns)
+            out[(split + k) * p.columns + at + j] = inverse * sum[matrix][step][j][i];
       }
     }
   }

@@ -1,6 +1,8 @@
 // What the adapter kernels share on the device: noise of a token, 8-element loads and stores.
 #pragma once
 
+#include <type_traits>
+
 #include "adapter.h"
 #include "cuda_portable.h"
 
@@ -54,6 +56,27 @@ __device__ __forceinline__ uint32_t kept_bits(const PhiloxBlock& b, uint32_t thr
     bits |= static_cast<uint32_t>((b.word[i] >> 16) >= threshold) << (2 * i + 1);
   }
   return bits;
+}
+
+// fp16 holds 6e-8 to 65504: h, dh, A and E = std(rho) . eps leave that range in ordinary training.
+// So the tensor-core kernels take them times a power of two, one for each operand, that brings the
+// largest magnitude to 2^14 to 2^15, and divide sums by it. amax_kernel finds the magnitudes in
+// kAmaxParts parts. Elsewhere `parts` is null, and all of this is gone for bf16.
+constexpr int kAmaxParts = 64;
+
+template <class T>
+__device__ __forceinline__ float operand_scale(const float* parts) {
+  if constexpr (!std::is_same<T, f16>::value) return 1.0f;
+  if (parts == nullptr) return 1.0f;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float most = fmaxf(__ldg(parts + lane), __ldg(parts + 32 + lane));
+  BK_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, lanes));
+  const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 127;  // of zero: -127
+  if (exponent <= -127 || exponent >= 128) return 1.0f;  // all zero or subnormal; infinite
+  const int up = 14 - exponent;  // bounded, so that a product of two inverse scales is finite
+  return __uint_as_float(static_cast<uint32_t>((up < -60 ? -60 : up > 60 ? 60 : up) + 127) << 23);
 }
 
 // Eight 16-bit elements in four registers; the lower half of a register is the earlier element.

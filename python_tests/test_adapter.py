@@ -109,6 +109,42 @@ def test_flipout_lora(device, shape, dtype):
     compare(device, dtype, y, run, parts, names, "flipout_lora")
 
 
+@pytest.mark.parametrize("r", [8, 33])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"x": 1e3, "rho": 3e-3 / 0.2}, "E = rho^2 eps is subnormal in fp16"),
+        ({"mean": 1e4, "b": 1e-5}, "h is above 65504"),
+        ({"mean": 1e-6, "rho": 1e-3, "b": 1e6}, "h is below 6e-8"),
+        ({"b": 1e-3, "dy": 1e-3}, "dh is subnormal"),
+        ({"mean": 1e-3, "rho": 0.0}, "E is zero"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_operands_outside_the_range_of_fp16(device, change, why, r):
+    """Factors, h and dh are fp32, and may lie outside what fp16 holds: only x, base and y may not."""
+    parts = make(device, (40, 136, 72, r), torch.float16)
+    with torch.no_grad():
+        for name, by in change.items():
+            parts[name] *= by
+    key = random.key(5, device.torch)
+    names, factors = ["x", "mean", "rho", "b"], ["x", "mean", "rho", "b", "base"]
+    ours = F.flipout_lora(*(parts[k] for k in factors), key=key, stream=2)
+    truth_parts = clone_as(parts, torch.float64)
+    noise = reference.dense_noise(key.cpu(), 40, 136, r, stream=2, dtype=torch.float64)
+    for field in ("eps", "r_in", "r_out"):
+        setattr(noise, field, getattr(noise, field).to(device.torch))
+    truth = reference.flipout_lora(*(truth_parts[k] for k in factors), noise=noise)
+    eps = torch.finfo(torch.float16).eps
+    got = [ours - parts["base"], *gradients(ours, parts, names)]
+    wanted = [truth - truth_parts["base"], *gradients(truth, truth_parts, names)]
+    for name, a, t in zip(["y - base", *names], got, wanted, strict=True):
+        # What y's and dx's own rounding costs, beside that of the operands.
+        rounding = eps * parts["base"].double().norm() if name == "y - base" else 2e-8 * t.numel() ** 0.5
+        error = (a.double() - t).norm()
+        assert error <= 2 * eps * t.norm() + rounding, f"{why}: {name} errs by {error / t.norm():.2g}"
+
+
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 @pytest.mark.parametrize("std", ["square", "softplus", "direct"])
 @pytest.mark.parametrize("row_constant", [False, True])
