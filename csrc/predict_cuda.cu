@@ -5,6 +5,10 @@
 // for their normaliser. More classes: one launch for the normaliser of every sample, one that draws
 // the same noise again and averages, a thread for each class. Ranges depend on the shape only, and
 // sums are added in their order.
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
 #include "cuda_portable.h"
 #include "predict.h"
 
@@ -22,6 +26,13 @@ constexpr int64_t kLargeRanges = 16;
 constexpr int64_t kLargeRange = 64;  // groups of 4 draws in a range, at least
 constexpr int64_t kFlush = 64;       // groups in an fp32 sum, before fp64
 constexpr float kLowest = -3e38f;
+// Rows go in chunks whose workspace is at most this: 8,192 rows of 128,256 classes would take 25 GB
+// and more. The emulator's is small, so that its tests cut rows too.
+#ifdef BAYES_KERNELS_SIM
+constexpr int64_t kWorkspaceBytes = 16 << 10;
+#else
+constexpr int64_t kWorkspaceBytes = 256 << 20;
+#endif
 
 enum Mode : int32_t { kBounded, kFree, kInvalid };
 
@@ -585,15 +596,40 @@ void launch_samples(const Arguments& a, void* stream) {
             kClassThreads, 0, stream, a);
 }
 
-}  // namespace
-
-int64_t predict_workspace_cuda(const PredictParams& p) {
-  int64_t bytes = 0;
-  layout_of(p, &bytes);
-  return bytes;
+// `count` rows from row `first` on, as a call of their own: the same keys, hence the same bits.
+PredictParams rows_of(const PredictParams& p, int64_t first, int64_t count) {
+  PredictParams q = p;
+  const auto from = [&](auto pointer, int64_t width) {
+    using T = std::conditional_t<std::is_const<std::remove_pointer_t<decltype(pointer)>>::value,
+                                 const float, float>;
+    return pointer == nullptr ? nullptr : static_cast<T*>(pointer) + first * width;
+  };
+  q.mean = from(p.mean, p.classes);
+  q.cov = from(p.cov, p.full ? p.classes * p.classes : p.classes);
+  q.log_probs = from(p.log_probs, p.classes);
+  q.standard_error = from(p.standard_error, p.classes);
+  q.entropy = from(p.entropy, 1);
+  q.expected_entropy = from(p.expected_entropy, 1);
+  if (p.row_ids.ids != nullptr)
+    q.row_ids.ids = p.row_ids.ids + first;
+  else
+    q.row_ids.row0 = p.row_ids.row0 + first;
+  q.rows = count;
+  return q;
 }
 
-const char* mc_predict_cuda(const PredictParams& p, void* stream) {
+// Rows that a chunk has: by the shape only. None where one row is more than a grid can take.
+int64_t chunk_of(const PredictParams& p) {
+  int64_t bytes = 0;
+  const Layout one = layout_of(rows_of(p, 0, 1), &bytes);
+  const int64_t tiles = p.classes <= kSmall ? 1 : ceil_div(p.classes, kClassThreads);
+  const int64_t blocks = one.ranges * tiles > one.groups ? one.ranges * tiles : one.groups;
+  const int64_t grid = std::numeric_limits<int32_t>::max() / blocks;
+  const int64_t memory = kWorkspaceBytes / bytes < 1 ? 1 : kWorkspaceBytes / bytes;
+  return std::min({p.rows, grid, memory});
+}
+
+const char* predict_rows(const PredictParams& p, void* stream) {
   int64_t bytes = 0;
   const Arguments a{p, layout_of(p, &bytes)};
   const dim3 rows(static_cast<unsigned>(p.rows));
@@ -604,6 +640,25 @@ const char* mc_predict_cuda(const PredictParams& p, void* stream) {
     launch_samples<1>(a, stream);
   BK_LAUNCH(finish_kernel, rows, p.classes <= kSmall ? kWarp : kRowThreads, 0, stream, a);
   return bk_last_error();
+}
+
+}  // namespace
+
+int64_t predict_workspace_cuda(const PredictParams& p) {
+  int64_t bytes = 0;
+  layout_of(rows_of(p, 0, chunk_of(p)), &bytes);
+  return bytes;
+}
+
+const char* mc_predict_cuda(const PredictParams& p, void* stream) {
+  const int64_t chunk = chunk_of(p);
+  if (chunk == 0) return "more classes or samples than one launch can take; use fewer";
+  for (int64_t first = 0; first < p.rows; first += chunk) {
+    const char* error =
+        predict_rows(rows_of(p, first, p.rows - first < chunk ? p.rows - first : chunk), stream);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
 }
 
 }  // namespace bayes_kernels

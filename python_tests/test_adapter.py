@@ -140,9 +140,13 @@ def test_operands_outside_the_range_of_fp16(device, change, why, r):
     wanted = [truth - truth_parts["base"], *gradients(truth, truth_parts, names)]
     for name, a, t in zip(["y - base", *names], got, wanted, strict=True):
         # What y's and dx's own rounding costs, beside that of the operands.
-        rounding = eps * parts["base"].double().norm() if name == "y - base" else 2e-8 * t.numel() ** 0.5
+        rounding = (
+            eps * parts["base"].double().norm() if name == "y - base" else 2e-8 * t.numel() ** 0.5
+        )
         error = (a.double() - t).norm()
-        assert error <= 2 * eps * t.norm() + rounding, f"{why}: {name} errs by {error / t.norm():.2g}"
+        assert error <= 2 * eps * t.norm() + rounding, (
+            f"{why}: {name} errs by {error / t.norm():.2g}"
+        )
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)

@@ -199,6 +199,10 @@ def test_launches_of_a_prediction(launches: Callable[[Callable[[], Any]], int]) 
         few, many = launches(lambda step=step: step(8)), launches(lambda step=step: step(64))
         assert few == many
         assert 0 < few <= most
+    # Rows in chunks of a bounded workspace, of 16 KiB on the emulator: 28 bytes and more a class.
+    mean, variance = torch.randn(60, 70), torch.rand(60, 70)
+    many = launches(lambda: functional.mc_predict(mean, variance, n_samples=8, key=key))
+    assert 3 * 4 <= many <= 12 * 4 and many % 4 == 0
 
 
 # --- bytes -----------------------------------------------------------------------------------------

@@ -257,7 +257,11 @@ def test_the_folder_explains_itself(
     run, folder = finished
     text = (folder / "README.md").read_text()
     own = run.rows[-1].report.to_dict()
-    for part in (METHODS[tiny.method].title, f"accuracy {own['accuracy']:.4g}", f"{own['nll']:.4g}"):
+    for part in (
+        METHODS[tiny.method].title,
+        f"accuracy {own['accuracy']:.4g}",
+        f"{own['nll']:.4g}",
+    ):
         assert part in text, part
     assert all(name in text for name in task.label_names) and "bayes-kernels predict" in text
     base = Path("..", Path(tiny.model).name).as_posix()  # the model's folder lies beside it

@@ -669,3 +669,31 @@ def test_improper_variances_are_nan_in_their_example_only(method: str):
     log_probs, entropy, _ = mc_predict(torch.zeros(2, 2), variances, method=method)[:3]
     assert log_probs[0].isnan().all() and entropy[0].isnan()
     assert log_probs[1].isfinite().all() and entropy[1].isfinite()
+
+
+@pytest.mark.parametrize("classes", [5, 70])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_many_rows_have_the_bits_of_few(device, classes, full, with_ids):
+    """CUDA kernels take rows in chunks of bounded workspace: 16 KiB on the emulator."""
+    if full and classes > 32:
+        pytest.skip("full covariances of many classes are not the kernel's")
+    rows, half = 90, 7
+    g = torch.Generator().manual_seed(3)
+    mean = torch.randn(rows, classes, generator=g)
+    cov = torch.rand(rows, classes, generator=g) + 0.1
+    if full:
+        cov = torch.diag_embed(cov) + 0.05
+    mean, cov = mean.to(device.torch), cov.to(device.torch)
+    ids = torch.randperm(rows, generator=g).to(device.torch) if with_ids else None
+    key = random.key(4, device.torch)
+
+    def run(first, last):
+        where = {"row0": first + 11} if ids is None else {"ids": ids[first:last].contiguous()}
+        return mc_predict(mean[first:last], cov[first:last], n_samples=12, key=key,
+                            return_standard_error=True, **where)  # fmt: skip
+
+    whole, first, second = run(0, rows), run(0, half), run(half, rows)
+    for name in ("log_probs", "entropy", "expected_entropy", "standard_error"):
+        parts = torch.cat([getattr(first, name), getattr(second, name)])
+        assert torch.equal(getattr(whole, name), parts), name
