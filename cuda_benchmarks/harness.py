@@ -343,8 +343,20 @@ def _cpu_time(step: Step, loops: int) -> float:
 
 
 @lru_cache(maxsize=1)
-def _flush_buffer() -> Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+def _flush_buffers() -> tuple[Tensor, Tensor]:
+    written = torch.empty(64 << 20, device="cuda")
+    return written, torch.zeros_like(written)
+
+
+def flush_cache() -> None:
+    """Fill the GPU's L2 with clean lines of 256 MB that are not used again.
+
+    A buffer is written, then another one is read: written lines alone would be dirty, and up to 50 MB
+    of them written back while the next kernel is timed.
+    """
+    written, read = _flush_buffers()
+    written.zero_()
+    read.sum()
 
 
 def _head_start(steps: Iterable[Step]) -> int:
@@ -368,7 +380,7 @@ def _head_start(steps: Iterable[Step]) -> int:
 
 
 def _cuda_time(step: Step, head_start: int) -> float:
-    _flush_buffer().zero_()
+    flush_cache()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if head_start:
         torch.cuda._sleep(head_start)
@@ -506,6 +518,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def save_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as JSON lines, in place of rows of the same op, case, mode, versions and commit."""
+    if not rows:
+        return
 
     def identity(row: Row) -> tuple[object, ...]:
         e = row.environment
@@ -622,6 +636,13 @@ def main(*names: str, arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--vs must name providers of {', '.join(sorted(known))}, got {unknown}")
     if given.json is not None and given.json.exists():
         given.json.unlink()
+
+    def save(family: Family, rows: Sequence[Row]) -> None:
+        if given.json is not None:
+            save_rows(given.json, rows)
+        if given.save:
+            save_rows(results_folder(given.device) / f"{family.name}.jsonl", rows)
+
     measured = 0
     stopped = []
     for family in families:
@@ -634,6 +655,8 @@ def main(*names: str, arguments: Sequence[str] | None = None) -> int:
         try:
             for row in family.run(options):
                 new = not rows or (rows[-1].op, rows[-1].case) != (row.op, row.case)
+                if new:
+                    save(family, rows)  # case by case: a run that is killed keeps what it measured
                 rows.append(row)
                 if new:
                     print(f"measured {row.op} {row.case}", file=sys.stderr, flush=True)
@@ -653,10 +676,7 @@ def main(*names: str, arguments: Sequence[str] | None = None) -> int:
             print()
             bars.print_verdicts(verdicts)
         print(flush=True)
-        if given.json is not None:
-            save_rows(given.json, rows)
-        if given.save:
-            save_rows(results_folder(given.device) / f"{family.name}.jsonl", rows)
+        save(family, rows)
     for line in stopped:
         print(f"stopped: {line}", file=sys.stderr)
     if measured == 0 and given.case is not None and not stopped:

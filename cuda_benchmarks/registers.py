@@ -36,8 +36,8 @@ LIBRARY = "libbayes_kernels.so"
 LOCAL_MEMORY = {
     ("adapter", "down_mma_kernel"): (40, "rank 64: sums take 64 registers (128 with noise), four addresses "
      "and the loads in flight the others; the spilled ones are read once for each 128 columns."),
-    ("adapter", "up_mma_kernel"): (144, "rank 64 with noise: the two factors fill 128 registers (bf16: 24 bytes, "
-     "one read for each 32 tokens; fp16 also has a scale)."),
+    ("adapter", "up_mma_kernel"): (144, "rank 64 with noise: the two factors fill 128 registers (bf16: "
+     "24 bytes, read once for 32 tokens; fp16 has a scale too)."),
     ("tall", "solve_kernel"): (32, "addresses of six matrices, kept while they are multiplied; a few reads "
      "for each matrix; hits in the first-level cache."),
     ("tall", "refine_kernel"): (88, "as `solve_kernel`; most matrices need no refinement."),

@@ -251,6 +251,51 @@ def test_rows_replace_those_of_the_same_commit_only(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0])["op"] == "o"
 
 
+def test_a_run_that_is_stopped_keeps_the_cases_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a case are in the file when the next case begins: no signal can take them."""
+    harness, path, seen = load("harness"), tmp_path / "rows.jsonl", []
+
+    class Killed(BaseException):
+        pass
+
+    def run(options: Any) -> Any:
+        for case in ("first", "second"):
+            for provider in ("ours", "other"):
+                yield made_row(case=case, provider=provider)
+            seen.append([r.case for r in harness.read_rows(path)] if path.exists() else [])
+        yield made_row(case="third")
+        raise Killed
+
+    made = harness.Family("adapter", "made", ("ours",), ("other",), run)
+    monkeypatch.setattr(harness, "load_family", lambda name: made)
+    with pytest.raises(Killed):
+        harness.main(arguments=["adapter", "--json", str(path)])
+    assert seen == [[], ["first"] * 2]
+    assert [r.case for r in harness.read_rows(path)] == ["first"] * 2 + ["second"] * 2
+
+
+def test_the_cache_is_flushed_with_clean_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written lines would be written back while the next kernel is timed: the read comes last."""
+    harness, order = load("harness"), []
+
+    class Buffer:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def zero_(self) -> None:
+            order.append(f"write {self.name}")
+
+        def sum(self) -> None:
+            order.append(f"read {self.name}")
+
+    buffers = (Buffer("a"), Buffer("b"))
+    monkeypatch.setattr(harness, "_flush_buffers", lambda: buffers)
+    harness.flush_cache()
+    assert order == ["write a", "read b"]
+
+
 def test_verdicts() -> None:
     """A ratio at its bar is met; one above is missed; a share of bandwidth is a lower bound."""
     bars = load("bars")
