@@ -38,7 +38,7 @@ LOCAL_MEMORY = {
      "and the loads in flight the others; the spilled ones are read once for each 128 columns."),
     ("adapter", "up_mma_kernel"): (144, "rank 64 with noise: the two factors fill 128 registers (bf16: "
      "24 bytes, read once for 32 tokens; fp16 has a scale too)."),
-    ("tall", "solve_kernel"): (32, "addresses of six matrices, kept while they are multiplied; a few reads "
+    ("tall", "solve_kernel"): (40, "addresses of six matrices, kept while they are multiplied; a few reads "
      "for each matrix; hits in the first-level cache."),
     ("tall", "refine_kernel"): (88, "as `solve_kernel`; most matrices need no refinement."),
 }  # fmt: skip
@@ -48,7 +48,7 @@ LOCAL_MEMORY = {
 STREAMING = {
     ("adapter", "down_fma_kernel"): 64,
     ("adapter", "down_mma_kernel"): 64,
-    ("adapter", "up_mma_kernel"): 64,
+    ("adapter", "up_mma_kernel"): 48,
     ("adapter", "outer_mma_kernel"): 64,
     ("tall", "gram_kernel"): 64,
     ("tall", "combine_kernel"): 32,
