@@ -30,6 +30,7 @@ INTRODUCTION = """\
 Every figure is a ratio of two things measured in turn in one process, after both have been checked against
 an fp64 reference. Times are medians over repetitions: of the CPU time of one thread, or of CUDA events with
 the L2 cache flushed and kernels launched ahead, so that the host's launches count in whole models only.
+A provider of others that misses the reference is marked (!) and counts for no bar; one of ours that does is not timed.
 `core` is the share of wall-clock time for which the process had a core: well below 1, other processes took
 turns on it, and caches with it. A commit that ends in -dirty had changes on top.
 
