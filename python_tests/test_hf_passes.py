@@ -19,8 +19,10 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DynamicCache,
+    EncoderDecoderCache,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -202,13 +204,23 @@ def test_generation_ends_well() -> None:
     assert base.generate(input_ids=IDS, max_new_tokens=2).shape == (2, 7)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        DynamicCache,
+        lambda: DynamicCache(config=LLAMA),
+        lambda: EncoderDecoderCache(DynamicCache(config=LLAMA), DynamicCache(config=LLAMA)),
+        lambda: StaticCache(config=LLAMA, max_cache_len=8),
+    ],
+    ids=["bare", "layers", "encoder-decoder", "static"],
+)
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_a_full_cache_keeps_the_key_and_an_empty_one_does_not(name: str) -> None:
+def test_a_full_cache_keeps_the_key_and_an_empty_one_does_not(name: str, make: Any) -> None:
     """In loops of one's own, whichever name the installed transformers has for it."""
     model = llama(sample_at_inference=True)
 
     base = model.get_base_model()
-    cache = DynamicCache()
+    cache = make()
     before = noise_state(model).keys[CPU]
     advance_before_forward(base, (), {name: cache, "use_cache": True})
     first = noise_state(model).keys[CPU]
@@ -217,7 +229,7 @@ def test_a_full_cache_keeps_the_key_and_an_empty_one_does_not(name: str) -> None
     assert not torch.equal(first, noise_state(model).keys[CPU])
     first = noise_state(model).keys[CPU]
     states = torch.zeros(1, 4, 3, 8)
-    cache.update(states, states, 0)
+    getattr(cache, "self_attention_cache", cache).update(states, states, 0)
     advance_before_forward(base, (), {name: cache})
     assert noise_state(model).keys[CPU] is first
 

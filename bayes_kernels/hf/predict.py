@@ -224,8 +224,8 @@ def predict(
 
     Models whose `problem_type` is "multi_label_classification" have a Bernoulli distribution for each
     label in place of it; those for regression (one column without a problem_type, as reward models
-    have, is one too) mean and variance of their numbers. BLoB, TFB, ScalaBL, MC dropout and ensembles
-    give all three; a variational last layer and a Laplace posterior are for classes.
+    have, is one too) mean and variance of their numbers. BLoB, ScalaBL, MC dropout and ensembles give
+    all three; TFB, a variational last layer and a Laplace posterior are for classes.
 
     Draw s depends on (seed, s) only: results depend neither on how examples are batched (padding
     aside) nor on how many draws share a pass. The model is put into eval mode meanwhile.

@@ -143,7 +143,6 @@ class BayesTrainerMixin(_Base):
         self._features: Tensor | None = None  # of the micro-batch, where they are known
         if self._head is not None:
             self._check_head_options()
-            self.model_accepts_loss_kwargs = False
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
         self._calls_checked = False
         if self._head is not None and self._config.alternation != "jacobi":
@@ -386,8 +385,15 @@ class BayesTrainerMixin(_Base):
             features=self._features,
         )
         parts = self.current_gradient_accumulation_steps
-        self._nll = self._nll.to(terms.nll.device) + terms.nll.detach() / parts
-        loss = terms.loss / parts if loss_is_scaled(self, num_items) else terms.loss
+        scaled, share = loss_is_scaled(self, num_items), 1 / parts
+        if num_items is not None:
+            share = self._targets_of(inputs["labels"]).to(terms.nll.device) / num_items
+            if self.args.average_tokens_across_devices:  # then it counts those of all processes
+                share = share * self.args.world_size
+        nll = terms.nll * share
+        self._nll = self._nll.to(nll.device) + nll.detach()
+        loss = nll + (terms.loss - terms.nll) / parts
+        loss = loss if scaled else loss * parts
         if not return_outputs:
             return loss
         mean, _ = class_logits(model, inputs, self._features)
