@@ -36,3 +36,21 @@ def assert_no_worse_than_torch(
     error = (a - t).norm().item()
     allowed = factor * (b - t).norm().item() + eps / 2 * t.norm().item()
     assert error <= allowed, f"{what}: Frobenius error {error:.3g} > {allowed:.3g}"
+
+
+def assert_same_but_rounding(
+    actual: Tensor, expected: Tensor, what: str = "", *, units: int = 256
+) -> None:
+    """Compare results that torch's own products decide, of two instances of one model.
+
+    How they round depends on where operands lie in memory (with AVX2, on their address modulo 64), and
+    two instances lie elsewhere. Bits are promised for our ops alone. Allowed are so many units in the
+    last place of the largest entry: a few layers make some dozens of one, and training or a curvature
+    between them some thousands.
+    """
+    assert actual.shape == expected.shape, f"{what}: {actual.shape}, not {expected.shape}"
+    a, b = actual.detach().double(), expected.detach().double()
+    eps = max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps)
+    allowed = units * eps * b.abs().max().item()
+    error = (a - b).abs().max().item()
+    assert error <= allowed, f"{what}: differs by {error:.3g} > {allowed:.3g}"

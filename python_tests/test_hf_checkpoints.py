@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_task
 import torch
+from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import call, refuse, results
@@ -195,7 +196,7 @@ def test_import_plain_lora(tmp_path: Path) -> None:
 def test_round_trip_through_plain_lora(tmp_path: Path) -> None:
     model = blob()
     again = import_lora(base(), export_lora(model, tmp_path / "mean")).eval()
-    assert torch.equal(logits(again), logits(model))
+    assert_same_but_rounding(logits(again), logits(model))
 
 
 def test_import_classifier_head(tmp_path: Path) -> None:
@@ -234,11 +235,11 @@ def test_import_doubled_prefix(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": None}))
     loaded = import_lora(base(), folder).eval()
-    assert torch.equal(logits(loaded), logits(model))
+    assert_same_but_rounding(logits(loaded), logits(model))
     for a, b in zip(bayes_layers(model), bayes_layers(loaded), strict=True):
         assert torch.equal(a.rho, b.rho)
     with posterior(model, "sample"), posterior(loaded, "sample"):
-        assert torch.equal(logits(loaded), logits(model))
+        assert_same_but_rounding(logits(loaded), logits(model))
 
 
 def nested(folder: Path, config: LoraConfig) -> PeftModel:
@@ -257,9 +258,9 @@ def test_plain_folders_of_bayesian_peft(tmp_path: Path) -> None:
     assert stored_method(tmp_path) == "map"
     loaded = read_lora(base(), tmp_path).eval()
     assert type(loaded.peft_config["default"]) is LoraConfig
-    assert torch.equal(logits(loaded), expected)
+    assert_same_but_rounding(logits(loaded), expected)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert not torch.equal(logits(base()), expected)  # what PEFT by itself would give
+    assert (logits(base()) - expected).abs().max() > 1e-3  # what PEFT by itself would give
     # As a Bayesian adapter that goes on training, and as plain LoRA that a method converts.
     torch.testing.assert_close(
         logits(import_lora(base(), tmp_path).eval()), expected, rtol=1e-4, atol=1e-5
@@ -335,7 +336,7 @@ def test_commands_take_a_folder_of_bayesian_peft(tmp_path: Path) -> None:
         result = call("evaluate", folder, "--data", data, "--model", model, "--test-size", 12)
         assert result.exit_code == 0, result.output
         scores.append(results(folder / "evaluation")["methods"][0]["per_seed"][0]["metrics"])
-    assert scores[0] == scores[1]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     options = ["--data", data, "--model", model, "--method", "laplace-last", "--test-size", 12]
     result = call("bayesianize", theirs, *options, "--out", tmp_path / "la")
     assert result.exit_code == 0, result.output

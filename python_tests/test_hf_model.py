@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_same_but_rounding
 from kept_draws import KeptDraws
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -338,8 +339,8 @@ def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool) -> N
             losses.append(loss.item())
         return losses, gradients(model)
 
-    plain = run(make(lora_dropout=0.1))
     model = make(lora_dropout=0.1)
+    plain = run(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     checkpointed = run(model)
@@ -365,8 +366,9 @@ def test_two_forward_passes_before_a_backward_pass() -> None:
 
 
 def test_two_checkpointed_forward_passes_before_a_backward_pass() -> None:
+    model = llama()
+
     def run(checkpoint: bool) -> dict[str, Tensor]:
-        model = llama()
         model.train()
         if checkpoint:
             model.gradient_checkpointing_enable(
@@ -470,7 +472,7 @@ def test_copy_and_pickle() -> None:
         assert noise_state(other) is not noise_state(model)
         assert len({id(item.variant.state) for item in bayes_layers(other)}) == 1
         assert other.get_base_model().bayes_noise is noise_state(other)
-        assert torch.equal(logits(other), logits(copy.deepcopy(model)))
+        assert_same_but_rounding(logits(other), logits(copy.deepcopy(model)))
         assert not torch.equal(logits(other), logits(other))
 
 
@@ -540,19 +542,20 @@ def test_save_and_load(tmp_path: Path) -> None:
         config = loaded.peft_config["default"]
         assert isinstance(config, BayesLoraConfig)
         assert (config.prior_std, config.scope) == (0.15, "example")
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+        assert_same_but_rounding(logits(loaded), logits(model))
         for a, b in zip(bayes_layers(model), bayes_layers(loaded), strict=True):
             assert torch.equal(a.rho, b.rho) and b.rho.dtype == torch.float32
+            assert torch.equal(a.mean, b.mean)
         with posterior(loaded, "sample", seed=4), posterior(model, "sample", seed=4):
-            assert torch.equal(logits(loaded), logits(model))
+            assert_same_but_rounding(logits(loaded), logits(model))
     llama_base().save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "b")
     auto = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-    assert torch.equal(logits(auto), logits(model))
+    assert_same_but_rounding(logits(auto), logits(model))
     assert torch.equal(bayes_layers(auto)[0].rho, bayes_layers(model)[0].rho)
     with posterior(auto, "sample", seed=4), posterior(model, "sample", seed=4):
-        assert torch.equal(logits(auto), logits(model))
+        assert_same_but_rounding(logits(auto), logits(model))
     auto.train()
     assert not torch.equal(logits(auto), logits(auto))
 
@@ -591,7 +594,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 12 and all("third" in n for n in trainable)
     with model.disable_adapter():
-        assert torch.equal(logits(model), base)
+        assert_same_but_rounding(logits(model), base)
     mixed = logits(model, adapter_names=["default", "third", "__base__"])
     torch.testing.assert_close(
         mixed, torch.stack([first[0], third[1], base[2]]), rtol=1e-4, atol=1e-5

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_hf_scalabl import BASES, IDS, TARGETS, TYPES, arguments, logits
 from torch import Tensor, nn
@@ -158,7 +159,9 @@ def test_search_keeps_its_tolerance(kind: str, metric: str) -> None:
     # Common random numbers: a second search of the same adapter takes the same way.
     again = adapter(kind)
     other = convert(again, kind, metric=metric, tolerance=tolerance, high=2.0, max_trials=6)
-    assert other.trace == report.trace
+    assert [t.sigma for t in other.trace] == [t.sigma for t in report.trace]
+    for a, b in zip(other.trace, report.trace, strict=True):
+        assert (a.change, a.nll) == pytest.approx((b.change, b.nll), rel=1e-3)
 
 
 def test_pseudo_labels_need_no_labels() -> None:
@@ -279,7 +282,7 @@ def test_train_and_eval_mode_with_sampling_on_and_off(kind: str, tmp_path: Path)
         config = loaded.peft_config["default"]
         assert isinstance(config, BayesLoraConfig) and config.method == "tfb"
         assert config.sigma_q == model.peft_config["default"].sigma_q > 0
-        assert torch.equal(logits(loaded), mean)
+        assert_same_but_rounding(logits(loaded), mean)
         with posterior(loaded, "sample", seed=5, first_sample=2):
             torch.testing.assert_close(logits(loaded), folded[2], rtol=1e-4, atol=1e-4)
     for which, expected in (("mean", mean), (2, folded[2])):
@@ -306,7 +309,7 @@ def test_noise_in_chosen_layers_only(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(BASES["bert"](), tmp_path)
     assert loaded.peft_config["default"].noise_layers == chosen
     with posterior(loaded, "sample", seed=1):
-        assert torch.equal(logits(loaded), draw)
+        assert_same_but_rounding(logits(loaded), draw)
     by_kind = adapter()
     assert convert(by_kind, layers=["value"]).layers == 2
     with pytest.raises(ValueError, match=r"layers must name adapted layers, got \['dense'\]"):
