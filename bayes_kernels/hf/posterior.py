@@ -168,9 +168,10 @@ def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
         return
 
     def warn(_: Tensor) -> None:
+        layers = _active_layers(module)  # none while a conversion has taken the posterior off
         trained = any(
             item.variant.samples and item.layer.lora_B[item.adapter].weight.requires_grad
-            for item in bayes_layers(module)
+            for item in layers
         )
         if trained and not state.eval_warned:
             state.eval_warned = True
@@ -210,16 +211,8 @@ class BayesLayer(NamedTuple):
         return getattr(self.layer, name)[self.adapter]
 
 
-def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
-    """The Bayesian layers of a model, sorted by name.
-
-    Args:
-        model: any module that holds them, wrapped by PEFT, DDP or `torch.compile` or not.
-        adapter: name of the adapter, or None for the active ones.
-
-    Raises:
-        ValueError: there is none.
-    """
+def _active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
+    """As `bayes_layers`, unsorted; empty where there is none."""
     found = []
     module: Any
     for module in model.modules():
@@ -231,6 +224,20 @@ def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLaye
             variant = variants.get(name)
             if isinstance(variant, BayesVariant):
                 found.append(BayesLayer(variant.name, module, name, variant))
+    return found
+
+
+def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
+    """The Bayesian layers of a model, sorted by name.
+
+    Args:
+        model: any module that holds them, wrapped by PEFT, DDP or `torch.compile` or not.
+        adapter: name of the adapter, or None for the active ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = _active_layers(model, adapter)
     if not found:
         which = "an active Bayesian adapter" if adapter is None else f"the adapter {adapter!r}"
         raise ValueError(
