@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 pytest.importorskip("typer")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+import safetensors.torch  # noqa: E402
 import tiny_task  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -393,6 +400,142 @@ def test_output_where_the_terminal_has_few_characters(data: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip() == "[a] \\u2191" and "ACC \\u2191" in ended.stderr
+
+
+@pytest.mark.parametrize("method", ["map", "blob", "scalabl", "laplace-last"])
+def test_training_stops_where_it_diverges(
+    method: str, data: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ["--model", model, "--method", method, "--steps", "6", "--out", out]
+    error = refuse("train", data, *options, "--lr", "1e30")
+    assert re.match(
+        r"training: expected a finite loss at step [2-6] of 6, got nan or inf, at learning rate "
+        r"[\d.]+e\+(29|30); use a lower lr",
+        error,
+    ), error
+    assert not (out / "adapter_config.json").exists() and not (out / "metrics.json").exists()
+    refused = refuse("train", data, *options, "--lr", "1e39", "--overwrite")
+    assert "lr must be a number of fp32, got 1e+39" in refused
+    refused = refuse("train", data, *options, "--weight-decay", "1e3", "--lr", "0.1", "--overwrite")
+    assert "expected lr times weight decay below 1" in refused
+
+
+def test_what_was_trained_is_finite() -> None:
+    class Trainer:
+        model = torch.nn.Linear(2, 2)
+        args = type("Arguments", (), {"learning_rate": 0.5})()
+
+        def train(self, resume_from_checkpoint: Any) -> None:
+            with torch.no_grad():
+                self.model.weight[0, 0] *= self.factor
+
+        def check_finite(self) -> None:
+            pass
+
+    one = Trainer()
+    one.factor = 2.0
+    training._train(one, None, "nowhere")
+    one.factor = math.inf
+    with pytest.raises(ValueError, match=r"finite adapter after the last step.* rate 0\.5"):
+        training._train(one, None, "nowhere")  # no step follows whose loss could tell
+
+
+def test_a_loss_is_looked_at_whenever_the_trainer_logs(tmp_path: Path) -> None:
+    class Loop:
+        state = type("State", (), {"global_step": 4, "max_steps": 10})()
+        lr_scheduler = type("Schedule", (), {"get_last_lr": lambda self: [self.rate]})()
+        logged = 0
+
+        def training_step(self, model: Any, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs
+
+        def log(self, logs: Any) -> None:
+            self.logged += 1
+
+    class Watched(training._WatchedMixin, Loop):
+        pass
+
+    class OnDevice(torch.Tensor):  # a loss that the host has no copy of
+        device = torch.device("meta")
+
+    one = Watched()
+    one._first_bad, one._rates, one._first_step = torch.tensor(-1), [], 4
+    for step, loss in enumerate((1.0, 2.0, math.nan, 1.0, math.inf), start=4):
+        one.state.global_step, one.lr_scheduler.rate = step, step / 10
+        for _ in range(2):  # micro-batches
+            one.training_step(None, torch.tensor(loss).as_subclass(OnDevice))
+    with pytest.raises(ValueError, match=r"loss at step 7 of 10, got nan or inf, at .* rate 0\.6;"):
+        one.log({})
+    assert one.logged == 0
+    fine = Watched()
+    fine.training_step(None, torch.tensor(1.0))
+    fine.log({})
+    assert fine.logged == 1
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Files cannot grow beyond that: what a full disk looks like to Python, Rust and C++."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_results(data: Path, model: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    common = ["train", data, "--model", model, "--method", "map", "--steps", "2", "--out", out]
+    with files_of_at_most(9_000):
+        error = refuse(*common)
+    assert "expected room to write a checkpoint to, got" in error and "checkpoints" in error
+    new = tmp_path / "new"
+    common = ["bayesianize", trained, "--n-samples", "1", "--anchors", "8", "--test-size", "4"]
+    with files_of_at_most(3_000):
+        error = refuse(*common, "--convert", "max_trials=2", "--out", new)
+    assert f"{new}: expected room to write the adapter to, got" in error
+    assert not (new / "adapter_config.json").exists()
+    with files_of_at_most(900):
+        error = refuse("evaluate", trained, "--n-samples", "0", "--out", tmp_path / "scores")
+    assert "expected room to write to, got: File too large; make room" in error
+    assert not (tmp_path / "scores" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch, CPU", "torch, GPU", "numpy"])
+def test_no_memory(
+    kind: str, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: Any, **__: Any) -> Any:
+        if kind == "torch, GPU":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return (torch.empty if kind == "torch, CPU" else numpy.empty)(2**50)
+
+    monkeypatch.setattr(training, "load_model", allocate)
+    error = refuse("train", data, "--model", model, "--out", tmp_path / "run")
+    assert error.startswith("memory: expected enough for this model and its batches, got: ")
+    assert "use smaller batches" in error and not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_predict_nothing(
+    data: Path, model: Path, trained: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "model"
+    shutil.copytree(model, damaged)
+    tensors = safetensors.torch.load_file(damaged / "model.safetensors")
+    tensors["embeddings.LayerNorm.weight"].fill_(math.nan)
+    safetensors.torch.save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    for words in (
+        ["evaluate", trained, "--out", tmp_path / "new"],
+        ["predict", trained, "--text", "a"],
+    ):
+        error = refuse(*words, "--model", damaged, "--n-samples", "0")
+        assert "expected finite logits, got nan for" in error
+        assert "nan" in refuse(*words, "--model", damaged, "--n-samples", "2")
+    error = refuse("train", data, "--model", damaged, "--out", tmp_path / "new", "--steps", "2")
+    assert "expected a finite loss at step 1 of 2" in error
 
 
 def test_debug_shows_the_traceback(data: Path) -> None:

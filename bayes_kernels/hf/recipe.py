@@ -14,7 +14,6 @@ import json
 import math
 import os
 import secrets
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,9 +113,10 @@ class Recipe:
             if value is None and name in _MAY_BE_NONE:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            # Integers beyond the range of floats are numbers that no optimiser takes.
-            if not number or abs(value) > sys.float_info.max or not accepts(value):
+            if not number or not accepts(value):
                 raise ValueError(f"recipe: {name} must be {words}, got {value!r}")
+            if value > _LARGEST:
+                raise ValueError(f"recipe: {name} must be a number of fp32, got {value!r}")
         targets = self.target_modules
         if targets is not None and not (
             isinstance(targets, tuple)
@@ -138,6 +138,8 @@ class Recipe:
 
 
 _ANY = 2**31 - 1
+# torch takes no larger factor for weights in fp32.
+_LARGEST = 3.4e38
 _WHOLE = {
     "rank": (1, 2**16),
     "steps": (1, _ANY),
@@ -330,6 +332,11 @@ class Experiment:
             raise ValueError(
                 f"n-samples: expected 0 for {self.method!r}, which has no posterior to draw from, "
                 f"got {recipe.n_samples}; leave it out"
+            )
+        if self.lr * recipe.weight_decay >= 1:
+            raise ValueError(
+                f"weight-decay: expected lr times weight decay below 1, which leaves something of a "
+                f"weight, got {self.lr:g} times {recipe.weight_decay:g}"
             )
         schedule = recipe.kl_schedule or "auto"
         for name, others in (
