@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_same_but_rounding
 from peft import get_peft_model
 from torch import Tensor
 from transformers import (
@@ -381,7 +382,9 @@ def test_resumed_run_equals_the_whole_one(make: Any, mode: str, tmp_path: Path) 
     resumed = trainer("stopped")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 7
-    assert equal(parameters(whole.model), parameters(resumed.model))
+    theirs = parameters(resumed.model)
+    for name, value in parameters(whole.model).items():
+        assert_same_but_rounding(theirs[name], value, name, units=4096)
     tail = [log for log in whole.state.log_history if "nll" in log][-3:]
     again = [log for log in resumed.state.log_history if "nll" in log][-3:]
     for a, b in zip(tail, again, strict=True):
