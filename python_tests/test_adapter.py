@@ -1137,3 +1137,38 @@ def test_raw_ops_check_what_python_would():
         ops.adapter_shrink(x, a, a, None, 0, 0, 1, None, 0.0)
     with pytest.raises(RuntimeError, match="rank must be 1 to 64"):
         ops.adapter_shrink(x, torch.ones(65, 3), None, None, 0, 0, 1, None, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "n", "r", "m"), [(1, 33, 8, 17), (40, 130, 8, 65)])
+def test_bits_do_not_depend_on_where_tensors_lie(
+    rows: int, n: int, r: int, m: int, dtype: torch.dtype
+) -> None:
+    """torch's products round by the address of their operands modulo 64; ours do not."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, n), (r, n), (m, r), (r, n), (r, r), (r,), (rows, m)]
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    values = [v.to(dtype) if i in (0, 6) else v for i, v in enumerate(values)]
+    key = random.key(1)
+
+    def run(offset: int) -> list[torch.Tensor]:
+        moved = []
+        for i, value in enumerate(values):
+            start = (offset + i) % 16 if offset else 0
+            place = torch.empty(value.numel() + 16, dtype=value.dtype)[start:][: value.numel()]
+            moved.append(place.view(value.shape).copy_(value).requires_grad_())
+        x, a, b, rho, core, d, base = moved
+        found = []
+        for y in (
+            F.lora(x, a, b, base),
+            F.flipout_lora(x, a, rho, b, base, key=key),
+            F.scaled_lora(x, a, d, b, base),
+            F.core_lora(x, a, core, b, base),
+        ):
+            grads = torch.autograd.grad(y.float().square().sum(), moved, allow_unused=True)
+            found += [y, *(g for g in grads if g is not None)]
+        return found
+
+    expected = run(0)
+    for offset in (1, 6, 15):
+        assert all(torch.equal(a, b) for a, b in zip(run(offset), expected, strict=True))
