@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +27,7 @@ from .last_layer import (
     find_head,
     plain_head_tensors,
 )
+from .model import as_before_if_stopped
 from .posterior import BayesLayer, bayes_layers
 from .variants import extra_names
 
@@ -66,17 +67,14 @@ def import_lora(
     config = _read_config(folder, options)
     config.inference_mode = not is_trainable
     tensors = {_single_prefix(k): v for k, v in load_file(_weights(folder, Path(path))).items()}
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        wrapped = model
-    else:
-        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    try:
+    with as_before_if_stopped(model):
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+            wrapped = model
+        else:
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         _copy_tensors(wrapped, adapter_name, tensors)
-    except BaseException:
-        wrapped.delete_adapter(adapter_name) if wrapped is model else wrapped.unload()
-        raise
-    return wrapped
+        return wrapped
 
 
 def stored_method(folder: str | os.PathLike[str]) -> str:
@@ -301,27 +299,24 @@ def _check_replaceable(directory: Path) -> None:
 
 def _write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    token = secrets.token_hex(4)
+    new, old = (directory.with_name(f".{directory.name}.{w}.{token}") for w in ("new", "old"))
     try:
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        temporary.chmod(0o755)
+        new.mkdir()
+        (new / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-            os.replace(directory, old / directory.name)
-            try:
-                os.replace(temporary, directory)
-            except BaseException:
-                os.replace(old / directory.name, directory)
-                old.rmdir()
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, directory)
+            os.replace(directory, old)
+        os.replace(new, directory)
+        return directory
+    except BaseException:  # Ctrl-C as well
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(old, directory)
+        raise
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    return directory
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:

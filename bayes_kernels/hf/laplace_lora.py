@@ -20,7 +20,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from ._compat import without_padding
 from .config import default_options
 from .last_layer import need_classes
 from .machine import progress_bar
-from .model import BayesLoraModel, the_adapter
+from .model import BayesLoraModel, as_before_if_stopped, the_adapter
 from .variants import BayesVariant
 
 LAPLACE_FILE = "laplace.safetensors"
@@ -304,9 +304,8 @@ def laplace_(
     peft_model, name = the_adapter("laplace_", model)
     if choices is None:
         need_classes("laplace_", model)
-    undo: list[Callable[[], None]] = []
-    try:
-        was_bayesian = _make_plain(peft_model, name, undo)
+    with as_before_if_stopped(peft_model):
+        was_bayesian = _make_plain(peft_model, name)
         found = _build(
             peft_model,
             name,
@@ -343,37 +342,33 @@ def laplace_(
             )
         elif prior != "fixed":
             found.optimize_prior_precision(prior, structure=structure)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    if was_bayesian:
-        BayesLoraModel._remove_noise(peft_model.base_model)  # type: ignore[arg-type]
-    delta = found.prior_precision.tolist()
-    report = LaplaceLoraReport(
-        layers=layers,
-        matrices=len(found.layers),
-        parameters=sum(layer.weight.numel() for layer in found.layers),
-        examples=found.n_examples,
-        fisher=fisher,
-        tokens=tokens,
-        rank=rank,
-        dense_below=dense_below,
-        prior=prior,
-        structure=structure,
-        prediction=prediction,
-        prior_precision=delta,
-        log_likelihood=found.log_likelihood,
-        evidence_before=before,
-        evidence_after=float(found.log_marginal_likelihood()) if labelled else None,
-        effective_parameters=float(found.effective_parameters().sum()),
-        posterior_bytes=sum(t.nbytes for t in found.state_dict().values()),
-        seconds=time.perf_counter() - begin,
-    )
-    chosen = None if choices is None else [int(c) for c in choices]
-    kept = LaplacePosterior(found, layers, prediction, chosen, report.to_dict())
-    peft_model.__dict__[_ATTRIBUTE] = kept
-    return report
+        delta = found.prior_precision.tolist()
+        report = LaplaceLoraReport(
+            layers=layers,
+            matrices=len(found.layers),
+            parameters=sum(layer.weight.numel() for layer in found.layers),
+            examples=found.n_examples,
+            fisher=fisher,
+            tokens=tokens,
+            rank=rank,
+            dense_below=dense_below,
+            prior=prior,
+            structure=structure,
+            prediction=prediction,
+            prior_precision=delta,
+            log_likelihood=found.log_likelihood,
+            evidence_before=before,
+            evidence_after=float(found.log_marginal_likelihood()) if labelled else None,
+            effective_parameters=float(found.effective_parameters().sum()),
+            posterior_bytes=sum(t.nbytes for t in found.state_dict().values()),
+            seconds=time.perf_counter() - begin,
+        )
+        chosen = None if choices is None else [int(c) for c in choices]
+        kept = LaplacePosterior(found, layers, prediction, chosen, report.to_dict())
+        if was_bayesian:
+            BayesLoraModel._remove_noise(peft_model.base_model)  # type: ignore[arg-type]
+        vars(peft_model)[_ATTRIBUTE] = kept
+        return report
 
 
 def check_laplace_model(model: nn.Module, layers: str = "all", **others: Any) -> None:
@@ -683,7 +678,7 @@ def _build(
 # --- from Bayesian adapters to plain ones --------------------------------------------------------
 
 
-def _make_plain(peft_model: PeftModel, name: str, undo: list[Callable[[], None]]) -> bool:
+def _make_plain(peft_model: PeftModel, name: str) -> bool:
     """Make a Bayesian adapter the plain one of its mean; whether it was Bayesian."""
     tuner: Any = peft_model.base_model
     old: Any = peft_model.peft_config[name]
@@ -692,45 +687,23 @@ def _make_plain(peft_model: PeftModel, name: str, undo: list[Callable[[], None]]
     kept = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"]
     config = LoraConfig(**{field: getattr(old, field) for field in kept})
     adapted = _adapted(peft_model, name)
-    before = peft_model.peft_config[name], peft_model.peft_type, type(tuner)
-
-    def back() -> None:
-        peft_model.peft_config[name], peft_model.peft_type, tuner.__class__ = before
-        tuner.peft_config[name] = before[0]
-
-    undo.append(back)
     plain: Any = LoraModel
     tuner.__class__ = plain
     peft_model.peft_config[name] = tuner.peft_config[name] = config
     peft_model.peft_type = config.peft_type
     for _, layer in adapted:
-        _replace_by_mean(layer, name, undo)
+        _replace_by_mean(layer, name)
     return True
 
 
-def _replace_by_mean(layer: Any, name: str, undo: list[Callable[[], None]]) -> None:
+def _replace_by_mean(layer: Any, name: str) -> None:
     variant = layer.lora_variant[name]
     parts = layer.lora_A[name], layer.lora_B[name]
-    values = [part.weight.data for part in parts]
     with torch.no_grad():
         mean = [t.detach().clone() for t in variant.mean_factors(layer, name)]
-    cast = layer.cast_input_dtype_enabled
-    extra: dict[str, Any] = {}
     for tensor in (*variant.parameters, *variant.constants):
-        entries = getattr(layer, tensor, {})
-        if name in entries:
-            extra[tensor] = entries[name]
-            del entries[name]
-
-    def back() -> None:
-        for part, value in zip(parts, values, strict=True):
-            part.weight.data = value
-        for tensor, value in extra.items():
-            getattr(layer, tensor)[name] = value
-        layer.lora_variant[name] = variant
-        layer.cast_input_dtype_enabled = cast
-
-    undo.append(back)
+        if name in getattr(layer, tensor, {}):
+            del getattr(layer, tensor)[name]
     for part, value in zip(parts, mean, strict=True):
         part.weight.data = value.to(part.weight.dtype)
     del layer.lora_variant[name]

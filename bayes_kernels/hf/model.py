@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -139,11 +140,17 @@ class BayesLoraModel(LoraModel):
             "combine the plain LoRA folders"
         )
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; where it is stopped, what was merged is taken out again, up to rounding."""
+        with as_before_if_stopped(self.model, merges=True):
+            super().merge_adapter(*args, **kwargs)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._remove_noise()
-        plain_heads_(model)
-        return model
+        with as_before_if_stopped(self.model, merges=True):
+            model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+            self._remove_noise()
+            plain_heads_(model)
+            return model
 
     def _remove_noise(self) -> None:
         """The noise state and its hooks, off the base model."""
@@ -191,6 +198,43 @@ def _keep_factors(model: nn.Module) -> None:
     if quantizer is not None and hasattr(quantizer, "modules_to_not_convert"):
         kept = list(quantizer.modules_to_not_convert or [])
         quantizer.modules_to_not_convert = [*dict.fromkeys([*kept, *_FACTOR_PATTERNS])]
+
+
+@contextlib.contextmanager
+def as_before_if_stopped(model: nn.Module, *, merges: bool = False) -> Iterator[None]:
+    """Bring a model back if the context ends with an exception, Ctrl-C included.
+
+    Modules and their places, classes, attributes, hooks, which tensors a parameter has and whether it is
+    trained. Tensors that are changed in place keep their change: where ``merges`` is true merged adapters
+    are taken out again, up to rounding, and no second copy of the weights is held meanwhile.
+    """
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    values = [value for _, _, own in modules for value in own.values()]
+    filled = [(value, value.copy()) for value in values if isinstance(value, (dict, list, set))]
+    trained = [(p, p.requires_grad, None if merges else p.data) for p in model.parameters()]
+    layers: list[Any] = [module for module, _, _ in modules if isinstance(module, LoraLayer)]
+    merged = [(layer, list(layer.merged_adapters)) for layer in layers if merges]
+    try:
+        yield
+    except BaseException:
+        for layer, names in merged:
+            if layer.merged_adapters != names:
+                layer.unmerge()
+                if names:
+                    layer.merge(adapter_names=names)
+        for module, kind, own in modules:
+            module.__class__ = kind
+            for name in vars(module).keys() - own.keys():
+                del vars(module)[name]
+            vars(module).update(own)
+        for value, content in filled:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        for parameter, needs_grad, data in trained:
+            parameter.requires_grad_(needs_grad)
+            if data is not None:
+                parameter.data = data
+        raise
 
 
 def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:

@@ -31,7 +31,7 @@ from ._compat import unsupported_layer
 from .config import TfbConfig, default_options
 from .last_layer import need_classes
 from .machine import progress_bar
-from .model import BayesLoraModel, the_adapter
+from .model import BayesLoraModel, as_before_if_stopped, the_adapter
 from .posterior import BayesLayer, bayes_layers
 from .predict import Prediction, as_batches, predict
 from .variants import BayesVariant, BlobVariant, Divergence, KLPlan, KLStep, attach
@@ -280,9 +280,8 @@ def tfb_(
         "choices": choices,
         "samples_per_pass": samples_per_pass,
     }
-    undo: list[Callable[[], None]] = []
-    try:
-        noisy, weights = _convert(model, layers, undo)
+    with as_before_if_stopped(model):
+        noisy, weights = _convert(model, layers)
         evaluations = 1 + (
             max_trials if search == "grid" else _bisections(low, high, max_trials, resolution)
         )
@@ -315,37 +314,33 @@ def tfb_(
                 sigma, trace = _grid(trial, low, high, max_trials, bound)
             else:
                 sigma, trace = bisect(trial, low, high, max_trials, resolution, rule)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    _set_sigma(noisy, weights, sigma)
-    for config in {id(item.variant.config): item.variant.config for item in noisy}.values():
-        config.sigma_q = sigma
-    if sigma == 0.0:
-        warnings.warn(
-            f"tfb_: no sigma_q in [{low}, {high}] keeps the change within {bound}: the adapter has "
-            "no noise; lower `low` or raise the tolerance",
-            stacklevel=2,
+        _set_sigma(noisy, weights, sigma)
+        for config in {id(item.variant.config): item.variant.config for item in noisy}.values():
+            config.sigma_q = sigma
+        if sigma == 0.0:
+            warnings.warn(
+                f"tfb_: no sigma_q in [{low}, {high}] keeps the change within {bound}: the adapter has "
+                "no noise; lower `low` or raise the tolerance",
+                stacklevel=2,
+            )
+        last = trace[-1] if trace else None
+        return TfbReport(
+            sigma=sigma,
+            layers=len(noisy),
+            metric=metric,
+            tolerance=bound,
+            rule=rule,
+            search=search,
+            labels=kind,
+            anchors=len(mean),
+            n_samples=n_samples,
+            passes=1 + len(trace),
+            before=score.trial(0.0, mean),
+            after=next((t for t in trace if t.sigma == sigma), None),
+            trace=tuple(trace),
+            at_range_end=bool(last and all(t.feasible for t in trace)),
+            seconds=time.perf_counter() - begin,
         )
-    last = trace[-1] if trace else None
-    return TfbReport(
-        sigma=sigma,
-        layers=len(noisy),
-        metric=metric,
-        tolerance=bound,
-        rule=rule,
-        search=search,
-        labels=kind,
-        anchors=len(mean),
-        n_samples=n_samples,
-        passes=1 + len(trace),
-        before=score.trial(0.0, mean),
-        after=next((t for t in trace if t.sigma == sigma), None),
-        trace=tuple(trace),
-        at_range_end=bool(last and all(t.feasible for t in trace)),
-        seconds=time.perf_counter() - begin,
-    )
 
 
 def check_options(**options: Any) -> None:
@@ -543,7 +538,7 @@ def _set_sigma(layers: Sequence[BayesLayer], weights: Sequence[Tensor], sigma: f
 
 
 def _convert(
-    model: nn.Module, chosen: Sequence[str] | None, undo: list[Callable[[], None]]
+    model: nn.Module, chosen: Sequence[str] | None
 ) -> tuple[list[BayesLayer], list[Tensor]]:
     """Regroup the adapter and make it a TFB adapter without noise.
 
@@ -575,9 +570,9 @@ def _convert(
         raise ValueError(
             "tfb_: the adapter must be trained, got B = 0 in all layers; train it first"
         )
-    _change_type(peft_model, name, config, undo)
+    _change_type(peft_model, name, config)
     for (key, layer), (a, b) in zip(found, new, strict=True):
-        _replace_adapter(tuner, key, layer, name, a, b, undo)
+        _replace_adapter(tuner, key, layer, name, a, b)
     order = {key: weight for (key, _), weight in zip(found, weights, strict=True)}
     items = [item for item in bayes_layers(tuner, name) if _noisy(item)]
     return items, [order[item.name] for item in items]
@@ -641,60 +636,22 @@ def _regroup_all(
     return [new[i] for i in range(len(plain))]
 
 
-def _change_type(
-    peft_model: PeftModel, name: str, config: Any, undo: list[Callable[[], None]]
-) -> None:
+def _change_type(peft_model: PeftModel, name: str, config: Any) -> None:
     tuner: Any = peft_model.base_model
-    old = peft_model.peft_config[name], peft_model.peft_type, type(tuner)
-    had_noise = hasattr(tuner.model, "bayes_noise")
-
-    def back() -> None:
-        if not had_noise:
-            tuner._remove_noise()
-        peft_model.peft_config[name], peft_model.peft_type, tuner.__class__ = old
-
-    undo.append(back)
     tuner.__class__ = BayesLoraModel
     peft_model.peft_config[name] = config
     peft_model.peft_type = config.peft_type
     tuner.peft_config[name] = config
 
 
-def _replace_adapter(
-    tuner: Any,
-    key: str,
-    layer: Any,
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    undo: list[Callable[[], None]],
-) -> None:
+def _replace_adapter(tuner: Any, key: str, layer: Any, name: str, a: Tensor, b: Tensor) -> None:
     """New factors and the TFB variant in one layer, in place of what it had."""
     parts = layer.lora_A[name], layer.lora_B[name]
-    before = [part.weight.data for part in parts]
     variant = layer.lora_variant.get(name)
-    cast = layer.cast_input_dtype_enabled
-    extra = {}
     if isinstance(variant, BayesVariant):
         for tensor in (*variant.parameters, *variant.constants):
-            entries = getattr(layer, tensor, {})
-            if name in entries:
-                extra[tensor] = entries[name]
-                del entries[name]
-
-    def back() -> None:
-        if SIGMA not in extra and name in getattr(layer, SIGMA, {}):
-            del getattr(layer, SIGMA)[name]
-        for part, value in zip(parts, before, strict=True):
-            part.weight.data = value
-        for tensor, value in extra.items():
-            getattr(layer, tensor)[name] = value
-        layer.lora_variant.pop(name, None)
-        if variant is not None:
-            layer.lora_variant[name] = variant
-        layer.cast_input_dtype_enabled = cast
-
-    undo.append(back)
+            if name in getattr(layer, tensor, {}):
+                del getattr(layer, tensor)[name]
     for part, value in zip(parts, (a, b), strict=True):
         double = part.weight.dtype == torch.float64
         part.weight.data = value.to(torch.float64 if double else torch.float32)
