@@ -647,7 +647,7 @@ def compare(
             comparison.check_saved(pieces)
         first = pieces[0]  # whether model and data fit
         training.build(make("map", 0), first.task, device=device)
-        place.files += comparison.own_files(pieces, out)
+        place.add([str(piece.folder.relative_to(out)) for piece in pieces])
         place.begin()
         gpu = training.pick_device(device).type == "cuda"
 

@@ -259,7 +259,7 @@ def main() -> None:
         source = recipe.Source(data=str(data))
         training.build(recipe.Experiment(source, str(model)), source.load())
         common = ["--model", str(model), "--test-size", "10", "--threads", "1"]
-        short = ["--steps", "8", "--rank", "2", "--n-samples", "2"]
+        short = ["--steps", "8", "--rank", "2"]
         adapter = base / "in" / "adapter"
         train = ["train", str(data), *common, *short, "--save-every", "2"]
         made = run([*train, "--method", "map", "--out", str(adapter)], base / "log")
@@ -268,8 +268,8 @@ def main() -> None:
         tfb = ["bayesianize", str(adapter), "--anchors", "16", "--convert", "max_trials=3"]
         last = ["bayesianize", str(adapter), "--method", "laplace-last", "--n-samples", "2"]
         commands = [
-            [*train, "--method", "blob"],
-            [*compared, "--methods", "map,temperature,tfb", "--set", "tfb.convert.anchors=16"],
+            [*train, "--method", "blob", "--n-samples", "2"],
+            [*compared, "--methods", "map,temperature,tfb", "--set", "tfb.n_samples=2"],
             tfb,
             last,
             ["evaluate", str(adapter), "--n-samples", "0"],

@@ -109,11 +109,9 @@ def _text(
             f"Without `import bayes_kernels.hf` PEFT raises `KeyError: '{PEFT_TYPE_NAME}'`.",
         ]
     if record:
-        commands = ['bayes-kernels predict . --text "..."', "bayes-kernels evaluate . --out scores"]
+        commands = ['bayes-kernels predict . --text "..."', "bayes-kernels evaluate ."]
     else:
-        commands = [
-            f"bayes-kernels evaluate . --data test.jsonl --out scores --model {base or 'BASE'}"
-        ]
+        commands = [f"bayes-kernels evaluate . --data test.jsonl --model {base or 'BASE'}"]
     lines += ["", "```bash", *commands, "```", ""]
     return "\n".join(lines)
 

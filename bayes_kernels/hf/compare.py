@@ -28,6 +28,7 @@ from .baselines import join_adapters
 from .checks import read_json
 from .config import METHODS
 from .experiment import Run, finish, run, side_by_side
+from .output import unfinished
 from .recipe import FORMAT, Experiment, write_json
 from .results import Summary
 from .scoring import Row, evaluate_model
@@ -179,7 +180,7 @@ def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
         _run_piece(piece, saved, piece.folder, device, progress)
         return
     piece.folder.parent.mkdir(parents=True, exist_ok=True)
-    name = _unfinished(piece.folder).replace("*", secrets.token_hex(4))
+    name = unfinished(piece.folder.name).replace("*", secrets.token_hex(4))
     half = piece.folder.with_name(name)
     half.mkdir()
     try:
@@ -187,17 +188,6 @@ def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
         os.rename(half, piece.folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
-
-
-def _unfinished(folder: Path) -> str:
-    """Names of folders that a piece is written to until it has ended."""
-    return f".{folder.name}.*.tmp"
-
-
-def own_files(pieces: Sequence[Piece], folder: Path) -> list[str]:
-    """Where pieces are written, relative to the folder of the comparison."""
-    places = [piece.folder.relative_to(folder) for piece in pieces]
-    return [str(p) for path in places for p in (path, path.with_name(_unfinished(path)))]
 
 
 def _run_piece(
@@ -393,7 +383,7 @@ def compare(
             done(piece, load_run(piece.folder / RESULT_FILE))
 
     for piece in left:  # what a killed run left half written
-        for half in piece.folder.parent.glob(_unfinished(piece.folder)):
+        for half in piece.folder.parent.glob(unfinished(piece.folder.name)):
             shutil.rmtree(half)
     if left:
         side_by_side(

@@ -52,6 +52,11 @@ _RECORD, _LOCK, _OLD = "run.json", "lock", "old"
 _RESUMABLE = ("train", "compare")
 
 
+def unfinished(name: str) -> str:
+    """Names of files and folders that are written, and get their own name when they are whole."""
+    return f".{name}.*.tmp"
+
+
 class Stopped(KeyboardInterrupt):
     """SIGTERM, where a run has something to put away; like Ctrl-C otherwise."""
 
@@ -163,13 +168,19 @@ class Output:
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        self.folder, self.files, self.kind = folder, list(files), kind
+        self.folder, self.kind, self.files = folder, kind, []
+        self.add(files)
         self.command, self.inputs = list(command), inputs
         self.overwrite, self.resume = overwrite, resume
         self._lock: int | None = None
         self._made: list[Path] = []
         self._handler: Any = None
         self._begun = False
+
+    def add(self, files: Sequence[str]) -> None:
+        """More files that the run writes, with what `write_text` and `compare` make of them first."""
+        for name in map(Path, files):
+            self.files += [str(name), str(name.with_name(unfinished(name.name)))]
 
     # --- Whether it may begin ---
 
