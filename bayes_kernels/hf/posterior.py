@@ -166,8 +166,6 @@ def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         return
-    if not any(True for _ in _variants(module)):  # a conversion is making the adapters plain
-        return
 
     def warn(_: Tensor) -> None:
         layers = _active_layers(module)  # none while a conversion has taken the posterior off
