@@ -24,6 +24,33 @@ def _gpu_name(index: int) -> str:
     return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
 
 
+def device_paths() -> list[tuple[str, str]]:
+    """Each device that torch sees, and which path its ops take: fused kernels, or plain PyTorch and why."""
+    import torch
+
+    from . import _library
+
+    cpu = ""
+    if _library.problem is None:
+        path = _library.build_info()["cpu_path"]
+        cpu = f"fused {path} kernels, {torch.get_num_threads()} threads"
+    devices: list[tuple[str, str, int | None, str]] = [("cpu", "cpu", None, "")]
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        devices += [(f"cuda:{i}", "cuda", i, f" on {_gpu_name(i)}") for i in range(count)]
+    for kind in ("mps", "xpu"):
+        if (torch.backends.mps if kind == "mps" else torch.xpu).is_available():
+            devices.append((kind, kind, None, ""))
+    found = []
+    for name, kind, index, what in devices:
+        lack = _library.lack_of_kernels(kind, index)
+        path = f"plain PyTorch{what}, slower: {lack[1]}" if lack else f"fused kernels{what}"
+        found.append((name, cpu if kind == "cpu" and lack is None else path))
+    if len(found) == 1:
+        found.append(("cuda", "no GPU that torch can use"))
+    return found
+
+
 def diagnosis() -> str:
     """Versions, what was compiled, and which path runs on which device, as text."""
     import torch
@@ -44,18 +71,16 @@ def diagnosis() -> str:
             f"compiled ops: {_library.find_library('libbayes_kernels.so')} "
             f"({info['compiler']}, for torch >= {info['torch_target']})"
         )
-        lines.append(f"  cpu : {info['cpu_path']} kernels, {torch.get_num_threads()} threads")
-        if not info["cuda"]:
-            lines.append("  cuda: not compiled (no nvcc at build time, or BAYES_KERNELS_CUDA=OFF)")
+        if info["cuda"]:
+            lines.append(f"  CUDA {info['cuda']} kernels for {info['cuda_architectures']}")
         else:
-            compiled = f"compiled with CUDA {info['cuda']} for {info['cuda_architectures']}"
-            if torch.cuda.is_available():
-                names = ", ".join(_gpu_name(i) for i in range(torch.cuda.device_count()))
-                lines.append(f"  cuda: fused kernels on {names}; {compiled}")
-            else:
-                lines.append(f"  cuda: {compiled}; no GPU that torch can use")
+            lines.append(
+                "  no CUDA kernels (no nvcc at build time, or BAYES_KERNELS_CUDA=OFF); build with "
+                "BAYES_KERNELS_CUDA=ON for a GPU"
+            )
         if _library.find_library("libbayes_kernels_sim.so") is not None:
-            lines.append("  sim : CUDA kernels on the host emulator (tests)")
+            lines.append("  CUDA kernels on the host emulator (tests)")
+    lines += [f"  {name}: {path}" for name, path in device_paths()]
     versions = []
     for name in OPTIONAL:
         try:

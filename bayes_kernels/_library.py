@@ -1,8 +1,8 @@
 """Loads the compiled ops, registers their fake kernels, and holds the shared argument checks.
 
 The library is looked for in the package's folders or, where the environment variable
-BAYES_KERNELS_LIBRARY names a folder, only there. A failure is kept and raised, with advice, when an op
-is first used, so that importing the package never fails because of it.
+BAYES_KERNELS_LIBRARY names a folder, only there. Importing the package never fails because of it: without
+the library, and on devices that have no kernels, ops run as their definitions, with one warning.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -377,32 +379,118 @@ def constant_when_traced(function: Callable[..., Any]) -> None:
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def require_device(op: str, t: Tensor) -> None:
-    """Refuse devices for which no kernel exists, with one clear line."""
-    if t.device.type == "cpu":
-        return
-    if t.device.type != "cuda":
-        raise ValueError(
-            f"{op}: tensors must be on the CPU or a CUDA device, got {t.device}; "
-            "bayes_kernels.reference has the same functions for any device"
-        )
-    if not _has_cuda():
-        raise ValueError(
-            f"{op}: bayes_kernels was built without CUDA kernels; reinstall with BAYES_KERNELS_CUDA=ON "
-            "and nvcc on the PATH"
-        )
-
-
 def has_kernels(t: Tensor) -> bool:
-    """Whether there are kernels for the device and dtype of a factor: fp64 has them on the CPU only."""
-    if t.device.type == "cpu":
+    """Whether a kernel takes tensors of the device and dtype of `t`; else its caller runs the definition.
+
+    One warning for each reason why none does names the cure; with BAYES_KERNELS_STRICT=1 in the
+    environment that is an error.
+
+    Raises:
+        ImportError, ValueError, TypeError: there is no kernel, and BAYES_KERNELS_STRICT=1.
+    """
+    device = t.device
+    if device.type == "cpu" and problem is None:
         return True
-    return t.device.type == "cuda" and t.dtype != torch.float64 and _has_cuda()
+    return _served(device.type, device.index, t.dtype == torch.float64)
+
+
+_told: set[str] = set()
+
+
+def _served(device: str, index: int | None, double: bool) -> bool:
+    lack = lack_of_kernels(device, index, double)
+    if lack is None:
+        return True
+    error, reason = lack
+    if os.environ.get("BAYES_KERNELS_STRICT") == "1":
+        raise error(f"bayes_kernels: {reason}")
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(
+            f"bayes_kernels: {reason}; until then ops run as plain PyTorch, slower and with the same "
+            "numbers (BAYES_KERNELS_STRICT=1 makes this an error)",
+            stacklevel=3,
+        )
+    return False
+
+
+constant_when_traced(_served)
+
+
+def lack_of_kernels(
+    device: str, index: int | None = None, double: bool = False
+) -> tuple[type[Exception], str] | None:
+    """Why no kernel takes fp32 (with `double`, fp64) tensors there, with the cure; None where one does.
+
+    Args:
+        device: "cpu", "cuda", "mps", ...
+        index: which device of that type; None for the current one.
+
+    Returns:
+        The error that BAYES_KERNELS_STRICT=1 raises, and its text.
+    """
+    if problem is not None:
+        return ImportError, f"the compiled ops are not available: {problem}; {_ADVICE}"
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        return ValueError, (
+            f"there are no kernels for {device} devices; move model and data to the CPU or to an NVIDIA "
+            "GPU, which have them"
+        )
+    if torch.version.hip is not None:
+        return ValueError, "there are no kernels for AMD GPUs; move model and data to the CPU"
+    if not _has_cuda():
+        return ValueError, (
+            "this build has no CUDA kernels; reinstall with BAYES_KERNELS_CUDA=ON and nvcc on the PATH"
+        )
+    capability = _capability(index)
+    if capability is not None and not _has_image(capability):
+        major, minor = capability
+        cure = f"reinstall with BAYES_KERNELS_CUDA_ARCHITECTURES={major}{minor}-real"
+        if major < 8:
+            cure = "kernels need sm_80 or later; move model and data to the CPU or a newer GPU"
+        compiled = build_info()["cuda_architectures"]
+        return ValueError, (
+            f"the GPU is sm_{major}{minor}, and CUDA kernels were compiled for {compiled}; {cure}"
+        )
+    if double:
+        return TypeError, "float64 has kernels on the CPU only; convert to float32, or use the CPU"
+    return None
+
+
+def has_double(device: torch.device) -> bool:
+    """Whether fp64 tensors can be on the device: MPS has none, and some XPUs have none."""
+    return device.type not in _WITHOUT_DOUBLE
+
+
+_WITHOUT_DOUBLE = {"mps", "xpu"}
 
 
 @lru_cache(maxsize=1)
 def _has_cuda() -> bool:
     return bool(build_info()["cuda"])
+
+
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Of a GPU; None where there is none, as when code is traced for another machine."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def _has_image(capability: tuple[int, int]) -> bool:
+    """Whether one of the compiled architectures runs there, as code of the GPU's or as PTX.
+
+    Code for x.y runs on x.z with z >= y, PTX on every later GPU; with the letter "a" on x.y only.
+    """
+    major, minor = capability
+    compiled = build_info()["cuda_architectures"]
+    for number, letter, kind in re.findall(r"(\d+)([af]?)(?:-(real|virtual))?", compiled):
+        own = divmod(int(number), 10)
+        if own == capability or (letter != "a" and own[0] == major and own[1] <= minor):
+            return True
+        if not letter and kind != "real" and own <= capability:
+            return True
+    return False
 
 
 _initialise()

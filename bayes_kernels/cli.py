@@ -1138,9 +1138,10 @@ def _start(threads: int | None) -> None:
     """Threads, and silence from libraries whose messages mean nothing to users here."""
     import torch
 
+    from . import _library
     from .hf.experiment import quiet_libraries
 
-    _need_ops()
+    _library.has_kernels(torch.empty(0))  # warns or raises where the library is missing
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_libraries()

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, reference
 from .functional import check_divergence
+from .functional.arguments import as_list, check_number, check_tensor, check_writable
+from .functional.divergence import prior_stds
 
 KINDS = ("auto", "published", "constant")
 _MIN_RHO = 1e-4  # BK_MIN_RHO of csrc/core/posterior.h: derivatives below it are taken at it
@@ -208,8 +210,8 @@ def kl_flow_(
     Raises:
         ValueError, TypeError: lists, shapes or dtypes do not fit, or the time is negative.
     """
-    mean_list = [means] if isinstance(means, Tensor) else list(means)
-    rho_list = [rhos] if isinstance(rhos, Tensor) else list(rhos)
+    mean_list: list[Tensor] = as_list("kl_flow_", "means", means)
+    rho_list: list[Tensor] = as_list("kl_flow_", "rhos", rhos)
     priors = _priors("kl_flow_", mean_list, rho_list, prior_std)
     if not 0 <= time < math.inf:
         raise ValueError(f"kl_flow_: time must not be negative, got {time}")
@@ -224,6 +226,7 @@ def kl_flow_(
             check_divergence(
                 "kl_flow_", local_means, local_rhos, [prior] * len(indices), "square", "elbo"
             )
+            check_writable("kl_flow_", "means and rhos", [*local_means, *local_rhos])
             flat = _flat64(local_means)
             _copy_back(local_means, flat.mul_(math.exp(-time / prior**2)))
             flat = _flat64(local_rhos)
@@ -237,7 +240,7 @@ def kl_flow_(
 
 
 def _flat64(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors]).double()
+    return reference.wide(torch.cat([t.detach().reshape(-1) for t in tensors]))
 
 
 def _copy_back(tensors: list[Tensor], flat: Tensor) -> None:
@@ -270,8 +273,10 @@ def kl_step_(
 
     Source: Wang et al., "BLoB", arXiv 2406.11675; its second optimiser.
     """
-    mean_list = [means] if isinstance(means, Tensor) else list(means)
-    rho_list = [rhos] if isinstance(rhos, Tensor) else list(rhos)
+    mean_list: list[Tensor] = as_list("kl_step_", "means", means)
+    rho_list: list[Tensor] = as_list("kl_step_", "rhos", rhos)
+    if not isinstance(weight, Tensor):
+        check_number("kl_step_", "weight", weight)
     priors = _priors("kl_step_", mean_list, rho_list, prior_std)
     known = not isinstance(weight, Tensor) or weight.device.type == "cpu"
     if known and not math.isfinite(float(weight)):
@@ -298,28 +303,55 @@ def kl_step_(
                 size = weight.to(device=device, dtype=dtype)
             else:
                 size = torch.full((), weight, dtype=dtype, device=device)
-            _library.ops.gaussian_kl_step_(
-                local_means, local_rhos, size, local_priors, std, direction
-            )
-            torch.autograd.graph.increment_version([*local_means, *local_rhos])
+            both = [*local_means, *local_rhos]
+            if not _library.has_kernels(local_means[0]):
+                check_writable("kl_step_", "means and rhos", both)
+                _kl_step(both, size, local_priors, std, direction)
+                continue
+            try:
+                _library.ops.gaussian_kl_step_(
+                    local_means, local_rhos, size, local_priors, std, direction
+                )
+            except RuntimeError:  # of an overlap, which the op finds in less time
+                check_writable("kl_step_", "means and rhos", both)
+                raise
+            torch.autograd.graph.increment_version(both)
     sharded = [t for t in (*mean_list, *rho_list) if hasattr(t, "to_local")]
     if sharded:
         torch.autograd.graph.increment_version(sharded)
 
 
+def _kl_step(
+    tensors: list[Tensor], weight: Tensor, priors: list[float], std: str, direction: str
+) -> None:
+    """The step of means, then rhos, by PyTorch's own operations: for devices without kernels."""
+    count = len(tensors) // 2
+    with torch.enable_grad():
+        leaves = [reference.wide(t.detach()).clone().requires_grad_() for t in tensors]
+        divergence = reference.gaussian_kl(
+            leaves[:count], leaves[count:], priors, std=std, direction=direction
+        )
+    for t, leaf, slope in zip(
+        tensors, leaves, torch.autograd.grad(divergence, leaves), strict=True
+    ):
+        t.copy_(leaf.detach() - weight.to(slope) * slope)
+
+
 def _priors(
     op: str, means: list[Tensor], rhos: list[Tensor], prior_std: float | Sequence[float]
 ) -> list[float]:
-    """One prior for each tensor; checks that the lists have one length."""
+    """One prior for each tensor; checks that the lists hold tensors and have one length."""
     if not means or len(means) != len(rhos):
         raise ValueError(
             f"{op}: means and rhos must be lists of the same length, at least 1, got {len(means)} "
             f"and {len(rhos)}"
         )
-    one = isinstance(prior_std, (int, float))
-    priors = [float(prior_std)] * len(means) if one else [float(p) for p in prior_std]  # type: ignore[arg-type, union-attr]
-    if not all(0 < p < math.inf for p in priors):
-        raise ValueError(f"{op}: prior_std must be positive and finite, got {prior_std}")
+    for name, tensors in (("means", means), ("rhos", rhos)):
+        for i, t in enumerate(tensors):
+            check_tensor(op, f"{name}[{i}]", t)
+    priors = prior_stds(op, prior_std)
+    if len(priors) == 1:
+        return priors * len(means)
     if len(priors) != len(means):
         raise ValueError(
             f"{op}: prior_std must be one number or one for each of the {len(means)} tensors, got "

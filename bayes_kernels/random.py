@@ -35,7 +35,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, reference
 
 
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
@@ -72,6 +72,8 @@ def fold_in(key: Tensor, data: int) -> Tensor:
         ValueError: key is not an int64 tensor of two elements.
     """
     check_key("fold_in", key)
+    if not _library.has_kernels(key):
+        return reference.fold_in(key, data)
     return _library.ops.fold_in(key, _signed(data & 0xFFFFFFFFFFFFFFFF))
 
 
@@ -95,6 +97,8 @@ def normal(key: Tensor, size: tuple[int, ...], *, stream: int = 0) -> Tensor:
         ValueError: key is not an int64 tensor of two elements.
     """
     check_key("normal", key)
+    if not _library.has_kernels(key):
+        return reference.normal(key, size, stream=stream)
     return _library.ops.normal(key, stream, list(size))
 
 
@@ -122,6 +126,9 @@ def sign_bits(
         ValueError: key is not an int64 tensor of two elements.
     """
     check_key("sign_bits", key)
+    if not _library.has_kernels(key):
+        where = {"row0": row0, "rows_per_id": rows_per_id, "ids": ids}
+        return reference.sign_bits(key, rows, columns, stream=stream, output=output, **where)
     return _library.ops.sign_bits(key, stream, output, rows, columns, row0, rows_per_id, ids)
 
 
@@ -143,6 +150,8 @@ def dropout_mask(
     check_key("dropout_mask", key)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_mask: p must be in [0, 1), got {p}; pass a probability")
+    if not _library.has_kernels(key):
+        return reference.dropout_mask(key, rows, columns, p, stream=stream, row0=row0)
     return _library.ops.dropout_mask(key, stream, rows, columns, row0, p)
 
 
@@ -152,10 +161,20 @@ def check_key(op: str, key: Tensor) -> None:
         raise TypeError(
             f"{op}: key must be a tensor, got {type(key).__name__}; use random.key(seed)"
         )
+    if key.is_nested or key.layout is not torch.strided:
+        raise TypeError(
+            f"{op}: key must be a dense tensor, got a {'nested' if key.is_nested else 'sparse'} one; "
+            "use random.key(seed)"
+        )
     if key.dtype != torch.int64 or key.shape != (2,):
         raise ValueError(
             f"{op}: key must be an int64 tensor of two elements, got {key.dtype} of shape "
             f"{tuple(key.shape)}; use random.key(seed)"
+        )
+    if key.is_meta or not key.is_contiguous():
+        raise ValueError(
+            f"{op}: key must be contiguous and hold data, got device {key.device} and strides "
+            f"{key.stride()}; use random.key(seed)"
         )
 
 

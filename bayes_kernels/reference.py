@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._library import has_double
+
 _MASK = 0xFFFFFFFF
+
+
+def wide(t: Tensor) -> Tensor:
+    """`t` in fp64; on the CPU where its device has none."""
+    return t.double() if has_double(t.device) else t.cpu().double()
 
 
 # --- noise -------------------------------------------------------------------------------------
@@ -59,11 +66,11 @@ def normal(key: Tensor, size: Sequence[int], *, stream: int = 0) -> Tensor:
     count = math.prod(size)
     blocks = torch.arange((count + 3) // 4, device=key.device)
     words = philox(subkey(key, stream, 0), blocks)
-    u = (words.float() * 2.0**-32 + 2.0**-33).double()
+    u = wide(words.float() * 2.0**-32 + 2.0**-33)
     radius = torch.sqrt(-2 * torch.log(u[:, 0::2]))
     angle = 2 * math.pi * u[:, 1::2]
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.reshape(-1)[:count].float().reshape(tuple(size))
+    return pairs.reshape(-1)[:count].float().to(key.device).reshape(tuple(size))
 
 
 def row_ids(
@@ -372,9 +379,9 @@ def semidefinite_cholesky(cov: Tensor) -> Tensor:
     that cov is no covariance: L is NaN.
     """
     n, eps = cov.shape[-1], torch.finfo(cov.dtype).eps
-    a = cov.double()
+    a = wide(cov)
     lower = torch.zeros_like(a)
-    bad = torch.zeros(cov.shape[:-2], dtype=torch.bool, device=cov.device)
+    bad = torch.zeros(cov.shape[:-2], dtype=torch.bool, device=a.device)
     for j in range(n):
         row = lower[..., j, :j]
         column = a[..., j:, j] - (lower[..., j:, :j] @ row[..., None]).squeeze(-1)
@@ -383,7 +390,7 @@ def semidefinite_cholesky(cov: Tensor) -> Tensor:
         kept = pivot > 4 * n * eps * diagonal
         scale = torch.where(kept, pivot, 1.0).rsqrt()
         lower[..., j:, j] = torch.where(kept[..., None], column * scale[..., None], 0.0)
-    return torch.where(bad[..., None, None], math.nan, lower).to(cov.dtype)
+    return torch.where(bad[..., None, None], math.nan, lower).to(cov)
 
 
 def sampled_logits(mean: Tensor, cov: Tensor, eps: Tensor) -> Tensor:

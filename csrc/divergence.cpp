@@ -121,6 +121,12 @@ void gaussian_kl_step_(std::vector<Tensor> means, std::vector<Tensor> rhos, Tens
   Lists lists;
   check_lists(op, means, rhos, prior_std, std, direction, &lists);
   check_weight(op, weight, means[0]);
+  std::vector<ByteRange> written;
+  const int64_t size = lists.params.f64 ? 8 : 4;
+  for (const std::vector<Tensor>* list : {&means, &rhos})
+    for (const Tensor& t : *list)
+      if (t.numel() > 0) written.push_back(byte_range(t, size));
+  check_disjoint(op, written, {byte_range(weight, size)}, /*same_ok=*/false);
   OptionalDeviceGuard guard(means[0]);
   lists.params.weight = weight.data_ptr();
   Tensor workspace = workspace_for(means[0], lists.params, Device::workspace);

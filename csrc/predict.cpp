@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, T
            ": n_samples must be at least 1, and even with antithetic, got ", n_samples);
   check_device(op, "cov", cov, mean);
   OptionalDeviceGuard guard(mean);
-  mean = torch::stable::contiguous(mean);
-  cov = torch::stable::contiguous(cov);
+  mean = row_major(mean);
+  cov = row_major(cov);
   PredictParams p{};
   p.key = key_pointer(op, key, mean);
   p.stream = stream;

@@ -73,6 +73,17 @@ inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The words are those of torch's allocators, by which callers know that a smaller batch may fit.
+[[noreturn]] inline void raise_no_memory(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << "bayes_kernels: "
+       << (like.is_cuda() ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory:")
+       << " a tensor must fit into memory, got shape (";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
+  text << "); use fewer rows at a time";
+  throw std::runtime_error(text.str());
+}
+
 // A contiguous tensor on the device of `like`. Past the dispatcher, which costs more than a small
 // kernel.
 inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& sizes,
@@ -84,15 +95,20 @@ inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& s
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         device, like.get_device_index(), &made));
+  const AOTITorchError code =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype, device, like.get_device_index(), &made);
+  if (code != AOTI_TORCH_SUCCESS) raise_no_memory(like, sizes);
   return Tensor(made);
 }
 
 // t itself where it is contiguous; asking costs less than a call of the op.
 inline Tensor row_major(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (t.is_contiguous()) return t;
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  Tensor made = empty_like_shape(t, sizes, t.scalar_type());
+  return torch::stable::copy_(made, t);
 }
 
 inline Std std_of_name(const char* op, const std::string& name) {
@@ -165,7 +181,7 @@ inline void check_disjoint(const char* op, const std::vector<ByteRange>& written
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 1; i < sorted.size(); ++i)
     BK_CHECK(sorted[i].first >= sorted[i - 1].second, op,
-             ": matrices must not overlap in memory; pass each of them once");
+             ": tensors that are changed must not overlap in memory; pass each of them once");
   for (size_t i = 0; i < read.size(); ++i) {
     if (same_ok && read[i] == written[i]) continue;
     auto w =

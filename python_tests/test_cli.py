@@ -580,10 +580,17 @@ def test_extras_that_are_missing(
 
 
 def test_compiled_ops_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks need them; other commands go on with plain PyTorch and say so, or refuse if asked to."""
     monkeypatch.setattr(_library, "problem", "libbayes_kernels.so was not found")
-    for arguments in (["bench", "predict", "--quick"], ["predict", "nowhere", "--text", "x"]):
-        error = refuse(*arguments)
-        assert "compiled ops cannot be loaded: libbayes_kernels.so was not found; " in error
+    monkeypatch.setattr(_library, "_told", set())
+    error = refuse("bench", "predict", "--quick")
+    assert "compiled ops cannot be loaded: libbayes_kernels.so was not found; " in error
+    with pytest.warns(UserWarning, match=r"libbayes_kernels.so was not found; reinstall"):
+        error = refuse("predict", "nowhere", "--text", "x")
+    assert "nowhere" in error
+    monkeypatch.setenv("BAYES_KERNELS_STRICT", "1")
+    error = refuse("predict", "nowhere", "--text", "x")
+    assert "libbayes_kernels.so was not found; reinstall" in error
 
 
 def test_layers_of_unsupported_quantisation(

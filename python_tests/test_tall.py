@@ -512,10 +512,10 @@ def test_no_gradient_and_parameters_change_in_place():
 
 def test_memory_that_overlaps_is_refused(device):
     a, b = (with_condition(9, 3, 2.0).to(device.torch) for _ in range(2))
-    with pytest.raises(RuntimeError, match="must not overlap a matrix that is changed"):
+    with pytest.raises(ValueError, match="no input may overlap xs"):
         F.polar_retract_([a, b], [b, a])
     wide = with_condition(9, 3, 2.0).T.contiguous().to(device.torch)
-    with pytest.raises(ValueError, match="pass each matrix once"):
+    with pytest.raises(ValueError, match="pass each one once"):
         F.polar_retract_([wide.T, wide.T])
     F.polar_retract_([a], [a])  # the step may be the matrix itself
     assert defect(a) < 1e-6
@@ -576,7 +576,7 @@ X = torch.ones(4, 2)
         (lambda: F.landing_field([X], [X.double()], 1.0), r"landing_field: grads\[0\] must be"),
         (lambda: F.landing_step_([X], [X], torch.ones(2), 1.0), "landing_step_: lr must be a num"),
         (lambda: F.stiefel_step_([X], [X], 1.0, retraction="cayley"), "retraction must be one of"),
-        (lambda: F.gram([torch.ones(4, 2, device="meta")]), "gram: tensors must be on the CPU"),
+        (lambda: F.gram([torch.ones(4, 2, device="meta")]), "must hold data, got a tensor on the meta device"),
     ],
 )
 def test_errors(call, text: str):
@@ -586,7 +586,7 @@ def test_errors(call, text: str):
 
 def test_matrices_of_a_list_must_not_overlap(device):
     x = with_condition(8, 2, 2.0).to(device.torch)
-    with pytest.raises(RuntimeError, match="must not overlap"):
+    with pytest.raises(ValueError, match="must not overlap"):
         F.polar_retract_([x, x[2:]])
 
 

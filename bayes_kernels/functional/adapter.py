@@ -20,14 +20,18 @@ from .arguments import (
     accumulate_dtype,
     autocast_input,
     check_choice,
-    check_double_on_cpu,
     check_factor,
+    check_integer,
+    check_number,
     check_same_device,
+    check_tensor,
     no_autocast,
     second_order,
     transformed,
 )
 from .noise import SCOPES, STDS, Noise, dense_noise, group_ids, group_size, keep_mask
+
+_COUNTED = ("token", "example")  # scopes whose sign rows are counted
 
 
 def lora(
@@ -64,12 +68,12 @@ def lora(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
     op = "lora"
+    check_number(op, "dropout", dropout)
     if key is None or dropout > 0.0:
         y = _infer(x, a, None, b, base, Noise(key, stream, row0, 1, None, dropout), "", scaling)
         if y is not None:
             return y
-    x = autocast_input(x)
-    _check(op, x, a, b, base, dropout, key)
+    _check(op, x, a, b, base, scaling, dropout, key, (stream, row0))
     noise = Noise(key, stream, row0, dropout=dropout)
     return _adapter(x, a, b, base, noise=noise, scaling=scaling)
 
@@ -133,22 +137,21 @@ def flipout_lora(
     Sources: Wang et al., "BLoB", arXiv 2406.11675; Wen et al., "Flipout", arXiv 1803.04386.
     """
     op = "flipout_lora"
-    if groups is None and scope in ("token", "example") and isinstance(x, Tensor):
+    if isinstance(x, Tensor) and isinstance(rho, Tensor) and groups is None and scope in _COUNTED:
         noise = Noise(key, stream, row0, group_size(op, x, scope, rows_per_group), None, dropout)
         y = _infer(x, mean, rho, b, base, noise, std, scaling)
         if y is not None:
             return y
-    x = autocast_input(x)
     check_key(op, key)
-    _check(op, x, mean, b, base, dropout, key)
+    _check(op, x, mean, b, base, scaling, dropout, key, (stream, row0))
     check_choice(op, "scope", scope, SCOPES)
     check_choice(op, "std", std, STDS)
+    check_factor(op, "rho", rho, x)
     r, n = mean.shape
     if rho.dim() != 2 or rho.shape[0] != r or rho.shape[1] not in (1, n):
         raise ValueError(
             f"{op}: rho must have shape (r, n) = ({r}, {n}) or ({r}, 1), got {tuple(rho.shape)}"
         )
-    check_factor(op, "rho", rho, x)
     ids = group_ids(op, groups, x)
     rows_per_id = group_size(op, x, scope, rows_per_group)
     noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
@@ -187,8 +190,8 @@ def scaled_lora(
     Source: "ScalaBL", arXiv 2506.21408.
     """
     op = "scaled_lora"
-    x = autocast_input(x)
-    _check(op, x, a, b, base, 0.0, None)
+    _check(op, x, a, b, base, scaling)
+    check_factor(op, "d", d, x)
     r = a.shape[0]
     if d.dim() not in (1, 2) or d.shape[-1] != r:
         raise ValueError(f"{op}: d must have shape ({r},) or (G, {r}), got {tuple(d.shape)}")
@@ -196,7 +199,6 @@ def scaled_lora(
         raise ValueError(
             f"{op}: groups must be given exactly when d is (G, r), got d of shape {tuple(d.shape)}"
         )
-    check_factor(op, "d", d, x)
     middle = d.to(accumulate_dtype(x))
     if groups is not None:
         ids = group_ids(op, groups, x)
@@ -232,12 +234,11 @@ def core_lora(
     Source: "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv 2506.03133.
     """
     op = "core_lora"
-    x = autocast_input(x)
-    _check(op, x, a, b, base, 0.0, None)
+    _check(op, x, a, b, base, scaling)
+    check_factor(op, "core", core, x)
     r = a.shape[0]
     if tuple(core.shape) != (r, r):
         raise ValueError(f"{op}: core must have shape ({r}, {r}), got {tuple(core.shape)}")
-    check_factor(op, "core", core, x)
     core = core.to(accumulate_dtype(x))
     return _adapter(x, a, b, base, middle=core, scaling=scaling, kind="core")
 
@@ -248,15 +249,22 @@ def _check(
     a: Tensor,
     b: Tensor,
     base: Tensor | None,
-    dropout: float,
-    key: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    integers: tuple[int, ...] = (),
 ) -> None:
+    check_tensor(op, "x", x)
     if x.dtype not in ACTIVATIONS:
         raise TypeError(
             f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it"
         )
-    _library.require_device(op, x)
-    check_double_on_cpu(op, x)
+    check_factor(op, "the first factor", a, x)
+    check_factor(op, "b", b, x)
+    check_number(op, "scaling", scaling)
+    check_number(op, "dropout", dropout)
+    for name, value in zip(("stream", "row0"), integers, strict=False):
+        check_integer(op, name, value)
     if x.dim() < 1 or a.dim() != 2 or b.dim() != 2:
         raise ValueError(
             f"{op}: x must have shape (..., n), the factors (r, n) and (m, r), got {tuple(x.shape)}, "
@@ -275,9 +283,8 @@ def _check(
         raise ValueError(
             f"{op}: the rank must be at least 1, got factors of shape {tuple(a.shape)}"
         )
-    check_factor(op, "the first factor", a, x)
-    check_factor(op, "b", b, x)
     if base is not None:
+        check_tensor(op, "base", base)
         if base.shape[:-1] != x.shape[:-1] or base.shape[-1] != b.shape[0]:
             raise ValueError(
                 f"{op}: base must have shape {(*x.shape[:-1], b.shape[0])}, got {tuple(base.shape)}"
@@ -320,7 +327,7 @@ def _infer(
         or torch._C._is_any_autocast_enabled()
         or type(x) is not Tensor
         or x.is_meta
-        or (base is not None and base.is_meta)
+        or (base is not None and (type(base) is not Tensor or base.is_meta))
         or (key is not None and (type(key) is not Tensor or key.is_meta))
         or not _is_stored_float(a)
         or not _is_stored_float(b)
@@ -354,6 +361,7 @@ def _adapter(
     kind: str = "plain",
 ) -> Tensor:
     """Checked arguments of any leading shape, on the path that takes them. `kind` as in `_Adapter`."""
+    x = autocast_input(x)
     acc = accumulate_dtype(x)
     if a.dtype != acc:
         a = a.to(acc)

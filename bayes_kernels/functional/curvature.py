@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
-from .arguments import as_list, no_autocast, scalar
+from .arguments import (
+    as_list,
+    check_tensor,
+    check_writable,
+    no_autocast,
+    no_transform,
+    scalar,
+)
 
 # low_rank_update_: rows that it takes at once, and the largest fused rank.
 _FACTOR_ROWS, _MAX_FACTOR_RANK = 32, 96
@@ -163,8 +170,6 @@ def low_rank_update_(
     """
     op = "low_rank_update_"
     triples = _check_curvature(op, factors, rows, masks, square=False)
-    for factor, _, _ in triples:
-        _library.require_device(op, factor)
     fused: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     # torch.no_grad() is 5 % of one update of a factor (4096, 10).
     tracked = any(t is not None and t.requires_grad for triple in triples for t in triple)
@@ -175,8 +180,7 @@ def low_rank_update_(
             x = x.contiguous()
             if x.shape[0] == 0 or factor.numel() == 0:
                 continue
-            on_cpu = factor.device.type == "cpu"
-            if factor.shape[1] > _MAX_FACTOR_RANK or (factor.dtype == torch.float64 and not on_cpu):
+            if factor.shape[1] > _MAX_FACTOR_RANK or not _library.has_kernels(factor):
                 _low_rank_update(factor, x)
             else:
                 fused.setdefault((factor.device, factor.dtype), []).append((factor, x))
@@ -191,7 +195,7 @@ def low_rank_update_(
 
 
 def _low_rank_update(factor: Tensor, rows: Tensor) -> None:
-    """The path of ranks above 96, and of fp64 on a GPU: PyTorch's products and eigensolver."""
+    """The path of ranks above 96, and without kernels: PyTorch's products and eigensolver."""
     k = factor.shape[1]
     with no_autocast(factor):
         for x in rows.split(_FACTOR_ROWS):
@@ -201,9 +205,9 @@ def _low_rank_update(factor: Tensor, rows: Tensor) -> None:
             most = int(math.log2(torch.finfo(h.dtype).max)) - 1
             exponent = torch.linalg.vector_norm(h, torch.inf).frexp().exponent.clamp(-most, most)
             h.ldexp_(-exponent)
-            gram = (h @ h.T).double().nan_to_num_(0.0, 0.0, 0.0)
+            gram = reference.wide(h @ h.T).nan_to_num_(0.0, 0.0, 0.0)
             vectors = torch.linalg.eigh(gram).eigenvectors
-            factor.copy_((vectors[:, -k:].flip(1).to(h.dtype).T @ h).ldexp_(exponent).T)
+            factor.copy_((vectors[:, -k:].flip(1).to(h).T @ h).ldexp_(exponent).T)
 
 
 def _check_curvature(
@@ -215,10 +219,11 @@ def _check_curvature(
     square: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Argument checks shared by the curvature ops; returns (factor, rows, mask) triples."""
-    factor_list: list[Tensor] = as_list(factors)
-    row_list: list[Tensor] = as_list(rows)
+    no_transform(op)
+    factor_list: list[Tensor] = as_list(op, "factors", factors)
+    row_list: list[Tensor] = as_list(op, "rows", rows)
     mask_list: list[Tensor | None]
-    mask_list = [None] * len(factor_list) if masks is None else as_list(masks)
+    mask_list = [None] * len(factor_list) if masks is None else as_list(op, "masks", masks)
     if not len(factor_list) == len(row_list) == len(mask_list):
         raise ValueError(
             f"{op}: factors, rows and masks must be lists of the same length, got "
@@ -226,6 +231,10 @@ def _check_curvature(
         )
     triples = list(zip(factor_list, row_list, mask_list, strict=True))
     for i, (factor, x, mask) in enumerate(triples):
+        check_tensor(op, f"factors[{i}]", factor)
+        check_tensor(op, f"rows[{i}]", x)
+        if mask is not None:
+            check_tensor(op, f"masks[{i}]", mask)
         if factor.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"{op}: factor {i} must be float32 or float64, got {factor.dtype}; convert it"
@@ -251,8 +260,6 @@ def _check_curvature(
             )
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"{op}: mask {i} must be bool or floating weights, got {mask.dtype}")
-    if not torch.compiler.is_compiling():
-        places = [factor.data_ptr() for factor in factor_list if factor.numel()]
-        if len(set(places)) < len(places):  # copies would hide it from the op
-            raise ValueError(f"{op}: factors must not overlap in memory; pass each one once")
+    weights = [mask for mask in mask_list if mask is not None]
+    check_writable(op, "factors", factor_list, [*row_list, *weights])
     return triples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
-from .arguments import as_list, check_choice, second_order, transformed
+from .arguments import (
+    as_list,
+    check_choice,
+    check_number,
+    check_tensor,
+    second_order,
+    transformed,
+)
 from .noise import STDS
 
 
@@ -55,7 +63,7 @@ def gaussian_kl(
 def _definition(priors: list[float], std: str, direction: str, tensors: Sequence[Tensor]) -> Tensor:
     """The divergence of means, then rhos, in PyTorch's own operations, summed in fp64."""
     prior_std = priors[0] if len(priors) == 1 else priors
-    means, rhos = _halves([t.double() for t in tensors])
+    means, rhos = _halves([reference.wide(t) for t in tensors])
     found = reference.gaussian_kl(means, rhos, prior_std, std=std, direction=direction)
     return found.to(tensors[0])
 
@@ -69,29 +77,26 @@ def check_divergence(
     direction: str,
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """Argument checks shared by the divergence ops; returns lists."""
-    mean_list: list[Tensor] = as_list(means)
-    rho_list: list[Tensor] = as_list(rhos)
+    mean_list: list[Tensor] = as_list(op, "means", means)
+    rho_list: list[Tensor] = as_list(op, "rhos", rhos)
     if not mean_list or len(mean_list) != len(rho_list):
         raise ValueError(
             f"{op}: means and rhos must be lists of the same length, at least 1, got "
             f"{len(mean_list)} and {len(rho_list)}"
         )
-    priors = (
-        [float(prior_std)] if isinstance(prior_std, (int, float)) else [float(p) for p in prior_std]
-    )
+    priors = prior_stds(op, prior_std)
     if len(priors) not in (1, len(mean_list)):
         raise ValueError(
             f"{op}: prior_std must be one number or one for each of the {len(mean_list)} tensors, got "
             f"{len(priors)}"
         )
-    if min(priors) <= 0:
-        raise ValueError(f"{op}: prior_std must be positive, got {min(priors)}")
     check_choice(op, "std", std, STDS)
     if direction not in ("elbo", "code"):
         raise ValueError(f"{op}: direction must be 'elbo' or 'code', got {direction!r}; choose one")
     first = mean_list[0]
-    _library.require_device(op, first)
     for i, (mean, rho) in enumerate(zip(mean_list, rho_list, strict=True)):
+        check_tensor(op, f"means[{i}]", mean)
+        check_tensor(op, f"rhos[{i}]", rho)
         if mean.dtype not in (torch.float32, torch.float64) or mean.dtype != first.dtype:
             raise TypeError(
                 f"{op}: means must be float32 or all float64, got {mean.dtype} for tensor {i}; convert it"
@@ -114,6 +119,24 @@ def check_divergence(
                 + f", got {tuple(rho.shape)}"
             )
     return mean_list, rho_list, priors
+
+
+def prior_stds(op: str, prior_std: float | Sequence[float]) -> list[float]:
+    """prior_std as a list of one or more positive numbers.
+
+    Raises:
+        TypeError, ValueError: not numbers, or not positive.
+    """
+    single = isinstance(prior_std, (int, float)) or (
+        isinstance(prior_std, Tensor) and prior_std.dim() == 0
+    )
+    priors = [prior_std] if single else as_list(op, "prior_std", prior_std)  # type: ignore[arg-type]
+    for p in priors:
+        if not isinstance(p, Tensor):
+            check_number(op, "prior_std", p)
+        if not 0 < p < math.inf:
+            raise ValueError(f"{op}: prior_std must be positive and finite, got {float(p)}")
+    return [float(p) for p in priors]
 
 
 class _GaussianKL(torch.autograd.Function):

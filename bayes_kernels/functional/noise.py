@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import random, reference
-from .arguments import accumulate_dtype, transformed
+from .arguments import (
+    accumulate_dtype,
+    check_integer,
+    check_same_device,
+    check_tensor,
+    transformed,
+)
 
 SCOPES = ("token", "example", "none")
 STDS = ("square", "softplus", "direct")
@@ -42,6 +48,8 @@ def group_ids(op: str, groups: Tensor | None, x: Tensor) -> Tensor | None:
     """
     if groups is None:
         return None
+    check_tensor(op, "groups", groups)
+    check_same_device(op, "groups", groups, x)
     if groups.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: groups must be int64, got {groups.dtype}; convert it")
     shape = tuple(x.shape[:-1])
@@ -66,6 +74,7 @@ def group_size(op: str, x: Tensor, scope: str, rows_per_group: int | None) -> in
         leading = x.shape[0] if x.dim() > 1 else 1
         rows = math.prod(x.shape[:-1])
         return rows // leading if leading > 0 and rows > 0 else 1
+    check_integer(op, "rows_per_group", rows_per_group)
     if rows_per_group < 1:
         raise ValueError(f"{op}: rows_per_group must be at least 1, got {rows_per_group}")
     return rows_per_group

@@ -18,9 +18,13 @@ from .arguments import (
     accumulate_dtype,
     backward_of,
     check_choice,
-    check_double_on_cpu,
     check_factor,
+    check_integer,
+    check_number,
     check_same_device,
+    check_tensor,
+    no_autocast,
+    no_transform,
     transformed,
 )
 
@@ -127,11 +131,12 @@ def mc_predict(
     "Variational Bayesian Last Layers", arXiv 2404.11599 (sampling of the last layer).
     """
     op = "mc_predict"
+    no_transform(op)
     _check_predict(op, mean, cov)
     check_choice(op, "method", method, PREDICT_METHODS)
     if return_standard_error and method != "mc":
         raise ValueError(f"{op}: method must be 'mc' for a standard error, got {method!r}")
-    with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(mean):
         acc = accumulate_dtype(mean)
         mean, cov = mean.detach().to(acc), cov.detach().to(acc)
         if method != "mc":
@@ -148,10 +153,13 @@ def mc_predict(
             raise ValueError(f"{op}: n_samples and key must be given with method 'mc'")
         check_key(op, key)
         check_same_device(op, "key", key, mean)
+        for name, value in (("n_samples", n_samples), ("stream", stream), ("row0", row0)):
+            check_integer(op, name, value)
         if n_samples < 1 or (antithetic and n_samples % 2):
             what = "even with antithetic" if antithetic else "at least 1"
             raise ValueError(f"{op}: n_samples must be {what}, got {n_samples}")
         if ids is not None:
+            check_tensor(op, "ids", ids)
             if ids.shape != mean.shape[:1] or ids.dtype not in (torch.int64, torch.int32):
                 raise ValueError(
                     f"{op}: ids must be int64 of shape ({mean.shape[0]},), got {ids.dtype} of shape "
@@ -159,8 +167,9 @@ def mc_predict(
                 )
             check_same_device(op, "ids", ids, mean)
             ids = ids.to(torch.int64).contiguous()
+        kernels = _library.has_kernels(mean)
         on_gpu = mean.device.type != "cpu"
-        if cov.dim() == 3 and mean.shape[1] > MAX_FUSED_CLASSES and on_gpu:
+        if not kernels or (cov.dim() == 3 and mean.shape[1] > MAX_FUSED_CLASSES and on_gpu):
             results = _predict_by_example(mean, cov, n_samples, key, stream, row0, ids, antithetic)
         else:
             results = _library.ops.mc_predict(
@@ -264,7 +273,7 @@ def linear_logits(
     op = "linear_logits"
     _check_linear(op, features, weight_mean, weight_scale, noise_var, covariance)
     acc = accumulate_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features):
         phi, weight_mean = features.to(acc), weight_mean.to(acc)
         mean = phi @ weight_mean.T
         if covariance == "low_rank":
@@ -284,13 +293,13 @@ def linear_logits(
 
 
 def _check_predict(op: str, mean: Tensor, cov: Tensor) -> None:
+    check_tensor(op, "mean", mean)
+    check_tensor(op, "cov", cov)
     if mean.dtype not in ACTIVATIONS or not cov.is_floating_point():
         raise TypeError(
             f"{op}: mean and cov must be float32, bfloat16, float16 or float64, got {mean.dtype} and "
             f"{cov.dtype}; convert them"
         )
-    _library.require_device(op, mean)
-    check_double_on_cpu(op, mean)
     if mean.dim() != 2 or mean.shape[1] < 1:
         raise ValueError(
             f"{op}: mean must have shape (B, C) with at least one class, got {tuple(mean.shape)}"
@@ -312,12 +321,13 @@ def _check_linear(
     covariance: str,
 ) -> None:
     check_choice(op, "covariance", covariance, COVARIANCES)
+    check_tensor(op, "features", features)
+    check_tensor(op, "weight_mean", weight_mean)
     if features.dtype not in ACTIVATIONS:
         raise TypeError(
             f"{op}: features must be float32, bfloat16, float16 or float64, got {features.dtype}; "
             "convert them"
         )
-    _library.require_device(op, features)
     if features.dim() != 2 or weight_mean.dim() != 2 or weight_mean.shape[1] != features.shape[1]:
         raise ValueError(
             f"{op}: features and weight_mean must have shapes (B, D) and (C, D), got "
@@ -325,13 +335,17 @@ def _check_linear(
         )
     c, d = weight_mean.shape
     check_factor(op, "weight_mean", weight_mean, features)
+    if noise_var is not None and not isinstance(noise_var, Tensor):
+        check_number(op, "noise_var", noise_var)
     if isinstance(noise_var, Tensor):
         check_factor(op, "noise_var", noise_var, features)
         if tuple(noise_var.shape) not in ((c,), (1,), ()):
             raise ValueError(
                 f"{op}: noise_var must be a number or of shape ({c},), got {tuple(noise_var.shape)}"
             )
-    is_pair = not isinstance(weight_scale, Tensor)
+    is_pair = isinstance(weight_scale, (tuple, list))
+    if not is_pair:
+        check_tensor(op, "weight_scale", weight_scale)
     if is_pair != (covariance == "low_rank") or (is_pair and len(weight_scale) != 2):
         raise ValueError(
             f"{op}: weight_scale must be a pair (V, variances) exactly with covariance='low_rank', got "
@@ -402,7 +416,7 @@ def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
         raise ValueError(
             f"{op}: method 'quadrature' is for C = 2 classes, got C = {mean.shape[1]}; use 'mc'"
         )
-    m, v = mean.double(), cov.double()
+    m, v = reference.wide(mean), reference.wide(cov)
     difference = m[:, 1] - m[:, 0]
     if cov.dim() == 2:
         variance = v.sum(1)
@@ -417,8 +431,8 @@ def _quadrature(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     log_large = (-log_small.exp()).log1p()
     first = torch.where(difference < 0, log_large, log_small)  # class 0: of the negated logit
     second = torch.where(difference < 0, log_small, log_large)
-    log_probs = torch.stack([first, second], 1).to(mean.dtype)
-    expected = _mean_coin_entropy(difference, variance).to(mean.dtype)
+    log_probs = torch.stack([first, second], 1).to(mean)
+    expected = _mean_coin_entropy(difference, variance).to(mean)
     return McPrediction(log_probs, _entropy(log_probs), expected)
 
 
@@ -512,8 +526,8 @@ def _bridge(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     c = mean.shape[1]
     if c < 2:
         raise ValueError(f"{op}: method 'bridge' needs at least 2 classes, got C = {c}; use 'mc'")
-    m, variance = mean.double(), _variances(cov).double()
-    rows = variance if cov.dim() == 2 else cov.double().sum(-1)  # cov 1
+    m, variance = reference.wide(mean), reference.wide(_variances(cov))
+    rows = variance if cov.dim() == 2 else reference.wide(cov).sum(-1)  # cov 1
     total = rows.sum(-1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
     share = rows / total.clamp_min(tiny)
@@ -525,12 +539,12 @@ def _bridge(op: str, mean: Tensor, cov: Tensor) -> McPrediction:
     )
     log_alpha = growth - variance.log()
     log_sum = torch.logsumexp(log_alpha, dim=-1, keepdim=True)
-    log_probs = (log_alpha - log_sum).to(mean.dtype)
+    log_probs = (log_alpha - log_sum).to(mean)
     # Mean entropy of the Dirichlet distribution; beyond 1e12 its samples are their mean.
     alpha, alpha_sum = log_alpha.exp().clamp_max(1e12), log_sum.exp().clamp_max(1e12)
     p = (log_alpha - log_sum).exp()
     spread = torch.digamma(alpha_sum + 1) - torch.digamma(alpha + 1)
-    expected = (p * spread).sum(-1).to(mean.dtype)
+    expected = (p * spread).sum(-1).to(mean)
     return McPrediction(log_probs, _entropy(log_probs), expected)
 
 

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from .. import _library, reference
 from .._library import MAX_FUSED_RANK
-from .arguments import as_list, check_choice, no_autocast, scalar
+from .arguments import (
+    as_list,
+    check_choice,
+    check_tensor,
+    check_writable,
+    no_autocast,
+    no_transform,
+    scalar,
+)
 
 # Entries of `info`, one for each matrix.
 RETRACTED, REFINED, SHIFTED, RANK_DEFICIENT, NOT_FINITE = range(5)
@@ -140,7 +148,7 @@ def stiefel_step_(
     if not matrices:
         return torch.empty(0, dtype=torch.int32)
     rate = scalar(op, "lr", lr, matrices[0])
-    _check_once(op, matrices)
+    _check_written(op, matrices, others)
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
             infos = _by_rank(
@@ -153,7 +161,12 @@ def stiefel_step_(
             )
             return torch.stack(infos)
     rows = _row_major(matrices)
-    info = _library.ops.tall_stiefel_step_(rows, _row_major(others), rate, retraction)
+    info = _written(
+        op,
+        matrices,
+        others,
+        lambda: _library.ops.tall_stiefel_step_(rows, _row_major(others), rate, retraction),
+    )
     _copy_back(matrices, rows)
     return info
 
@@ -229,7 +242,7 @@ def landing_step_(
     if not matrices:
         return
     rate, weight = (scalar(op, k, v, matrices[0]) for k, v in (("lr", lr), ("lam", lam)))
-    _check_once(op, matrices)
+    _check_written(op, matrices, others)
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
             _by_rank(
@@ -242,7 +255,12 @@ def landing_step_(
             )
         return
     rows = _row_major(matrices)
-    _library.ops.tall_landing_step_(rows, _row_major(others), rate, weight)
+    _written(
+        op,
+        matrices,
+        others,
+        lambda: _library.ops.tall_landing_step_(rows, _row_major(others), rate, weight),
+    )
     _copy_back(matrices, rows)
 
 
@@ -256,7 +274,7 @@ def _retract(
     added = [] if steps is None else _tall_partners(op, "steps", steps, matrices)
     if not matrices:
         return torch.empty(0, dtype=torch.int32)
-    _check_once(op, matrices)
+    _check_written(op, matrices, added)
     if _beyond_fused(matrices):
         with no_autocast(matrices[0]):
             infos = _by_rank(
@@ -267,7 +285,12 @@ def _retract(
             )
             return torch.stack(infos)
     rows = _row_major(matrices)
-    info = _library.ops.tall_retract_(rows, _row_major(added), retraction)
+    info = _written(
+        op,
+        matrices,
+        added,
+        lambda: _library.ops.tall_retract_(rows, _row_major(added), retraction),
+    )
     _copy_back(matrices, rows)
     return info
 
@@ -304,18 +327,23 @@ def _by_rank(
     *partners: list[Tensor],
 ) -> list[T]:
     """A result for each matrix: of `fused` for those that the kernels take, else of `one`."""
-    narrow = [i for i, x in enumerate(matrices) if x.shape[1] <= MAX_FUSED_RANK]
+    narrow = [
+        i
+        for i, x in enumerate(matrices)
+        if x.shape[1] <= MAX_FUSED_RANK and _library.has_kernels(x)
+    ]
     lists = (matrices, *partners)
     found = dict(zip(narrow, fused(*([t[i] for i in narrow] for t in lists)), strict=True))
     return [found[i] if i in found else one(*(t[i] for t in lists)) for i in range(len(matrices))]
 
 
 def _tall_list(op: str, name: str, xs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    matrices: list[Tensor] = as_list(xs)
+    matrices: list[Tensor] = as_list(op, name, xs)
+    no_transform(op)
     for i, x in enumerate(matrices):
-        if not isinstance(x, Tensor) or x.dim() != 2:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{op}: {name}[{i}] must be a matrix (n, r), got {got}")
+        check_tensor(op, f"{name}[{i}]", x)
+        if x.dim() != 2:
+            raise ValueError(f"{op}: {name}[{i}] must be a matrix (n, r), got {tuple(x.shape)}")
         if x.shape[0] < x.shape[1] or x.shape[1] < 1:
             raise ValueError(
                 f"{op}: {name}[{i}] must be tall, n >= r >= 1, got {tuple(x.shape)}; "
@@ -323,19 +351,12 @@ def _tall_list(op: str, name: str, xs: Tensor | Sequence[Tensor]) -> list[Tensor
             )
         if x.dtype not in (torch.float32, torch.float64) or x.dtype != matrices[0].dtype:
             raise TypeError(
-                f"{op}: {name}[{i}] must be float32 (all float64 on the CPU), got {x.dtype}; convert it"
+                f"{op}: {name}[{i}] must be float32, or all float64, got {x.dtype}; convert it"
             )
         if x.device != matrices[0].device:
             raise ValueError(
                 f"{op}: {name}[{i}] must be on the device of the first, {matrices[0].device}, got "
                 f"{x.device}; move it"
-            )
-    if matrices:
-        first = matrices[0]
-        _library.require_device(op, first)
-        if first.dtype == torch.float64 and first.device.type == "cuda":
-            raise TypeError(
-                f"{op}: {name} must be float32 on a GPU, got torch.float64; convert, or use the CPU"
             )
     return matrices
 
@@ -343,13 +364,14 @@ def _tall_list(op: str, name: str, xs: Tensor | Sequence[Tensor]) -> list[Tensor
 def _tall_partners(
     op: str, name: str, others: Tensor | Sequence[Tensor], matrices: list[Tensor]
 ) -> list[Tensor]:
-    partners: list[Tensor] = as_list(others)
+    partners: list[Tensor] = as_list(op, name, others)
     if len(partners) != len(matrices):
         raise ValueError(
             f"{op}: {name} must hold one tensor for each of the {len(matrices)} matrices, got "
             f"{len(partners)}"
         )
     for i, (t, x) in enumerate(zip(partners, matrices, strict=True)):
+        check_tensor(op, f"{name}[{i}]", t)
         if t.shape != x.shape:
             raise ValueError(
                 f"{op}: {name}[{i}] must have the shape of its matrix, {tuple(x.shape)}, got "
@@ -364,7 +386,10 @@ def _tall_partners(
 
 
 def _beyond_fused(matrices: list[Tensor]) -> bool:
-    return any(x.shape[1] > MAX_FUSED_RANK for x in matrices)
+    """Whether some matrix is not for the kernels: by its rank, or all of them by their device."""
+    return any(x.shape[1] > MAX_FUSED_RANK for x in matrices) or not _library.has_kernels(
+        matrices[0]
+    )
 
 
 def _row_major(matrices: list[Tensor]) -> list[Tensor]:
@@ -380,9 +405,16 @@ def _copy_back(matrices: list[Tensor], rows: list[Tensor]) -> None:
             x.copy_(row_major)
 
 
-def _check_once(op: str, matrices: list[Tensor]) -> None:
-    """Refuses a matrix that comes twice, also where copies would hide it from the op."""
-    if torch.compiler.is_compiling():
-        return
-    if len({x.data_ptr() for x in matrices}) < len(matrices):
-        raise ValueError(f"{op}: xs must not overlap in memory; pass each matrix once")
+def _check_written(op: str, matrices: list[Tensor], read: list[Tensor]) -> None:
+    """Of contiguous matrices the op itself looks for overlaps, in less time; see `_written`."""
+    if _beyond_fused(matrices) or not all(x.is_contiguous() for x in (*matrices, *read)):
+        check_writable(op, "xs", matrices, read, same_ok=True)
+
+
+def _written(op: str, matrices: list[Tensor], read: list[Tensor], run: Callable[[], T]) -> T:
+    """run(), an op that writes `matrices`; an overlap that it refuses is said as other errors are."""
+    try:
+        return run()
+    except RuntimeError:
+        check_writable(op, "xs", matrices, read, same_ok=True)
+        raise
