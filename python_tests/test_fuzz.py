@@ -153,8 +153,11 @@ def adapter(case: Case) -> None:
         "a": case.normal(r, n, scale=n**-0.5).to(acc),
         "b": case.normal(m, r, scale=r**-0.5).to(acc),
     }
+    out = dtype
     if case.chance(0.7):
-        values["base"] = case.normal(*lead, m).to(dtype)
+        if dtype != torch.float64 and case.chance(0.3):
+            out = case.pick(torch.float32, *HALVES)  # type: ignore[assignment]
+        values["base"] = case.normal(*lead, m).to(out)
     options: dict = {"scaling": scaling}
     define: Callable[..., Tensor]
     dropout = case.random.choice((0.0, 0.0, 0.1, 0.5)) if op in ("lora", "flipout_lora") else 0.0
@@ -226,7 +229,7 @@ def adapter(case: Case) -> None:
             )
 
     leaves = [name for name in values if case.chance(0.8)] if case.chance(0.8) else []
-    cotangent = case.normal(*lead, m).to(dtype)
+    cotangent = case.normal(*lead, m).to(out)
 
     def run(call: Callable[[dict[str, Tensor]], Tensor], p: dict[str, Tensor]) -> list[Tensor]:
         y = call(p)
