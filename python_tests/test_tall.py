@@ -576,7 +576,10 @@ X = torch.ones(4, 2)
         (lambda: F.landing_field([X], [X.double()], 1.0), r"landing_field: grads\[0\] must be"),
         (lambda: F.landing_step_([X], [X], torch.ones(2), 1.0), "landing_step_: lr must be a num"),
         (lambda: F.stiefel_step_([X], [X], 1.0, retraction="cayley"), "retraction must be one of"),
-        (lambda: F.gram([torch.ones(4, 2, device="meta")]), "must hold data, got a tensor on the meta"),
+        (
+            lambda: F.gram([torch.ones(4, 2, device="meta")]),
+            "must hold data, got a tensor on the meta",
+        ),
     ],
 )
 def test_errors(call, text: str):
