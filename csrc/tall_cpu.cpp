@@ -53,7 +53,7 @@ struct EightOf {
 
 // out = x + added, rounded to T, as numbers of A; added may be null. Eight at a time, since loops
 // over a row of 16 would spend their time on their first and last turns.
-template <class T, class A>
+template <bool add, class T, class A>
 BK_HD void convert(const T* __restrict__ x, const T* __restrict__ added, int64_t count,
                    A* __restrict__ out) {
   typedef typename EightOf<T>::unaligned From;
@@ -61,14 +61,46 @@ BK_HD void convert(const T* __restrict__ x, const T* __restrict__ added, int64_t
   const int64_t whole = count / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8) {
     typename EightOf<T>::type v = *reinterpret_cast<const From*>(x + i);
-    if (added != nullptr) v += *reinterpret_cast<const From*>(added + i);
-    typename EightOf<A>::type converted = __builtin_convertvector(v, typename EightOf<A>::type);
+    if (add) v += *reinterpret_cast<const From*>(added + i);
     // Or else g++ makes a loop over a row without conversion into a call of memcpy.
-    if constexpr (8 * sizeof(A) <= kVectorBytes) converted = in_register(converted);
-    *reinterpret_cast<To*>(out + i) = converted;
+    if constexpr (8 * sizeof(T) <= kVectorBytes) v = in_register(v);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (sizeof(T) < sizeof(A)) {  // written out: g++ 12 converts two lanes at a time
+      store(out + i, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+      store(out + i + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+      continue;
+    }
+#endif
+    *reinterpret_cast<To*>(out + i) = __builtin_convertvector(v, typename EightOf<A>::type);
   }
   for (int64_t i = whole; i < count; ++i)
-    out[i] = static_cast<A>(added == nullptr ? x[i] : static_cast<T>(x[i] + added[i]));
+    out[i] = static_cast<A>(add ? static_cast<T>(x[i] + added[i]) : x[i]);
+}
+
+// The same for rows of r numbers; in `out` they are `stride` apart and filled with zeros to
+// `pitch`. `fixed`: r where it is known, which leaves no loop over the row.
+template <int fixed, bool add, class T, class A>
+void convert_rows(const T* x, const T* added, int rows, int r, int pitch, int stride, A* out) {
+  const int length = fixed > 0 ? fixed : r;
+  for (int i = 0; i < rows; ++i, x += length, added += add ? length : 0, out += stride) {
+    convert<add>(x, added, length, out);
+    if (fixed == 0)
+      for (int j = length; j < pitch; ++j) out[j] = 0;
+  }
+}
+
+template <class T, class A>
+void convert_rows(const T* x, const T* added, int rows, int r, int pitch, int stride, A* out) {
+  if (r == pitch && r == stride) {
+    added != nullptr ? convert<true>(x, added, int64_t{rows} * r, out)
+                     : convert<false>(x, added, int64_t{rows} * r, out);
+  } else if (r == 16 && pitch == 16) {
+    added != nullptr ? convert_rows<16, true>(x, added, rows, r, pitch, stride, out)
+                     : convert_rows<16, false>(x, added, rows, r, pitch, stride, out);
+  } else {
+    added != nullptr ? convert_rows<0, true>(x, added, rows, r, pitch, stride, out)
+                     : convert_rows<0, false>(x, added, rows, r, pitch, stride, out);
+  }
 }
 
 // What to read into the cache meanwhile, one line of memory for each row of a panel.
@@ -94,19 +126,9 @@ void fill_panel(const Rows& from, int64_t first, int rows, int pitch, int stride
   const int r = static_cast<int>(from.item->r);
   const T* x = static_cast<const T*>(from.item->x) + first * r;
   const T* d = from.item->d == nullptr ? nullptr : static_cast<const T*>(from.item->d) + first * r;
-  const T* added = from.add ? d : nullptr;
-  if (from.parts == 1 && r == stride) {
-    convert(x, added, int64_t{rows} * r, panel);
-  } else {
-    for (int i = 0; i < rows; ++i) {
-      A* out = panel + i * stride;
-      convert(x + i * r, added == nullptr ? nullptr : added + i * r, r, out);
-      for (int j = r; j < pitch; ++j) out[j] = 0;
-      if (from.parts == 1) continue;
-      convert(d + i * r, static_cast<const T*>(nullptr), r, out + part);
-      for (int j = r; j < pitch; ++j) out[part + j] = 0;
-    }
-  }
+  convert_rows(x, from.add ? d : nullptr, rows, r, pitch, stride, panel);
+  if (from.parts == 2)
+    convert_rows(d, static_cast<const T*>(nullptr), rows, r, pitch, stride, panel + part);
   for (int i = rows; i < kPanel; ++i)
     for (int j = 0; j < pitch; ++j) {
       panel[i * stride + j] = 0;
@@ -115,53 +137,64 @@ void fill_panel(const Rows& from, int64_t first, int rows, int pitch, int stride
 }
 
 // g (width, width) += rows i0 to i0 + kTileRows of panel^T panel, `vectors` vectors from column j0.
-template <int vectors>
+// `ask`: for what lies ahead.
+template <int vectors, bool ask>
 void gram_tile(const double* panel, int width, int i0, int j0, double* g, Ahead ahead) {
-  Vec<double> acc[kTileRows][vectors];
+  // Four sums would wait for themselves at each row: they are taken of odd and even rows.
+  constexpr int kSets = kTileRows * vectors < 8 ? 2 : 1;
+  Vec<double> acc[kSets][kTileRows][vectors] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
     for (int b = 0; b < vectors; ++b)
-      acc[i][b] = load(g + (i0 + i) * width + j0 + b * kLanes<double>);
-  for (int k = 0; k < kPanel; ++k, panel += width) {
-    __builtin_prefetch(ahead.x);
-    __builtin_prefetch(ahead.d);
-    ahead.x += ahead.stride;
-    ahead.d += ahead.stride;
-    Vec<double> v[vectors];
+      acc[0][i][b] = load(g + (i0 + i) * width + j0 + b * kLanes<double>);
+  for (int k = 0; k < kPanel; k += kSets) {
+    if (ask) {
 #pragma GCC unroll 2
-    for (int b = 0; b < vectors; ++b) v[b] = in_register(load(panel + j0 + b * kLanes<double>));
+      for (int s = 0; s < kSets; ++s) {
+        __builtin_prefetch(ahead.x);
+        __builtin_prefetch(ahead.d);
+        ahead.x += ahead.stride;
+        ahead.d += ahead.stride;
+      }
+    }
+#pragma GCC unroll 2
+    for (int s = 0; s < kSets; ++s, panel += width) {
+      Vec<double> v[vectors];
+#pragma GCC unroll 2
+      for (int b = 0; b < vectors; ++b) v[b] = in_register(load(panel + j0 + b * kLanes<double>));
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i)
+      for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
-      for (int b = 0; b < vectors; ++b) acc[i][b] += panel[i0 + i] * v[b];
+        for (int b = 0; b < vectors; ++b) acc[s][i][b] += panel[i0 + i] * v[b];
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
-    for (int b = 0; b < vectors; ++b)
-      store(g + (i0 + i) * width + j0 + b * kLanes<double>, acc[i][b]);
+    for (int b = 0; b < vectors; ++b) {
+      if (kSets == 2) acc[0][i][b] += acc[kSets - 1][i][b];
+      store(g + (i0 + i) * width + j0 + b * kLanes<double>, acc[0][i][b]);
+    }
 }
 
 // The blocks of the first `rows` rows of g on and above the diagonal.
 void gram_panel(const double* panel, int rows, int width, double* g, Ahead ahead) {
   int64_t line = 0;  // of each row
-  auto next = [&] {
-    Ahead now = ahead;
-    if (line < ahead.stride) {
-      now.x += line;
-      now.d += line;
-    } else {
-      now = {reinterpret_cast<const char*>(panel), reinterpret_cast<const char*>(panel), 0};
-    }
+  auto tile = [&](auto vectors, int i, int j) {
+    constexpr int kVectors = decltype(vectors)::value;
+    if (line < ahead.stride)
+      gram_tile<kVectors, true>(panel, width, i, j, g,
+                                {ahead.x + line, ahead.d + line, ahead.stride});
+    else
+      gram_tile<kVectors, false>(panel, width, i, j, g, ahead);
     line += 64;
-    return now;
   };
   for (int i = 0; i < rows; i += kTileRows) {
     int j = i;
     for (; j + 2 * kLanes<double> <= width; j += 2 * kLanes<double>)
-      gram_tile<2>(panel, width, i, j, g, next());
-    if (j < width) gram_tile<1>(panel, width, i, j, g, next());
+      tile(std::integral_constant<int, 2>{}, i, j);
+    if (j < width) tile(std::integral_constant<int, 1>{}, i, j);
   }
 }
 
@@ -178,10 +211,11 @@ struct Coefficients {
 constexpr int kApplyStride = kMaxTallRank + 16;
 constexpr int kApplyPart = kPanel * kApplyStride;  // the panel of d lies behind that of x
 
+// Columns from `column` on.
 template <class A, int rows, int vectors>
-void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c, A* out,
-                int stride) {
-  const A* coefficient = c.values;
+void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<A>& c, int column,
+                A* out, int stride) {
+  const A* coefficient = c.values + column;
   Vec<A> acc[rows][vectors];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i)
@@ -199,6 +233,14 @@ void apply_tile(const A* panel, int parts, int pitch, int r, const Coefficients<
         for (int b = 0; b < vectors; ++b) acc[i][b] += x[i * kApplyStride + k] * v[b];
     }
   }
+  if (c.keep != 0) {
+    panel += column;
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int b = 0; b < vectors; ++b) acc[i][b] += load(panel + i * kApplyStride + b * kLanes<A>);
+  }
+  out += column;
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
@@ -214,17 +256,12 @@ void apply_panel(const A* panel, int parts, int pitch, int r, const Coefficients
   int column = 0;
   for (; column + 2 * kWidth <= pitch; column += 2 * kWidth)
     for (int row = 0; row < kPanel; row += kTwoRows)
-      apply_tile<A, kTwoRows, 2>(panel + row * kApplyStride, parts, pitch, r,
-                                 {c.values + column, c.keep}, out + row * stride + column, stride);
+      apply_tile<A, kTwoRows, 2>(panel + row * kApplyStride, parts, pitch, r, c, column,
+                                 out + row * stride, stride);
   if (column < pitch)
     for (int row = 0; row < kPanel; row += 12)
-      apply_tile<A, 12, 1>(panel + row * kApplyStride, parts, pitch, r, {c.values + column, c.keep},
-                           out + row * stride + column, stride);
-  if (c.keep == 0) return;
-  for (int row = 0; row < kPanel; ++row)
-    for (int j = 0; j < pitch; j += kWidth)
-      store(out + row * stride + j,
-            load(out + row * stride + j) + load(panel + row * kApplyStride + j));
+      apply_tile<A, 12, 1>(panel + row * kApplyStride, parts, pitch, r, c, column,
+                           out + row * stride, stride);
 }
 
 // Memory of one matrix at a time, for matrices (n, r) with n and r up to given sizes.

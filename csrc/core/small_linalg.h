@@ -83,8 +83,29 @@ template <class Team>
 BK_HD_LARGE void square_sum(const double* a, int r, int ld, double shift, double* squares,
                             double* trace) {
   double s = 0, t = 0;
+#if defined(BK_SMALL_VECTORS)
+  // Eight sums, since one would wait for itself at each term.
+  const int whole = r / 8 * 8;
+  Double8 part = {};
+  double beside[8] = {};  // of the blocks on the diagonal
+  for (int i = 0; i < r; ++i)
+    for (int j = 0; j < whole; j += 8) {
+      const double* block = a + i * ld + j;
+      if (i - j < 0 || i - j > 7) {
+        part += eight(block) * eight(block);
+        continue;
+      }
+      for (int l = 0; l < 8; ++l) {
+        const double v = block[l] - (i == j + l ? shift : 0.0);
+        beside[l] += v * v;
+      }
+    }
+  for (int l = 0; l < 8; ++l) s += part[l] + beside[l];
+#else
+  const int whole = 0;
+#endif
   for (int i = 0; i < r; ++i) {
-    for (int j = Team::lane(); j < r; j += Team::lanes()) {
+    for (int j = whole + Team::lane(); j < r; j += Team::lanes()) {
       const double v = a[i * ld + j] - (i == j ? shift : 0.0);
       s += v * v;
     }
@@ -94,6 +115,41 @@ BK_HD_LARGE void square_sum(const double* a, int r, int ld, double shift, double
   *trace = Team::sum(t);
 }
 
+#if defined(BK_SMALL_VECTORS)
+#if defined(__AVX512F__)
+constexpr int kSmallLanes = 8;
+#elif defined(__AVX2__)
+constexpr int kSmallLanes = 4;
+#else
+constexpr int kSmallLanes = 2;
+#endif
+
+// Four rows of a b, `vectors` registers of columns each, from the rows of a; `count` are stored.
+// The sums stay in registers on every instruction set, which eight Double8 do on AVX-512 only.
+template <int vectors>
+BK_HD void multiply_tile(const double* const (&row)[4], const double* b, int r, int ld, int count,
+                         double* c) {
+  typedef double Vector __attribute__((vector_size(8 * kSmallLanes)));
+  typedef double Unaligned __attribute__((vector_size(8 * kSmallLanes), aligned(8), may_alias));
+  Vector sum[4][vectors] = {};
+  for (int k = 0; k < r; ++k, b += ld) {
+    Vector v[vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j)
+      v[j] = *reinterpret_cast<const Unaligned*>(b + j * kSmallLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; ++j) sum[i][j] += row[i][k] * v[j];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j)
+      if (i < count) *reinterpret_cast<Unaligned*>(c + i * ld + j * kSmallLanes) = sum[i][j];
+}
+#endif
+
 // c = a b; c is neither a nor b. On the host ld is a multiple of 8, and rows are filled to ld.
 template <class Team>
 BK_HD_LARGE void multiply(const double* a, const double* b, double* c, int r, int ld) {
@@ -101,28 +157,11 @@ BK_HD_LARGE void multiply(const double* a, const double* b, double* c, int r, in
   for (int i = 0; i < r; i += 4) {
     const double* row[4];  // behind the last row: the last once more, not stored
     for (int k = 0; k < 4; ++k) row[k] = a + (i + k < r ? i + k : r - 1) * ld;
-    for (int j = 0; j < r; j += 16) {
-      Double8 s0 = {}, s1 = {}, s2 = {}, s3 = {}, t0 = {}, t1 = {}, t2 = {}, t3 = {};
-      const bool two = j + 8 < r;
-      for (int k = 0; k < r; ++k) {
-        const Double8 u = eight(b + k * ld + j);
-        s0 += row[0][k] * u;
-        s1 += row[1][k] * u;
-        s2 += row[2][k] * u;
-        s3 += row[3][k] * u;
-        if (!two) continue;
-        const Double8 v = eight(b + k * ld + j + 8);
-        t0 += row[0][k] * v;
-        t1 += row[1][k] * v;
-        t2 += row[2][k] * v;
-        t3 += row[3][k] * v;
-      }
-      const Double8 s[4] = {s0, s1, s2, s3}, t[4] = {t0, t1, t2, t3};
-      for (int k = 0; k < 4 && i + k < r; ++k) {
-        eight(c + (i + k) * ld + j) = s[k];
-        if (two) eight(c + (i + k) * ld + j + 8) = t[k];
-      }
-    }
+    const int count = r - i < 4 ? r - i : 4;
+    int j = 0;
+    for (; j + kSmallLanes < r; j += 2 * kSmallLanes)
+      multiply_tile<2>(row, b + j, r, ld, count, c + i * ld + j);
+    if (j < r) multiply_tile<1>(row, b + j, r, ld, count, c + i * ld + j);
   }
 #else
   for (int e = Team::thread(); e < r * r; e += Team::threads()) {
