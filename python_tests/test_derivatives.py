@@ -113,7 +113,7 @@ OTHERS = [
 
 
 def scalar(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *tensors: call(*tensors).tanh().square().sum()
+    return lambda *tensors: (0.3 * call(*tensors)).sin().sum()
 
 
 # --- second derivatives -------------------------------------------------------------------------

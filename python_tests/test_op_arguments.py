@@ -412,6 +412,22 @@ def test_which_devices_have_kernels(quiet, device, capability, double, text):
         _library._served(device, None, double)
 
 
+@pytest.mark.parametrize(
+    ("compiled", "served", "refused"),
+    [
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0), (12, 0)], [(8, 0)]),
+        ("90a-real", [(9, 0)], [(9, 1), (10, 0), (8, 9)]),
+        ("80-virtual", [(8, 0), (12, 0)], [(7, 5)]),
+        ("100f-real", [(10, 0), (10, 3)], [(11, 0), (9, 0)]),
+    ],
+)
+def test_which_gpus_an_image_serves(quiet, compiled, served, refused):
+    quiet.setattr(_library, "build_info", lambda: {"cuda_architectures": compiled})
+    for capabilities, expected in ((served, True), (refused, False)):
+        assert [_library._has_image(c) for c in capabilities] == [expected] * len(capabilities)
+
+
 def test_a_build_without_cuda_says_how_to_get_it(quiet):
     quiet.setattr(_library, "_has_cuda", lambda: False)
     found = _library.lack_of_kernels("cuda")

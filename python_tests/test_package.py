@@ -228,3 +228,18 @@ def test_every_cpu_kernel_is_tested_on_every_path():
 def test_unknown_names_raise_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         bk.nothing  # noqa: B018
+
+
+def test_portable_kernels_compile_for_arm():
+    """What depends on the processor, with the portable path only; where the cross compiler is."""
+    import torch
+
+    sources = ["adapter_cpu", "predict_cpu", "cpu_dispatch", "library", "old_symbols"]
+    folder = Path(__file__).resolve().parent.parent / "csrc"
+    for name in sources:
+        tool(
+            *"aarch64-linux-gnu-g++ -std=c++17 -fvisibility=hidden -fsyntax-only -Wall -Wextra -Werror".split(),
+            *("-isystem", str(Path(torch.__file__).parent / "include"), "-I", str(folder)),
+            *("-DBK_ISA=baseline", '-DBK_VERSION="0"', "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+            str(folder / f"{name}.cpp"),
+        )
