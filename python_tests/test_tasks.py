@@ -235,6 +235,18 @@ def test_load_jsonl_reports_every_bad_line_with_its_number(tmp_path: Path) -> No
         assert line.startswith(f"{path}:{number}: ") and message in line
 
 
+def test_sources_that_nobody_can_read(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.py"
+    deep.write_text("x = " + "-" * 200_000 + "1\n")
+    assert list(docstrings._documented_sources(deep)) == []
+    assert list(docstrings._documented_calls(deep)) == []
+    half = tmp_path / "half.py"
+    half.write_text('def f():\n    "Return four words \\ud800 of text."\n')
+    ((name, doc),) = docstrings._documented_sources(half)
+    assert name == "half.f" and not tasks.is_unicode(doc)
+    assert docstrings.first_paragraph(doc) == "Return four words  of text."
+
+
 def test_load_jsonl_shows_ten_problems_at_most(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "bad.jsonl", ["nothing"] * 25)
     with pytest.raises(ValueError) as caught:

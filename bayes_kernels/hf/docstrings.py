@@ -96,6 +96,11 @@ _EVERYDAY_WORDS = frozenset(
 )
 
 
+# Templates and samples of broken code that some packages ship; ast.parse raises the last two for
+# expressions that are nested too deep.
+_UNREADABLE = (SyntaxError, ValueError, OSError, RecursionError, MemoryError)
+
+
 def _documented_sources(path: Path) -> Iterator[tuple[str, str]]:
     """(qualified name, docstring) of every function, class and method in a source file."""
 
@@ -117,8 +122,7 @@ def _documented_sources(path: Path) -> Iterator[tuple[str, str]]:
         warnings.simplefilter("ignore")
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            # Templates and samples of broken code that some packages ship.
+        except _UNREADABLE:
             return
     yield from visit(tree, stem)
 
@@ -183,6 +187,8 @@ def first_paragraph(docstring: str, module_names: frozenset[str] = frozenset()) 
             return None
         text = _ROLE.sub(r"\1", " ".join(lines)).replace("`", "")
         text = _CALL.sub("", " ".join(text.split()))
+        # An escape in a source can be half a surrogate pair, which no tokenizer takes.
+        text = text.encode("utf-8", "ignore").decode()
         if module_names:
             text = re.sub(
                 r"\b([a-z_]\w*)\b(\.(?=[A-Za-z_]))?",
@@ -283,7 +289,7 @@ def _documented_calls(path: Path) -> Iterator[tuple[str, str]]:
     calls = {"add_newdoc", "add_docstr", "_add_docstr", "add_docstr_all", "merge_dicts"}
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
+    except _UNREADABLE:
         return
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
