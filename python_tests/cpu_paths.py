@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 PATHS = ("baseline", "avx2", "avx512")  # a processor that has one has those before it
 FILES = [
     HERE / f"test_{name}.py"
-    for name in ("adapter", "tall", "predict", "curvature", "divergence", "random", "tiles")
+    for name in ("adapter", "tall", "predict", "curvature", "divergence", "random", "tiles", "fuzz")
 ]
 
 
