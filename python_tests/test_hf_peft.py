@@ -351,3 +351,30 @@ def test_saved_folders_explain_themselves(tmp_path: Path, method: str) -> None:
     assert code.index("import bayes_kernels.hf") < code.index("PeftModel")
     assert ("0 is the posterior mean" in text) == (method not in ("polar", "polar-diagonal"))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BAYES_LORA"
+
+
+# --- quantised bases ---------------------------------------------------------------------------------
+
+
+class Quantizer:
+    """What transformers asks a quantiser for; torchao's says yes to every `nn.Linear`."""
+
+    def __init__(self, left_out: list[str] | None) -> None:
+        self.modules_to_not_convert = left_out
+
+
+@bayesian
+@pytest.mark.parametrize("left_out", [None, ["lm_head"]])
+def test_a_quantiser_leaves_the_factors_alone(method: str, left_out: list[str] | None) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    base = net()
+    base.hf_quantizer = Quantizer(left_out)
+    model = get_peft_model(base, CONFIGS[method](target_modules=["0"]))
+    patterns = base.hf_quantizer.modules_to_not_convert
+    for name, _ in model.get_base_model().named_parameters():
+        assert should_convert_module(name, patterns) == (
+            ".lora_A." not in name and ".lora_B." not in name
+        )
+    assert not left_out or not should_convert_module("lm_head.weight", patterns)
+    assert should_convert_module("model.layers.0.q_proj.weight", patterns)

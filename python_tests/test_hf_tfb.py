@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,17 @@ def test_noise_is_isotropic_in_the_column_space() -> None:
         assert (d[-1] < 1e-5) == (item.rho[-1] < 0.049)
         assert item.rho.shape == (4, 1) and not item.rho.requires_grad
     assert deficient == 1
+
+
+def test_a_change_of_exactly_the_tolerance_is_within_it() -> None:
+    """Shares of four anchors are exact numbers, so that a change can lie on the bound."""
+    options = {"metric": "flips", "low": 1.0, "high": 1.000001, "max_trials": 1, "resolution": 1e-9}
+    found = convert(adapter(), tolerance=1.0, **options).trace[0]
+    assert 0 < found.change < 1 and (4 * found.change).is_integer()
+    report = convert(adapter(), tolerance=found.change, **options)
+    assert report.trace[0].change == found.change and report.trace[0].feasible and report.sigma > 0
+    less = convert(adapter(), tolerance=math.nextafter(found.change, 0.0), **options)
+    assert not less.trace[0].feasible
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
