@@ -372,9 +372,9 @@ def test_a_quantiser_leaves_the_factors_alone(method: str, left_out: list[str] |
     base.hf_quantizer = Quantizer(left_out)
     model = get_peft_model(base, CONFIGS[method](target_modules=["0"]))
     patterns = base.hf_quantizer.modules_to_not_convert
-    for name, _ in model.get_base_model().named_parameters():
-        assert should_convert_module(name, patterns) == (
-            ".lora_A." not in name and ".lora_B." not in name
-        )
+    names = [name for name, _ in model.get_base_model().named_parameters()]
+    factors = [name for name in names if ".lora_A." in name or ".lora_B." in name]
+    assert len(factors) == 2 and not any(should_convert_module(n, patterns) for n in factors)
+    assert all(should_convert_module(n, patterns) for n in names if ".lora_" not in n)
     assert not left_out or not should_convert_module("lm_head.weight", patterns)
     assert should_convert_module("model.layers.0.q_proj.weight", patterns)

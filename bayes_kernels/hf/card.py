@@ -54,8 +54,11 @@ def write_card(
     config = read_json(folder / CONFIG_NAME)
     record = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
     path = folder / CARD_NAME
-    base = _base(Path(place or folder), config, record.get("experiment", {}))
-    write_text(path, _text(folder, config, record, base, classes, scores or {}))
+    place = Path(place or folder)
+    # Commands know the base by a word ("minilm") that transformers does not.
+    source = _near(place, config.get("base_model_name_or_path"))
+    base = _near(place, record.get("experiment", {}).get("model")) or source
+    write_text(path, _text(folder, config, record, base, source, classes, scores or {}))
     return path
 
 
@@ -64,6 +67,7 @@ def _text(
     config: Mapping[str, Any],
     record: Mapping[str, Any],
     base: str,
+    source: str,
     classes: Sequence[str],
     scores: Mapping[str, float],
 ) -> str:
@@ -100,7 +104,7 @@ def _text(
         "## Loading",
         "",
         "```python",
-        *_loading(config, method, base, (folder / LAPLACE_NAME).is_file()),
+        *_loading(config, method, source or base, (folder / LAPLACE_NAME).is_file()),
         "```",
     ]
     if bayesian:
@@ -116,16 +120,15 @@ def _text(
     return "\n".join(lines)
 
 
-def _base(folder: Path, config: Mapping[str, Any], experiment: Mapping[str, Any]) -> str:
-    """The base model as it was named; a folder beside the adapter as seen from the adapter."""
-    base = experiment.get("model") or config.get("base_model_name_or_path") or ""
-    path = Path(base)
+def _near(folder: Path, base: str | None) -> str:
+    """A base model as it was named; a folder near the adapter's as seen from there."""
+    path = Path(base or "")
     if base and path.is_absolute() and path.exists():
         folder, path = folder.resolve(), path.resolve()
         shared = Path(os.path.commonpath([folder, path]))
         if len(folder.relative_to(shared).parts) <= 3 and shared != Path(shared.anchor):
             return Path(os.path.relpath(path, folder)).as_posix()
-    return str(base)
+    return base or ""
 
 
 def _layers(config: Mapping[str, Any]) -> str:
