@@ -72,15 +72,15 @@ class _Lines:
         return self._line
 
 
-def interruptions(work: Callable[[], Any], seed: int) -> Iterator[_Lines]:
-    """What interrupts some work at one line each: the first and last, and some between."""
+def interruptions(work: Callable[[], Any], seed: int, whole: str = "") -> Iterator[_Lines]:
+    """What interrupts some work at one line each: the first, and some; of one file all of them."""
     with _Lines() as lines, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         work()
     moments = [(place, number) for place in lines.order for number in {1, lines.count[place]}]
     if os.environ.get("INTERRUPT_EVERY_LINE") != "1":
         chosen = random.Random(seed).sample(moments, min(LINES, len(moments)))
-        moments = [moments[0], *chosen]
+        moments = [moments[0], *chosen, *(m for m in moments if whole and whole in m[0][0])]
     for moment in moments:
         yield _Lines(moment)
 
@@ -246,7 +246,7 @@ def test_export_lora(start: str, which: Any, tmp_path: Path) -> None:
     export_lora(model, folder, which)
     exported = {path: path.read_bytes() for path in folder.iterdir()}
     before, arrived = state(model), 0
-    for lines in interruptions(work, seed=5):
+    for lines in interruptions(work, seed=5, whole="checkpoints.py"):
         for path in tmp_path.iterdir():
             shutil.rmtree(path)
         if start == "replace":
