@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _library, reference
 from .functional import check_divergence
-from .functional.arguments import as_list, check_number, check_tensor, check_writable
+from .functional.arguments import as_list, check_number, check_tensors, check_writable
 from .functional.divergence import prior_stds
 
 KINDS = ("auto", "published", "constant")
@@ -346,9 +346,8 @@ def _priors(
             f"{op}: means and rhos must be lists of the same length, at least 1, got {len(means)} "
             f"and {len(rhos)}"
         )
-    for name, tensors in (("means", means), ("rhos", rhos)):
-        for i, t in enumerate(tensors):
-            check_tensor(op, f"{name}[{i}]", t)
+    check_tensors(op, "means", means)
+    check_tensors(op, "rhos", rhos)
     priors = prior_stds(op, prior_std)
     if len(priors) == 1:
         return priors * len(means)

@@ -238,7 +238,8 @@ def test_portable_kernels_compile_for_arm():
     folder = Path(__file__).resolve().parent.parent / "csrc"
     for name in sources:
         tool(
-            *"aarch64-linux-gnu-g++ -std=c++17 -fvisibility=hidden -fsyntax-only -Wall -Wextra -Werror".split(),
+            *"aarch64-linux-gnu-g++ -std=c++17 -fvisibility=hidden -fsyntax-only".split(),
+            *("-Wall", "-Wextra", "-Werror"),
             *("-isystem", str(Path(torch.__file__).parent / "include"), "-I", str(folder)),
             *("-DBK_ISA=baseline", '-DBK_VERSION="0"', "-DTORCH_TARGET_VERSION=0x020b000000000000"),
             str(folder / f"{name}.cpp"),

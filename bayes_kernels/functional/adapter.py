@@ -68,12 +68,13 @@ def lora(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
     op = "lora"
-    check_number(op, "dropout", dropout)
+    if type(dropout) is not float:
+        check_number(op, "dropout", dropout)
     if key is None or dropout > 0.0:
         y = _infer(x, a, None, b, base, Noise(key, stream, row0, 1, None, dropout), "", scaling)
         if y is not None:
             return y
-    _check(op, x, a, b, base, scaling, dropout, key, (stream, row0))
+    _check(op, x, a, b, base, scaling, dropout, key, stream, row0)
     noise = Noise(key, stream, row0, dropout=dropout)
     return _adapter(x, a, b, base, noise=noise, scaling=scaling)
 
@@ -143,7 +144,7 @@ def flipout_lora(
         if y is not None:
             return y
     check_key(op, key)
-    _check(op, x, mean, b, base, scaling, dropout, key, (stream, row0))
+    _check(op, x, mean, b, base, scaling, dropout, key, stream, row0)
     check_choice(op, "scope", scope, SCOPES)
     check_choice(op, "std", std, STDS)
     check_factor(op, "rho", rho, x)
@@ -252,7 +253,8 @@ def _check(
     scaling: float,
     dropout: float = 0.0,
     key: Tensor | None = None,
-    integers: tuple[int, ...] = (),
+    stream: int = 0,
+    row0: int = 0,
 ) -> None:
     check_tensor(op, "x", x)
     if x.dtype not in ACTIVATIONS:
@@ -261,10 +263,12 @@ def _check(
         )
     check_factor(op, "the first factor", a, x)
     check_factor(op, "b", b, x)
-    check_number(op, "scaling", scaling)
-    check_number(op, "dropout", dropout)
-    for name, value in zip(("stream", "row0"), integers, strict=False):
-        check_integer(op, name, value)
+    if type(scaling) is not float or type(dropout) is not float:
+        check_number(op, "scaling", scaling)
+        check_number(op, "dropout", dropout)
+    if type(stream) is not int or type(row0) is not int:
+        check_integer(op, "stream", stream)
+        check_integer(op, "row0", row0)
     if x.dim() < 1 or a.dim() != 2 or b.dim() != 2:
         raise ValueError(
             f"{op}: x must have shape (..., n), the factors (r, n) and (m, r), got {tuple(x.shape)}, "

@@ -26,7 +26,8 @@ def autocast_input(x: Tensor) -> Tensor:
     """x in the autocast dtype, where autocast is on."""
     device = x.device.type
     if (
-        x.dtype in ACTIVATIONS[:3]
+        torch._C._is_any_autocast_enabled()
+        and x.dtype in ACTIVATIONS[:3]
         and torch.amp.is_autocast_available(device)
         and torch.is_autocast_enabled(device)
     ):
@@ -163,20 +164,35 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
         raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}; choose one")
 
 
+_STRIDED = torch.strided
+
+
+def _is_dense(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.layout is _STRIDED and not t.is_nested and not t.is_meta
+
+
+def check_tensors(op: str, name: str, tensors: Sequence[Any]) -> None:
+    """Raise unless all of a list are dense tensors with data."""
+    for i, t in enumerate(tensors):
+        if not _is_dense(t):
+            check_tensor(op, f"{name}[{i}]", t)
+
+
 def check_tensor(op: str, name: str, t: Any) -> None:
     """Raise unless `t` is a dense tensor with data."""
+    if _is_dense(t):
+        return
     if not isinstance(t, Tensor):
         raise TypeError(
             f"{op}: {name} must be a tensor, got {type(t).__name__}; pass a torch.Tensor"
         )
-    if t.layout is not torch.strided or t.is_nested:
+    if t.layout is not _STRIDED or t.is_nested:
         kind = "a nested one" if t.is_nested else f"layout {t.layout}"
         cure = "call .to_padded_tensor(0.0)" if t.is_nested else "call .to_dense()"
         raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}; {cure}")
-    if t.is_meta:
-        raise ValueError(
-            f"{op}: {name} must hold data, got a tensor on the meta device; load its values first"
-        )
+    raise ValueError(
+        f"{op}: {name} must hold data, got a tensor on the meta device; load its values first"
+    )
 
 
 def check_same_device(op: str, name: str, t: Tensor, like: Tensor) -> None:

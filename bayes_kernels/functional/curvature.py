@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _library, reference
 from .arguments import (
     as_list,
-    check_tensor,
+    check_tensors,
     check_writable,
     no_autocast,
     no_transform,
@@ -230,11 +230,10 @@ def _check_curvature(
             f"{len(factor_list)}, {len(row_list)} and {len(mask_list)}"
         )
     triples = list(zip(factor_list, row_list, mask_list, strict=True))
+    weights = [mask for mask in mask_list if mask is not None]
+    for name, tensors in (("factors", factor_list), ("rows", row_list), ("masks", weights)):
+        check_tensors(op, name, tensors)
     for i, (factor, x, mask) in enumerate(triples):
-        check_tensor(op, f"factors[{i}]", factor)
-        check_tensor(op, f"rows[{i}]", x)
-        if mask is not None:
-            check_tensor(op, f"masks[{i}]", mask)
         if factor.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"{op}: factor {i} must be float32 or float64, got {factor.dtype}; convert it"
@@ -260,6 +259,5 @@ def _check_curvature(
             )
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"{op}: mask {i} must be bool or floating weights, got {mask.dtype}")
-    weights = [mask for mask in mask_list if mask is not None]
     check_writable(op, "factors", factor_list, [*row_list, *weights])
     return triples

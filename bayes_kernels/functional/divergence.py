@@ -14,7 +14,7 @@ from .arguments import (
     as_list,
     check_choice,
     check_number,
-    check_tensor,
+    check_tensors,
     second_order,
     transformed,
 )
@@ -94,9 +94,9 @@ def check_divergence(
     if direction not in ("elbo", "code"):
         raise ValueError(f"{op}: direction must be 'elbo' or 'code', got {direction!r}; choose one")
     first = mean_list[0]
+    check_tensors(op, "means", mean_list)
+    check_tensors(op, "rhos", rho_list)
     for i, (mean, rho) in enumerate(zip(mean_list, rho_list, strict=True)):
-        check_tensor(op, f"means[{i}]", mean)
-        check_tensor(op, f"rhos[{i}]", rho)
         if mean.dtype not in (torch.float32, torch.float64) or mean.dtype != first.dtype:
             raise TypeError(
                 f"{op}: means must be float32 or all float64, got {mean.dtype} for tensor {i}; convert it"

@@ -13,7 +13,7 @@ from .._library import MAX_FUSED_RANK
 from .arguments import (
     as_list,
     check_choice,
-    check_tensor,
+    check_tensors,
     check_writable,
     no_autocast,
     no_transform,
@@ -340,8 +340,8 @@ def _by_rank(
 def _tall_list(op: str, name: str, xs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     matrices: list[Tensor] = as_list(op, name, xs)
     no_transform(op)
+    check_tensors(op, name, matrices)
     for i, x in enumerate(matrices):
-        check_tensor(op, f"{name}[{i}]", x)
         if x.dim() != 2:
             raise ValueError(f"{op}: {name}[{i}] must be a matrix (n, r), got {tuple(x.shape)}")
         if x.shape[0] < x.shape[1] or x.shape[1] < 1:
@@ -370,8 +370,8 @@ def _tall_partners(
             f"{op}: {name} must hold one tensor for each of the {len(matrices)} matrices, got "
             f"{len(partners)}"
         )
+    check_tensors(op, name, partners)
     for i, (t, x) in enumerate(zip(partners, matrices, strict=True)):
-        check_tensor(op, f"{name}[{i}]", t)
         if t.shape != x.shape:
             raise ValueError(
                 f"{op}: {name}[{i}] must have the shape of its matrix, {tuple(x.shape)}, got "
@@ -407,7 +407,8 @@ def _copy_back(matrices: list[Tensor], rows: list[Tensor]) -> None:
 
 def _check_written(op: str, matrices: list[Tensor], read: list[Tensor]) -> None:
     """Of contiguous matrices the op itself looks for overlaps, in less time; see `_written`."""
-    if _beyond_fused(matrices) or not all(x.is_contiguous() for x in (*matrices, *read)):
+    contiguous = all(x.is_contiguous() for tensors in (matrices, read) for x in tensors)
+    if not contiguous or _beyond_fused(matrices):
         check_writable(op, "xs", matrices, read, same_ok=True)
 
 
