@@ -81,16 +81,20 @@ def test_equals_the_general_laplace(kind: str) -> None:
         found = m(input_ids=batch["input_ids"]).logits
         return found if kind == "bert" else found[:, -1][:, [5, 6, 7]]
 
+    # The head gives one token's logits here and all tokens' there: torch's products round differently.
+    def near(value: Any) -> Any:
+        return pytest.approx(float(value), rel=1e-4)
+
     plain = laplace.Laplace(
         model, laplace.linear_layers(model, r".*lora_[AB]\.default"), forward=forward
     ).fit(BATCHES, verbose=False)
-    assert report.evidence_before == pytest.approx(float(plain.log_marginal_likelihood()))
+    assert report.evidence_before == near(plain.log_marginal_likelihood())
     plain.optimize_prior_precision()
-    assert report.prior_precision == pytest.approx(float(plain.prior_precision))
-    assert report.evidence_after == pytest.approx(float(plain.log_marginal_likelihood()))
+    assert report.prior_precision == near(plain.prior_precision)
+    assert report.evidence_after == near(plain.log_marginal_likelihood())
     assert report.evidence_after >= report.evidence_before
     assert (report.matrices, report.examples) == (8, 4)
-    assert report.effective_parameters == pytest.approx(float(plain.effective_parameters().sum()))
+    assert report.effective_parameters == near(plain.effective_parameters().sum())
     found = laplace_posterior(model)
     assert found is not None
     mean, cov = found.laplace.logits(BATCH)
