@@ -7,6 +7,7 @@
 #   make setup   only the environment
 #   make bench   CPU benchmarks;   make lint   style and types;   make docs   the site, in site/
 #   make wheel   a wheel for other machines, in dist/;   make wheel-test   the same, tried in a new environment
+#   make gpu-library   the library that cuda_benchmarks/gpu.sh takes to a GPU machine
 #
 # TORCH=torch==2.11.0 or the like chooses another torch (2.11 or later). Where there is nvcc, kernels are
 # compiled for this machine's GPU, or for sm_90 where there is none: ARCHITECTURES=all compiles for all.
@@ -24,7 +25,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TOOLS := $(VENV)/.tools-$(subst =,_,$(TORCH))
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: demo test test-floor setup bench wheel wheel-test lint docs clean
+.PHONY: demo test test-floor setup bench wheel wheel-test gpu-library lint docs clean
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
@@ -101,6 +102,26 @@ wheel: $(VENV)/.wheel
 
 wheel-test: wheel
 	$(PY) python_tests/check_wheel.py dist/bayes_kernels-*.whl --torch '$(TORCH)'
+
+# The library that a rented GPU machine is given: GPU code for sm_90 alone, built beside the headers of the
+# oldest torch, so that cuda_benchmarks/gpu.sh need not compile there. Ignored by git; a copy of the tree has
+# to carry build/gpu-library along.
+GPU_TORCH := torch==2.11.0
+GPU_HEADERS := build/gpu-torch
+$(GPU_HEADERS)/torch: | $(PY)
+	@echo "== fetching the headers of $(GPU_TORCH) (half a gigabyte)"
+	rm -rf $(GPU_HEADERS) && mkdir -p $(GPU_HEADERS)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(GPU_HEADERS) '$(GPU_TORCH)'
+	cd $(GPU_HEADERS) && $(CURDIR)/$(PY) -m zipfile -e torch-*.whl . && rm torch-*.whl
+
+gpu-library: $(GPU_HEADERS)/torch | $(TOOLS)
+	BAYES_KERNELS_CUDA_ARCHITECTURES=90-real PYTHONPATH=$(CURDIR)/$(GPU_HEADERS) $(VENV)/bin/cmake -S . -B build/gpu-build \
+	  -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DBAYES_KERNELS_CUDA=ON
+	$(VENV)/bin/cmake --build build/gpu-build
+	mkdir -p build/gpu-library && cp build/gpu-build/libbayes_kernels.so build/gpu-library/
+	strip --strip-unneeded build/gpu-library/libbayes_kernels.so
+	$(PY) python_tests/check_wheel.py build/gpu-library/libbayes_kernels.so
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.library
 	$(PIP) 'ruff==0.17.6' 'clang-format==23.1.5' 'mypy>=1.11'

@@ -1,238 +1,204 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: build, tests, sanitizers, benchmarks. No network, nothing is installed.
+# Everything that needs a GPU, in one command of at most LIMIT seconds. No network, nothing is installed.
 #
-#   cuda_benchmarks/gpu.sh                 all parts, one after the other
-#   PART=build|test|sanitize|bench cuda_benchmarks/gpu.sh      one part
-#   DRY=1 cuda_benchmarks/gpu.sh           without a GPU: emulator in place of CUDA, tiny subsets
+#   cuda_benchmarks/gpu.sh                 the whole plan, in its order
+#   PART=again cuda_benchmarks/gpu.sh      what failed or was not reached; PART="smoke rows": these steps
+#   DRY=1 cuda_benchmarks/gpu.sh           the same plan without a GPU: emulator and CPU, tiny sizes
 #
-# Each part takes up to LIMIT seconds (540) and can be run again: the build is kept in BUILD, tests that
-# have passed are not repeated (RERUN=1 repeats them), each family of benchmarks is saved when it is
-# done. Logs, rows of results and a summary go to OUT (runs/gpu), in few files; a part that fails does
-# not stop the others, and the exit code is that of the worst.
+# Step      seconds  what
+# load           15  the library in LIBRARY (make gpu-library builds it), or, if that does not load, a compilation
+# smoke          45  every kernel instance against fp64, poisoned outputs, twice: smoke.py
+# graphs         40  CUDA graphs, side streams, whole steps: test_cuda_graphs.py
+# tests         100  the op tests on the GPU, six processes
+# rows          150  timings of every family, a row as soon as a case is measured
+# counters       60  ncu: bytes, share of the memory rate and stalls of each kernel
+# sanitize      110  memcheck, racecheck, initcheck, synccheck on smoke.py --small
+# steps          80  whole training steps, plain PEFT LoRA against BLoB: 1B, then 7B
 #
-# Needed: python with torch 2.11 or later and pytest, g++, cmake, nvcc. What else is missing (ninja,
-# transformers, PEFT, compute-sanitizer, pytest-xdist) is left out, with one line that says so.
+# Everything goes to OUT as soon as it is there, in four files: summary.txt, smoke.jsonl, counters.csv and
+# evidence.tar.gz (logs, and cuda_benchmarks/results/<GPU>). The exit code is that of the worst step. What python lacks (pytest,
+# xdist, transformers, ncu, compute-sanitizer) is left out with one line. `report.py --gpu OUT` reads OUT.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 PART=${PART:-all}
 DRY=${DRY:-0}
-LIMIT=${LIMIT:-540}
-RERUN=${RERUN:-0}
+LIMIT=${LIMIT:-565}
 PYTHON=${PYTHON:-python3}
 ROOT=$PWD
 OUT=${OUT:-$ROOT/runs/gpu}
-BUILD=${BUILD:-$ROOT/build/gpu}
-JOBS=${JOBS:-$(nproc)}
-STARTED=$SECONDS
+LIBRARY=${LIBRARY:-$ROOT/build/gpu-library}
+STATE=${STATE:-$ROOT/build/gpu}
+STEPS=(load smoke graphs tests rows counters sanitize steps)
+declare -A BUDGET=([load]=15 [smoke]=45 [graphs]=40 [tests]=100 [rows]=150 [counters]=60 [sanitize]=110 [steps]=80)
 WORST=0
+DEVICE=cuda
+if [[ $DRY == 1 ]]; then
+  DEVICE=sim
+  # The library of the environment, with its emulator, unless one is named.
+  [[ -e $LIBRARY ]] || LIBRARY=
+fi
 
-mkdir -p "$OUT" "$BUILD"
-export BAYES_KERNELS_LIBRARY=$BUILD/lib PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$OUT" "$STATE/logs"
+[[ -z $LIBRARY ]] || export BAYES_KERNELS_LIBRARY=$LIBRARY
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 SUMMARY=$OUT/summary.txt
 
 say() { printf '%s\n' "$*" | tee -a "$SUMMARY"; }
-left() { echo $((LIMIT - (SECONDS - STARTED))); }
+left() { echo $((LIMIT - SECONDS)); }
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in sys.argv[1:]))" "$@" 2>/dev/null; }
+tool() { command -v "$1" || { [[ -x /usr/local/cuda/bin/$1 ]] && echo "/usr/local/cuda/bin/$1"; }; }
+pack() {
+  local saved=()
+  [[ $DRY == 1 ]] || saved=(-C "$ROOT/cuda_benchmarks" results)
+  tar -czf "$OUT/evidence.tar.gz" -C "$STATE" logs "${saved[@]}"
+}
 
-# Runs a command under what is left of the part's time; its output goes to a file, its end to the screen.
-step() {
-  local name=$1 log=$2 code seconds=$SECONDS
-  shift 2
-  if (($(left) < 10)); then
-    say "$name: not started, the part's time is used up; run it again"
-    WORST=$((WORST > 124 ? WORST : 124))
+# run STEP COMMAND...: within the step's budget and what is left of the whole; the end of its log to the screen.
+run() {
+  local name=$1 log=$STATE/logs/$1.log seconds=$SECONDS limit code
+  shift
+  limit=$((BUDGET[$name] < $(left) ? BUDGET[$name] : $(left)))
+  ((limit > 3)) || {
+    say "$name: no time was left"
     return 124
-  fi
-  timeout --kill-after=10 "$(left)" "$@" >>"$log" 2>&1
+  }
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
   code=$?
-  tail -n 12 "$log"
+  tail -n 6 "$log"
+  pack
   case $code in
   0) say "$name: passed in $((SECONDS - seconds)) s" ;;
-  124 | 137) say "$name: stopped after $((SECONDS - seconds)) s, see $(basename "$log")" ;;
-  *) say "$name: FAILED with $code after $((SECONDS - seconds)) s, see $(basename "$log")" ;;
+  124 | 137) say "$name: stopped after $((SECONDS - seconds)) s" ;;
+  *) say "$name: FAILED with $code after $((SECONDS - seconds)) s" ;;
   esac
-  WORST=$((code > WORST ? code : WORST))
   return "$code"
 }
 
 machine() {
-  say "== machine"
-  { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || echo "no GPU"; } 2>/dev/null | tee -a "$SUMMARY"
-  { nvcc --version 2>/dev/null || echo "no nvcc"; } | tail -n 1 | tee -a "$SUMMARY"
-  "$PYTHON" -c 'import platform, torch; print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda, torch.cuda.is_available())' | tee -a "$SUMMARY"
-  for package in pytest xdist ninja pybind11 transformers peft accelerate typer scipy torchmetrics sklearn vbll; do
-    has "$package" || say "not installed: $package"
-  done
-  if has transformers peft; then
-    "$PYTHON" -c 'import transformers, peft; print("transformers", transformers.__version__, "peft", peft.__version__)' 2>/dev/null | tee -a "$SUMMARY"
-  fi
+  say "== $(date -u +%FT%TZ) ${BAYES_KERNELS_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo 'unknown commit')}"
+  say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no GPU')"
+  say "$("$PYTHON" -c 'import platform, torch; print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda)')"
 }
 
-build() {
-  say "== build"
-  # What has passed or was measured, was so with the library that is replaced now.
-  rm -rf "$BUILD/lib" "$BUILD"/passed "$BUILD"/benched-* "$BUILD"/memcheck-* "$BUILD"/racecheck-*
-  local options=(-DCMAKE_BUILD_TYPE=Release "-DPython_EXECUTABLE=$(command -v "$PYTHON")") cuda=ON
-  if [[ $DRY == 1 ]]; then
-    cuda=OFF
-  elif ! command -v nvcc >/dev/null; then
-    if [[ ! -x /usr/local/cuda/bin/nvcc ]]; then
-      say "build: FAILED, there is no nvcc; put it on PATH"
-      WORST=1
-      return 1
-    fi
-    export PATH=/usr/local/cuda/bin:$PATH
+loads() { "$PYTHON" -c 'import sys; from bayes_kernels import _library as l; sys.exit(l.problem is not None)'; }
+
+load() {
+  if ! loads >>"$STATE/logs/load.log" 2>&1; then
+    say "load: $LIBRARY has no library that loads; compiling"
+    [[ -x /usr/local/cuda/bin/nvcc ]] && export PATH=/usr/local/cuda/bin:$PATH
+    BUDGET[load]=$((LIMIT / 2))
+    run load bash -c "cmake -S '$ROOT' -B '$STATE/cmake' -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=\$(command -v '$PYTHON') \
+      -DBAYES_KERNELS_CUDA=$([[ $DRY == 1 ]] && echo OFF || echo ON) && cmake --build '$STATE/cmake' --parallel && \
+      mkdir -p '$LIBRARY' && cp '$STATE'/cmake/libbayes_kernels*.so '$LIBRARY'" || return
   fi
-  if ! command -v cmake >/dev/null; then
-    say "build: FAILED, there is no cmake; put it on PATH"
-    WORST=1
-    return 1
-  fi
-  command -v ninja >/dev/null && options+=(-G Ninja)
-  # The emulator is built too: the same tests run on it, and a difference between both says where to look.
-  if has pybind11; then
-    options+=(-DBAYES_KERNELS_TESTS=ON "-Dpybind11_DIR=$("$PYTHON" -m pybind11 --cmakedir)")
-  else
-    say "build: without pybind11 no emulator and no core tests"
-  fi
-  export BAYES_KERNELS_CUDA_ARCHITECTURES=${BAYES_KERNELS_CUDA_ARCHITECTURES:-this}
-  : >"$OUT/build.log"
-  step "configure" "$OUT/build.log" cmake -S "$ROOT" -B "$BUILD/cmake" "-DBAYES_KERNELS_CUDA=$cuda" "${options[@]}" || return
-  step "compile" "$OUT/build.log" cmake --build "$BUILD/cmake" --parallel "$JOBS" || return
-  mkdir -p "$BUILD/lib"
-  cp "$BUILD"/cmake/*.so "$BUILD/lib/"
-  [[ -x $BUILD/cmake/count_kernels ]] && cp "$BUILD/cmake/count_kernels" "$BUILD/lib/"
-  step "load" "$OUT/build.log" "$PYTHON" -m bayes_kernels
-  # For the record: another nvcc takes other registers, and the library is no worse for it.
-  [[ $DRY == 1 ]] || "$PYTHON" cuda_benchmarks/registers.py --check >"$OUT/registers.log" 2>&1 ||
-    say "registers: $(tail -n 1 "$OUT/registers.log")"
-  return 0
+  run load "$PYTHON" -m bayes_kernels
 }
 
-need_build() {
-  [[ -e $BUILD/lib/libbayes_kernels.so ]] || build
-  [[ -e $BUILD/lib/libbayes_kernels.so ]]
+smoke() {
+  local options=(--device "$DEVICE" --json "$OUT/smoke.jsonl")
+  [[ $DRY == 1 ]] && options+=(--small --family noise,divergence)
+  run smoke "$PYTHON" cuda_benchmarks/smoke.py "${options[@]}"
 }
 
-# The op tests; the others need more packages and seldom a GPU.
-OP_TESTS=(test_adapter test_curvature test_divergence test_predict test_random test_registration test_tall)
+# tests_of STEP [pytest options]: on this device only.
+tests_of() {
+  local name=$1 options=(-q -ra --tb=short -p no:cacheprovider)
+  shift
+  has pytest || {
+    say "$name: skipped, no pytest"
+    return 0
+  }
+  [[ $DRY == 1 ]] || export FAIL_WITHOUT_CUDA=1
+  run "$name" "$PYTHON" -m pytest "${options[@]}" "$@"
+}
+
+graphs() { tests_of graphs python_tests/test_cuda_graphs.py; }
 
 tests() {
-  say "== test"
-  need_build || return
-  local arguments=(-q -ra --tb=short -p no:cacheprovider)
-  [[ -e $BUILD/passed && $RERUN != 1 ]] || : >"$BUILD/passed"
-  # Few workers: each holds a CUDA context of its own.
-  [[ $DRY == 1 ]] || ! has xdist || arguments+=(-n "$((JOBS < 6 ? JOBS : 6))" --dist load)
-  [[ $DRY == 1 ]] || export FAIL_WITHOUT_CUDA=1
-  local files=() name
-  for file in python_tests/test_*.py; do
-    name=$(basename "$file" .py)
-    case $name in
-    test_simt | test_benchmarks | test_counters | test_registers | test_fake_cuda) continue ;; # no GPU needed
-    test_hf_* | test_cli | test_experiment | test_compare)
-      "$PYTHON" -c 'import bayes_kernels.hf' 2>/dev/null || {
-        say "$name: skipped, $("$PYTHON" -c 'import bayes_kernels.hf' 2>&1 | tail -n 1)"
-        continue
-      } ;;
-    test_plots) has matplotlib || continue ;;
-    esac
-    files+=("$name")
-  done
-  [[ $DRY == 1 ]] && files=(test_divergence)
-  # Op tests and whole training runs first: they are what a GPU is for.
-  local seen=" "
-  for name in "${OP_TESTS[@]}" test_hf_cuda "${files[@]}"; do
-    [[ " ${files[*]} " == *" $name "* && $seen != *" $name "* ]] || continue
-    seen+="$name "
-    grep -qx "$name" "$BUILD/passed" && {
-      say "$name: passed before, not repeated"
-      continue
-    }
-    if OMP_NUM_THREADS=2 step "$name" "$OUT/tests.log" "$PYTHON" -m pytest "${arguments[@]}" "python_tests/$name.py"; then
-      echo "$name" >>"$BUILD/passed"
-    fi
-  done
+  local files=(adapter tiles derivatives curvature divergence predict random registration tall) workers=()
+  [[ $DRY == 1 ]] && files=(random)
+  has xdist && [[ $DRY != 1 ]] && workers=(-n 6 --dist load)
+  has transformers peft && [[ $DRY != 1 ]] && files+=(hf_cuda)
+  files=("${files[@]/#/python_tests/test_}")
+  # torch.compile's tests start compilers, which take longer than all others together.
+  tests_of tests "${workers[@]}" --device "$DEVICE" -k "not compile" "${files[@]/%/.py}"
+}
+
+rows() {
+  local options=(--device cuda --quick --seconds 0.3 --save) families=(adapter tall predict curvature vbll)
+  [[ $DRY == 1 ]] && options=(--device cpu --quick --seconds 0.01) families=(curvature)
+  run rows "$PYTHON" cuda_benchmarks "${families[@]}" "${options[@]}"
+}
+
+counters() {
+  local ncu
+  ncu=$(tool ncu) || {
+    say "counters: skipped, there is no ncu"
+    return 0
+  }
+  run counters "$ncu" --clock-control none --csv --log-file "$OUT/counters.csv" --launch-count 80 \
+    --kernel-name 'regex:^(amax|apply|average|combine|dense|down|eigen|finish|gradient|gram|normaliser|outer|pack|prepare|refine|scaled|small|solve|sum|total|up|value)_' \
+    --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats --section LaunchStats \
+    "$PYTHON" cuda_benchmarks/smoke.py --device cuda --counters
 }
 
 sanitize() {
-  say "== sanitize"
-  need_build || return
-  local tool=${SANITIZER:-compute-sanitizer}
-  if ! command -v "$tool" >/dev/null; then
-    [[ -x /usr/local/cuda/bin/compute-sanitizer ]] && tool=/usr/local/cuda/bin/compute-sanitizer
-  fi
-  local run=() device=cuda files=("${OP_TESTS[@]}")
-  if [[ $DRY == 1 ]]; then
-    device=sim
-    files=(test_divergence)
-  elif ! command -v "$tool" >/dev/null; then
+  local sanitizer check code worst=0 whole=${BUDGET[sanitize]} begin=$SECONDS
+  sanitizer=$(tool compute-sanitizer) || {
     say "sanitize: skipped, there is no compute-sanitizer"
-    return
-  fi
-  # The op tests are small, as they also run on the emulator. torch.compile's tests start compilers.
+    return 0
+  }
   # Without PyTorch's cache every tensor is an allocation of its own, so that overruns are seen.
-  for check in memcheck racecheck; do
-    for name in "${files[@]}"; do
-      [[ -e $BUILD/$check-$name && $RERUN != 1 && $DRY != 1 ]] && continue
-      [[ $DRY == 1 ]] || run=("$tool" --tool "$check" --error-exitcode 9 --print-limit 20)
-      if PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$check $name" "$OUT/$check.log" "${run[@]}" "$PYTHON" -m pytest -q -x \
-        -p no:cacheprovider --tb=short -k "$device and not compile" "python_tests/$name.py"; then
-        : >"$BUILD/$check-$name"
-      fi
-    done
+  for check in memcheck racecheck initcheck synccheck; do
+    BUDGET[sanitize]=$((whole - (SECONDS - begin)))
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitize "$sanitizer" --tool "$check" --error-exitcode 9 --print-limit 20 \
+      "$PYTHON" cuda_benchmarks/smoke.py --device cuda --small --once
+    code=$?
+    say "  $check: $code"
+    ((code > worst)) && worst=$code
   done
+  return "$worst"
 }
 
-bench() {
-  say "== bench"
-  need_build || return
-  local device=cuda options=() families=(adapter predict tall curvature end_to_end vbll)
-  if [[ $DRY == 1 ]]; then
-    device=cpu
-    options=(--quick --seconds 0.02)
-    families=(curvature)
-  else
-    options=(--save)
-  fi
-  [[ ${QUICK:-0} == 1 ]] && options+=(--quick)
-  if [[ -z ${BAYES_KERNELS_COMMIT:-} ]] && ! git rev-parse HEAD >/dev/null 2>&1; then
-    say "bench: no git history here; rows name commit unknown (set BAYES_KERNELS_COMMIT)"
-  fi
-  for family in "${families[@]}"; do
-    [[ -e $BUILD/benched-$family-${QUICK:-0} && $RERUN != 1 && $DRY != 1 ]] && continue
-    if step "bench $family" "$OUT/bench.log" "$PYTHON" cuda_benchmarks "$family" --device "$device" "${options[@]}"; then
-      : >"$BUILD/benched-$family-${QUICK:-0}"
-    fi
-  done
-  if [[ $DRY != 1 ]]; then
-    # Flat: few folders come back from a machine that is lent.
-    tar -czf "$OUT/results.tar.gz" -C cuda_benchmarks results
-    "$PYTHON" cuda_benchmarks/report.py && cp docs/benchmarks.md "$OUT/benchmarks.md"
-  fi
+steps() {
+  has transformers peft || {
+    say "steps: skipped, no transformers or PEFT"
+    return 0
+  }
+  local options=(--device cuda --seconds 3 --save) case=1B
+  [[ $DRY == 1 ]] && options=(--device cpu --quick --seconds 0.01 --vs none) case="training_step 10M, 1 x 32"
+  # The 1B model first: its rows are saved before the 7B model is made.
+  run steps "$PYTHON" cuda_benchmarks end_to_end "${options[@]}" --case "$case" || return
+  [[ $DRY == 1 ]] || (($(left) < 40)) || run steps "$PYTHON" cuda_benchmarks end_to_end "${options[@]}" --case 7B
 }
 
-# The build needs nvcc only: without a GPU it compiles for sm_90.
-if [[ $DRY != 1 && $PART != build ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu.sh: torch sees no GPU here; PART=build needs none, and DRY=1 runs the rest on the emulator and CPU" >&2
+if [[ $DRY != 1 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: torch sees no GPU here; DRY=1 runs the plan on the emulator and the CPU" >&2
   exit 2
 fi
 case $PART in
-build) machine && build ;;
-test) tests ;;
-sanitize) sanitize ;;
-bench) bench ;;
-all)
-  machine
-  for part in build tests sanitize bench; do
-    STARTED=$SECONDS
-    "$part"
-  done
+all) wanted=("${STEPS[@]}") && rm -f "$STATE"/passed-* ;;
+again)
+  wanted=()
+  for name in "${STEPS[@]}"; do [[ -e $STATE/passed-$name && $name != load ]] || wanted+=("$name"); done
   ;;
-*)
-  echo "gpu.sh: PART must be build, test, sanitize, bench or all, got $PART" >&2
-  exit 2
-  ;;
+*) read -ra wanted <<<"load $PART" ;;
 esac
+for name in "${wanted[@]}"; do
+  [[ " ${STEPS[*]} " == *" $name "* ]] || {
+    echo "gpu.sh: PART must be all, again or some of ${STEPS[*]}, got $name" >&2
+    exit 2
+  }
+done
+machine
+for name in "${wanted[@]}"; do
+  "$name"
+  code=$?
+  ((code == 0)) && : >"$STATE/passed-$name"
+  ((code > WORST)) && WORST=$code
+  [[ $name == load && $code != 0 ]] && break
+done
+pack
+say "done in $SECONDS s, worst $WORST"
 exit "$WORST"

@@ -1,4 +1,10 @@
-"""Write docs/benchmarks.md from the rows of all machines: `python cuda_benchmarks/report.py [--check]`.
+"""Write docs/benchmarks.md from the rows of all machines.
+
+    python cuda_benchmarks/report.py [--check | --gpu OUT]
+
+`--gpu OUT` first takes what gpu.sh left in OUT: rows, the smoke program's lines, counters and the summary
+go to results/<GPU>, and README's status table says for each family which GPU ran it, at which commit, and
+how that went.
 
 The page shows, for each machine, every bar with the newest run that has its providers, and then every
 case, those where we are slower included, as a picture (charts.py) and as a table. Nothing in it is
@@ -8,9 +14,14 @@ written by hand but the text below.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import re
+import shutil
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,7 +41,8 @@ INTRODUCTION = """\
 Every figure is a ratio of two things measured in turn in one process, after both have been checked against
 an fp64 reference. Times are medians over repetitions: of the CPU time of one thread, or of CUDA events with
 the L2 cache flushed and kernels launched ahead, so that the host's launches count in whole models only.
-A provider of others that misses the reference is marked (!) and counts for no bar; one of ours that does is not timed.
+A provider of others that misses the reference is marked (!) and counts for no bar; one of ours that does
+is not timed.
 `core` is the share of wall-clock time for which the process had a core: well below 1, other processes took
 turns on it, and caches with it. A commit that ends in -dirty had changes on top.
 
@@ -314,12 +326,89 @@ def page(results: Path = RESULTS, *, with_pictures: bool = True) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+# --- what a GPU has run --------------------------------------------------------------------------
+
+NOT_RUN = "compiled and emulated, **not yet run on a GPU**"
+CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def take(out: Path, results: Path = RESULTS) -> Path:
+    """Copy what gpu.sh left in a folder to results/<GPU>, and return that folder.
+
+    Raises:
+        SystemExit: the folder has no summary, or the summary names no GPU.
+    """
+    summary = out / "summary.txt"
+    lines = summary.read_text().splitlines() if summary.exists() else []
+    gpu = next((line.split(",")[0] for line in lines[1:2] if "," in line), None)
+    if gpu is None:
+        raise SystemExit(
+            f"--gpu must be a folder of gpu.sh with a GPU in its summary.txt, got {out}"
+        )
+    with tempfile.TemporaryDirectory() as unpacked:
+        if (out / "evidence.tar.gz").exists():
+            with tarfile.open(out / "evidence.tar.gz") as archive:
+                archive.extractall(unpacked, filter="data")
+        for path in sorted(Path(unpacked, "results").glob("*/*.jsonl")):
+            if path.stem in harness.FAMILIES:
+                harness.save_rows(results / path.parent.name / path.name, harness.read_rows(path))
+    folder = results / "-".join("".join(c if c.isalnum() else " " for c in gpu).split())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("summary.txt", "smoke.jsonl", "counters.csv"):
+        if (out / name).exists():
+            shutil.copyfile(out / name, folder / name)
+    return folder
+
+
+def status(family: str, results: Path = RESULTS) -> str:
+    """What README says of a kernel family on GPUs: machine, commit, cases passed, checks, copy rate."""
+    found = []
+    for smoke in sorted(results.glob("*/smoke.jsonl")):
+        cases = [json.loads(line) for line in smoke.read_text().splitlines()]
+        ours = [c for c in cases if c["family"] == family]
+        if not ours:
+            continue
+        text = (smoke.parent / "summary.txt").read_text()
+        commit = text.splitlines()[0].split()[-1]
+        passed = sum(c["problem"] is None for c in ours)
+        clean = [c for c in CHECKS if f"  {c}: 0" in text]
+        rows = smoke.parent / f"{family}.jsonl"
+        shares = (
+            [r.roofline for r in harness.read_rows(rows) if r.roofline] if rows.exists() else []
+        )
+        found.append(
+            f"{smoke.parent.name.replace('-', ' ')} at {commit}: {passed} of {len(ours)} cases"
+            + (f"; {', '.join(clean)} clean" if clean else "; not sanitised")
+            + (f"; {min(shares):.0%} to {max(shares):.0%} of the copy rate" if shares else "")
+        )
+    return "<br>".join(found) or NOT_RUN
+
+
+def with_status(readme: str, results: Path = RESULTS) -> str:
+    """README with the last column of its status table as the results have it."""
+    names = {"prediction": "predict", "tall matrices": "tall", "adapter ops": "adapter"}
+
+    def line(match: re.Match[str]) -> str:
+        family = names.get(match[2].strip(), match[2].strip())
+        return f"{match[1]} {status(family, results)} |"
+
+    parts = "noise|adapter ops|divergence|prediction|tall matrices|curvature"
+    return re.sub(rf"^(\| ({parts}) \(.*\) \|[^|]*\|)[^|]*\|$", line, readme, flags=re.MULTILINE)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--check", action="store_true", help="only say whether the page is up to date"
     )
+    parser.add_argument("--gpu", type=Path, metavar="OUT", help="take what gpu.sh left there first")
     arguments = parser.parse_args()
+    if arguments.gpu is not None:
+        print(f"took {take(arguments.gpu)}")
+    readme = ROOT / "README.md"
+    if not arguments.check and with_status(readme.read_text()) != readme.read_text():
+        readme.write_text(with_status(readme.read_text()))
+        print(f"wrote {readme}")
     text = page()
     if arguments.check:
         same = PAGE.exists() and PAGE.read_text() == text

@@ -5,7 +5,8 @@
 
 In a new virtual environment with torch and the wheel alone: the symbols that its library asks for are old
 enough for manylinux_2_28, it imports without transformers, the ops give right numbers, and an error in C++
-arrives as one in Python. Prints the sizes. `make wheel-test` builds the wheel first.
+arrives as one in Python. Prints the sizes. `make wheel-test` builds the wheel first. Of a library (.so) in
+place of a wheel only the symbols are checked.
 """
 
 from __future__ import annotations
@@ -87,6 +88,17 @@ def too_new(found: set[str]) -> list[str]:
     return sorted(filter(missing, found))
 
 
+def check_symbols(what: str, library: Path) -> None:
+    """Raises where a library needs newer symbols than manylinux_2_28 has.
+
+    Raises:
+        SystemExit: naming them.
+    """
+    odd = too_new(versions(library))
+    if odd:
+        sys.exit(f"{what} must load on manylinux_2_28, got symbols of {', '.join(odd)}")
+
+
 def check(wheel: Path, torch: str, python: str) -> None:
     """Raises where anything is wrong.
 
@@ -99,9 +111,7 @@ def check(wheel: Path, torch: str, python: str) -> None:
         libraries = sorted(Path(folder, "files").rglob("*.so*"))
         if [path.name for path in libraries] != ["libbayes_kernels.so"]:
             sys.exit(f"{wheel.name} must hold libbayes_kernels.so alone, got {libraries}")
-        odd = too_new(versions(libraries[0]))
-        if odd:
-            sys.exit(f"{wheel.name} must load on manylinux_2_28, got symbols of {', '.join(odd)}")
+        check_symbols(wheel.name, libraries[0])
         megabytes = [path.stat().st_size / 1e6 for path in (wheel, libraries[0])]
         print(f"{wheel.name}: {megabytes[0]:.1f} MB, its library {megabytes[1]:.1f} MB")
         place = Path(folder, "venv")
@@ -123,6 +133,10 @@ def main() -> None:
     parser.add_argument("--torch")
     parser.add_argument("--python", default=sys.executable)
     given = parser.parse_args()
+    if given.wheel.suffix == ".so":
+        check_symbols(str(given.wheel), given.wheel)
+        print(f"{given.wheel}: {given.wheel.stat().st_size / 1e6:.1f} MB, loads on manylinux_2_28")
+        return
     if given.torch is None:
         from importlib.metadata import version
 

@@ -1,0 +1,598 @@
+"""Every kernel on a device against fp64, in seconds: what a GPU is asked first, and sanitizers run on.
+
+    python cuda_benchmarks/smoke.py [--device cuda | sim | cpu] [--small] [--family NAMES] [--json PATH]
+
+Each case runs twice: outputs and workspaces are filled with NaN before (torch's deterministic mode), and
+both runs must have the same bits. Results are compared with the definitions in bayes_kernels.reference,
+in fp64 on the same device, within what dtype and length of the sums explain. A case that fails is a line
+and a row; the others go on, and the exit code is 1. On a GPU the kernels that ran are compared with the
+instances in results/registers: one that no case reaches is named.
+
+Shapes lie around what kernels are cut by: tokens 1, 31, 32, 33, 129, 2048; n 130 and 4097; bf16 at an odd
+offset; ranks 1, 8, 17, 64; lists of 1, 61 and 448; classes 2, 5, 33, 1000, 32000. `--small` leaves out
+what takes the emulator, or a sanitizer, minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Beside this file; sets one thread for CPU work before torch is imported.
+import harness
+import torch
+from torch import Tensor
+
+from bayes_kernels import _library, random, reference
+from bayes_kernels import functional as F
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+LR = 0.1  # of the steps on the Stiefel manifold
+FAMILIES = ("noise", "adapter", "divergence", "tall", "predict", "curvature")
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `run` gives results, `truth` the same in fp64; `allowed`: largest relative error."""
+
+    family: str
+    name: str
+    run: Callable[[], Tensors]
+    truth: Callable[[], Tensors]
+    allowed: float
+
+
+@dataclass
+class Outcome:
+    """A row: the largest error of any result over its largest magnitude, and what is wrong, if anything."""
+
+    family: str
+    name: str
+    error: float
+    allowed: float
+    seconds: float
+    problem: str | None = None
+
+
+class Inputs:
+    """Seeded numbers on a device: the same on every device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device("cuda" if device == "cuda" else "cpu")
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype = FP32) -> Tensor:
+        return (scale * torch.randn(size, generator=self.generator)).to(self.device, dtype)
+
+    def uniform(self, *size: int, low: float = 0.05, high: float = 0.35) -> Tensor:
+        return (low + (high - low) * torch.rand(size, generator=self.generator)).to(self.device)
+
+    def orthonormal(self, n: int, r: int) -> Tensor:
+        full = torch.randn(n, r, generator=self.generator, dtype=torch.float64)
+        return torch.linalg.qr(full)[0].float().to(self.device).contiguous()
+
+    def key(self, seed: int) -> Tensor:
+        return random.key(seed, self.device)
+
+
+def odd(t: Tensor) -> Tensor:
+    """The same numbers one element after an aligned address, as leaf."""
+    room = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return room[1:].view(t.shape).copy_(t)
+
+
+def double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad)
+
+
+def with_gradients(y: Tensor, dy: Tensor, inputs: Tensors) -> Tensors:
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype))
+    return {
+        "value": y.detach(),
+        **dict(zip((f"d{n}" for n in inputs), gradients, strict=True)),
+    }
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+def noise(i: Inputs, small: bool) -> Iterator[Case]:
+    key = i.key(7)
+    for count in (1, 130, 4097):
+        yield Case(
+            "noise",
+            f"normal {count}",
+            lambda c=count: {"eps": random.normal(key, (c,), stream=3)},
+            lambda c=count: {"eps": reference.normal(key, (c,), stream=3).double()},
+            1e-6,
+        )
+    yield Case(
+        "noise",
+        "fold_in",
+        lambda: {"key": random.fold_in(key, 5)},
+        lambda: {"key": reference.fold_in(key, 5)},
+        0.0,
+    )
+    for rows, columns in ((1, 1), (33, 130), (129, 4097)):
+        signs = {"rows": rows, "columns": columns}
+        yield Case(
+            "noise",
+            f"sign_bits {rows}x{columns}",
+            lambda s=signs: {"bits": random.sign_bits(key, s["rows"], s["columns"], stream=2)},
+            lambda s=signs: {"bits": reference.sign_bits(key, s["rows"], s["columns"], stream=2)},
+            0.0,
+        )
+        yield Case(
+            "noise",
+            f"dropout_mask {rows}x{columns}",
+            lambda s=signs: {"keep": random.dropout_mask(key, s["rows"], s["columns"], 0.3)},
+            lambda s=signs: {"keep": reference.dropout_mask(key, s["rows"], s["columns"], 0.3)},
+            0.0,
+        )
+
+
+ADAPTER_SHAPES = [  # tokens, n, m, r
+    (1, 130, 130, 8),
+    (31, 4097, 130, 1),
+    (32, 130, 4097, 17),
+    (33, 130, 130, 64),
+    (129, 130, 72, 8),
+    (33, 4097, 72, 17),
+    (129, 65, 130, 1),
+    (32, 130, 64, 64),
+    (70, 136, 72, 24),
+]
+LARGE = [(2048, 4097, 4096, 8), (2048, 4096, 1024, 64)]
+
+
+def adapter(i: Inputs, small: bool) -> Iterator[Case]:
+    shapes = ADAPTER_SHAPES if small else [*ADAPTER_SHAPES, *LARGE]
+    for shape, dtype, scope in itertools.product(
+        shapes, (FP32, BF16, FP16), ("none", "token", "dropout")
+    ):
+        tokens, n, m, r = shape
+        shift = odd if dtype == BF16 and n < 1000 and scope == "token" else (lambda t: t)
+        x = shift(i.normal(tokens, n, dtype=dtype)).requires_grad_()
+        base = shift(i.normal(tokens, m, dtype=dtype)).requires_grad_()
+        parts = {
+            "x": x,
+            "mean": i.normal(r, n, scale=n**-0.5).requires_grad_(),
+            "rho": i.uniform(r, n).requires_grad_(),
+            "b": i.normal(m, r, scale=r**-0.5).requires_grad_(),
+            "base": base,
+        }
+        dy, key = i.normal(tokens, m, dtype=dtype), i.key(11)
+        if scope == "none":
+            del parts["rho"]
+
+        def run(
+            parts: Tensors = parts, dy: Tensor = dy, scope: str = scope, key: Tensor = key
+        ) -> Tensors:
+            p = dict(parts)
+            if scope == "none":
+                y = F.lora(p["x"], p["mean"], p["b"], p["base"], scaling=0.7)
+            else:
+                y = F.flipout_lora(
+                    *p.values(),
+                    scaling=0.7,
+                    key=key,
+                    stream=2,
+                    scope="token",
+                    dropout=0.3 if scope == "dropout" else 0.0,
+                )
+            return with_gradients(y, dy, p)
+
+        def truth(
+            parts: Tensors = parts,
+            dy: Tensor = dy,
+            scope: str = scope,
+            key: Tensor = key,
+            shape: tuple[int, ...] = shape,
+        ) -> Tensors:
+            p = {name: double(t) for name, t in parts.items()}
+            if scope == "none":
+                y = reference.lora(p["x"], p["mean"], p["b"], p["base"], scaling=0.7)
+            else:
+                rate = 0.3 if scope == "dropout" else 0.0
+                drawn = reference.dense_noise(
+                    key, shape[0], shape[1], shape[3], stream=2, dropout=rate, dtype=torch.float64
+                )
+                y = reference.flipout_lora(*p.values(), scaling=0.7, noise=drawn, dropout=rate)
+            return with_gradients(y, dy, p)
+
+        name = {"none": "lora", "token": "flipout_lora", "dropout": "flipout_lora dropout"}[scope]
+        at = " odd offset" if shift is odd else ""
+        yield Case(
+            "adapter",
+            f"{name} T{tokens} n{n} m{m} r{r} {str(dtype)[6:]}{at}",
+            run,
+            truth,
+            harness.tolerance(dtype, max(shape)),
+        )
+
+
+def divergence(i: Inputs, small: bool) -> Iterator[Case]:
+    for number, size, by_row in itertools.product((1, 61, 448), (130, 4097), (False, True)):
+        if small and number == 448 and size > 130:
+            continue
+        means = [i.normal(2, size).requires_grad_() for _ in range(number)]
+        rhos = [i.uniform(2, 1 if by_row else size).requires_grad_() for _ in range(number)]
+
+        def run(means: list[Tensor] = means, rhos: list[Tensor] = rhos) -> Tensors:
+            kl = F.gaussian_kl(means, rhos, 0.2)
+            gradients = torch.autograd.grad(kl, [*means, *rhos])
+            return {"kl": kl.detach(), **{f"d{k}": g for k, g in enumerate(gradients)}}
+
+        def truth(means: list[Tensor] = means, rhos: list[Tensor] = rhos) -> Tensors:
+            m, p = [double(t) for t in means], [double(t) for t in rhos]
+            kl = reference.gaussian_kl(m, p, 0.2)
+            gradients = torch.autograd.grad(kl, [*m, *p])
+            return {"kl": kl.detach(), **{f"d{k}": g for k, g in enumerate(gradients)}}
+
+        def step(means: list[Tensor] = means, rhos: list[Tensor] = rhos) -> Tensors:
+            m, p = [t.detach().clone() for t in means], [t.detach().clone() for t in rhos]
+            weight = torch.full((), 0.01, device=m[0].device)
+            _library.ops.gaussian_kl_step_(m, p, weight, [0.2] * len(m), "square", "elbo")
+            return {f"s{k}": t for k, t in enumerate([*m, *p])}
+
+        def stepped(means: list[Tensor] = means, rhos: list[Tensor] = rhos) -> Tensors:
+            found = list(truth(means, rhos).values())[1:]
+            return {
+                f"s{k}": t.detach().double() - 0.01 * g
+                for k, (t, g) in enumerate(zip([*means, *rhos], found, strict=True))
+            }
+
+        name = f"{number} x (2, {size}){' a rho for each row' if by_row else ''}"
+        yield Case("divergence", f"gaussian_kl {name}", run, truth, harness.tolerance(FP32, size))
+        yield Case(
+            "divergence", f"gaussian_kl_step_ {name}", step, stepped, harness.tolerance(FP32, size)
+        )
+
+
+def tall(i: Inputs, small: bool) -> Iterator[Case]:
+    for number, n, r in itertools.product((1, 61, 448), (130, 4097), (1, 8, 17, 64)):
+        if number > 1 and (n > 130 or (r != 8 and (small or r > 8))):
+            continue
+        xs = [i.orthonormal(n, r) for _ in range(number)]
+        steps = [i.normal(n, r, scale=0.02) for _ in range(number)]
+        wide = [x.double() for x in xs]
+        deep = [d.double() for d in steps]
+
+        def changed(
+            op: Callable[..., object], *rest: object, xs: Sequence[Tensor] = xs, **given: object
+        ) -> Tensors:
+            new = [x.clone() for x in xs]
+            op(new, *rest, **given)
+            return {f"x{k}": x for k, x in enumerate(new)}
+
+        def every(
+            op: Callable[..., Tensor],
+            *lists: Sequence[Tensor],
+            rest: Sequence[object] = (),
+            **given: object,
+        ) -> Tensors:
+            found = (op(*one, *rest, **given) for one in zip(*lists, strict=True))
+            return {f"x{k}": x for k, x in enumerate(found)}
+
+        size, allowed = f"{number} x ({n}, {r})", harness.tolerance(FP32, 4)
+        yield Case(
+            "tall",
+            f"gram {size}",
+            lambda xs=xs: {f"x{k}": g for k, g in enumerate(F.gram(xs))},
+            lambda w=wide: every(reference.gram, w),
+            allowed,
+        )
+        for name, op, definition in (
+            ("polar", F.polar_retract_, reference.polar_retract),
+            ("qr", F.qr_retract_, reference.qr_retract),
+        ):
+            yield Case(
+                "tall",
+                f"{name} {size}",
+                lambda xs=xs, s=steps, op=op, c=changed: c(op, s, xs=xs),
+                lambda w=wide, s=deep, f=definition, e=every: e(f, w, s),
+                allowed,
+            )
+            yield Case(
+                "tall",
+                f"stiefel_step_ {name} {size}",
+                lambda xs=xs, s=steps, name=name, c=changed: c(
+                    F.stiefel_step_, s, LR, xs=xs, retraction=name
+                ),
+                lambda w=wide, s=deep, name=name, e=every: e(
+                    reference.stiefel_step, w, s, rest=(LR,), retraction=name
+                ),
+                allowed,
+            )
+        yield Case(
+            "tall",
+            f"landing_field {size}",
+            lambda xs=xs, s=steps: {f"x{k}": g for k, g in enumerate(F.landing_field(xs, s, 0.5))},
+            lambda w=wide, s=deep, e=every: e(reference.landing_field, w, s, rest=(0.5,)),
+            allowed,
+        )
+        yield Case(
+            "tall",
+            f"landing_step_ {size}",
+            lambda xs=xs, s=steps, c=changed: c(F.landing_step_, s, LR, 0.5, xs=xs),
+            lambda w=wide, s=deep, e=every: e(reference.landing_step, w, s, rest=(LR, 0.5)),
+            allowed,
+        )
+
+
+def predict(i: Inputs, small: bool) -> Iterator[Case]:
+    for classes, full, antithetic in itertools.product(
+        (2, 5, 33, 1000, 32000), (False, True), (False, True)
+    ):
+        if (full and classes > 32) or (small and classes > 1000):
+            continue
+        for spread in (1.0, 60.0):  # both ways to add exponentials: bounded noise, and any
+            rows, samples = (3, 64) if classes > 1000 else (9, 40)
+            mean, cov = (
+                i.normal(rows, classes, scale=2.0),
+                spread * (i.uniform(rows, classes) + 0.2),
+            )
+            if full:
+                cov = torch.diag_embed(cov) + 0.05
+            key = i.key(5)
+
+            def run(
+                mean: Tensor = mean,
+                cov: Tensor = cov,
+                key: Tensor = key,
+                antithetic: bool = antithetic,
+                samples: int = samples,
+            ) -> Tensors:
+                p = F.mc_predict(
+                    mean,
+                    cov,
+                    n_samples=samples,
+                    key=key,
+                    antithetic=antithetic,
+                    return_standard_error=True,
+                )
+                return {
+                    "log_probs": p.log_probs,
+                    "entropy": p.entropy,
+                    "expected": p.expected_entropy,
+                    "error": p.standard_error,
+                }
+
+            def truth(
+                mean: Tensor = mean,
+                cov: Tensor = cov,
+                key: Tensor = key,
+                antithetic: bool = antithetic,
+                samples: int = samples,
+            ) -> Tensors:
+                eps = reference.logit_noise(
+                    key, *mean.shape[:1], samples, mean.shape[1], antithetic=antithetic
+                )
+                found = reference.mc_predict(
+                    mean.double(), cov.double(), eps.double(), antithetic=antithetic
+                )
+                return dict(zip(("log_probs", "entropy", "expected", "error"), found, strict=True))
+
+            kind = f"{'full ' if full else ''}{'antithetic ' if antithetic else ''}variance x {spread:g}"
+            yield Case("predict", f"mc_predict C{classes} S{samples} {kind}", run, truth, 1e-4)
+
+
+def curvature(i: Inputs, small: bool) -> Iterator[Case]:
+    for number, d, k, b in (
+        (1, 4097, 10, 4),
+        (1, 130, 1, 33),
+        (61, 130, 10, 4),
+        (448, 40, 3, 2),
+        (1, 260, 30, 32),
+    ):
+        if small and number == 448:
+            continue
+        factors, rows = (
+            [i.normal(d, k) for _ in range(number)],
+            [i.normal(b, d) for _ in range(number)],
+        )
+
+        def run(factors: list[Tensor] = factors, rows: list[Tensor] = rows) -> Tensors:
+            new = [f.clone() for f in factors]
+            F.low_rank_update_(new, rows)
+            return {f"gram{k}": f.double() @ f.double().mT for k, f in enumerate(new)}
+
+        def truth(factors: list[Tensor] = factors, rows: list[Tensor] = rows) -> Tensors:
+            found = {}
+            for k, (f, r) in enumerate(zip(factors, rows, strict=True)):
+                new = f.double()
+                for part in r.double().split(32):  # rows go in blocks of 32
+                    new = reference.low_rank_update(new, part)
+                found[f"gram{k}"] = new @ new.mT
+            return found
+
+        yield Case(
+            "curvature",
+            f"low_rank_update_ {number} x ({d}, {k}), {b} rows",
+            run,
+            truth,
+            harness.tolerance(FP32, d),
+        )
+    for number, d, n, dtype in itertools.product(
+        (1, 61, 448), (3, 130, 128), (300,), (FP32, BF16, FP16)
+    ):
+        if d > 128 or (number > 1 and (d > 3 or dtype != FP32)):
+            continue
+        factors, rows = (
+            [torch.zeros(d, d, device=i.device) for _ in range(number)],
+            [i.normal(n, d, dtype=dtype) for _ in range(number)],
+        )
+
+        def run(factors: list[Tensor] = factors, rows: list[Tensor] = rows) -> Tensors:
+            new = [f.clone() for f in factors]
+            F.kron_accumulate_(new, rows, alpha=0.5, beta=1.0)
+            return {f"f{k}": f for k, f in enumerate(new)}
+
+        def truth(factors: list[Tensor] = factors, rows: list[Tensor] = rows) -> Tensors:
+            return {
+                f"f{k}": reference.kron_accumulate(f.double(), r.double(), alpha=0.5, beta=1.0)
+                for k, (f, r) in enumerate(zip(factors, rows, strict=True))
+            }
+
+        yield Case(
+            "curvature",
+            f"kron_accumulate_ {number} x {d}, {n} rows {str(dtype)[6:]}",
+            run,
+            truth,
+            harness.tolerance(FP32, n),
+        )
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors start as NaN, or the largest integer, in torch's ops and in ours."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    mode, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def largest_error(got: Tensors, truth: Tensors) -> tuple[float, str]:
+    """The largest error over the largest magnitude of any result, and which one; NaN counts as inf."""
+    worst, where = 0.0, ""
+    for name, t in truth.items():
+        if not t.numel():
+            continue
+        g, scale = got[name].double(), t.double().abs().max().clamp_min(1e-30)
+        error = float(((g - t.double()).abs().max() / scale).nan_to_num(nan=float("inf")))
+        if error >= worst:
+            worst, where = error, name
+    return worst, where
+
+
+def run_case(case: Case, once: bool = False) -> Outcome:
+    start, problem, error = time.perf_counter(), None, float("inf")
+    try:
+        with poisoned():
+            first = case.run()
+            second = first if once else case.run()
+        error, where = largest_error(first, case.truth())
+        unlike = [n for n in first if not torch.equal(first[n], second[n])]
+        if not error <= case.allowed:
+            problem = f"{where} errs by {error:.2e} of its magnitude, allowed {case.allowed:.1e}"
+        elif unlike:
+            problem = f"{unlike[0]} has other bits in the second run"
+    except Exception as failure:  # one line for each case; the others run
+        traceback.print_exc()
+        problem = (
+            f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        )
+    return Outcome(
+        case.family, case.name, error, case.allowed, round(time.perf_counter() - start, 3), problem
+    )
+
+
+# What a profiler looks at: every kernel once, at sizes that fill a GPU.
+COUNTED = (
+    "flipout_lora T2048 n4097 m4096 r8 bfloat16",
+    "flipout_lora T2048 n4097 m4096 r8 float32",
+    "flipout_lora T2048 n4096 m1024 r64 float16",
+    "gaussian_kl 448 x (2, 4097)",
+    "polar 448 x (130, 8)",
+    "stiefel_step_ polar 1 x (4097, 17)",
+    "mc_predict C5 S40 variance x 1",
+    "mc_predict C32000 S64 antithetic variance x 1",
+    "low_rank_update_ 61 x (130, 10), 4 rows",
+    "kron_accumulate_ 1 x 128, 300 rows float32",
+)
+
+
+def unreached(ran: set[str]) -> list[str]:
+    """Instances in results/registers of this GPU that no kernel name of the profiler matches."""
+    import registers
+
+    major, minor = torch.cuda.get_device_capability()
+    plain = {re.sub(r"\(\w+\)|c10::|\s", "", name) for name in ran}
+    missing = []
+    for row in registers.read_rows():
+        if row.arch != f"sm_{major}{minor}":
+            continue
+        label = f"{row.name}<{row.arguments}>" if row.arguments else f"{row.name}("
+        if not any(label.replace(" ", "") in name for name in plain):
+            missing.append(f"{row.family} {label.rstrip('(')}")
+    return missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "sim", "cuda"), default="cuda")
+    parser.add_argument(
+        "--small", action="store_true", help="leave out what takes long when watched"
+    )
+    parser.add_argument("--family", default=",".join(FAMILIES), help="some, divided by commas")
+    parser.add_argument("--once", action="store_true", help="one run of each case, for sanitizers")
+    parser.add_argument(
+        "--counters", action="store_true", help="only what a profiler looks at, unchecked"
+    )
+    parser.add_argument("--json", type=Path, help="a line for each case, as soon as it is done")
+    given = parser.parse_args(arguments)
+    chosen = given.family.split(",")
+    if not set(chosen) <= set(FAMILIES):
+        parser.error(f"--family must be some of {', '.join(FAMILIES)}, got {given.family}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; use --device sim or cpu")
+    if given.device == "sim" and _library.load_simulator() is None:
+        parser.error("--device sim: the emulator is not built; build with BAYES_KERNELS_TESTS=ON")
+    where = _library.simulator() if given.device == "sim" else contextlib.nullcontext()
+    profile = contextlib.nullcontext()
+    if given.device == "cuda" and not given.small and not given.counters:
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    start, outcomes, seen = time.perf_counter(), [], set()
+    with where, profile, open(given.json or "/dev/null", "w") as rows:
+        for family in chosen:
+            for case in globals()[family](Inputs(given.device), given.small):
+                if given.counters:
+                    if case.name in COUNTED:
+                        case.run()
+                        seen.add(case.name)
+                    continue
+                outcome = run_case(case, given.once)
+                outcomes.append(outcome)
+                rows.write(json.dumps(asdict(outcome)) + "\n")
+                rows.flush()
+                if outcome.problem is not None:
+                    print(f"FAILED {family} {case.name}: {outcome.problem}", flush=True)
+    if given.counters:
+        unknown = sorted(set(COUNTED) - seen)
+        print(f"ran {len(seen)} cases" + (f"; no case is named {unknown[0]}" if unknown else ""))
+        return 1 if unknown else 0
+    if isinstance(profile, torch.profiler.profile) and chosen == list(FAMILIES):
+        for missing in unreached({event.name for event in profile.events() or ()}):
+            print(f"not reached: {missing}")
+    failed = sum(o.problem is not None for o in outcomes)
+    print(
+        f"smoke on {given.device}: {len(outcomes) - failed} passed, {failed} failed "
+        f"in {time.perf_counter() - start:.1f} s"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
