@@ -435,6 +435,9 @@ def test_files_that_are_none(workspace: Path) -> None:
         cases.append(Case(("predict", file, "--text", "a day")))
         cases.append(Case(("bayesianize", file)))
         cases.append(Case(("evaluate", "run-blob", "--model", file)))
+        if not file.endswith("folder.jsonl"):  # an empty folder will do
+            cases.append(Case(("train", "data", "--model", "model", "--out", file)))
+            cases.append(Case(("evaluate", "run-blob", "--out", file)))
     # A folder of a model with something in it that reading would wait for.
     model = workspace / "bad" / "model"
     shutil.copytree(workspace / "model", model)
