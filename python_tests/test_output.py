@@ -25,7 +25,7 @@ import tiny_task
 from typer.testing import CliRunner
 
 from bayes_kernels import cli
-from bayes_kernels.hf import experiment, output
+from bayes_kernels.hf import experiment, output, training
 from bayes_kernels.hf.output import EVALUATION, PRIVATE, Output, Stopped
 from bayes_kernels.hf.recipe import write_text
 
@@ -381,6 +381,11 @@ def test_sigterm_is_like_ctrl_c(tmp_path: Path) -> None:
     assert run.kept() and run.way_on() == f"bayes-kernels train --out {out} --resume"
     with pytest.raises(ValueError, match=f"go on with: bayes-kernels train --out {out} --resume"):
         place(out).check()
+    # Who looks for the adapter there is told the same.
+    with pytest.raises(
+        ValueError, match=rf"found none; a run .* --out {out} --resume; name its last"
+    ):
+        training.read_record(out)
     with pytest.raises(ValueError, match="expected results of `compare`"):
         place(out, "compare", resume=True).check()
     with place(out, resume=True) as run:
