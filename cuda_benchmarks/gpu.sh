@@ -36,7 +36,7 @@ DEVICE=cuda
 if [[ $DRY == 1 ]]; then
   DEVICE=sim
   # The library of the environment, with its emulator, unless one is named.
-  [[ -e $LIBRARY ]] || LIBRARY=
+  [[ -e $LIBRARY/libbayes_kernels_sim.so ]] || LIBRARY=
 fi
 
 mkdir -p "$OUT" "$STATE/logs"

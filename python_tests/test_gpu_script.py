@@ -136,6 +136,20 @@ def test_without_a_gpu_it_says_how_to_go_on(tmp_path: Path) -> None:
     assert done.returncode == 2 and "DRY=1" in done.stderr
 
 
+def test_the_plan_without_a_gpu(tmp_path: Path) -> None:
+    """DRY=1 with two of its steps: the real programs, on the emulator and the CPU."""
+    if _library.load_simulator() is None:
+        pytest.skip("the emulator library is not built")
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"),
+                   "STATE": str(tmp_path / "state"), "DRY": "1", "PART": "smoke tests"}  # fmt: skip
+    done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "smoke: passed" in summary and "tests: passed" in summary
+    rows = (tmp_path / "out" / "smoke.jsonl").read_text().splitlines()
+    assert len(rows) > 20 and all(json.loads(row)["problem"] is None for row in rows)
+
+
 def load(name: str) -> ModuleType:
     sys.path.insert(0, str(ROOT / "cuda_benchmarks"))
     try:

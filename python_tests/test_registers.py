@@ -98,6 +98,8 @@ def test_kernels_that_stream_have_loads_in_flight(registers: ModuleType) -> None
     for row in rows:
         least = registers.STREAMING.get((row.family, row.name), 0)
         assert row.in_flight >= least, f"{row.name}<{row.arguments}>: {row.in_flight} bytes"
+        most = registers.SHORT.get((row.family, row.name), row.instructions)
+        assert row.instructions <= most, f"{row.name}: {row.instructions} instructions"
 
 
 def test_the_page_is_what_the_rows_give(registers: ModuleType) -> None:
