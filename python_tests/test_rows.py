@@ -188,10 +188,12 @@ def run(command: str, data: Path, model: Path, adapter: Path, out: Path) -> None
     """The command on the data; where it needs an adapter, one that exists."""
     word, _, method = command.partition(" ")
     far = ["--ood", data / "far.jsonl"]
-    short = ["--model", model, "--steps", 3, "--out", out]
+    short = ["--model", model, "--steps", 2, "--out", out]
+    trials = ["--convert", "max_trials=2"] if method == "tfb" else []
     draws = ["--n-samples", 2] if method not in ("map", "polar") else []
     if word == "train":
-        call(word, data, *short, *far, *draws, "--method", method, "--lr", "0.01")
+        options = ["--method", method, "--lr", "0.01", "--save-every", 9, *trials]
+        call(word, data, *short, *far, *draws, *options)
     elif word == "compare":
         options = ["--methods", "map,temperature,blob,tfb,laplace,ensemble", "--members", 2]
         options += ["--seeds", 1, "--threads", 1, "--n-samples", 2]
@@ -200,7 +202,7 @@ def run(command: str, data: Path, model: Path, adapter: Path, out: Path) -> None
         options = ["--train-size", 40, "--n-samples", 2, "--threads", 1, "--method", "laplace"]
         call(word, "--data", data, *short, *options)
     elif word == "bayesianize":
-        options = ["--data", data, *far, "--method", method, *draws, "--out", out]
+        options = ["--data", data, *far, "--method", method, *draws, *trials, "--out", out]
         call(word, adapter, *options)
     elif word == "evaluate":
         call(word, adapter, "--data", data, *far, "--out", out)
