@@ -153,8 +153,11 @@ def _whole(help: str, *names: str, least: int | None = None, most: int | None = 
             number = int(value)
         except ValueError:
             number = None
-        low, high = (number if limit is None else limit for limit in (least, most))
-        if number is None or not low <= number <= high:
+        if (
+            number is None
+            or (least is not None and number < least)
+            or (most is not None and number > most)
+        ):
             raise typer.BadParameter(f"expected {words}, got {_shorten(str(value))!r}")
         return number
 
@@ -168,7 +171,7 @@ def _number(help: str, *names: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise typer.BadParameter(f"expected a number, got {_shorten(value)!r}") from None
+            raise typer.BadParameter(f"expected a number, got {_shorten(str(value))!r}") from None
 
     return typer.Option(*names, help=help, parser=parse, metavar="NUMBER")
 

@@ -127,8 +127,16 @@ def sign_bits(
     """
     check_key("sign_bits", key)
     if not _library.has_kernels(key):
-        where = {"row0": row0, "rows_per_id": rows_per_id, "ids": ids}
-        return reference.sign_bits(key, rows, columns, stream=stream, output=output, **where)
+        return reference.sign_bits(
+            key,
+            rows,
+            columns,
+            stream=stream,
+            output=output,
+            row0=row0,
+            rows_per_id=rows_per_id,
+            ids=ids,
+        )
     return _library.ops.sign_bits(key, stream, output, rows, columns, row0, rows_per_id, ids)
 
 

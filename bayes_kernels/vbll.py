@@ -1048,6 +1048,7 @@ class VBLLClassification(_LastLayer):
         if bound == "jensen":
             jensen = _jensen_bound if transformed() else _JensenBound.apply
             return jensen(mean, variance, targets, counted)
+        assert key is not None  # _check_bound
         sampled = _monte_carlo_bound if transformed() else _MonteCarloBound.apply
         return sampled(mean, variance, targets, counted, key, n_samples, antithetic)
 

@@ -381,7 +381,10 @@ def _adapter(
     arguments = (rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
     if a.shape[0] > MAX_FUSED_RANK or not _library.has_kernels(x) or transformed():
         update = _update(rows, a, rho, middle, b, noise, scaling, std, kind)
-        y = update.to(x.dtype) if base is None else (base_rows.to(acc) + update).to(base.dtype)
+        if base_rows is None:
+            y = update.to(x.dtype)
+        else:
+            y = (base_rows.to(acc) + update).to(base_rows.dtype)
     elif _needs_gradient(x, a, rho, middle, b, base):
         y = _Adapter.apply(*arguments)
     else:
@@ -411,10 +414,8 @@ def _update(
         else:
             drawn = dense_noise(x, a.shape[0], noise, signs=kind == "flipped")
             h = reference.flipout_rank(wide, a, rho, drawn, std, noise.dropout)
-        if kind == "scaled":
-            h = h * middle
-        elif kind == "core":
-            h = h @ middle.T  # type: ignore[union-attr]
+        if middle is not None:
+            h = h @ middle.T if kind == "core" else h * middle
         return (h @ b.T) * scaling
 
 
@@ -486,7 +487,9 @@ class _Adapter(torch.autograd.Function):
         dbase = dy if need_base else None
         if torch.is_grad_enabled() or transformed():
             found = second_order(
-                lambda *tensors: _update(*tensors, noise, scaling, std, kind),
+                lambda x, a, rho, middle, b: _update(
+                    x, a, rho, middle, b, noise, scaling, std, kind
+                ),
                 (x, a, rho, middle, b),
                 dy.to(h.dtype),
             )

@@ -127,10 +127,13 @@ def prior_stds(op: str, prior_std: float | Sequence[float]) -> list[float]:
     Raises:
         TypeError, ValueError: not numbers, or not positive.
     """
-    single = isinstance(prior_std, (int, float)) or (
+    priors: list[Any]
+    if isinstance(prior_std, (int, float)) or (
         isinstance(prior_std, Tensor) and prior_std.dim() == 0
-    )
-    priors = [prior_std] if single else as_list(op, "prior_std", prior_std)  # type: ignore[arg-type]
+    ):
+        priors = [prior_std]
+    else:
+        priors = as_list(op, "prior_std", prior_std)
     for p in priors:
         if not isinstance(p, Tensor):
             check_number(op, "prior_std", p)
@@ -153,7 +156,8 @@ class _GaussianKL(torch.autograd.Function):
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed():
-            found = second_order(lambda *t: _definition(*ctx.options, t), tensors, weight)
+            priors, std, direction = ctx.options
+            found = second_order(lambda *t: _definition(priors, std, direction, t), tensors, weight)
             return (None, None, None, *found)
         means, rhos = _halves(tensors)
         dmeans, drhos = _library.ops.gaussian_kl_backward(weight, means, rhos, *ctx.options)

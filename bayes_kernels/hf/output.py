@@ -168,7 +168,8 @@ class Output:
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        self.folder, self.kind, self.files = folder, kind, []
+        self.folder, self.kind = folder, kind
+        self.files: list[str] = []
         self.add(files)
         self.command, self.inputs = list(command), inputs
         self.overwrite, self.resume = overwrite, resume
@@ -476,7 +477,8 @@ def _matches(folder: Path, pattern: str) -> list[Path]:
 
 def _owned(folder: Path, patterns: Sequence[str]) -> set[Path]:
     """The files of a run."""
-    real, found = os.path.realpath(folder), set()
+    real = os.path.realpath(folder)
+    found: set[Path] = set()
     for pattern in patterns:
         for match in _matches(folder, pattern):
             # A part of the way that is a link leads to files of others.

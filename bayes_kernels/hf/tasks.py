@@ -118,8 +118,8 @@ class Task:
         """What training on this task would be told too late: classes without examples."""
         if not self.train:
             return []
-        trained = {example.label for example in self.train}
-        tested = {example.label for example in self.test} - {None}
+        trained = {example.label for example in self.train if example.label is not None}
+        tested = {example.label for example in self.test if example.label is not None}
         found = []
         if len(trained) == 1:
             (only,) = trained
@@ -500,8 +500,8 @@ def load_jsonl(
     inside = {_content(example): place for place, example in train_rows + test_rows}
     for place, example in (row for part in ood_rows.values() for row in part):
         # Other data may count from 0 as well; the same text of the same id is the same example.
-        if (other := inside.get(_content(example))) is not None:
-            problems.add(place, f"expected data of another kind, got the example of {other}")
+        if (twin := inside.get(_content(example))) is not None:
+            problems.add(place, f"expected data of another kind, got the example of {twin}")
     problems.raise_if_any()
 
     kind, names = _kind_of(train_rows + test_rows, ood_rows, label_names, problems)
