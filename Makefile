@@ -103,9 +103,9 @@ wheel: $(VENV)/.wheel
 wheel-test: wheel
 	$(PY) python_tests/check_wheel.py dist/bayes_kernels-*.whl --torch '$(TORCH)'
 
-# The library that a rented GPU machine is given: GPU code for sm_90 alone, built beside the headers of the
-# oldest torch, so that cuda_benchmarks/gpu.sh need not compile there. Ignored by git; a copy of the tree has
-# to carry build/gpu-library along.
+# The library that cuda_benchmarks/gpu.sh takes to another machine: GPU code for sm_90 alone, built beside the headers of the
+# oldest torch, so that nothing is compiled there. Ignored by git; a copy of the tree has to carry
+# build/gpu-library along.
 GPU_TORCH := torch==2.11.0
 GPU_HEADERS := build/gpu-torch
 $(GPU_HEADERS)/torch: | $(PY)

@@ -36,7 +36,8 @@ are written by hand: kept for it are the features, (B, C) tensors and the (B, C,
 Features of any float dtype are taken in fp32 (fp64 where they or the parameters are), autocast or not;
 results have that dtype. Parameters and buffers stay fp32 under `.half()`, `.bfloat16()` and
 `.to(dtype)`: a log scale needs its bits. Weight decay on a head is wrong beside its KL (it would pull
-deviations to 1): give its parameters none. First derivatives only.
+deviations to 1): give its parameters none. Second derivatives and torch.func take the same formulas in
+PyTorch's own operations; the Monte-Carlo bound has no second derivatives under `create_graph=True`.
 
 Sources: Harrison, Willes, Snoek, "Variational Bayesian Last Layers", arXiv 2404.11599; Xiang, Li, Lu,
 "PoLAR-VBLL", arXiv 2604.03388, for heads of language models and the Laplace refinement.

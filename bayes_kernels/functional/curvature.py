@@ -52,11 +52,11 @@ def kron_accumulate_(
         ValueError, TypeError: lists, shapes, dtypes or devices do not fit.
 
     Cost: N d^2 / 2 multiply-adds for N rows. Up to d = 128 the rows are read once, as they are, by a
-    kernel: partial sums over at most 256 rows are fp32 (fp64 for fp64 factors), sums of those fp64; on a
-    GPU two launches for every 60 factors. Same inputs, same bits for any number of threads. Larger
-    factors, fp64 factors on a GPU, and devices without kernels take PyTorch's products, of a copy of the
-    rows in the factor's dtype: one below d = 512 (4096 on a GPU), else one for every 256 (2048) rows of
-    the factor, from their diagonal on.
+    kernel: partial sums over at most 256 rows are fp32 (fp64 for fp64 factors), sums of those fp64; on
+    a GPU two launches for every 500 factors (60 with drivers older than CUDA 12.1). Same inputs, same
+    bits for any number of threads. Larger factors, fp64 factors on a GPU, and devices without kernels
+    take PyTorch's products, of a copy of the rows in the factor's dtype: one below d = 512 (4096 on a
+    GPU), else one for every 256 (2048) rows of the factor, from their diagonal on.
 
     Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
     Curvature", arXiv 1503.05671.
@@ -162,8 +162,8 @@ def low_rank_update_(
         ValueError, TypeError: lists, shapes, dtypes or devices do not fit.
 
     Cost: O(d (k + b)^2) for each block of b rows, and an eigendecomposition of a (k + b)-sided matrix in
-    fp64. On a GPU three launches for every 60 factors and 32 rows; on the CPU a factor is one
-    thread's work. Same inputs, same bits for any number of threads.
+    fp64. On a GPU three launches for every 500 factors (60 with drivers older than CUDA 12.1) and 32
+    rows; on the CPU a factor is one thread's work. Same inputs, same bits for any number of threads.
 
     Source: Yang et al., "Bayesian Low-rank Adaptation for Large Language Models", arXiv 2308.13111,
     Algorithm 1, which takes singular value decompositions.
