@@ -349,7 +349,7 @@ def test_where_a_missing_pad_token_is_looked_up(make: Callable[[], Any]) -> None
         model(input_ids=ids)
     with torch.no_grad():
         one = model(input_ids=IDS[:1]).logits
-        with _compat.without_padding(model, ids):
+        with _compat.without_padding(model, {"input_ids": ids}):
             several = model(input_ids=ids).logits
     torch.testing.assert_close(several, one.expand(3, -1), rtol=1e-4, atol=1e-6)
     assert model.config.pad_token_id is None

@@ -376,6 +376,16 @@ def test_one_example_without_a_pad_token(kind: str, method: str) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
+def test_one_example_as_embeddings_without_a_pad_token() -> None:
+    model = adapted(_decoder("llama", None), BlobConfig, ["q_proj"], task_type="SEQ_CLS")
+    with torch.no_grad():
+        embedded = {"inputs_embeds": model.get_input_embeddings()(IDS[:1])}
+    got = predict(model, embedded, n_samples=4).probs
+    want = predict(model, {"input_ids": IDS[:1]}, n_samples=4).probs
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert model.get_base_model().config.pad_token_id is None
+
+
 def test_several_examples_still_need_a_pad_token() -> None:
     model = adapted(_decoder("llama", None), BlobConfig, ["q_proj"], task_type="SEQ_CLS")
     with pytest.raises(ValueError, match="padding token"):

@@ -496,7 +496,8 @@ PACKED = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]])
 def test_packed_rows_with_a_draw_for_each_example(method: str, said: Any) -> None:
     model = llama(DRAWING[method], scope="example").train()
     padded = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 0, 0]])
-    for positions in (torch.arange(5).expand(2, 5), padded):
+    ones = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 1, 1]])  # as `generate` numbers padding
+    for positions in (torch.arange(5).expand(2, 5), padded, ones):
         model(input_ids=IDS, position_ids=positions)
     assert not said("scope='example'")
     for _ in range(2):

@@ -353,6 +353,35 @@ def test_saved_folders_explain_themselves(tmp_path: Path, method: str) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BAYES_LORA"
 
 
+def test_a_card_of_ones_own_stays(tmp_path: Path) -> None:
+    model = get_peft_model(gpt2(), BlobConfig(target_modules=["c_attn"], r=2))
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace("BLoB adapter", "Old title"))
+    model.save_pretrained(tmp_path)
+    assert "# BLoB adapter" in card.read_text()  # ours is renewed
+    card.write_text("---\nlicense: mit\n---\nWritten by hand.\n")
+    model.save_pretrained(tmp_path)
+    text = card.read_text()
+    assert "Written by hand." in text and "BLoB adapter" not in text
+
+
+# --- adapters beside each other -------------------------------------------------------------------
+
+
+@bayesian
+def test_names_that_are_part_of_other_names(method: str, tmp_path: Path) -> None:
+    """A tensor that another adapter's name or a layer's has in common is not a missing one."""
+    model = get_peft_model(gpt2(), CONFIGS[method](target_modules=["c_attn"], r=2))
+    model.save_pretrained(tmp_path)
+    for name in ("a", "lora_A", "c_attn", "default2"):
+        model.load_adapter(str(tmp_path), name)
+    base = gpt2()
+    for name in ("default", "a", "second"):
+        base.load_adapter(str(tmp_path), adapter_name=name)
+    assert list(base.peft_config) == ["default", "a", "second"]
+
+
 # --- quantised bases ---------------------------------------------------------------------------------
 
 

@@ -114,7 +114,7 @@ def _is_filled(part: Any) -> bool:
 
 
 @contextlib.contextmanager
-def without_padding(model: nn.Module, ids: Any) -> Iterator[None]:
+def without_padding(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Inside, a decoder classifier without a pad token takes copies of one example.
 
     Such classifiers refuse batches of several rows, whose ends they cannot see. Rows that are all the
@@ -122,10 +122,13 @@ def without_padding(model: nn.Module, ids: Any) -> Iterator[None]:
 
     Args:
         model: any model.
-        ids: its `input_ids`, before or after copying; anything else changes nothing.
+        inputs: its inputs, before or after copying. Without `input_ids` or `inputs_embeds` nothing
+            changes.
     """
     config: Any = getattr(getattr(model, "get_base_model", lambda: model)(), "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
+    ids: Any = inputs.get("input_ids")
+    ids = inputs.get("inputs_embeds") if ids is None else ids
     refuses = getattr(config, "pad_token_id", 0) is None and isinstance(ids, Tensor)
     if not refuses or not bool((ids == ids[:1]).all()):
         yield

@@ -21,6 +21,9 @@ _CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+# A file with one of these lines is PEFT's template or ours; any other is a text of somebody's.
+_RENEWED = "<!-- Written anew with the adapter; without this line the file stays as it is. -->"
+_TEMPLATE = "[More Information Needed]"
 _SCORES = (("accuracy", "accuracy"), ("ece", "ECE"), ("nll", "NLL"), ("brier", "Brier score"))
 
 
@@ -41,6 +44,8 @@ def write_card(
 ) -> Path:
     """Write README.md into an adapter folder, in place of the one that PEFT writes.
 
+    A README.md that somebody has written, or taken the last line from, stays as it is.
+
     Args:
         folder: with adapter_config.json, and experiment.json where a command wrote it.
         classes: names of the classes, where the record does not say.
@@ -54,6 +59,10 @@ def write_card(
     config = read_json(folder / CONFIG_NAME)
     record = read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
     path = folder / CARD_NAME
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if _RENEWED not in text and _TEMPLATE not in text:
+            return path
     place = Path(place or folder)
     # Commands know the base by a word ("minilm") that transformers does not.
     source = _near(place, config.get("base_model_name_or_path"))
@@ -116,7 +125,7 @@ def _text(
         commands = ['bayes-kernels predict . --text "..."', "bayes-kernels evaluate ."]
     else:
         commands = [f"bayes-kernels evaluate . --data test.jsonl --model {base or 'BASE'}"]
-    lines += ["", "```bash", *commands, "```", ""]
+    lines += ["", "```bash", *commands, "```", "", _RENEWED, ""]
     return "\n".join(lines)
 
 

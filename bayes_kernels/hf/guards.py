@@ -115,7 +115,12 @@ def _complete(result: Any, self: Any, adapter_name: str | None = None, **given: 
     if getattr(config, "method", None) is None:
         return
     source = given.get("model_id") or given.get("peft_model_id")
-    missing = sorted(key for key in getattr(result, "missing_keys", ()) if ".lora_" in key)
+    # PEFT takes every key that has the name somewhere in it, transformers those of all adapters.
+    missing = sorted(
+        key
+        for key in getattr(result, "missing_keys", ())
+        if key.rpartition(".lora_")[2].split(".")[1:2] == [name]
+    )
     unexpected = sorted(key for key in getattr(result, "unexpected_keys", ()) if ".lora_" in key)
     if missing or unexpected:
         raise ValueError(

@@ -395,7 +395,7 @@ class ClassLogits:
 
         inputs = {k: v for k, v in batch.items() if k not in _LABELS}
         rows = LogitRows(model, inputs, self.choices)
-        with without_padding(model, inputs.get("input_ids")):
+        with without_padding(model, inputs):
             return rows.of(model(**{**inputs, **rows.options}), 1)
 
 

@@ -145,8 +145,9 @@ def _check_packing(module: nn.Module, state: NoiseState, positions: Any) -> None
     """
     if state.packing_checked or not isinstance(positions, Tensor) or positions.dim() != 2:
         return
-    before, here, after = positions[:, :-2], positions[:, 1:-1], positions[:, 2:]
-    packed = bool(((before > 0) & (here == 0) & (after == 1)).any())
+    # A padded row has one beginning, whatever number its padding has.
+    begins = (positions[:, :-1] == 0) & (positions[:, 1:] == 1)
+    packed = bool((begins.sum(-1) > 1).any())
     state.packing_checked = packed or not positions.is_cpu
     if packed and any(variant.scope == "example" for variant in _variants(module)):
         warnings.warn(

@@ -326,8 +326,7 @@ def predict(
         model, {**inputs, **rows.options}, memory_budget
     )
     gathered: Any = None
-    ids = inputs.get("input_ids")
-    with _eval_mode(model), _unused_noticed(model), without_padding(model, ids):
+    with _eval_mode(model), _unused_noticed(model), without_padding(model, inputs):
         for first in range(0, draws, per_pass):
             count = min(per_pass, draws - first)
             folded = fold_samples({**inputs, **rows.options}, count)
