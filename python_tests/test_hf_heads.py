@@ -430,6 +430,11 @@ def _gpt2_tokens() -> nn.Module:
     return GPT2ForTokenClassification(config)
 
 
+def _in_one_row(labels: Tensor) -> Tensor:
+    """Other micro-batches than that of the row have no targets at all."""
+    return torch.where(torch.arange(8)[:, None] == 4, labels, -100)
+
+
 _CLASS = ROWS[:, 0] % 2
 _TOKEN_CLASS = torch.where(TOKENS > 0, ROWS % 3, -100)
 _TOKEN_IDS = torch.where(TOKENS > 0, ROWS, -100)
@@ -448,7 +453,9 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], list[str], Tensor]] = {
     ),
     "tokens": (_bert(BertForTokenClassification), ["query"], _TOKEN_CLASS),
     "gpt2 tokens": (_gpt2_tokens, ["c_attn"], _TOKEN_CLASS),
+    "few tokens": (_bert(BertForTokenClassification), ["query"], _in_one_row(_TOKEN_CLASS)),
     "masked": (_bert(BertForMaskedLM), ["query"], _TOKEN_IDS),
+    "few masked": (_bert(BertForMaskedLM), ["query"], _in_one_row(_TOKEN_IDS)),
     "next sentence": (_bert(BertForNextSentencePrediction), ["query"], _CLASS),
     "causal": (_llama_lm, ["q_proj"], _TOKEN_IDS),
     "t5": (t5, ["q"], _TOKEN_IDS),

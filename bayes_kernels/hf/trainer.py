@@ -322,7 +322,9 @@ class BayesTrainerMixin(_Base):
         if isinstance(items, Tensor) and items.requires_grad:
             self._counts_items = _depends_on(loss, items)
         if items is not None and self._counts_items is False and counts is not None:
-            loss = loss * (counts / num_items_in_batch).to(loss.device)
+            share = (counts / num_items_in_batch).to(loss.device)
+            # The mean over no targets is NaN, and their share is nothing.
+            loss = torch.where(share > 0, loss * share, torch.zeros_like(loss))
         if model.training:
             parts = self.current_gradient_accumulation_steps
             scaled = loss_is_scaled(self, num_items_in_batch)
