@@ -117,6 +117,21 @@ def test_update_of_a_layer(method: str) -> None:
     torch.testing.assert_close(read.get_delta_weight("default"), delta, rtol=0, atol=0)
 
 
+@every
+@torch.no_grad()
+def test_double_precision_survives_merging(method: str) -> None:
+    model = adapted(method).double()
+    x = X.double()
+    before = model(x)
+    factors = model.base_model.model[0].lora_A["default"].weight.dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    # PoLAR keeps its factors, and so their product, in fp32.
+    small = 1e-12 if factors == torch.float64 else 1e-5
+    torch.testing.assert_close(model(x), before, rtol=small, atol=small)
+
+
 @pytest.mark.parametrize("method", [*ALL, "polar-vbll"])
 @pytest.mark.parametrize("safe", [False, True])
 @torch.no_grad()

@@ -119,7 +119,7 @@ class ScalablVariant(BayesVariant, method="scalabl"):
     def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
         """diag(exp(log_s)) V^T, and B."""
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        return self._mean(module, adapter)[:, None] * a.float(), b
+        return self._mean(module, adapter)[:, None] * a, b
 
     def draw_factors(
         self, module: Any, adapter: str, key: Tensor, number: int
@@ -127,7 +127,7 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         """diag(s) V^T with s of draw `number`, and B."""
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         s = self._mean(module, adapter) + self._noise(module, adapter, key, number, 1)[0]
-        return s[:, None] * a.float(), b
+        return s[:, None] * a, b
 
     def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
         """That of N(mean, covariance) from N(0, sigma_p^2 I), or its reverse ("code")."""

@@ -244,7 +244,8 @@ class BayesVariant(LoraVariant):
     def delta_weight(self, module: Any, adapter: str) -> Tensor:
         """scaling * B A of the posterior mean, laid out as the base weight is."""
         a, b = self.mean_factors(module, adapter)
-        delta = (b.float() @ a.float()) * module.scaling[adapter]
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        delta = (b.to(wide) @ a.to(wide)) * module.scaling[adapter]
         return delta.T if getattr(module, "fan_in_fan_out", False) else delta
 
     def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
