@@ -395,11 +395,16 @@ def has_kernels(t: Tensor) -> bool:
 
 
 _told: set[str] = set()
+_with_kernels: set[tuple[str, int]] = set()  # GPUs: asked for at every call of an op
 
 
 def _served(device: str, index: int | None, double: bool) -> bool:
+    if not double and (device, index) in _with_kernels:
+        return True
     lack = lack_of_kernels(device, index, double)
     if lack is None:
+        if index is not None and _capability(index) is not None:  # not for code that is only traced
+            _with_kernels.add((device, index))
         return True
     error, reason = lack
     if os.environ.get("BAYES_KERNELS_STRICT") == "1":

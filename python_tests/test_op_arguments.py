@@ -310,8 +310,9 @@ for call in (
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A process that has not yet warned."""
+    """A process that has not yet warned, nor looked at a GPU."""
     monkeypatch.setattr(_library, "_told", set())
+    monkeypatch.setattr(_library, "_with_kernels", set())
     monkeypatch.delenv("BAYES_KERNELS_STRICT", raising=False)
     yield monkeypatch
 
@@ -426,6 +427,35 @@ def test_which_gpus_an_image_serves(quiet, compiled, served, refused):
     quiet.setattr(_library, "build_info", lambda: {"cuda_architectures": compiled})
     for capabilities, expected in ((served, True), (refused, False)):
         assert [_library._has_image(c) for c in capabilities] == [expected] * len(capabilities)
+
+
+@pytest.mark.filterwarnings("ignore:bayes_kernels")
+def test_a_gpu_is_looked_at_once(quiet):
+    """Every call of an op asks; a list asks for each of its tensors."""
+    looked = []
+
+    def capability(index: int | None) -> tuple[int, int]:
+        looked.append(index)
+        return (9, index or 0)
+
+    quiet.setattr(_library, "_has_cuda", lambda: True)
+    quiet.setattr(_library, "build_info", lambda: {"cuda_architectures": "90-real"})
+    quiet.setattr(_library, "_capability", capability)
+    assert _library._served("cuda", 0, False)
+    looked.clear()
+    assert _library._served("cuda", 0, False) and not looked
+    quiet.setattr(_library, "build_info", lambda: {"cuda_architectures": "80-real"})
+    assert not _library._served("cuda", 1, False) and not _library._served("cuda", 1, False)
+    assert not _library._served("cuda", 0, True)
+
+
+@pytest.mark.filterwarnings("ignore:bayes_kernels")
+def test_a_gpu_that_is_only_traced_for_is_not_remembered(quiet):
+    quiet.setattr(_library, "_has_cuda", lambda: True)
+    quiet.setattr(_library, "_capability", lambda index: None)
+    assert _library._served("cuda", 0, False)
+    quiet.setattr(_library, "_has_cuda", lambda: False)
+    assert not _library._served("cuda", 0, False)
 
 
 def test_a_build_without_cuda_says_how_to_get_it(quiet):
