@@ -8,12 +8,12 @@
 # Step      seconds  what
 # load           15  the library in LIBRARY (make gpu-library builds it), or, if that does not load, a compilation
 # smoke          45  every kernel instance against fp64, poisoned outputs, twice: smoke.py
-# graphs         40  CUDA graphs, side streams, whole steps: test_cuda_graphs.py
-# tests         100  the op tests on the GPU, six processes
+# graphs         60  CUDA graphs, side streams, whole steps: test_cuda_graphs.py, eight processes
+# tests         100  the op tests on the GPU, twelve processes
 # rows          150  timings of every family, a row as soon as a case is measured
 # counters       60  ncu: bytes, share of the memory rate and stalls of each kernel
-# sanitize      110  memcheck, racecheck, initcheck, synccheck on smoke.py --small
-# steps          80  whole training steps, plain PEFT LoRA against BLoB: 1B, then 7B
+# sanitize      110  memcheck, racecheck, synccheck, initcheck on smoke.py --small --watched
+# steps          60  whole training steps, plain PEFT LoRA against BLoB: 1B, then 7B
 #
 # Everything goes to OUT as soon as it is there, in four files: summary.txt, smoke.jsonl, counters.csv and
 # evidence.tar.gz (logs, and cuda_benchmarks/results/<GPU>). The exit code is that of the worst step. What python lacks (pytest,
@@ -30,7 +30,7 @@ OUT=${OUT:-$ROOT/runs/gpu}
 LIBRARY=${LIBRARY:-$ROOT/build/gpu-library}
 STATE=${STATE:-$ROOT/build/gpu}
 STEPS=(load smoke graphs tests rows counters sanitize steps)
-declare -A BUDGET=([load]=15 [smoke]=45 [graphs]=40 [tests]=100 [rows]=150 [counters]=60 [sanitize]=110 [steps]=80)
+declare -A BUDGET=([load]=15 [smoke]=45 [graphs]=60 [tests]=100 [rows]=150 [counters]=60 [sanitize]=110 [steps]=60)
 WORST=0
 DEVICE=cuda
 if [[ $DRY == 1 ]]; then
@@ -63,7 +63,8 @@ run() {
     say "$name: no time was left"
     return 124
   }
-  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+  # pytest names what failed so far when it is interrupted.
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1
   code=$?
   tail -n 6 "$log"
   pack
@@ -101,28 +102,29 @@ smoke() {
   run smoke "$PYTHON" cuda_benchmarks/smoke.py "${options[@]}"
 }
 
-# tests_of STEP [pytest options]: on this device only.
+# tests_of STEP PROCESSES [pytest options]
 tests_of() {
-  local name=$1 options=(-q -ra --tb=short -p no:cacheprovider)
-  shift
+  local name=$1 processes=$2 options=(-v -ra --tb=short -p no:cacheprovider)
+  shift 2
   has pytest || {
     say "$name: skipped, no pytest"
     return 0
   }
   [[ $DRY == 1 ]] || export FAIL_WITHOUT_CUDA=1
+  has xdist && [[ $DRY != 1 ]] && options+=(-n "$processes" --dist load)
   run "$name" "$PYTHON" -m pytest "${options[@]}" "$@"
 }
 
-graphs() { tests_of graphs python_tests/test_cuda_graphs.py; }
+# Each capture at a first launch is a process of its own, and takes it seconds to start.
+graphs() { tests_of graphs 8 python_tests/test_cuda_graphs.py; }
 
 tests() {
-  local files=(adapter tiles derivatives curvature divergence predict random registration tall) workers=()
+  local files=(adapter tiles derivatives curvature divergence predict random registration tall)
   [[ $DRY == 1 ]] && files=(random)
-  has xdist && [[ $DRY != 1 ]] && workers=(-n 6 --dist load)
   has transformers peft && [[ $DRY != 1 ]] && files+=(hf_cuda)
   files=("${files[@]/#/python_tests/test_}")
   # torch.compile's tests start compilers, which take longer than all others together.
-  tests_of tests "${workers[@]}" --device "$DEVICE" -k "not compile" "${files[@]/%/.py}"
+  tests_of tests 12 --device "$DEVICE" -k "not compile" "${files[@]/%/.py}"
 }
 
 rows() {
@@ -137,23 +139,27 @@ counters() {
     say "counters: skipped, there is no ncu"
     return 0
   }
-  run counters "$ncu" --clock-control none --csv --log-file "$OUT/counters.csv" --launch-count 80 \
+  run counters "$ncu" --clock-control none --csv --log-file "$OUT/counters.csv" --launch-count 120 \
     --kernel-name 'regex:^(amax|apply|average|combine|dense|down|eigen|finish|gradient|gram|normaliser|outer|pack|prepare|refine|scaled|small|solve|sum|total|up|value)_' \
     --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats --section LaunchStats \
     "$PYTHON" cuda_benchmarks/smoke.py --device cuda --counters
 }
 
 sanitize() {
-  local sanitizer check code worst=0 whole=${BUDGET[sanitize]} begin=$SECONDS
+  local sanitizer check code only worst=0 checks=4 end=$((SECONDS + BUDGET[sanitize]))
   sanitizer=$(tool compute-sanitizer) || {
     say "sanitize: skipped, there is no compute-sanitizer"
     return 0
   }
-  # Without PyTorch's cache every tensor is an allocation of its own, so that overruns are seen.
-  for check in memcheck racecheck initcheck synccheck; do
-    BUDGET[sanitize]=$((whole - (SECONDS - begin)))
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitize "$sanitizer" --tool "$check" --error-exitcode 9 --print-limit 20 \
-      "$PYTHON" cuda_benchmarks/smoke.py --device cuda --small --once
+  # Without PyTorch's cache every tensor is an allocation of its own, so that overruns are seen. Each check has
+  # its share of the time that is left.
+  for check in memcheck racecheck synccheck initcheck; do
+    # Ours alone are watched; initcheck has to see what others write, too.
+    only=(--kernel-name kns=bayes_kernels)
+    [[ $check == initcheck ]] && only=()
+    BUDGET[sanitize]=$(((end - SECONDS) / checks--))
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitize "$sanitizer" --tool "$check" "${only[@]}" --error-exitcode 9 \
+      --print-limit 20 "$PYTHON" cuda_benchmarks/smoke.py --device cuda --small --watched
     code=$?
     say "  $check: $code"
     ((code > worst)) && worst=$code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -75,11 +76,16 @@ def test_the_plan_runs_in_its_order(script: Any, tmp_path: Path) -> None:
     assert [
         line
         for line in asked
-        if "smoke.py" in line and "--once" not in line and "--counters" not in line
+        if "smoke.py" in line and "--watched" not in line and "--counters" not in line
     ]
     assert [c for c in ("memcheck", "racecheck", "initcheck", "synccheck") if f"  {c}: 0" in summary] == [
         "memcheck", "racecheck", "initcheck", "synccheck"]  # fmt: skip
-    assert any("test_cuda_graphs.py" in line for line in asked)
+    assert any("test_cuda_graphs.py" in line and "-n 8" in line for line in asked)
+    watched = [line for line in asked if "compute-sanitizer" in line]
+    assert len(watched) == 4 and all("--small --watched" in line for line in watched)
+    assert [line for line in watched if "kns=bayes_kernels" not in line] == [
+        line for line in watched if "initcheck" in line
+    ]
     assert any("test_adapter.py" in line and "--device cuda" in line for line in asked)
     assert any("end_to_end" in line and "7B" in line for line in asked)
     files = {p.name for p in (tmp_path / "out").iterdir()}
@@ -184,6 +190,39 @@ def test_smoke_runs_every_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     text = " ".join(name for names in seen.values() for name in names)
     for part in ("T1 ", "T31 ", "T129 ", "n4097", "r64", "odd offset", "61 x", "C1000", "float16"):
         assert part in text, part
+
+
+def test_smoke_reaches_every_width_of_the_kernels() -> None:
+    """Kernels are instances by rank, and by the length of a list: some case needs each."""
+    smoke = load("smoke")
+
+    def widths(ranks: set[int]) -> set[int]:
+        return {next(w for w in (8, 16, 32, 64) if r <= w) for r in ranks}
+
+    assert widths({r for *_, r in smoke.ADAPTER_SHAPES}) == {8, 16, 32, 64}
+    names = [case.name for case in smoke.tall(smoke.Inputs("cpu"), False)]
+    for op in ("gram", "polar", "qr", "stiefel_step_ polar", "landing_field", "landing_step_"):
+        for number in (1, 61):
+            found = re.findall(rf"^{op} {number} x \(130, (\d+)\)$", "\n".join(names), re.MULTILINE)
+            assert widths({int(r) for r in found}) == {8, 16, 32, 64}, (op, number)
+    rows = [case.name for case in smoke.noise(smoke.Inputs("cpu"), True)]
+    assert any("a rho for each row" in name for name in rows)
+
+
+def test_watched_cases_run_once_with_no_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sanitizer sees the case alone, and memory that is not initialised as such."""
+    smoke, seen = load("smoke"), []
+
+    def run() -> dict[str, torch.Tensor]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return {}
+
+    def truth() -> dict[str, torch.Tensor]:
+        raise AssertionError("the definition ran")
+
+    case = smoke.Case("noise", "one", run, truth, 0.0)
+    assert smoke.run_case(case, watched=True).problem is None and seen == [False]
+    assert "the definition ran" in smoke.run_case(case).problem and seen == [False, True, True]
 
 
 @pytest.mark.parametrize(
