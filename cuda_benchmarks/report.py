@@ -335,6 +335,8 @@ CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 def take(out: Path, results: Path = RESULTS) -> Path:
     """Copy what gpu.sh left in a folder to results/<GPU>, and return that folder.
 
+    A run without the smoke program goes on with an earlier one: its summary is added to that one's.
+
     Raises:
         SystemExit: the folder has no summary, or the summary names no GPU.
     """
@@ -354,7 +356,14 @@ def take(out: Path, results: Path = RESULTS) -> Path:
                 harness.save_rows(results / path.parent.name / path.name, harness.read_rows(path))
     folder = results / "-".join("".join(c if c.isalnum() else " " for c in gpu).split())
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.txt", "smoke.jsonl", "counters.csv"):
+    earlier = folder / "summary.txt"
+    if earlier.exists() and not (out / "smoke.jsonl").exists():
+        said = earlier.read_text()
+        if summary.read_text() not in said:
+            earlier.write_text(said + summary.read_text())
+    else:
+        shutil.copyfile(summary, earlier)
+    for name in ("smoke.jsonl", "counters.csv"):
         if (out / name).exists():
             shutil.copyfile(out / name, folder / name)
     return folder
@@ -369,9 +378,10 @@ def status(family: str, results: Path = RESULTS) -> str:
         if not ours:
             continue
         text = (smoke.parent / "summary.txt").read_text()
-        commit = text.splitlines()[0].split()[-1]
+        commit = " and ".join(dict.fromkeys(re.findall(r"^== \S+ (.+)$", text, re.MULTILINE)))
         passed = sum(c["problem"] is None for c in ours)
-        clean = [c for c in CHECKS if f"  {c}: 0" in text]
+        codes = dict(re.findall(r"^  (\w+): (\d+)$", text, re.MULTILINE))  # of the last run of each
+        clean = [c for c in CHECKS if codes.get(c) == "0"]
         rows = smoke.parent / f"{family}.jsonl"
         shares = (
             [r.roofline for r in harness.read_rows(rows) if r.roofline] if rows.exists() else []

@@ -279,6 +279,15 @@ def test_results_reach_the_status_table(tmp_path: Path) -> None:
     assert folder.name == "NVIDIA-H100"
     said = report.status("tall", results)
     assert said == "NVIDIA H100 at abc1234: 3 of 4 cases; memcheck clean"
+    # A second call that repeats two checks: racecheck is clean now, memcheck is not.
+    (out / "smoke.jsonl").unlink()
+    (out / "summary.txt").write_text(
+        "== 2026-12-01T00:10:00Z def5678\nNVIDIA H100, 590.1, 81559 MiB\n  memcheck: 9\n  racecheck: 0\n"
+    )
+    report.take(out, results)
+    report.take(out, results)
+    said = report.status("tall", results)
+    assert said == "NVIDIA H100 at abc1234 and def5678: 3 of 4 cases; racecheck clean"
     readme = (ROOT / "README.md").read_text()
     changed = report.with_status(readme, results)
     assert [
