@@ -429,6 +429,30 @@ def test_adapters_that_are_never_called(method: str, said: Any, tmp_path: Path) 
     assert not bayes_layers(whole)[0].layer._forward_pre_hooks
 
 
+def test_layers_that_are_left_out_now_and_then(said: Any, tmp_path: Path) -> None:
+    """As with layer drop: each step goes round a layer, and none goes round the same."""
+    model = filled(bert())
+    layers = [item.layer for item in bayes_layers(model)]
+    passes = 0
+
+    def skip(layer: Any, *_: Any) -> None:
+        layer._disable_adapters = layer is layers[passes % len(layers)]
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    for layer in layers:
+        layer.register_forward_pre_hook(skip)
+    model.register_forward_hook(count)
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], max_steps=3, save_strategy="no"
+    )
+    data = [{"input_ids": IDS[0], "labels": torch.tensor(1)}] * 2
+    BayesTrainer(model=model, args=args, train_dataset=data).train()
+    assert len(layers) > 1 and passes == 3 and not said("were not called")
+
+
 @pytest.mark.parametrize("method", DRAWING)
 def test_a_loop_in_eval_mode(method: str, said: Any, tmp_path: Path) -> None:
     llama(DRAWING[method]).save_pretrained(tmp_path)

@@ -19,6 +19,7 @@ from torch import nn
 
 from .card import class_names, write_card
 from .checks import check_folder, is_bayesian_folder
+from .config import BayesLoraConfig
 from .variants import VARIANTS, BayesVariant, extra_names
 
 
@@ -83,8 +84,8 @@ def _no_conversion(
     **_: Any,
 ) -> None:
     names = self.peft_config if selected_adapters is None else selected_adapters
-    methods = [getattr(self.peft_config.get(name), "method", None) for name in names]
-    if path_initial_model_for_weight_conversion is not None and any(methods):
+    ours = any(isinstance(self.peft_config.get(name), BayesLoraConfig) for name in names)
+    if path_initial_model_for_weight_conversion is not None and ours:
         raise ValueError(
             "save_pretrained: path_initial_model_for_weight_conversion must be left out for a Bayesian "
             f"adapter, got {str(path_initial_model_for_weight_conversion)!r}: the difference of two "
@@ -103,7 +104,7 @@ def _write_cards(
     if not is_main_process:
         return
     for name in self.peft_config if selected_adapters is None else selected_adapters:
-        if getattr(self.peft_config[name], "method", None) is not None:
+        if isinstance(self.peft_config[name], BayesLoraConfig):
             folder = Path(save_directory) / ("" if name == "default" else name)
             write_card(folder, classes=class_names(self))
 
@@ -111,8 +112,7 @@ def _write_cards(
 def _complete(result: Any, self: Any, adapter_name: str | None = None, **given: Any) -> None:
     """After `load_adapter`: every tensor of a Bayesian adapter came from the file."""
     name = adapter_name or "default"
-    config = getattr(self, "peft_config", {}).get(name)
-    if getattr(config, "method", None) is None:
+    if not isinstance(getattr(self, "peft_config", {}).get(name), BayesLoraConfig):
         return
     source = given.get("model_id") or given.get("peft_model_id")
     # PEFT takes every key that has the name somewhere in it, transformers those of all adapters.

@@ -37,6 +37,10 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 
 _START = "BayesTrainer"  # entry of the Trainer's state file
 
+# Passes after which a layer that no gradient has reached is one that the model does not call: layer
+# drop and batches of one modality leave layers out now and then.
+_WATCHED_PASSES = 8
+
 KL_MODES = ("decoupled", "loss", "none")
 
 
@@ -144,7 +148,7 @@ class BayesTrainerMixin(_Base):
         if self._head is not None:
             self._check_head_options()
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
-        self._calls_checked = False
+        self._passes, self._idle = 0, set[str]()  # seen so far, and layers without a gradient in all
         if self._head is not None and self._config.alternation != "jacobi":
             arguments = self.args  # type: ignore[attr-defined]
             accumulates = arguments.gradient_accumulation_steps != 1
@@ -360,20 +364,22 @@ class BayesTrainerMixin(_Base):
         return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
     def _check_calls(self: Any) -> None:
-        """After the first backward pass: layers without gradients have not been called."""
-        if self._calls_checked:
+        """In the first backward passes: layers that never had a gradient have not been called."""
+        last = min(_WATCHED_PASSES, self.state.max_steps)
+        if self._passes >= last:
             return
-        self._calls_checked = True
+        self._passes += 1
         layers = [item for item in bayes_layers(self.model) if not item.variant.routed]
         trained = [
             (item.name, weight.grad is None)
             for item in layers
             if (weight := item.layer.lora_B[item.adapter].weight).requires_grad
         ]
-        missing = [name for name, none in trained if none]
+        missing = {name for name, none in trained if none}
+        self._idle = missing if self._passes == 1 else self._idle & missing
         # With sharded gradients there is none to be seen anywhere.
-        if missing and len(missing) < len(trained):
-            warn_uncalled("BayesTrainer", missing, len(trained))
+        if self._passes == last and self._idle and len(self._idle) < len(trained):
+            warn_uncalled("BayesTrainer", sorted(self._idle), len(trained))
 
     def _elbo_loss(
         self: Any, model: nn.Module, inputs: Any, return_outputs: bool, num_items: Any
