@@ -59,9 +59,9 @@ class Case:
         return f"{self.count} x ({self.n}, {self.r})"
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(device: str, quick: bool) -> list[Case]:
     if quick:
-        return [Case(16, 4096, 16)]
+        return [Case(16, 4096, 16), Case(448, 4096, 16)][: 2 if device == "cuda" else 1]
     return [Case(16, 4096, 16), Case(64, 4096, 16), Case(448, 4096, 16), Case(16, 4096, 64),
             Case(16, 768, 8)]  # fmt: skip
 
@@ -239,7 +239,7 @@ def run_landing(n: int, r: int, options: Options) -> list[Row]:
 
 def run(options: Options) -> Iterator[Row]:
     """All cases."""
-    for case in cases(options.quick):
+    for case in cases(options.device, options.quick):
         if options.wants(case.name):
             yield from run_retraction(case, options)
     if options.wants(STEP.name):

@@ -261,6 +261,16 @@ def test_smoke_fills_outputs_and_workspaces_with_nan() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_quick_rows_on_a_gpu_have_the_sizes_of_training() -> None:
+    """Few tokens and short lists tell of launches only."""
+    adapter, tall = load("bench_adapter"), load("bench_tall")
+    names = [case.name for case in adapter.cases("cuda", True)]
+    assert {"T2048 n4096 m4096 r8 bfloat16", "T16384 n4096 m4096 r8 bfloat16",
+            "T2048 n4096 m4096 r8 float32"} <= set(names)  # fmt: skip
+    assert max(case.count for case in tall.cases("cuda", True)) == 448
+    assert max(case.count for case in tall.cases("cpu", True)) == 16
+
+
 # --- what becomes of the results -------------------------------------------------------------------
 
 
