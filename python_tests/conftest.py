@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,30 @@ def _cpu_only(request: pytest.FixtureRequest) -> Iterator[None]:
 def _needs_cuda(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("needs_cuda") and not torch.cuda.is_available():
         _no_cuda("no GPU")
+
+
+def _settings() -> dict[str, object]:
+    """What a test may change of its process, and has to leave as it was."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "folder": os.getcwd(),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_settings_as_they_were() -> Iterator[None]:
+    """A test that leaves gradients off, say, fails itself, and not the hundred after it."""
+    before = _settings()
+    yield
+    after = _settings()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    torch.set_grad_enabled(bool(before["gradients"]))
+    assert not changed, f"left otherwise than found: {changed}"
 
 
 @dataclass(frozen=True)

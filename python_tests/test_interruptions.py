@@ -50,12 +50,15 @@ class _Lines:
         self.order: list[Place] = []
 
     def __enter__(self) -> _Lines:
-        self.before = sys.gettrace()
+        self.before, self.gradients = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: Any) -> None:
         sys.settrace(self.before)
+        # A line where a `with torch.no_grad()` ends is traced before its __exit__, which would not run;
+        # the interpreter itself looks for Ctrl-C at calls and loops only.
+        torch.set_grad_enabled(self.gradients)
 
     def _call(self, frame: Any, event: str, argument: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(OURS) else None
