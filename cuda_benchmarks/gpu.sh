@@ -172,11 +172,11 @@ steps() {
     say "steps: skipped, no transformers or PEFT"
     return 0
   }
-  local options=(--device cuda --seconds 3 --save) case=1B
-  [[ $DRY == 1 ]] && options=(--device cpu --quick --seconds 0.01 --vs none) case="training_step 10M, 1 x 32"
+  local options=(--device cuda --seconds 3 --save) case="1B, 4 x 300"
+  [[ $DRY == 1 ]] && options=(--device cpu --quick --seconds 0.01 --vs none) case="10M, 8 x 64"
   # The 1B model first: its rows are saved before the 7B model is made.
   run steps "$PYTHON" cuda_benchmarks end_to_end "${options[@]}" --case "$case" || return
-  [[ $DRY == 1 ]] || (($(left) < 40)) || run steps "$PYTHON" cuda_benchmarks end_to_end "${options[@]}" --case 7B
+  [[ $DRY == 1 ]] || (($(left) < 40)) || run steps "$PYTHON" cuda_benchmarks end_to_end "${options[@]}" --case "7B, 4 x 300"
 }
 
 if [[ $DRY != 1 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
