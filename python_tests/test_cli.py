@@ -81,6 +81,34 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def test_relative_paths_hold_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is read from itself, as its README.md has it, and after all has moved together."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    tiny_task.write_data(home / "data")
+    tiny_task.write_model(home / "model")
+    monkeypatch.chdir(home)
+    words = ["--model", "model", "--test", "data/test.jsonl", "--ood", "data/ood.jsonl"]
+    result = call("train", "data/train.jsonl", *words, *SETTINGS, "--out", "runs/blob")
+    assert result.exit_code == 0, result.output
+    text = Path("runs/blob/README.md").read_text()
+    base = text.partition('from_pretrained("')[2].partition('"')[0]
+    # Reading an adapter asks nobody on the network about its base.
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", pytest.fail)
+    monkeypatch.chdir("runs/blob")
+    assert os.path.samefile(base, home / "model")
+    first = call("predict", ".", "--json", "--text", "a bright day")
+    assert first.exit_code == 0, first.output
+    monkeypatch.chdir(tmp_path)
+    shutil.move(home, moved)
+    again = call("predict", moved / "runs/blob", "--json", "--text", "a bright day")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["class"] == json.loads(first.stdout)["class"]
+    scores = call("evaluate", moved / "runs/blob", "--n-samples", 2)
+    assert scores.exit_code == 0, scores.output
+
+
 # --- Results -------------------------------------------------------------------------------------
 
 

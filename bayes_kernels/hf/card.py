@@ -130,12 +130,13 @@ def _text(
 
 
 def _near(folder: Path, base: str | None) -> str:
-    """A base model as it was named; a folder near the adapter's as seen from there."""
-    path = Path(base or "")
-    if base and path.is_absolute() and path.exists():
-        folder, path = folder.resolve(), path.resolve()
+    """A base model as it was named; a folder as seen from the adapter's, if it is near or was named
+    as seen from the current one."""
+    if base and os.path.exists(base):
+        folder, path = folder.resolve(), Path(base).resolve()
         shared = Path(os.path.commonpath([folder, path]))
-        if len(folder.relative_to(shared).parts) <= 3 and shared != Path(shared.anchor):
+        near = len(folder.relative_to(shared).parts) <= 3 and shared != Path(shared.anchor)
+        if near or not os.path.isabs(base):
             return Path(os.path.relpath(path, folder)).as_posix()
     return base or ""
 

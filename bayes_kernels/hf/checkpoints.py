@@ -116,7 +116,9 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     deviations = config.get("peft_type") != PEFT_TYPE_NAME and _has_deviations(keys)
     if not deviations and not any(key.startswith(PREFIX * 2) for key in keys):
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        missing = sorted(set(_adapter_state(wrapped, "default")) - set(keys))
+        # Embeddings are no part of the question, and PEFT would ask the hub about them.
+        own = _adapter_state(wrapped, "default", save_embedding_layers=False)
+        missing = sorted(set(own) - set(keys))
         missing = [key for key in missing if ".lora_" in key]
         if missing:
             raise ValueError(
@@ -262,10 +264,10 @@ def _peft_model(model: nn.Module) -> PeftModel:
     )
 
 
-def _adapter_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+def _adapter_state(model: PeftModel, adapter: str, **options: Any) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, adapter_name=adapter)
+    return get_peft_model_state_dict(model, adapter_name=adapter, **options)
 
 
 def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:

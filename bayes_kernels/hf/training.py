@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -277,7 +277,7 @@ def save_adapter(
             (folder / LAPLACE_FILE).unlink(missing_ok=True)
         else:
             save_laplace(model, temporary)
-        _write_record(temporary, experiment, task, encoder)
+        _write_record(temporary, experiment, task, encoder, place=folder)
         write_card(temporary, place=folder)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
         for path in files:  # the configuration last: without it there is no adapter
@@ -309,7 +309,10 @@ def stored_numbers(folder: Path) -> int:
     return count
 
 
-def _write_record(folder: Path, experiment: Experiment, task: Task, encoder: TaskEncoder) -> None:
+def _write_record(
+    folder: Path, experiment: Experiment, task: Task, encoder: TaskEncoder, place: Path
+) -> None:
+    """Write experiment.json into a folder that will be at a place."""
     record = {
         "format": FORMAT,
         "experiment": experiment.to_dict(),
@@ -320,6 +323,8 @@ def _write_record(folder: Path, experiment: Experiment, task: Task, encoder: Tas
             "template": task.template,
         },
         "max_length": encoder.max_length,
+        # Where relative paths begin, as seen from the adapter.
+        "cwd": os.path.relpath(os.getcwd(), os.path.realpath(place)),
         "versions": versions(),
     }
     write_json(folder / EXPERIMENT_FILE, record)
@@ -363,13 +368,32 @@ def read_record(folder: str | Path) -> Saved | None:
         length = record["max_length"]
         if not (length is None or (isinstance(length, int) and length > 0)):
             raise ValueError(f"max_length {length!r} is no length")
+        experiment = Experiment.from_dict(record["experiment"])
+        begin = os.path.join(os.path.realpath(path), record.get("cwd", "."))
         return Saved(
-            Experiment.from_dict(record["experiment"]), _task_without_rows(record["task"]), length
+            _with_paths_from(experiment, begin), _task_without_rows(record["task"]), length
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path / EXPERIMENT_FILE}: expected what `train` wrote, got {error!r}"
         ) from None
+
+
+def _with_paths_from(experiment: Experiment, folder: str) -> Experiment:
+    """Relative paths that lead nowhere from the current folder, as seen from another, if they do there."""
+
+    def found(name: str) -> str:
+        there = os.path.normpath(os.path.join(folder, name))
+        return there if not os.path.lexists(name) and os.path.lexists(there) else name
+
+    source = experiment.source
+    source = replace(
+        source,
+        data=found(source.data),
+        test=source.test and found(source.test),
+        ood=source.ood and tuple(map(found, source.ood)),
+    )
+    return replace(experiment, model=found(experiment.model), source=source)
 
 
 def _task_without_rows(record: Mapping[str, Any]) -> Task:
@@ -842,4 +866,4 @@ class _RecordBesideCheckpoint(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        _write_record(folder, self.experiment, self.encoder.task, self.encoder)
+        _write_record(folder, self.experiment, self.encoder.task, self.encoder, place=folder)
