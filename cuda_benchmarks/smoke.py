@@ -49,13 +49,18 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `run` gives results, `truth` the same in fp64; `allowed`: largest relative error."""
+    """One call: `run` gives results, `truth` the same in fp64; `allowed`: largest relative error.
+
+    `seen`: what of the results is compared, where the definition leaves something open. Apart from `run`,
+    so that sanitizers meet no products of cuBLAS.
+    """
 
     family: str
     name: str
     run: Callable[[], Tensors]
     truth: Callable[[], Tensors]
     allowed: float
+    seen: Callable[[Tensors], Tensors] = lambda found: found
 
 
 @dataclass
@@ -437,7 +442,7 @@ def curvature(i: Inputs, small: bool) -> Iterator[Case]:
         def run(factors: list[Tensor] = factors, rows: list[Tensor] = rows) -> Tensors:
             new = [f.clone() for f in factors]
             F.low_rank_update_(new, rows)
-            return {f"gram{k}": f.double() @ f.double().mT for k, f in enumerate(new)}
+            return {f"f{k}": f for k, f in enumerate(new)}
 
         def truth(factors: list[Tensor] = factors, rows: list[Tensor] = rows) -> Tensors:
             found = {}
@@ -454,6 +459,9 @@ def curvature(i: Inputs, small: bool) -> Iterator[Case]:
             run,
             truth,
             harness.tolerance(FP32, d),
+            lambda found: {
+                f"gram{name[1:]}": (w := f.double()) @ w.mT for name, f in found.items()
+            },
         )
     for number, d, n, dtype in itertools.product(
         (1, 61, 448), (3, 130, 128), (300,), (FP32, BF16, FP16)
@@ -528,7 +536,7 @@ def run_case(case: Case, watched: bool = False) -> Outcome:
         else:
             with poisoned():
                 first, second = case.run(), case.run()
-            error, where = largest_error(first, case.truth())
+            error, where = largest_error(case.seen(first), case.truth())
             unlike = [n for n in first if not torch.equal(first[n], second[n])]
             if not error <= case.allowed:
                 problem = (
