@@ -89,7 +89,8 @@ load() {
     say "load: $LIBRARY has no library that loads; compiling"
     [[ -x /usr/local/cuda/bin/nvcc ]] && export PATH=/usr/local/cuda/bin:$PATH
     BUDGET[load]=$((LIMIT / 2))
-    run load bash -c "cmake -S '$ROOT' -B '$STATE/cmake' -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=\$(command -v '$PYTHON') \
+    # For this GPU alone: all architectures would take the time of all other steps.
+    run load env BAYES_KERNELS_CUDA_ARCHITECTURES=this bash -c "cmake -S '$ROOT' -B '$STATE/cmake' -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=\$(command -v '$PYTHON') \
       -DBAYES_KERNELS_CUDA=$([[ $DRY == 1 ]] && echo OFF || echo ON) && cmake --build '$STATE/cmake' --parallel && \
       mkdir -p '$LIBRARY' && cp '$STATE'/cmake/libbayes_kernels*.so '$LIBRARY'" || return
   fi

@@ -129,6 +129,17 @@ def test_what_goes_wrong_is_said(script: Any, given: dict[str, str], code: int, 
     assert found == code and said in summary
 
 
+def test_a_library_that_does_not_load_is_compiled_for_this_gpu(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "cmake").write_text(
+        '#!/usr/bin/env bash\necho "cmake for $BAYES_KERNELS_CUDA_ARCHITECTURES: $*" >>"$NOTES"\nexit 1\n'
+    )
+    (tmp_path / "cmake").chmod(0o755)
+    code, summary, asked = script(FAIL="bayes_kernels", BAYES_KERNELS_CUDA_ARCHITECTURES="all")
+    assert code == 1 and "has no library that loads; compiling" in summary
+    compiled = [line for line in asked if line.startswith("cmake")]
+    assert compiled[0].startswith("cmake for this: ") and "BAYES_KERNELS_CUDA=ON" in compiled[0]
+
+
 def test_without_a_gpu_it_says_how_to_go_on(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
