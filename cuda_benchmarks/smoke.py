@@ -40,7 +40,7 @@ from torch import Tensor
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LR = 0.1  # of the steps on the Stiefel manifold
 FAMILIES = ("noise", "adapter", "divergence", "tall", "predict", "curvature")
 
@@ -134,8 +134,11 @@ def noise(i: Inputs, small: bool) -> Iterator[Case]:
         lambda: {"key": reference.fold_in(key, 5)},
         0.0,
     )
-    for shape, of_row in itertools.product(((3, 130), (8, 4097)), (False, True)):
-        rho, de = i.uniform(shape[0], 1 if of_row else shape[1]), i.normal(*shape)
+    for shape, of_row, dtype in itertools.product(
+        ((3, 130), (8, 4097)), (False, True), (FP32, FP64)
+    ):
+        rho = i.uniform(shape[0], 1 if of_row else shape[1]).to(dtype)
+        de = i.normal(*shape, dtype=dtype)
 
         def scaled(rho: Tensor = rho, de: Tensor = de, shape: tuple[int, int] = shape) -> Tensors:
             ops = _library.ops
@@ -151,7 +154,8 @@ def noise(i: Inputs, small: bool) -> Iterator[Case]:
 
         yield Case(
             "noise",
-            f"scaled_normal {shape[0]}x{shape[1]}{', a rho for each row' if of_row else ''}",
+            f"scaled_normal {shape[0]}x{shape[1]}{', a rho for each row' if of_row else ''} "
+            f"{str(dtype)[6:]}",
             scaled,
             defined,
             harness.tolerance(FP32, shape[1] if of_row else 1),
@@ -290,6 +294,27 @@ def divergence(i: Inputs, small: bool) -> Iterator[Case]:
         yield Case("divergence", f"gaussian_kl {name}", run, truth, harness.tolerance(FP32, size))
         yield Case(
             "divergence", f"gaussian_kl_step_ {name}", step, stepped, harness.tolerance(FP32, size)
+        )
+        if size > 130 or by_row or number > 61:
+            continue
+
+        def raw(means: list[Tensor] = means, rhos: list[Tensor] = rhos) -> Tensors:
+            """The ops themselves: functional.gaussian_kl takes fp64 to kernels on the CPU only."""
+            ops, options = _library.ops, ([0.2] * len(means), "square", "elbo")
+            m, p = [t.detach().double() for t in means], [t.detach().double() for t in rhos]
+            weight = torch.ones((), dtype=FP64, device=m[0].device)
+            found = {"kl": ops.gaussian_kl(m, p, *options)}
+            dm, dp = ops.gaussian_kl_backward(weight, m, p, *options)
+            found |= {f"d{k}": g for k, g in enumerate([*dm, *dp])}
+            ops.gaussian_kl_step_(m, p, 0.01 * weight, *options)
+            return found | {f"s{k}": t for k, t in enumerate([*m, *p])}
+
+        yield Case(
+            "divergence",
+            f"gaussian_kl {name} float64",
+            raw,
+            lambda truth=truth, stepped=stepped: truth() | stepped(),
+            1e-12,
         )
 
 

@@ -218,7 +218,9 @@ def test_smoke_reaches_every_width_of_the_kernels() -> None:
             found = re.findall(rf"^{op} {number} x \(130, (\d+)\)$", "\n".join(names), re.MULTILINE)
             assert widths({int(r) for r in found}) == {8, 16, 32, 64}, (op, number)
     rows = [case.name for case in smoke.noise(smoke.Inputs("cpu"), True)]
-    assert any("a rho for each row" in name for name in rows)
+    rows += [case.name for case in smoke.divergence(smoke.Inputs("cpu"), True)]
+    for part in ("scaled_normal .*, a rho for each row", "scaled_normal", "kl 1 x", "kl 61 x"):
+        assert any(re.search(rf"{part}.*float64$", name) for name in rows), part
 
 
 def test_watched_cases_run_once_with_no_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
