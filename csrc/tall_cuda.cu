@@ -145,22 +145,18 @@ struct Source {
   const float* added;  // or null
 };
 
-// load_rows of x + d: all of x, and as much of d as registers allow, before the first sum.
+// load_rows of x + d: all loads before the first sum.
 template <int count, int kRows>
 __device__ __forceinline__ void load_source(const Source& s, uint32_t row, int step, uint32_t end,
                                             int column, int r, bool vector,
                                             float (&v)[kRows][count]) {
   load_rows(s.matrix, row, step, end, column, r, vector, v);
   if (s.added == nullptr) return;
-  constexpr int kPart = kRows;
+  float w[kRows][count];
+  load_rows(s.added, row, step, end, column, r, vector, w);
   BK_UNROLL
-  for (int part = 0; part < kRows; part += kPart) {
-    float w[kPart][count];
-    load_rows(s.added, row + part * step, step, end, column, r, vector, w);
-    BK_UNROLL
-    for (int u = 0; u < kPart; ++u) BK_UNROLL
-    for (int e = 0; e < count; ++e) v[part + u][e] += w[u][e];
-  }
+  for (int u = 0; u < kRows; ++u) BK_UNROLL
+  for (int e = 0; e < count; ++e) v[u][e] += w[u][e];
 }
 
 __device__ __forceinline__ Source source_of(TallOp op, const Item& item, bool d) {
