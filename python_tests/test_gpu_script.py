@@ -86,6 +86,9 @@ def test_the_plan_runs_in_its_order(script: Any, tmp_path: Path) -> None:
     assert [line for line in watched if "kns=bayes_kernels" not in line] == [
         line for line in watched if "initcheck" in line
     ]
+    assert [line for line in watched if "--report-api-errors no" in line] == [
+        line for line in watched if "memcheck" in line
+    ]
     assert any("test_adapter.py" in line and "--device cuda" in line for line in asked)
     assert any("end_to_end" in line and "7B" in line for line in asked)
     files = {p.name for p in (tmp_path / "out").iterdir()}
