@@ -120,6 +120,17 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
     return METHODS[trained_method(experiment)].config(**options)
 
 
+# Fields of a configuration that are no options of training: PEFT fills them in, or loading does.
+_SET_BY_PEFT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+}
+
+
 def _config_options(experiment: Experiment) -> dict[str, Any]:
     """Arguments of the method's configuration that do not depend on the model.
 
@@ -129,11 +140,15 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     recipe = experiment.recipe
     method = METHODS[trained_method(experiment)]
     config_class = LoraConfig if method.plain else BayesLoraConfig
-    unknown = sorted(set(recipe.lora) - set(config_class.__dataclass_fields__))
+    fields = config_class.__dataclass_fields__
+    unknown = sorted(set(recipe.lora) - (set(fields) - _SET_BY_PEFT))
     if unknown:
         raise ValueError(
             f"lora: expected options of peft.{config_class.__name__}, got {', '.join(unknown)}"
         )
+    for name, value in recipe.lora.items():
+        if fields[name].type in (bool, "bool") and not isinstance(value, bool):
+            raise ValueError(f"lora: {name} must be true or false, got {value!r}")
     targets = recipe.target_modules
     options: dict[str, Any] = {
         "r": recipe.rank,
@@ -197,7 +212,13 @@ def build(
         torch.manual_seed(experiment.seed)
         try:
             model = get_peft_model(base, config)
-        except (AttributeError, AssertionError, KeyError, TypeError) as error:
+        except (
+            AttributeError,
+            AssertionError,
+            LookupError,
+            NotImplementedError,
+            TypeError,
+        ) as error:
             if not recipe.lora:
                 raise
             # PEFT does not check the types of its options.
