@@ -397,6 +397,19 @@ def test_names_that_are_part_of_other_names(method: str, tmp_path: Path) -> None
     assert list(base.peft_config) == ["default", "a", "second"]
 
 
+def test_a_refused_adapter_is_not_left_beside_the_others(tmp_path: Path) -> None:
+    config = BlobConfig(target_modules=["c_attn"], r=2)
+    get_peft_model(gpt2(), config).save_pretrained(tmp_path)
+    base = GPT2ForSequenceClassification(
+        GPT2Config(n_embd=24, n_layer=2, n_head=2, n_positions=8, vocab_size=96, num_labels=3)
+    )
+    model = get_peft_model(base, BlobConfig(target_modules=["c_attn"], r=2))
+    with pytest.raises(ValueError, match="must hold every tensor"):
+        model.load_adapter(str(tmp_path), adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert not any(".second" in name for name, _ in model.named_parameters())
+
+
 # --- quantised bases ---------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from .card import class_names, write_card
@@ -123,6 +124,8 @@ def _complete(result: Any, self: Any, adapter_name: str | None = None, **given: 
     )
     unexpected = sorted(key for key in getattr(result, "unexpected_keys", ()) if ".lora_" in key)
     if missing or unexpected:
+        if isinstance(self, PeftModel) and len(self.peft_config) > 1:
+            self.delete_adapter(name)
         raise ValueError(
             f"load_adapter: {source} must hold every tensor of the adapter and no other, got none for "
             f"{missing[:2]} ({len(missing)}) and no place for {unexpected[:2]} ({len(unexpected)}); "
