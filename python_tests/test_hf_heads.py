@@ -186,6 +186,19 @@ def test_labels_are_bernoulli(config: Any, per_pass: int | None) -> None:
     assert at_mean.mutual_information.max() < 1e-12 and at_mean.sample_probs is None
 
 
+def test_labels_say_what_no_problem_type_says() -> None:
+    """As for the loss, which notes the type in a configuration that is not saved with an adapter."""
+    model = adapted(bert(None, 3), BlobConfig, ["query"], task_type="SEQ_CLS")
+    classes = {**BATCH, "labels": torch.tensor([0, 1, 2, 0])}
+    assert isinstance(predict(model, classes, n_samples=2), Prediction)
+    answers = {**BATCH, "labels": torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])}
+    got = predict(model, answers, n_samples=2)
+    assert isinstance(got, LabelPrediction)
+    model(**answers)
+    assert model.config.problem_type == "multi_label_classification"
+    torch.testing.assert_close(predict(model, BATCH, n_samples=2).probs, got.probs)
+
+
 def test_sure_labels_have_no_entropy_and_finite_logits() -> None:
     model = adapted(bert("multi_label_classification", 2), BlobConfig, ["query"])
     model.get_base_model().classifier.bias.data.copy_(torch.tensor([1e4, -1e4]))

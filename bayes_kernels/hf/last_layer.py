@@ -35,11 +35,12 @@ _NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_d
 # --- What a head predicts ------------------------------------------------------------------------
 
 
-def target_kind(model: nn.Module, width: int) -> str:
+def target_kind(model: nn.Module, width: int, labels: Tensor | None = None) -> str:
     """What a model's logits of that width stand for: "classes", "labels" or "numbers".
 
     "labels": independent yes-or-no answers (`problem_type="multi_label_classification"`). "numbers":
-    regression, which one column without a problem_type also means, as for reward models.
+    regression, which one column without a problem_type also means, as for reward models. Without a
+    problem_type floating-point labels mean independent answers, as they do for transformers' loss.
 
     Raises:
         ValueError: one class only.
@@ -53,6 +54,8 @@ def target_kind(model: nn.Module, width: int) -> str:
         return "labels"
     if problem == "regression" or (problem is None and width == 1):
         return "numbers"
+    if problem is None and labels is not None and labels.is_floating_point():
+        return "labels"
     if width == 1:
         raise ValueError(
             f"predict: num_labels must be at least 2 for problem_type={problem!r}, got 1; load the "

@@ -224,8 +224,9 @@ def predict(
 
     Models whose `problem_type` is "multi_label_classification" have a Bernoulli distribution for each
     label in place of it; those for regression (one column without a problem_type, as reward models
-    have, is one too) mean and variance of their numbers. BLoB, ScalaBL, MC dropout and ensembles give
-    all three; TFB, a variational last layer and a Laplace posterior are for classes.
+    have, is one too) mean and variance of their numbers. Without a problem_type floating-point labels
+    in the batch mean independent labels, as they do for the loss. BLoB, ScalaBL, MC dropout and
+    ensembles give all three; TFB, a variational last layer and a Laplace posterior are for classes.
 
     Draw s depends on (seed, s) only: results depend neither on how examples are batched (padding
     aside) nor on how many draws share a pass. The model is put into eval mode meanwhile.
@@ -346,7 +347,9 @@ def predict(
                     outputs = model(**folded)
             logits = rows.of(outputs, count)
             if gathered is None:
-                kind = "classes" if choices is not None else target_kind(model, logits.shape[1])
+                kind = "classes"
+                if choices is None:
+                    kind = target_kind(model, logits.shape[1], labels)
                 gathered = _GATHERED[kind](return_samples)
             accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
             gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
