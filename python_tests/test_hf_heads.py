@@ -160,6 +160,10 @@ def test_regression_is_a_gaussian(
     one = predict(model, BATCH, n_samples=1)
     torch.testing.assert_close(one.mean, each[0], rtol=1e-4, atol=1e-5)
     assert one.variance.max() == 0
+    for name in ("probs", "mutual_information"):
+        with pytest.raises(AttributeError, match=f"{name}: .*num_labels=1.*use mean and variance"):
+            getattr(one, name)
+    assert not hasattr(one, "other")
 
 
 @pytest.mark.parametrize("per_pass", [None, 2])

@@ -163,6 +163,14 @@ class NumberPrediction:
         """(B, D) `mean`."""
         return self.mean
 
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("probs", "log_probs", "entropy", "expected_entropy", "mutual_information"):
+            raise AttributeError(
+                f"{name}: the model must have classes, got a head of numbers (num_labels=1, or "
+                "problem_type='regression'); use mean and variance"
+            )
+        raise AttributeError(f"NumberPrediction has no attribute {name!r}")
+
     def __len__(self) -> int:
         return self.mean.shape[0]
 

@@ -148,7 +148,10 @@ class BayesTrainerMixin(_Base):
         if self._head is not None:
             self._check_head_options()
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
-        self._passes, self._idle = 0, set[str]()  # seen so far, and layers without a gradient in all
+        self._passes, self._idle = (
+            0,
+            set[str](),
+        )  # seen so far, and layers without a gradient in all
         if self._head is not None and self._config.alternation != "jacobi":
             arguments = self.args  # type: ignore[attr-defined]
             accumulates = arguments.gradient_accumulation_steps != 1
