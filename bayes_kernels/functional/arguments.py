@@ -22,13 +22,21 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def has_autocast(device: str) -> bool:
+    """Whether a type of device has autocast; a constant where torch.compile traces, as it cannot look."""
+    return torch.amp.is_autocast_available(device)
+
+
+_library.constant_when_traced(has_autocast)
+
+
 def autocast_input(x: Tensor) -> Tensor:
     """x in the autocast dtype, where autocast is on."""
     device = x.device.type
     if (
         torch._C._is_any_autocast_enabled()
         and x.dtype in ACTIVATIONS[:3]
-        and torch.amp.is_autocast_available(device)
+        and has_autocast(device)
         and torch.is_autocast_enabled(device)
     ):
         return x.to(torch.get_autocast_dtype(device))
@@ -38,9 +46,7 @@ def autocast_input(x: Tensor) -> Tensor:
 def no_autocast(t: Tensor) -> torch.autocast:
     """Products of fp32 operands stay fp32 products."""
     device = t.device.type
-    return torch.autocast(
-        device if torch.amp.is_autocast_available(device) else "cpu", enabled=False
-    )
+    return torch.autocast(device if has_autocast(device) else "cpu", enabled=False)
 
 
 def transformed() -> bool:
