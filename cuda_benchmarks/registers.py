@@ -156,11 +156,18 @@ def parse(usage: str, sass: str, nvcc: str) -> list[Kernel]:
     return sorted(rows, key=lambda r: (r.arch, r.family, r.name, r.arguments))
 
 
-def read_library(library: Path, cuobjdump: Path, nvcc: str) -> list[Kernel]:
-    """The kernels of a built library; RuntimeError with what cuobjdump says where it reads none."""
-    said = []
+def read_library(
+    library: Path, cuobjdump: Path, nvcc: str, arch: str | None = None
+) -> list[Kernel]:
+    """The kernels of a built library, of one architecture or of all.
+
+    Raises:
+        RuntimeError: with what cuobjdump says, where it reads none.
+    """
+    said, chosen = [], [] if arch is None else ["-arch", arch]
     for option in ("-res-usage", "-sass"):
-        run = subprocess.run([cuobjdump, option, library], capture_output=True, text=True)
+        command = [cuobjdump, *chosen, option, library]
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0 or "Function" not in run.stdout:
             reason = (run.stderr or run.stdout).strip().splitlines() or ["no device code"]
             raise RuntimeError(f"cuobjdump {option} {library}: {reason[-1]}")
