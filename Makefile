@@ -58,7 +58,7 @@ demo: $(VENV)/.library
 # tested on every CPU path that the processor has; not so where ARGS choose tests.
 test: $(VENV)/.testing
 	$(PY) -m bayes_kernels
-	$(if $(ARGS),,OMP_NUM_THREADS=1 $(PY) python_tests/cpu_paths.py -n $(JOBS))
+	$(if $(ARGS),,OMP_NUM_THREADS=1 $(PY) python_tests/tools/cpu_paths.py -n $(JOBS))
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The same library and torch in an environment of its own, with the oldest releases of what it rests on.
@@ -66,10 +66,10 @@ FLOOR := .venv-floor
 FLOOR_TOOLS := $(FLOOR)/.tools-$(subst =,_,$(TORCH))
 SITE = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-$(FLOOR_TOOLS): pyproject.toml python_tests/floor.py | $(VENV)/.testing
+$(FLOOR_TOOLS): pyproject.toml python_tests/tools/floor.py | $(VENV)/.testing
 	@echo "== installing the oldest transformers, PEFT and accelerate (about two minutes)"
 	$(PYTHON) -m venv $(FLOOR)
-	$(PY) python_tests/floor.py pyproject.toml > $(FLOOR)/floor.txt
+	$(PY) python_tests/tools/floor.py pyproject.toml > $(FLOOR)/floor.txt
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy -r $(FLOOR)/floor.txt
 	ln -sfn $(call SITE,$(VENV))/*bayes_kernels* $(call SITE,$(FLOOR))/
 	@touch $@
@@ -101,7 +101,7 @@ wheel: $(VENV)/.wheel
 	@ls -l dist/bayes_kernels-*.whl
 
 wheel-test: wheel
-	$(PY) python_tests/check_wheel.py dist/bayes_kernels-*.whl --torch '$(TORCH)'
+	$(PY) python_tests/tools/check_wheel.py dist/bayes_kernels-*.whl --torch '$(TORCH)'
 
 # The library that cuda_benchmarks/gpu.sh takes to another machine: GPU code for sm_90 alone, built beside the headers of the
 # oldest torch, so that nothing is compiled there. Ignored by git; a copy of the tree has to carry
@@ -121,7 +121,7 @@ gpu-library: $(GPU_HEADERS)/torch | $(TOOLS)
 	$(VENV)/bin/cmake --build build/gpu-build
 	mkdir -p build/gpu-library && cp build/gpu-build/libbayes_kernels.so build/gpu-library/
 	strip --strip-unneeded build/gpu-library/libbayes_kernels.so
-	$(PY) python_tests/check_wheel.py build/gpu-library/libbayes_kernels.so
+	$(PY) python_tests/tools/check_wheel.py build/gpu-library/libbayes_kernels.so
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.library
 	$(PIP) 'ruff==0.17.6' 'clang-format==23.1.5' 'mypy>=1.11'

@@ -24,7 +24,7 @@ from torch import Tensor
 MAX_FUSED_RANK = 64
 MAX_FUSED_CLASSES = 32  # with a full covariance; variances alone have no limit
 
-# The emulator that tests load; python_tests/traffic.py takes the one that counts bytes.
+# The emulator that tests load; python_tests/csrc/traffic.py takes the one that counts bytes.
 simulator_library = "libbayes_kernels_sim.so"
 
 _ADVICE = (

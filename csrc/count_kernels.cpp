@@ -3,7 +3,7 @@
 //     valgrind --tool=callgrind --toggle-collect='counted*' count_kernels shrink
 //
 // Without an argument it names the cases. One thread, no torch. Test builds only;
-// python_tests/test_counters.py holds the bounds.
+// python_tests/csrc/test_counters.py holds the bounds.
 #include <cstdio>
 #include <cstring>
 #include <functional>

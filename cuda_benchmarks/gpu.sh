@@ -117,13 +117,14 @@ tests_of() {
 }
 
 # Each capture at a first launch is a process of its own, and takes it seconds to start.
-graphs() { tests_of graphs 8 python_tests/test_cuda_graphs.py; }
+graphs() { tests_of graphs 8 python_tests/functional/test_cuda_graphs.py; }
 
 tests() {
-  local files=(adapter tiles derivatives curvature divergence predict random registration tall)
-  [[ $DRY == 1 ]] && files=(random)
-  has transformers peft && [[ $DRY != 1 ]] && files+=(hf_cuda)
-  files=("${files[@]/#/python_tests/test_}")
+  local files=(adapter tiles derivatives curvature divergence predict registration tall)
+  [[ $DRY == 1 ]] && files=()
+  files=(test_random "${files[@]/#/functional/test_}")
+  has transformers peft && [[ $DRY != 1 ]] && files+=(hf/test_cuda)
+  files=("${files[@]/#/python_tests/}")
   # torch.compile's tests start compilers, which take longer than all others together.
   tests_of tests 12 --device "$DEVICE" -k "not compile" "${files[@]/%/.py}"
 }

@@ -1,6 +1,6 @@
 """Peak memory of a training step of a Llama with adapters, from sizes alone.
 
-docs/memory.md has the formula and what it leaves out; python_tests/test_benchmarks.py compares it with
+docs/memory.md has the formula and what it leaves out; python_tests/tools/test_benchmarks.py compares it with
 what torch's allocator counts.
 """
 

@@ -60,7 +60,7 @@ than ours. The black marks are the bars to reach; where the coloured bar ends be
 Peak memory is counted by torch's allocator, above what is there before a step; how it follows from the sizes
 of a model is on [its own page](memory.md). Instructions of the CPU kernels, launches of the CUDA kernels and
 the [bytes](kernels.md#bytes) that these move are bounded in the test suite
-(`python_tests/test_counters.py`), whatever the machine's load.
+(`python_tests/csrc/test_counters.py`), whatever the machine's load.
 """
 
 FAMILY_TEXT = {

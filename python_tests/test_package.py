@@ -10,10 +10,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import check_wheel
-import cpu_paths
 import pytest
 import torch
+from tools import check_wheel, cpu_paths
 
 import bayes_kernels as bk
 from bayes_kernels import _library
@@ -219,7 +218,7 @@ def test_cpu_path_can_be_lowered(wanted: str):
 
 
 def test_every_cpu_kernel_is_tested_on_every_path():
-    sources = cpu_paths.HERE.parent.glob("csrc/*_cpu.cpp")
+    sources = cpu_paths.TESTS.parent.glob("csrc/*_cpu.cpp")
     families = {path.name.removesuffix("_cpu.cpp").replace("noise", "random") for path in sources}
     assert families <= {path.stem.removeprefix("test_") for path in cpu_paths.FILES} and families
     assert all(path.is_file() for path in cpu_paths.FILES)

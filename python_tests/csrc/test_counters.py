@@ -1,10 +1,10 @@
 """Regression tests that do not depend on the machine's load: instructions, launches and bytes.
 
 Instructions are those of one call of a CPU kernel on its AVX2 path, which valgrind can run, counted by
-callgrind; bounds are 10 % above what g++ 12 gave (`counters.json`; `python python_tests/test_counters.py`
-counts again and writes the file). Launches are those of the CUDA kernels, counted by the emulator: they
-are exact, and most do not depend on how many layers there are. Bytes are those that the CUDA kernels
-ask of global memory, counted by a second emulator (`traffic.py`) and compared with formulas.
+callgrind; bounds are 10 % above what g++ 12 gave (`counters.json`; `python -m csrc.test_counters` in
+python_tests counts again and writes the file). Launches are those of the CUDA kernels, counted by the
+emulator: they are exact, and most do not depend on how many layers there are. Bytes are those that the
+CUDA kernels ask of global memory, counted by a second emulator (`traffic.py`) and compared with formulas.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 import torch
-import traffic
 
 from bayes_kernels import _library, functional, random
+from csrc import traffic
 
 PROGRAM = "count_kernels"
 BOUNDS = Path(__file__).with_name("counters.json")
@@ -76,7 +76,7 @@ def test_instructions(case: str, program: Path, tmp_path: Path) -> None:
     got = count(program, case, tmp_path / "callgrind.out")
     assert got <= HEADROOM * bound, (
         f"{case}: {got} instructions, {got / bound - 1:+.1%} against {bound}; if that is meant, run "
-        "python python_tests/test_counters.py"
+        "python python_tests/csrc/test_counters.py"
     )
     assert got > bound / 20, f"{case}: {got} instructions of {bound}: is the kernel called at all?"
 

@@ -12,11 +12,9 @@ import pytest
 import tiny_task
 import torch
 from accuracy import assert_same_but_rounding
+from cli.test_app import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from test_cli import call, refuse, results
-from test_hf_scalabl import BASES, IDS, TYPES, logits
-from test_hf_tfb import BATCHES, LABELS, adapter, choices
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -40,6 +38,8 @@ from bayes_kernels.hf import (
     save_laplace,
 )
 from bayes_kernels.hf.laplace_lora import ClassLogits, _split
+from hf.methods.test_scalabl import BASES, IDS, TYPES, logits
+from hf.methods.test_tfb import BATCHES, LABELS, adapter, choices
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -625,7 +625,7 @@ def test_peak_memory_is_that_of_a_training_step_and_the_factors(
     kind: str, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every allocation counted: forward, backward, optimiser; curvature, prior, posterior."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "cuda_benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "cuda_benchmarks"))
     peak_bytes = importlib.import_module("harness").peak_bytes
     # The profiler's own table of events, which takes longer than all that is profiled.
     monkeypatch.setattr(

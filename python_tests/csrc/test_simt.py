@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-SIMT = Path(__file__).resolve().parent.parent / "csrc" / "simt"
+SIMT = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 

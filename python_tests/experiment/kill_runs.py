@@ -1,6 +1,6 @@
 """Kill whole commands with SIGKILL at random moments, and see that nothing is lost and one way leads on.
 
-    python python_tests/kill_runs.py --kills 30 --seed 0
+    cd python_tests && python -m experiment.kill_runs --kills 30 --seed 0
 
 Half of the kills come at a random time, half before a random operation on files, where most can go wrong.
 After each: input and files of others are as they were; of results that were to be replaced, either all are

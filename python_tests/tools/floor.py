@@ -1,6 +1,6 @@
 """What `make test-floor` installs: the oldest releases that pyproject.toml admits for language models.
 
-    python python_tests/floor.py pyproject.toml    one requirement a line, for pip
+    python python_tests/tools/floor.py pyproject.toml    one requirement a line, for pip
 
 Of the extras in `OLDEST` any patch release of each lower bound; what tests need beside them is as new as
 pip finds it.

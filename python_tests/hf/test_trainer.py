@@ -562,8 +562,9 @@ def test_two_processes(tmp_path: Path) -> None:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
         }
-        command = [sys.executable, __file__, str(tmp_path)]
+        command = [sys.executable, "-m", "hf.test_trainer", str(tmp_path)]
         workers.append(
             subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )

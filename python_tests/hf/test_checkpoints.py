@@ -11,9 +11,9 @@ import pytest
 import tiny_task
 import torch
 from accuracy import assert_same_but_rounding
+from cli.test_app import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_cli import call, refuse, results
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_hf_scalabl import BASES, IDS, TARGETS, TYPES, arguments, logits
 from torch import Tensor, nn
 
 from bayes_kernels.hf import (
@@ -32,6 +31,7 @@ from bayes_kernels.hf import (
 from bayes_kernels.hf.checkpoints import coherent_draw
 from bayes_kernels.hf.posterior import bayes_layers
 from bayes_kernels.hf.tfb import Trial, bisect, regroup
+from hf.methods.test_scalabl import BASES, IDS, TARGETS, TYPES, arguments, logits
 
 LABELS = torch.tensor([0, 2, 1, 0])
 BATCHES = [

@@ -10,12 +10,12 @@ import itertools
 
 import pytest
 import torch
-from test_adapter import compare, make
-from test_predict import definition, problem
 from torch import Tensor
 
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
+from functional.test_adapter import compare, make
+from functional.test_predict import definition, problem
 
 
 def whole(*size: int, seed: int, largest: int = 3) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from bayes_kernels import _library
 from bayes_kernels import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "cuda_benchmarks" / "gpu.sh"
 STEPS = ["load", "smoke", "graphs", "tests", "rows", "counters", "sanitize", "steps"]
 

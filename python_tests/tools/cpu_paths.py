@@ -13,11 +13,14 @@ from pathlib import Path
 
 import bayes_kernels as bk
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 PATHS = ("baseline", "avx2", "avx512")  # a processor that has one has those before it
 FILES = [
-    HERE / f"test_{name}.py"
-    for name in ("adapter", "tall", "predict", "curvature", "divergence", "random", "tiles", "fuzz")
+    TESTS / "test_random.py",
+    *(
+        TESTS / "functional" / f"test_{name}.py"
+        for name in ("adapter", "tall", "predict", "curvature", "divergence", "tiles", "fuzz")
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Whether a wheel of the package works where nothing else is: python python_tests/check_wheel.py WHEEL
+"""Whether a wheel of the package works where nothing else is: python python_tests/tools/check_wheel.py WHEEL
 
     --torch torch==2.11.0   what to install beside it; by default torch as it is here
     --python PATH           interpreter of the new environment; by default this one

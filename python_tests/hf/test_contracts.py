@@ -20,13 +20,13 @@ import peft
 import pytest
 import torch
 import transformers
-from floor import requirements
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
+from tools.floor import requirements
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -35,7 +35,7 @@ from bayes_kernels.hf.variants import BayesVariant
 
 pytestmark = pytest.mark.cpu_only
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(1))
 
 

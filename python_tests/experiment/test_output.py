@@ -20,7 +20,6 @@ pytest.importorskip("typer")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-import kill_runs
 import tiny_task
 from typer.testing import CliRunner
 
@@ -28,6 +27,7 @@ from bayes_kernels import cli
 from bayes_kernels.hf import experiment, output, training
 from bayes_kernels.hf.output import EVALUATION, PRIVATE, Output, Stopped
 from bayes_kernels.hf.recipe import write_text
+from experiment import kill_runs
 
 pytestmark = pytest.mark.cpu_only
 
@@ -547,10 +547,10 @@ def test_a_checkpoint_without_its_state_is_none(tmp_path: Path) -> None:
 
 
 def test_whole_runs_that_are_killed() -> None:
-    """A few kills of whole commands; ``python_tests/kill_runs.py`` by hand makes any number."""
-    script = Path(kill_runs.__file__)
+    """A few kills of whole commands; ``experiment.kill_runs`` by hand makes any number."""
     ended = subprocess.run(
-        [sys.executable, str(script), "--kills", "3", "--seed", "1"],
+        [sys.executable, "-m", "experiment.kill_runs", "--kills", "3", "--seed", "1"],
+        cwd=Path(kill_runs.__file__).parents[1],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -245,7 +245,7 @@ def test_laplace(
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from test_hf_polar import bert_base, llama_base, wrap  # noqa: E402
+from hf.methods.test_polar import bert_base, llama_base, wrap  # noqa: E402
 
 from bayes_kernels import hf  # noqa: E402
 from bayes_kernels.hf.config import TfbConfig  # noqa: E402

@@ -1,7 +1,7 @@
 """Bytes that the CUDA kernels move to and from global memory, counted by the emulator.
 
-    python python_tests/traffic.py            # a table: counted, formula, what must move
-    python python_tests/traffic.py --json     # the same for test_counters.py
+    python python_tests/csrc/traffic.py            # a table: counted, formula, what must move
+    python python_tests/csrc/traffic.py --json     # the same for test_counters.py
 
 A process of its own: it loads the emulator whose kernels are compiled to report every access
 (csrc/simt/access_count.cpp), which registers the same ops as the one of all other tests.

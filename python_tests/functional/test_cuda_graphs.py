@@ -255,11 +255,11 @@ def test_a_captured_op_replays_with_a_key_changed_in_place(device, name):
 def test_an_op_is_captured_at_its_first_launch(name):
     """Cold: in a new process nothing of the op was loaded, or its attributes set, before the capture."""
     code = (
-        "import torch, test_cuda_graphs as tests\n"
+        "import torch, functional.test_cuda_graphs as tests\n"
         f"tests.check_replays({name!r}, torch.device('cuda'), warm=False)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

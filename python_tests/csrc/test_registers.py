@@ -12,7 +12,7 @@ import pytest
 
 from bayes_kernels import _library
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REFRESH = "build with nvcc, then python cuda_benchmarks/registers.py --save"
 
 USAGE = """

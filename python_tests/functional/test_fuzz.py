@@ -7,7 +7,7 @@ must come out as they went in.
 
 The suite runs the first seeds. Any others by hand, and each CPU path by BAYES_KERNELS_CPU:
 
-    python python_tests/test_fuzz.py 3000 [first seed] [cpu | sim]
+    cd python_tests && python -m functional.test_fuzz 3000 [first seed] [cpu | sim]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
 from bayes_kernels.optim import kl_step_
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 CASES = {"cpu": int(os.environ.get("BAYES_KERNELS_FUZZ", "100")), "sim": 16}
 HALVES = (torch.bfloat16, torch.float16)
 
