@@ -1,7 +1,7 @@
 """The host emulator of the CUDA block model (csrc/simt): right kernels run right, planted faults
 are caught.
 
-The same kernels (csrc/simt/test_kernels.cu) are built four ways: plainly; with every access to
+The same kernels (csrc/testing/simt_kernels.cu) are built four ways: plainly; with every access to
 shared memory checked (-fsanitize=thread instrumentation, csrc/simt/access_check.cpp); under the
 address and undefined-behaviour sanitizers; and with the ucontext fallback of the fiber switch.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-SIMT = Path(__file__).resolve().parents[2] / "csrc" / "simt"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
@@ -57,20 +57,20 @@ def builds(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> dic
 
     def compile_to(name: str, source: str, *flags: str) -> list[str]:
         language = ["-x", "c++"] if source.endswith(".cu") else []
-        target = ["-c", str(SIMT / source), "-o", str(out / name)]
+        target = ["-c", str(CSRC / source), "-o", str(out / name)]
         return [*compiler, *flags, *language, *target]
 
     # No debug information and little optimisation: the programs run for milliseconds.
     compile_all(
         [
-            compile_to("main.o", "test_main.cpp", "-O0"),
-            compile_to("simt_asan.o", "simt.cpp", "-O0", "-fsanitize=address"),
-            compile_to("simt.o", "simt.cpp", "-O0"),
-            compile_to("simt_ucontext.o", "simt.cpp", "-O0", "-DBAYES_KERNELS_SIM_UCONTEXT"),
-            compile_to("kernels_asan.o", "test_kernels.cu", "-O0", "-g1", *SANITIZERS),
-            compile_to("kernels.o", "test_kernels.cu", "-O1"),
-            compile_to("kernels_checked.o", "test_kernels.cu", "-O0", "-fsanitize=thread"),
-            compile_to("access_check.o", "access_check.cpp", "-O0"),
+            compile_to("main.o", "testing/simt_main.cpp", "-O0"),
+            compile_to("simt_asan.o", "simt/simt.cpp", "-O0", "-fsanitize=address"),
+            compile_to("simt.o", "simt/simt.cpp", "-O0"),
+            compile_to("simt_ucontext.o", "simt/simt.cpp", "-O0", "-DBAYES_KERNELS_SIM_UCONTEXT"),
+            compile_to("kernels_asan.o", "testing/simt_kernels.cu", "-O0", "-g1", *SANITIZERS),
+            compile_to("kernels.o", "testing/simt_kernels.cu", "-O1"),
+            compile_to("kernels_checked.o", "testing/simt_kernels.cu", "-O0", "-fsanitize=thread"),
+            compile_to("access_check.o", "simt/access_check.cpp", "-O0"),
         ]
     )
     objects = {
@@ -139,7 +139,7 @@ CAUGHT = {
     "divergent_barrier": [
         "kernel divergent_barrier_kernel, block (0,0,0), thread (40,0,0)",
         "divergent barrier",
-        "test_kernels.cu:",
+        "simt_kernels.cu:",
     ],
     "divergent_shuffle": [
         "kernel divergent_shuffle_kernel, block (0,0,0), thread (0,0,0)",
@@ -206,7 +206,7 @@ def test_sanitizers_stop_at_the_access(builds: dict[str, Path], case: str) -> No
     result = run_case(builds["asan"], case)
     assert result.returncode != 0
     assert CAUGHT_BY_SANITIZERS[case] in result.stderr
-    assert "test_kernels.cu:" in result.stderr
+    assert "simt_kernels.cu:" in result.stderr
 
 
 @pytest.mark.parametrize("build", ["asan", "ucontext"])
@@ -258,7 +258,7 @@ def test_nvcc_compiles_the_same_kernels(tmp_path: Path) -> None:
     architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
     # -O0 concerns the host only; ptxas does without optimisation too.
     flags = ["-std=c++17", "-Xptxas=-O0", "-Werror=all-warnings", "-isystem", str(torch_include())]
-    source = str(SIMT / "test_kernels.cu")
+    source = str(CSRC / "testing" / "simt_kernels.cu")
     result = run([nvcc, *architectures, *flags, "-c", source, "-o", str(target)])
     assert result.returncode == 0, result.stderr
     assert target.stat().st_size > 0

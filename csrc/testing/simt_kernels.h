@@ -1,4 +1,4 @@
-// Launches of the kernels in test_kernels.cu, whose correct and faulty forms the emulator's tests
+// Launches of the kernels in simt_kernels.cu, whose correct and faulty forms the emulator's tests
 // run.
 #pragma once
 

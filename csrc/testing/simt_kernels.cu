@@ -1,6 +1,6 @@
 #include "../cuda_portable.h"
 #include "../mma.h"
-#include "test_kernels.h"
+#include "simt_kernels.h"
 
 namespace simt_test {
 namespace {

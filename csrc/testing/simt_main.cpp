@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "checks.h"
-#include "test_kernels.h"
+#include "../simt/checks.h"
+#include "simt_kernels.h"
 
 using namespace simt_test;
 using simt::GuardedArray;

@@ -11,15 +11,15 @@
 #include <string>
 #include <vector>
 
-#include "adapter.h"
-#include "cpu_isa.h"
-#include "curvature.h"
-#include "divergence.h"
-#include "kept_draws.h"
-#include "noise.h"
-#include "parallel.h"
-#include "predict.h"
-#include "tall.h"
+#include "../adapter.h"
+#include "../cpu_isa.h"
+#include "../curvature.h"
+#include "../divergence.h"
+#include "../kept_draws.h"
+#include "../noise.h"
+#include "../parallel.h"
+#include "../predict.h"
+#include "../tall.h"
 
 namespace bayes_kernels {
 

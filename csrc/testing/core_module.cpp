@@ -6,9 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "core/philox.h"
-#include "core/posterior.h"
-#include "core/small_linalg.h"
+#include "../core/philox.h"
+#include "../core/posterior.h"
+#include "../core/small_linalg.h"
 
 namespace py = pybind11;
 using namespace bayes_kernels;
