@@ -54,9 +54,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, random, reference
-from .functional.arguments import backward_of, no_autocast, transformed
-from .random import check_key
+from .. import functional, random, reference
+from ..functional.arguments import backward_of, no_autocast, transformed
+from ..random import check_key
 
 COVARIANCES = ("dense", "diagonal", "low_rank")
 INITS = ("vbll", "prior")
