@@ -1,4 +1,4 @@
-"""Loads the compiled ops, registers their fake kernels, and holds the shared argument checks.
+"""Loads the compiled ops, registers their fake kernels, and says which devices have kernels.
 
 The library is looked for in the package's folders or, where the environment variable
 BAYES_KERNELS_LIBRARY names a folder, only there. Importing the package never fails because of it: without
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_FUSED_RANK = 64
 MAX_FUSED_CLASSES = 32  # with a full covariance; variances alone have no limit
@@ -80,263 +81,31 @@ class _Missing:
         )
 
 
-problem: str | None = None
-ops: Any = None
+problem = _load("libbayes_kernels.so")
+ops: Any = torch.ops.bayes_kernels if problem is None else _Missing(problem)
+
+_fakes: dict[str, Callable[..., Any]] = {}
 
 
-def _register_fakes(namespace: str) -> None:
-    """Shape logic of every op; the counterpart of the schemas in csrc/ops.cpp."""
+def fake(op: str) -> Callable[[F], F]:
+    """Decorator: the fake kernel of an op, which gives the shapes and dtypes of its results.
 
-    def fake(name: str) -> Callable[[Callable[..., Any]], object]:
-        """Register a fake kernel; a library that was built from older sources may lack the op."""
-        known = hasattr(getattr(torch.ops, namespace), name.removeprefix(f"{namespace}::"))
-        return torch.library.register_fake(name) if known else lambda kernel: kernel
+    It stands beside the op's functions and takes the arguments of the schema in csrc/ops.cpp.
+    """
 
-    def acc(t: Tensor) -> torch.dtype:
-        return torch.float64 if t.dtype == torch.float64 else torch.float32
+    def register(kernel: F) -> F:
+        _fakes[op] = kernel
+        if problem is None:
+            _register_fake("bayes_kernels", op)
+        return kernel
 
-    @fake(f"{namespace}::fold_in")
-    def _(key: Tensor, data: int) -> Tensor:
-        return key.new_empty((2,))
-
-    @fake(f"{namespace}::normal")
-    def _(key: Tensor, stream: int, size: Sequence[int]) -> Tensor:
-        return key.new_empty(size, dtype=torch.float32)
-
-    @fake(f"{namespace}::sign_bits")
-    def _(
-        key: Tensor,
-        stream: int,
-        output: bool,
-        rows: int,
-        columns: int,
-        row0: int,
-        rows_per_id: int,
-        ids: Tensor | None,
-    ) -> Tensor:
-        return key.new_empty((rows, columns), dtype=torch.int8)
-
-    @fake(f"{namespace}::dropout_mask")
-    def _(key: Tensor, stream: int, rows: int, columns: int, row0: int, p: float) -> Tensor:
-        return key.new_empty((rows, columns), dtype=torch.bool)
-
-    @fake(f"{namespace}::scaled_normal")
-    def _(rho: Tensor, n: int, key: Tensor, stream: int, std: str) -> Tensor:
-        return rho.new_empty((rho.shape[0], n))
-
-    @fake(f"{namespace}::scaled_normal_backward")
-    def _(de: Tensor, rho: Tensor, key: Tensor, stream: int, std: str) -> Tensor:
-        return rho.new_empty(rho.shape)
-
-    @fake(f"{namespace}::adapter_shrink")
-    def _(
-        x: Tensor,
-        a: Tensor,
-        e: Tensor | None,
-        key: Tensor | None,
-        stream: int,
-        row0: int,
-        rows_per_id: int,
-        ids: Tensor | None,
-        dropout: float,
-    ) -> Tensor:
-        torch._check(x.dim() == 2 and a.dim() == 2, lambda: "adapter_shrink: x and a must be 2-D")
-        return x.new_empty((x.shape[0], a.shape[0]), dtype=acc(x))
-
-    @fake(f"{namespace}::adapter_shrink_backward")
-    def _(
-        dh: Tensor,
-        x: Tensor,
-        a: Tensor,
-        e: Tensor | None,
-        key: Tensor | None,
-        stream: int,
-        row0: int,
-        rows_per_id: int,
-        ids: Tensor | None,
-        dropout: float,
-        need_dx: bool,
-        need_da: bool,
-        need_de: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        need_de = need_de and e is not None
-        return (
-            x.new_empty(tuple(x.shape) if need_dx else (0, 0)),
-            x.new_empty(tuple(a.shape) if need_da else (0, 0), dtype=acc(x)),
-            x.new_empty(tuple(a.shape) if need_de else (0, 0), dtype=acc(x)),
-        )
-
-    @fake(f"{namespace}::adapter_expand")
-    def _(h: Tensor, b: Tensor, base: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-        return h.new_empty((h.shape[0], b.shape[0]), dtype=dtype)
-
-    @fake(f"{namespace}::adapter_forward")
-    def _(
-        x: Tensor,
-        a: Tensor,
-        rho: Tensor | None,
-        b: Tensor,
-        base: Tensor | None,
-        key: Tensor | None,
-        stream: int,
-        row0: int,
-        rows_per_id: int,
-        ids: Tensor | None,
-        dropout: float,
-        std: str,
-        scaling: float,
-        keep_draw: bool,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = x.dtype if base is None else base.dtype
-        tokens = math.prod(x.shape[:-1])
-        return (
-            x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype),
-            x.new_empty((tokens, a.shape[0]), dtype=acc(x)),
-        )
-
-    @fake(f"{namespace}::adapter_backward")
-    def _(
-        dy: Tensor,
-        x: Tensor,
-        a: Tensor,
-        rho: Tensor | None,
-        b: Tensor,
-        h: Tensor,
-        key: Tensor | None,
-        stream: int,
-        row0: int,
-        rows_per_id: int,
-        ids: Tensor | None,
-        dropout: float,
-        std: str,
-        scaling: float,
-        need_dx: bool,
-        need_da: bool,
-        need_drho: bool,
-        need_db: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        nothing = (0, 0)
-        drho = nothing if rho is None or not need_drho else tuple(rho.shape)
-        return (
-            x.new_empty(tuple(x.shape) if need_dx else nothing),
-            x.new_empty(tuple(a.shape) if need_da else nothing, dtype=acc(x)),
-            x.new_empty(drho, dtype=acc(x)),
-            x.new_empty(tuple(b.shape) if need_db else nothing, dtype=acc(x)),
-        )
-
-    @fake(f"{namespace}::adapter_expand_backward")
-    def _(
-        dy: Tensor, h: Tensor, b: Tensor, scaling: float, need_dh: bool, need_db: bool
-    ) -> tuple[Tensor, Tensor]:
-        return (
-            h.new_empty(tuple(h.shape) if need_dh else (0, 0)),
-            h.new_empty(tuple(b.shape) if need_db else (0, 0)),
-        )
-
-    @fake(f"{namespace}::gaussian_kl")
-    def _(
-        means: Sequence[Tensor],
-        rhos: Sequence[Tensor],
-        prior_std: Sequence[float],
-        std: str,
-        direction: str,
-    ) -> Tensor:
-        return means[0].new_empty((), dtype=torch.float64)
-
-    @fake(f"{namespace}::gaussian_kl_backward")
-    def _(
-        weight: Tensor,
-        means: Sequence[Tensor],
-        rhos: Sequence[Tensor],
-        prior_std: Sequence[float],
-        std: str,
-        direction: str,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.empty_like(m) for m in means], [torch.empty_like(r) for r in rhos]
-
-    @fake(f"{namespace}::gaussian_kl_step_")
-    def _(
-        means: Sequence[Tensor],
-        rhos: Sequence[Tensor],
-        weight: Tensor,
-        prior_std: Sequence[float],
-        std: str,
-        direction: str,
-    ) -> None:
-        return None
-
-    @fake(f"{namespace}::mc_predict")
-    def _(
-        mean: Tensor,
-        cov: Tensor,
-        key: Tensor,
-        stream: int,
-        row0: int,
-        ids: Tensor | None,
-        n_samples: int,
-        antithetic: bool,
-        standard_error: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = mean.shape[0]
-        return (
-            mean.new_empty(mean.shape),
-            mean.new_empty((rows,)),
-            mean.new_empty((rows,)),
-            mean.new_empty(mean.shape if standard_error else (0, 0)),
-        )
-
-    @fake(f"{namespace}::low_rank_update_")
-    def _(factors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
-        return None
-
-    @fake(f"{namespace}::kron_accumulate_")
-    def _(
-        factors: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        beta: Tensor,
-        alpha: Tensor,
-    ) -> None:
-        return None
-
-    @fake(f"{namespace}::tall_gram")
-    def _(xs: Sequence[Tensor]) -> list[Tensor]:
-        return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
-
-    @fake(f"{namespace}::tall_pair_gram")
-    def _(xs: Sequence[Tensor], gs: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-        def grams() -> list[Tensor]:
-            return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
-
-        return grams(), grams(), grams()
-
-    @fake(f"{namespace}::tall_retract_")
-    def _(xs: Sequence[Tensor], steps: Sequence[Tensor], retraction: str) -> Tensor:
-        return xs[0].new_empty((len(xs),), dtype=torch.int32)
-
-    @fake(f"{namespace}::tall_stiefel_step_")
-    def _(
-        xs: Sequence[Tensor], directions: Sequence[Tensor], lr: Tensor, retraction: str
-    ) -> Tensor:
-        return xs[0].new_empty((len(xs),), dtype=torch.int32)
-
-    @fake(f"{namespace}::tall_landing_field")
-    def _(xs: Sequence[Tensor], grads: Sequence[Tensor], lam: Tensor) -> list[Tensor]:
-        return [x.new_empty(x.shape) for x in xs]
-
-    @fake(f"{namespace}::tall_landing_step_")
-    def _(xs: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, lam: Tensor) -> None:
-        return None
+    return register
 
 
-def _initialise() -> None:
-    global ops, problem
-    problem = _load("libbayes_kernels.so")
-    if problem is None:
-        _register_fakes("bayes_kernels")
-        ops = torch.ops.bayes_kernels
-    else:
-        ops = _Missing(problem)
+def _register_fake(namespace: str, op: str) -> None:
+    # A library that was built from older sources may lack the op.
+    if hasattr(getattr(torch.ops, namespace), op):
+        torch.library.register_fake(f"{namespace}::{op}", _fakes[op])
 
 
 @lru_cache(maxsize=1)
@@ -344,7 +113,8 @@ def load_simulator() -> Any:
     """The ops compiled against the host emulator of CUDA, or None where that was not built."""
     if _load(simulator_library) is not None:
         return None
-    _register_fakes("bayes_kernels_sim")
+    for op in _fakes:
+        _register_fake("bayes_kernels_sim", op)
     return torch.ops.bayes_kernels_sim
 
 
@@ -496,6 +266,3 @@ def _has_image(capability: tuple[int, int]) -> bool:
         if not letter and kind != "real" and own <= capability:
             return True
     return False
-
-
-_initialise()

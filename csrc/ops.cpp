@@ -1,5 +1,5 @@
 // Every schema of the library, and nothing else. Kernels register themselves in <family>.cpp; fake
-// kernels are in bayes_kernels/_library.py, definitions in bayes_kernels/reference.py.
+// kernels are in bayes_kernels/functional/<family>.py, definitions in bayes_kernels/reference.py.
 #include "torch_stable.h"
 
 STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {

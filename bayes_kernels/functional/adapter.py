@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
-from .._library import MAX_FUSED_RANK
+from .._library import MAX_FUSED_RANK, fake
 from ..random import check_key
 from .arguments import (
     ACTIVATIONS,
@@ -547,3 +547,107 @@ def _apply_middle(h: Tensor, middle: Tensor | None, kind: str) -> Tensor:
     if kind == "core":  # PyTorch's product differs in bits between thread counts
         return _library.ops.adapter_shrink(h, middle, None, *Noise())
     return h
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("adapter_shrink")
+def _(x: Tensor, a: Tensor, e: Tensor | None, *noise: object) -> Tensor:
+    torch._check(x.dim() == 2 and a.dim() == 2, lambda: "adapter_shrink: x and a must be 2-D")
+    return x.new_empty((x.shape[0], a.shape[0]), dtype=accumulate_dtype(x))
+
+
+@fake("adapter_shrink_backward")
+def _(
+    dh: Tensor,
+    x: Tensor,
+    a: Tensor,
+    e: Tensor | None,
+    key: Tensor | None,
+    stream: int,
+    row0: int,
+    rows_per_id: int,
+    ids: Tensor | None,
+    dropout: float,
+    need_dx: bool,
+    need_da: bool,
+    need_de: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_de = need_de and e is not None
+    return (
+        x.new_empty(tuple(x.shape) if need_dx else (0, 0)),
+        x.new_empty(tuple(a.shape) if need_da else (0, 0), dtype=accumulate_dtype(x)),
+        x.new_empty(tuple(a.shape) if need_de else (0, 0), dtype=accumulate_dtype(x)),
+    )
+
+
+@fake("adapter_expand")
+def _(h: Tensor, b: Tensor, base: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    return h.new_empty((h.shape[0], b.shape[0]), dtype=dtype)
+
+
+@fake("adapter_forward")
+def _(
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    key: Tensor | None,
+    stream: int,
+    row0: int,
+    rows_per_id: int,
+    ids: Tensor | None,
+    dropout: float,
+    std: str,
+    scaling: float,
+    keep_draw: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if base is None else base.dtype
+    tokens = math.prod(x.shape[:-1])
+    return (
+        x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype),
+        x.new_empty((tokens, a.shape[0]), dtype=accumulate_dtype(x)),
+    )
+
+
+@fake("adapter_backward")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    h: Tensor,
+    key: Tensor | None,
+    stream: int,
+    row0: int,
+    rows_per_id: int,
+    ids: Tensor | None,
+    dropout: float,
+    std: str,
+    scaling: float,
+    need_dx: bool,
+    need_da: bool,
+    need_drho: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = (0, 0)
+    drho = nothing if rho is None or not need_drho else tuple(rho.shape)
+    return (
+        x.new_empty(tuple(x.shape) if need_dx else nothing),
+        x.new_empty(tuple(a.shape) if need_da else nothing, dtype=accumulate_dtype(x)),
+        x.new_empty(drho, dtype=accumulate_dtype(x)),
+        x.new_empty(tuple(b.shape) if need_db else nothing, dtype=accumulate_dtype(x)),
+    )
+
+
+@fake("adapter_expand_backward")
+def _(
+    dy: Tensor, h: Tensor, b: Tensor, scaling: float, need_dh: bool, need_db: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        h.new_empty(tuple(h.shape) if need_dh else (0, 0)),
+        h.new_empty(tuple(b.shape) if need_db else (0, 0)),
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from .._library import fake
 from .arguments import (
     as_list,
     check_tensors,
@@ -261,3 +262,22 @@ def _check_curvature(
             raise TypeError(f"{op}: mask {i} must be bool or floating weights, got {mask.dtype}")
     check_writable(op, "factors", factor_list, [*row_list, *weights])
     return triples
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("low_rank_update_")
+def _(factors: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    return None
+
+
+@fake("kron_accumulate_")
+def _(
+    factors: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    beta: Tensor,
+    alpha: Tensor,
+) -> None:
+    return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from .._library import fake
 from .arguments import (
     as_list,
     check_choice,
@@ -167,3 +168,41 @@ class _GaussianKL(torch.autograd.Function):
 def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     count = len(tensors) // 2
     return list(tensors[:count]), list(tensors[count:])
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("gaussian_kl")
+def _(
+    means: Sequence[Tensor],
+    rhos: Sequence[Tensor],
+    prior_std: Sequence[float],
+    std: str,
+    direction: str,
+) -> Tensor:
+    return means[0].new_empty((), dtype=torch.float64)
+
+
+@fake("gaussian_kl_backward")
+def _(
+    weight: Tensor,
+    means: Sequence[Tensor],
+    rhos: Sequence[Tensor],
+    prior_std: Sequence[float],
+    std: str,
+    direction: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.empty_like(m) for m in means], [torch.empty_like(r) for r in rhos]
+
+
+@fake("gaussian_kl_step_")
+def _(
+    means: Sequence[Tensor],
+    rhos: Sequence[Tensor],
+    weight: Tensor,
+    prior_std: Sequence[float],
+    std: str,
+    direction: str,
+) -> None:
+    return None

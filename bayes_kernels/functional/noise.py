@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import random, reference
+from .._library import fake
 from .arguments import (
     accumulate_dtype,
     check_integer,
@@ -118,3 +120,45 @@ def dense_noise(x: Tensor, r: int, noise: Noise, *, signs: bool) -> reference.De
         r_out=drawn(True, r),
         keep=keep_mask(x, noise),
     )
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("fold_in")
+def _(key: Tensor, data: int) -> Tensor:
+    return key.new_empty((2,))
+
+
+@fake("normal")
+def _(key: Tensor, stream: int, size: Sequence[int]) -> Tensor:
+    return key.new_empty(size, dtype=torch.float32)
+
+
+@fake("sign_bits")
+def _(
+    key: Tensor,
+    stream: int,
+    output: bool,
+    rows: int,
+    columns: int,
+    row0: int,
+    rows_per_id: int,
+    ids: Tensor | None,
+) -> Tensor:
+    return key.new_empty((rows, columns), dtype=torch.int8)
+
+
+@fake("dropout_mask")
+def _(key: Tensor, stream: int, rows: int, columns: int, row0: int, p: float) -> Tensor:
+    return key.new_empty((rows, columns), dtype=torch.bool)
+
+
+@fake("scaled_normal")
+def _(rho: Tensor, n: int, key: Tensor, stream: int, std: str) -> Tensor:
+    return rho.new_empty((rho.shape[0], n))
+
+
+@fake("scaled_normal_backward")
+def _(de: Tensor, rho: Tensor, key: Tensor, stream: int, std: str) -> Tensor:
+    return rho.new_empty(rho.shape)

@@ -11,7 +11,7 @@ from numpy.polynomial import hermite
 from torch import Tensor
 
 from .. import _library, reference
-from .._library import MAX_FUSED_CLASSES
+from .._library import MAX_FUSED_CLASSES, fake
 from ..random import check_key
 from .arguments import (
     ACTIVATIONS,
@@ -594,3 +594,27 @@ def _triangle(lower: Tensor, phi: Tensor) -> Tensor:
         return lower.tril()
     d = phi.shape[1]
     return phi.new_zeros(d, d).masked_scatter_(_mask(phi), lower)
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("mc_predict")
+def _(
+    mean: Tensor,
+    cov: Tensor,
+    key: Tensor,
+    stream: int,
+    row0: int,
+    ids: Tensor | None,
+    n_samples: int,
+    antithetic: bool,
+    standard_error: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = mean.shape[0]
+    return (
+        mean.new_empty(mean.shape),
+        mean.new_empty((rows,)),
+        mean.new_empty((rows,)),
+        mean.new_empty(mean.shape if standard_error else (0, 0)),
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
-from .._library import MAX_FUSED_RANK
+from .._library import MAX_FUSED_RANK, fake
 from .arguments import (
     as_list,
     check_choice,
@@ -420,3 +420,39 @@ def _written(op: str, matrices: list[Tensor], read: list[Tensor], run: Callable[
     except RuntimeError:
         check_writable(op, "xs", matrices, read, same_ok=True)
         raise
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("tall_gram")
+def _(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
+
+
+@fake("tall_pair_gram")
+def _(xs: Sequence[Tensor], gs: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    def grams() -> list[Tensor]:
+        return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
+
+    return grams(), grams(), grams()
+
+
+@fake("tall_retract_")
+def _(xs: Sequence[Tensor], steps: Sequence[Tensor], retraction: str) -> Tensor:
+    return xs[0].new_empty((len(xs),), dtype=torch.int32)
+
+
+@fake("tall_stiefel_step_")
+def _(xs: Sequence[Tensor], directions: Sequence[Tensor], lr: Tensor, retraction: str) -> Tensor:
+    return xs[0].new_empty((len(xs),), dtype=torch.int32)
+
+
+@fake("tall_landing_field")
+def _(xs: Sequence[Tensor], grads: Sequence[Tensor], lam: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in xs]
+
+
+@fake("tall_landing_step_")
+def _(xs: Sequence[Tensor], grads: Sequence[Tensor], lr: Tensor, lam: Tensor) -> None:
+    return None

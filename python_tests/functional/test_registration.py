@@ -109,6 +109,10 @@ def registered() -> set[str]:
     return {n.split("::")[1] for n in names if n.startswith("bayes_kernels::")}
 
 
+def has_fake(name: str) -> bool:
+    return torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+
+
 def test_every_op_has_a_row():
     assert registered() == set(samples())
 
@@ -124,7 +128,9 @@ def test_every_op_has_cpu_and_fake_kernels_and_the_emulator_the_same_schemas():
     simulated = _library.load_simulator()
     for name in registered() - {"build_info"}:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bayes_kernels::{name}", "CPU"), name
+        assert has_fake(f"bayes_kernels::{name}"), name
         if simulated is not None:
+            assert has_fake(f"bayes_kernels_sim::{name}"), name
             ours = str(getattr(OPS, name).default._schema).split("::")[1]
             assert ours == str(getattr(simulated, name).default._schema).split("::")[1]
 
