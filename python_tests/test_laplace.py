@@ -22,8 +22,15 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bayes_kernels import functional, laplace, random, reference
-from bayes_kernels.laplace import Laplace, Layer, estimate_memory, linear_layers, lora_layers
+from bayes_kernels import functional, random, reference
+from bayes_kernels.laplace import (
+    Laplace,
+    Layer,
+    approximation,
+    estimate_memory,
+    linear_layers,
+    lora_layers,
+)
 
 D = torch.float64
 
@@ -525,8 +532,8 @@ def test_large_curvature_does_not_cancel(tokens: int, whole: bool):
     delta = 1e-6
 
     def cov(dtype):
-        block = laplace._Block(u.to(dtype), values, q.to(dtype), values)
-        inner, rest = laplace._project(a.to(dtype), g.to(dtype), block)
+        block = approximation._Block(u.to(dtype), values, q.to(dtype), values)
+        inner, rest = approximation._project(a.to(dtype), g.to(dtype), block)
         scaled = inner * (block.products + delta).rsqrt().flatten().to(dtype)
         total = scaled @ scaled.mT
         return total if rest is None else total + rest / delta
@@ -902,7 +909,7 @@ def test_errors():
 def test_reflected_columns_are_the_softmax_hessian():
     logits = torch.randn(6, 5, dtype=D) * 4
     logits[0, 1:] = -800.0  # p = (1, 0, ...)
-    columns = laplace._softmax_root(logits)
+    columns = approximation._softmax_root(logits)
     assert len(columns) == 4
     root = torch.stack(columns, -1)
     p = logits.softmax(-1)
@@ -913,11 +920,11 @@ def test_reflected_columns_are_the_softmax_hessian():
 def test_labels_are_drawn_from_the_model():
     logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=D).expand(20000, 3)
     key = random.key(5)
-    (error,) = laplace._sampled_errors(logits, key, torch.arange(20000), 1)
+    (error,) = approximation._sampled_errors(logits, key, torch.arange(20000), 1)
     p = logits[0].softmax(-1)
     drawn = (p - error).mean(0)
     assert float((drawn - p).abs().max()) < 4 * 0.5 / math.sqrt(20000)
-    part = laplace._sampled_errors(logits[:10], key, torch.arange(500, 510), 1)[0]
+    part = approximation._sampled_errors(logits[:10], key, torch.arange(500, 510), 1)[0]
     assert torch.equal(part, error[500:510])
     assert reference.philox(key, torch.tensor(3)).shape == (4,)
 

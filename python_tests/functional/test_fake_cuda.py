@@ -224,7 +224,9 @@ def test_laplace(
     waits: list[Wait], monkeypatch: pytest.MonkeyPatch, fisher: str, rank: int | None
 ) -> None:
     """Batches from the host; curvature, predictions and draws where the model is."""
-    monkeypatch.setattr(laplace, "_digest", lambda tensors: b"")  # of values that are not there
+    monkeypatch.setattr(
+        laplace.approximation, "_digest", lambda tensors: b""
+    )  # of values that are not there
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(CUDA)
     batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]
     found = laplace.Laplace(model, rank=rank, dense_below=4, fisher=fisher, jacobian="repeat")
