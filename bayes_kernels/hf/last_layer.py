@@ -24,6 +24,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..vbll import LaplaceReport, VBLLClassification
+from ..vbll.bounds import counted_labels, jensen_bound
 from .models import MASKED_LOGIT, ClassLogits
 
 if TYPE_CHECKING:
@@ -429,25 +430,12 @@ def variational_loss(
     if labels is None:
         raise ValueError("variational_loss: batch must have labels, got none; add int64 (B,)")
     mean, variance = class_logits(model, batch, features)
-    labels = labels.to(mean.device)
-    bound = _bound(mean, variance, labels, head.ignore_index)
-    nll = -bound.sum() / (labels != head.ignore_index).sum().clamp_min(1)
+    targets, counted = counted_labels(
+        "variational_loss", labels.to(mean.device), head.n_classes, head.ignore_index
+    )
+    nll = -jensen_bound(mean, variance, targets, counted).sum() / counted.sum().clamp_min(1)
     kl = head.kl() - head.wishart()
     return VariationalLoss(nll + kl_weight / n_train * kl, nll, kl)
-
-
-def _bound(mean: Tensor, variance: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """mean_y - logsumexp(mean + variance / 2) for each example, 0 where the label is ignored."""
-    counted = labels != ignored
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(counted.any()):
-        low, high = int(labels[counted].min()), int(labels[counted].max())
-        if low < 0 or high >= mean.shape[1]:
-            raise ValueError(
-                f"variational_loss: labels must be in [0, {mean.shape[1]}) or {ignored}, got "
-                f"{low if low < 0 else high}"
-            )
-    chosen = mean.gather(1, labels.where(counted, 0)[:, None]).squeeze(1)
-    return (chosen - (mean + variance / 2).logsumexp(1)).masked_fill(~counted, 0.0)
 
 
 @torch.no_grad()
