@@ -10,6 +10,7 @@ from ._compat import check_versions
 
 check_versions()
 
+from ..batches import fold_samples  # noqa: E402
 from . import scalabl  # noqa: E402, F401
 from .baselines import Ensemble, dropout_draws, join_adapters  # noqa: E402
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
@@ -47,7 +48,6 @@ from .predict import (  # noqa: E402
     LabelPrediction,
     NumberPrediction,
     Prediction,
-    fold_samples,
     predict,
     predict_dataset,
 )

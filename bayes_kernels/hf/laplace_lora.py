@@ -33,7 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer, has_rows, is_shared
+from ..batches import as_batches, inputs_of, split
+from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
 from ._compat import without_padding
 from .config import default_options
 from .last_layer import need_classes
@@ -50,7 +51,6 @@ STRUCTURES = ("scalar", "layer")
 JACOBIANS = ("vmap", "repeat")
 
 _ATTRIBUTE = "laplace_posterior"
-_LABELS = ("labels", "label")
 # Prior precisions that "validation" tries, in one pass; neighbours differ by a factor of 1.78.
 _GRID = torch.logspace(-2, 4, 25, dtype=torch.float64)
 
@@ -297,9 +297,6 @@ def laplace_(
         raise ValueError("laplace_: validation must be held-out examples for prior='validation'")
     if prior is None:
         prior = "validation" if validation is not None and structure == "scalar" else "mackay"
-    # Imported here: prediction knows this module.
-    from .predict import as_batches
-
     begin = time.perf_counter()
     peft_model, name = the_adapter("laplace_", model)
     if choices is None:
@@ -393,53 +390,10 @@ class ClassLogits:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         from .predict import LogitRows
 
-        inputs = {k: v for k, v in batch.items() if k not in _LABELS}
+        inputs = inputs_of(batch)
         rows = LogitRows(model, inputs, self.choices)
         with without_padding(model, inputs):
             return rows.of(model(**{**inputs, **rows.options}), 1)
-
-
-def _labels(batch: Any) -> Tensor | None:
-    found = next((batch[k] for k in _LABELS if batch.get(k) is not None), None)
-    if found is not None and not isinstance(found, Tensor):
-        raise ValueError(
-            f"laplace_: labels must be a tensor of class indices (B,), got {type(found).__name__}"
-        )
-    return found
-
-
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() in (2, 3) else None
-
-
-def _split(batch: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
-    """At most `count` batches of consecutive examples: slices of what has a row for each of them.
-
-    Parts save memory and nothing else, so a batch stays whole unless all of it is understood. Cut is
-    what has as many rows as there are examples; every part gets what examples share: what `is_shared`
-    knows by its name, a first size of 1, plain values. A cache, lists, rows of image patches and
-    position_ids (4, B, T) are none of these.
-    """
-    names = [n for n in ("input_ids", "inputs_embeds", *batch) if isinstance(batch.get(n), Tensor)]
-    examples = next((len(batch[n]) for n in names if not is_shared(n, batch[n])), 0)
-
-    def understood(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return value is None or isinstance(value, (bool, int, float, str))
-        if name == "position_ids" and value.dim() > 2:
-            return False
-        return is_shared(name, value) or len(value) in (1, examples)
-
-    if examples < 2 or not all(understood(*item) for item in batch.items()):
-        return [batch]
-    size = -(-examples // count)
-
-    def part(name: str, start: int) -> Any:
-        rows = has_rows(name, batch[name], examples)
-        return batch[name][start : start + size] if rows else batch[name]
-
-    return [{name: part(name, start) for name in batch} for start in range(0, examples, size)]
 
 
 @contextlib.contextmanager
@@ -667,9 +621,7 @@ def _build(
         peft_model,
         _layers(peft_model, name, which),
         forward=ClassLogits(choices),
-        labels=_labels,
-        mask=_mask,
-        split=_split,
+        split=split,
         depends_on=[layer.weight for layer in trained],
         **options,
     )

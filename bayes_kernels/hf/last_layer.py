@@ -23,6 +23,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..batches import eval_mode, to_device
 from ..vbll import LaplaceReport, VBLLClassification
 from ..vbll.bounds import counted_labels, jensen_bound
 from .models import MASKED_LOGIT, ClassLogits
@@ -476,15 +477,8 @@ def calibrate_head(
             f"{'' if head.refined else f'head_prior_scale={config.head_prior_scale:.4g}'}; call it "
             "once, before training, and leave head_prior_scale out"
         )
-    training = [module for module in model.modules() if module.training]
-    device = head.weight_mean.device
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    model.eval()
-    try:
-        features = class_features(model, moved).float()
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(model):
+        features = class_features(model, to_device(batch, head.weight_mean.device)).float()
     head.prior_variance = logit_variance / max(float(features.square().sum(1).mean()), 1e-12)
     config.head_prior_scale = head.prior_variance * head.in_features / 2
     if config.head_init == "rows" and config.head_init_variance is None:
@@ -528,23 +522,17 @@ def laplace_refine(
     Source: Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
     """
     head = _need_head(model, "laplace_refine")
-    device = head.weight_mean.device
-    training = [module for module in model.modules() if module.training]
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            moved = to_device(batch, head.weight_mean.device)
             features = class_features(model, moved)
             mean, _ = class_logits(model, moved, features)
             yield features, mean.double().softmax(1)
 
     head.discard_refinement()
-    model.eval()
-    try:
+    with eval_mode(model):
         report = head.laplace_refine(pairs(), prior_variance=prior_variance, method=method)
-    finally:
-        for module in training:
-            module.training = True
     _record(model, report.method, report.rank)
     return report
 

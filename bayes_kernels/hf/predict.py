@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from .. import functional, random, reference
-from ..laplace import has_rows, is_shared
+from ..batches import (
+    as_batches,
+    batch_size,
+    eval_mode,
+    fold_samples,
+    inputs_of,
+    labels_of,
+    to_device,
+)
 from ._compat import without_padding
 from .baselines import Ensemble, dropout_draws, dropout_layers
 from .laplace_lora import LaplacePosterior, laplace_posterior
@@ -31,7 +38,6 @@ from .posterior import (
 )
 from .variants import BayesVariant
 
-_LABELS = ("labels", "label")
 _TOKENS = ("input_ids", "inputs_embeds")
 # Share of free device memory, and bytes on the CPU, that activations of one pass may take.
 _FREE_SHARE = 0.5
@@ -198,22 +204,6 @@ def _concatenated(parts: Sequence[Any], what: str) -> Any:
     return type(parts[0])(**joined)
 
 
-def fold_samples(batch: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
-    """Repeat the examples of a batch: the first dimension becomes n_samples copies of the batch.
-
-    Copy s is row block s, which is what `posterior(mode="sample", n_samples=...)` expects. Tensors
-    whose first dimension is not that of the batch, or that examples share whatever their size
-    (`cache_position`, `head_mask`), and other values, stay as they are.
-    """
-    size = _batch_size(batch)
-    folded = {}
-    for name, value in batch.items():
-        if has_rows(name, value, size):
-            value = value.repeat(n_samples, *(1,) * (value.dim() - 1))
-        folded[name] = value
-    return folded
-
-
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -312,30 +302,24 @@ def predict(
             "pass n_samples=0"
         )
     device = next(model.parameters()).device
-    inputs = {
-        k: v.to(device) if isinstance(v, Tensor) and k not in _LABELS else v
-        for k, v in batch.items()
-    }
-    labels = next((inputs.pop(k) for k in _LABELS if inputs.get(k) is not None), None)
-    for name in _LABELS:
-        inputs.pop(name, None)
+    labels, inputs = labels_of(batch), to_device(inputs_of(batch), device)
     if find_head(model) is not None:
         if choices is not None:
             raise ValueError(
                 f"predict: choices must be None for a model whose last layer has the classes, got "
                 f"{list(choices)}"
             )
-        with _eval_mode(model):
+        with eval_mode(model):
             result = _predict_last_layer(model, inputs, n_samples, seed, return_samples)
         return result if labels is None else replace(result, labels=labels.cpu())
-    size = _batch_size(inputs)
+    size = batch_size(inputs)
     rows = LogitRows(model, batch, choices)  # whose mask the host may read without waiting
     draws = max(n_samples, 1)
     per_pass = samples_per_pass or _samples_that_fit(
         model, {**inputs, **rows.options}, memory_budget
     )
     gathered: Any = None
-    with _eval_mode(model), _unused_noticed(model), without_padding(model, inputs):
+    with eval_mode(model), _unused_noticed(model), without_padding(model, inputs):
         for first in range(0, draws, per_pass):
             count = min(per_pass, draws - first)
             folded = fold_samples({**inputs, **rows.options}, count)
@@ -531,8 +515,7 @@ def _predict_laplace(
     pairs, see `_in_pairs`.
     """
     found, method = posterior.laplace, posterior.prediction
-    labels = next((batch[k] for k in _LABELS if batch.get(k) is not None), None)
-    inputs = {name: value for name, value in batch.items() if name not in _LABELS}
+    labels, inputs = labels_of(batch), inputs_of(batch)
     rest: dict[str, Any] = {"labels": None if labels is None else labels.cpu()}
     if return_samples and n_samples and method not in ("mc", "mc_independent"):
         raise ValueError(
@@ -611,45 +594,9 @@ def predict_dataset(
     return parts[0].concatenate(parts)
 
 
-def as_batches(
-    data: Any, batch_size: int = 16, collate_fn: Any = None
-) -> Iterable[Mapping[str, Any]]:
-    """Batches of a loader, an iterable of batches, or a data set, which is batched in order."""
-    if isinstance(data, DataLoader):
-        return data
-    if isinstance(data, Mapping):
-        raise ValueError("data must be batches or a data set, got one batch; pass [batch]")
-    if isinstance(data, IterableDataset):
-        first = next(iter(data), None)
-        if collate_fn is None and (first is None or are_batches([first])):
-            return data
-    elif not hasattr(data, "__getitem__") or (collate_fn is None and are_batches(data)):
-        return data
-    return DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
-
-
-def are_batches(data: Any) -> bool:
-    """Whether a sequence holds batches (tensors of token ids with two dimensions), not examples."""
-    if not len(data) or not isinstance(data[0], Mapping):
-        return False
-    tensors = [v for v in data[0].values() if isinstance(v, Tensor)]
-    return bool(tensors) and max(t.dim() for t in tensors) >= 2
-
-
 def _entropy(log_probs: Tensor) -> Tensor:
     probs = log_probs.exp()
     return -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
-
-
-def _batch_size(batch: Mapping[str, Any]) -> int:
-    names = ("input_ids", "inputs_embeds", "attention_mask", *batch)
-    for name in names:
-        value = batch.get(name)
-        if isinstance(value, Tensor) and not is_shared(name, value):
-            return value.shape[0]
-    raise ValueError(
-        f"predict: batch must be a mapping with tensors of model inputs, got {sorted(batch)}"
-    )
 
 
 class LogitRows:
@@ -752,15 +699,3 @@ def _has_token_logits(model: nn.Module) -> bool:
     base = getattr(model, "get_base_model", lambda: model)()
     head = getattr(base, "get_output_embeddings", lambda: None)()
     return head is not None and getattr(head, "out_features", 0) > 1000
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards every module's own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -27,13 +27,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from ..batches import as_batches
 from ._compat import unsupported_layer
 from .config import TfbConfig, default_options
 from .last_layer import need_classes
 from .machine import progress_bar
 from .model import BayesLoraModel, as_before_if_stopped, the_adapter
 from .posterior import BayesLayer, bayes_layers
-from .predict import Prediction, as_batches, predict
+from .predict import Prediction, predict
 from .variants import BayesVariant, BlobVariant, Divergence, KLPlan, KLStep, attach
 
 SIGMA = "lora_A_sigma"

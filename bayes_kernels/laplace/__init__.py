@@ -35,8 +35,6 @@ from .approximation import (
     MemoryEstimate,
     Prediction,
     estimate_memory,
-    has_rows,
-    is_shared,
     linear_layers,
     lora_layers,
 )
@@ -50,8 +48,6 @@ __all__ = [
     "MemoryEstimate",
     "Prediction",
     "estimate_memory",
-    "has_rows",
-    "is_shared",
     "linear_layers",
     "lora_layers",
 ]

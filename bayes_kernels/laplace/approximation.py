@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .. import functional, random, reference
+from ..batches import eval_mode, inputs_of, is_empty, labels_of, mask_of, repeated, to_device
 
 FISHERS = ("ggn", "mc", "empirical")
 TOKENS = ("expand", "reduce", "last")
@@ -337,7 +338,6 @@ def _watched(
     Gradients flow from the taps' anchor instead of from parameters: no parameter's gradient is
     computed, and nothing below the first layer is kept. Yields the anchor.
     """
-    training = [m for m in model.modules() if m.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     with torch.inference_mode(False):
         anchor = torch.zeros((), requires_grad=True)
@@ -356,18 +356,15 @@ def _watched(
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
     try:
-        model.eval()
         for p in trainable:
             p.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             yield anchor
     finally:
         for handle in handles:
             handle.remove()
         for p in trainable:
             p.requires_grad_(True)
-        for m in training:
-            m.training = True
 
 
 # --- Kronecker factors -------------------------------------------------------------------------
@@ -758,37 +755,14 @@ class Laplace:
             self.layers, rank=self.rank, dense_below=self.dense_below, buffer=self.buffer
         )
 
-    def _prepare(self, batch: Any) -> Any:
-        device = next(self.model.parameters()).device
-
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        if isinstance(batch, Mapping):
-            return {name: move(value) for name, value in batch.items()}
-        if isinstance(batch, (tuple, list)):
-            return type(batch)(move(value) for value in batch)
-        return move(batch)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _parts(self, batch: Any, count: int) -> Iterator[Any]:
         """The batch on the model's device, in at most `count` parts where it can be split."""
         parts = [batch] if self._split is None or count < 2 else self._split(batch, count)
-        return map(self._prepare, parts)
-
-    @staticmethod
-    def _without_examples(batch: Any) -> bool:
-        """Whether all tensors of a batch that have a row for each example have none."""
-        named = (
-            batch.items()
-            if isinstance(batch, Mapping)
-            else enumerate(batch if isinstance(batch, (tuple, list)) else [batch])
-        )
-        sizes = [
-            value.shape[0]
-            for name, value in named
-            if isinstance(value, Tensor) and value.dim() and not is_shared(str(name), value)
-        ]
-        return bool(sizes) and not any(sizes)
+        return (to_device(part, self._device) for part in parts)
 
     def _where_not_finite(self, batch: Any) -> str:
         """Which layer is the first to see or to give a NaN or an infinity."""
@@ -812,7 +786,7 @@ class Laplace:
         if self._forward is not None:
             logits = self._forward(self.model, batch)
         elif isinstance(batch, Mapping):
-            logits = self.model(**{k: v for k, v in batch.items() if k != "labels"})
+            logits = self.model(**inputs_of(batch))
             logits = getattr(logits, "logits", logits)
         else:
             logits = self.model(batch[0] if isinstance(batch, (tuple, list)) else batch)
@@ -825,17 +799,10 @@ class Laplace:
         return logits
 
     def _labels_of(self, batch: Any) -> Tensor | None:
-        if self._labels is not None:
-            return self._labels(batch)
-        if isinstance(batch, Mapping):
-            return batch.get("labels")
-        return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        return (self._labels or labels_of)(batch)
 
     def _valid(self, batch: Any) -> Tensor | None:
-        if self._mask is not None:
-            mask = self._mask(batch)
-        else:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = (self._mask or mask_of)(batch)
         return None if mask is None else mask.bool()
 
     # --- curvature -----------------------------------------------------------------------------
@@ -881,7 +848,7 @@ class Laplace:
         examples = 0
         collect = _Accumulator(self, sides)
         errors = torch.zeros(())  # largest entry of any column
-        filled = (raw for raw in loader if not self._without_examples(raw))
+        filled = (raw for raw in loader if not is_empty(raw))
         with _watched(self.model, self._sites, collect):
             for batch in (part for raw in filled for part in self._parts(raw, 2)):
                 logits = self._logits(batch)
@@ -1169,7 +1136,7 @@ class Laplace:
             scores = torch.zeros(len(grid), dtype=torch.float64)
             seen = 0
             for raw in loader:
-                if self._without_examples(raw):
+                if is_empty(raw):
                     continue
                 found = []
                 for part in self._parts(raw, self._classes):
@@ -1216,13 +1183,8 @@ class Laplace:
         """
         self._fitted()
         self._require_examples(batch)
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            logits = self._logits(self._prepare(batch))
-        finally:
-            for m in training:
-                m.training = True
+        with eval_mode(self.model):
+            logits = self._logits(to_device(batch, self._device))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def logits(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -1244,7 +1206,7 @@ class Laplace:
             ValueError: not fitted, or the batch does not fit.
         """
         self._require_examples(batch)
-        mean, covs = self._linearised(self._prepare(batch), [self._prior_precision])
+        mean, covs = self._linearised(to_device(batch, self._device), [self._prior_precision])
         return mean, covs[0]
 
     def predict(
@@ -1281,7 +1243,7 @@ class Laplace:
             raise ValueError(f"Laplace.predict: n_samples must be at least 1, got {n_samples}")
         if method == "weights":
             self._require_examples(batch)
-            return self._predict_weights(self._prepare(batch), n_samples, seed)
+            return self._predict_weights(to_device(batch, self._device), n_samples, seed)
         mean, cov = self.logits(batch)
         return self._from_logits(mean, cov, method, n_samples, seed, row0)
 
@@ -1304,7 +1266,7 @@ class Laplace:
         return Prediction(result.log_probs, result.entropy, result.expected_entropy, mean, cov)
 
     def _require_examples(self, batch: Any) -> None:
-        if self._without_examples(batch):
+        if is_empty(batch):
             raise ValueError("Laplace: a batch must have at least one example, got an empty one")
 
     def _require_gradient(self, logits: Tensor, collect: _Collector) -> None:
@@ -1354,7 +1316,7 @@ class Laplace:
                     mean = self._logits(batch)
                 b, c = mean.shape
                 collect.start(b, c)
-                logits = self._logits(_repeated(batch, b, c))
+                logits = self._logits(repeated(batch, b, c))
                 self._require_gradient(logits, collect)
                 if logits.shape[0] != b * c:
                     raise ValueError(
@@ -1379,17 +1341,12 @@ class Laplace:
     def _predict_weights(self, batch: Any, n_samples: int, seed: int) -> Prediction:
         mean_p: Tensor | float = 0.0
         entropy: Tensor | float = 0.0
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
+        with eval_mode(self.model), torch.no_grad():
             for s in range(n_samples):
-                with self.sampled(seed, s), torch.no_grad():
+                with self.sampled(seed, s):
                     log_p = self._logits(batch).double().log_softmax(-1)
                 mean_p = mean_p + log_p.exp() / n_samples
                 entropy = entropy + torch.special.entr(log_p.exp()).sum(-1) / n_samples
-        finally:
-            for m in training:
-                m.training = True
         assert isinstance(mean_p, Tensor) and isinstance(entropy, Tensor)
         total = torch.special.entr(mean_p).sum(-1)
         return Prediction(mean_p.log().float(), total.float(), entropy.float())
@@ -1735,42 +1692,6 @@ def _check_labels(labels: Tensor, logits: Tensor) -> Tensor:
             f"{int(labels.max())}"
         )
     return labels
-
-
-# Inputs of transformers' models that all examples share, whatever their first size is, by their
-# largest number of dimensions: (T,), (T,) where it is not (B, T), and (layers, heads).
-_SHARED = {
-    "cache_position": 1,
-    "position_ids": 1,
-    "head_mask": 2,
-    "decoder_head_mask": 2,
-    "cross_attn_head_mask": 2,
-}
-
-
-def is_shared(name: str, value: Tensor) -> bool:
-    """Whether a model's input of this name is known to have no dimension of examples."""
-    return value.dim() <= _SHARED.get(name, 0)
-
-
-def has_rows(name: str, value: Any, examples: int) -> bool:
-    """Whether a model's input is a tensor with a row for each example."""
-    return isinstance(value, Tensor) and not is_shared(name, value) and len(value) == examples
-
-
-def _repeated(batch: Any, examples: int, copies: int) -> Any:
-    """The batch with each tensor of `examples` rows repeated as a whole."""
-
-    def repeat(value: Any, name: str = "") -> Any:
-        if not has_rows(name, value, examples):
-            return value
-        return value.repeat(copies, *[1] * (value.dim() - 1))
-
-    if isinstance(batch, Mapping):
-        return {name: repeat(value, name) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(repeat(value) for value in batch)
-    return repeat(batch)
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from bayes_kernels import laplace
+from bayes_kernels.batches import split
 from bayes_kernels.hf import (
     BlobConfig,
     bayesianize,
@@ -37,7 +38,7 @@ from bayes_kernels.hf import (
     predict_dataset,
     save_laplace,
 )
-from bayes_kernels.hf.laplace_lora import ClassLogits, _split
+from bayes_kernels.hf.laplace_lora import ClassLogits
 from hf.methods.test_scalabl import BASES, IDS, TYPES, logits
 from hf.methods.test_tfb import BATCHES, LABELS, adapter, choices
 
@@ -302,14 +303,14 @@ def test_parts_of_a_batch() -> None:
         "token_type_ids": None,
     }
     for batch in ({**rows, **shared}, {**shared, **rows}):
-        parts = _split(batch, 2)
+        parts = split(batch, 2)
         assert len(parts) == 2 and all(part.keys() == batch.keys() for part in parts)
         for name, value in rows.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), value)
             assert len(parts[0][name]) == 2
         for name, value in shared.items():
             assert all(part[name] is value for part in parts)
-    (one, other) = _split({"input_ids": ids, "position_ids": torch.arange(4)}, 2)
+    (one, other) = split({"input_ids": ids, "position_ids": torch.arange(4)}, 2)
     assert len(one["position_ids"]) == len(other["position_ids"]) == 4
     # Whole, where sizes do not say which rows are whose.
     for name, value in (
@@ -320,7 +321,7 @@ def test_parts_of_a_batch() -> None:
         ("position_ids", torch.ones(4, 4, 4, dtype=torch.int64)),
     ):
         batch = {**rows, name: value}
-        assert _split(batch, 2) == [batch]
+        assert split(batch, 2) == [batch]
 
 
 def test_a_cache_keeps_the_batch_whole() -> None:
