@@ -11,7 +11,6 @@ OPTIONAL = (
     "transformers",
     "peft",
     "accelerate",
-    "torchmetrics",
     "matplotlib",
     "bitsandbytes",
 )

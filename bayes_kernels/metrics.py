@@ -1,30 +1,24 @@
 """Calibration, proper scores, selective prediction and out-of-distribution detection.
 
 The functions need torch alone. They take torch tensors, numpy arrays or nested sequences, compute
-in float64 and return Python floats (per-example quantities are float64 tensors). Distributions are
-log-probabilities unless ``kind="probs"`` says otherwise: a probability that underflows to zero
-costs an infinite log loss, its logarithm does not.
+in float64 and return Python floats (per-example quantities are float64 tensors). Rates and calibration
+errors are fractions in [0, 1]. Distributions are log-probabilities unless `kind="probs"` says otherwise: a
+probability that underflows to zero costs an infinite log loss, its logarithm does not.
 
-==============================  ====================================================================
-``accuracy nll brier``          ACC, mean log loss, multi-class Brier score
-``ece adaptive_ece``            top-label calibration error, equal-width and equal-mass bins
-``aurc augrc``                  area under the (generalised) risk-coverage curve
-``coverage_at_risk``            largest coverage whose selective risk stays below a bound
-``ood_auroc fpr95``             detection of out-of-distribution inputs from an uncertainty score
-``predictive_entropy``          total uncertainty ``H[mean_s p_s]``
-``expected_entropy``            its aleatoric part, ``mean_s H[p_s]``
-``mutual_information``          its epistemic part, the difference of the two
-``evaluate``                    all of them in one ``Report``
-==============================  ====================================================================
+| functions | what |
+|---|---|
+| `accuracy nll brier` | share of right answers, mean log loss, multi-class Brier score |
+| `ece adaptive_ece` | top-label calibration error, equal-width and equal-mass bins |
+| `aurc augrc` | area under the (generalised) risk-coverage curve |
+| `coverage_at_risk` | largest coverage whose selective risk stays below a bound |
+| `ood_auroc fpr95` | detection of out-of-distribution inputs from an uncertainty score |
+| `predictive_entropy` | total uncertainty `H[mean_s p_s]` |
+| `expected_entropy` | its aleatoric part, `mean_s H[p_s]` |
+| `mutual_information` | its epistemic part, the difference of the two |
+| `evaluate` | all of them in one `Report` |
 
-``NegativeLogLikelihood``, ``BrierScore``, ``AURC`` and ``OODDetection`` are the same quantities as
-``torchmetrics.Metric`` (accumulated over batches, synchronised over processes), and
-``classification_metrics(num_classes)`` puts them beside torchmetrics' own accuracy and calibration
-error in one ``MetricCollection``. These need ``pip install bayes-kernels[metrics]``; torchmetrics
-is imported when one of them is first asked for, so the functions stay quick to import.
-
-Every function raises ``ValueError`` for input of the wrong shape, without rows, with NaN, with
-labels outside ``[0, C)`` or with rows that do not sum to one. Values are scored as they are given:
+Every function raises `ValueError` for input of the wrong shape, without rows, with NaN, with
+labels outside `[0, C)` or with rows that do not sum to one. Values are scored as they are given:
 never clamped away from zero, never renormalised. Cost is O(n C), plus O(n log n) where a sort is
 needed, on the device of the input.
 """
@@ -32,16 +26,13 @@ needed, on the device of the input.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric, MetricCollection
+from torch import Tensor
 
 __all__ = [
     "ReliabilityBins",
@@ -52,7 +43,6 @@ __all__ = [
     "augrc",
     "aurc",
     "brier",
-    "classification_metrics",
     "confidence_and_correct",
     "coverage_at_risk",
     "ece",
@@ -69,29 +59,29 @@ __all__ = [
     "risk_coverage_curve",
 ]
 
-ArrayLike = torch.Tensor | np.ndarray | Sequence[Any]
+_Rectangle = Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
+ArrayLike = Tensor | np.ndarray | _Rectangle
 Kind = Literal["log_probs", "probs"]
 
 # How far a row may sum from one. A log-probability of size 10 carries an error of 10 * eps / 2,
 # which is a relative error of the probability: 4 % in bfloat16, 0.5 % in float16.
 _SUM_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_DEFAULT_SUM_TOLERANCE = 1e-3
 
 
 class _Rows(NamedTuple):
     """Checked input: probs and log_probs (n, C) float64, labels (n,) int64, on one device."""
 
-    probs: torch.Tensor
-    log_probs: torch.Tensor
-    labels: torch.Tensor
+    probs: Tensor
+    log_probs: Tensor
+    labels: Tensor
 
 
-def _as_tensor(where: str, name: str, value: ArrayLike) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
+def _as_tensor(where: str, name: str, value: ArrayLike) -> Tensor:
+    if isinstance(value, Tensor):
         tensor = value.detach()
         # float64 does not exist on Apple's GPUs.
         return tensor.cpu() if tensor.device.type == "mps" else tensor
-    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
         raise ValueError(
             f"{where}: {name} must be one array, got a list of tensors; torch.stack it"
         )
@@ -105,9 +95,7 @@ def _as_tensor(where: str, name: str, value: ArrayLike) -> torch.Tensor:
         ) from None
 
 
-def _as_distribution(
-    where: str, value: ArrayLike, kind: Kind, shape: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _as_distribution(where: str, value: ArrayLike, kind: Kind, shape: str) -> tuple[Tensor, Tensor]:
     """Checked (probs, log_probs) in float64; `shape` is "(n, C)" or "(S, n, C)"."""
     if kind not in ("log_probs", "probs"):
         raise ValueError(f'{where}: kind must be "log_probs" or "probs", got {kind!r}')
@@ -125,7 +113,7 @@ def _as_distribution(
         )
     if given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"{where}: {kind} must be real numbers, got {given.dtype}")
-    tolerance = _SUM_TOLERANCE.get(given.dtype, _DEFAULT_SUM_TOLERANCE)
+    tolerance = _SUM_TOLERANCE.get(given.dtype, 1e-3)
     given = given.double()
     if given.isnan().any():
         bad = int(given.isnan().any(dim=-1).sum())
@@ -157,7 +145,7 @@ def _as_distribution(
     return probs, (probs.log() if kind == "probs" else given.clamp(max=0.0))
 
 
-def _as_labels(where: str, value: ArrayLike, n: int, n_classes: int) -> torch.Tensor:
+def _as_labels(where: str, value: ArrayLike, n: int, n_classes: int) -> Tensor:
     labels = _as_tensor(where, "labels", value)
     if tuple(labels.shape) != (n,):
         raise ValueError(
@@ -182,7 +170,7 @@ def _as_rows(where: str, log_probs: ArrayLike, labels: ArrayLike, kind: Kind) ->
     return _Rows(probs, logs, _as_labels(where, labels, n, n_classes).to(logs.device))
 
 
-def _as_scores(where: str, name: str, value: ArrayLike) -> torch.Tensor:
+def _as_scores(where: str, name: str, value: ArrayLike) -> Tensor:
     scores = _as_tensor(where, name, value)
     if scores.ndim != 1 or scores.numel() == 0:
         raise ValueError(
@@ -206,17 +194,17 @@ def _check_positive_int(where: str, name: str, value: int) -> None:
 # Proper scores ------------------------------------------------------------------------------------
 
 
-def _log_loss(rows: _Rows) -> torch.Tensor:
+def _log_loss(rows: _Rows) -> Tensor:
     return -rows.log_probs.gather(1, rows.labels[:, None]).squeeze(1)
 
 
-def _squared_error(rows: _Rows) -> torch.Tensor:
+def _squared_error(rows: _Rows) -> Tensor:
     error = rows.probs.clone()
     error[torch.arange(len(error), device=error.device), rows.labels] -= 1.0
     return error.square().sum(dim=1)
 
 
-def _confidence_and_correct(rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def _confidence_and_correct(rows: _Rows) -> tuple[Tensor, Tensor]:
     confidence, predicted = rows.probs.max(dim=1)  # the first class wins a tie
     return confidence, predicted == rows.labels
 
@@ -225,41 +213,34 @@ def accuracy(log_probs: ArrayLike, labels: ArrayLike, *, kind: Kind = "log_probs
     """Share of rows whose most probable class is the label; the first class wins a tie.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
+        log_probs: (n, C) log-probabilities, or probabilities with `kind="probs"`.
         labels: (n,) integer class indices.
-        kind: what ``log_probs`` holds.
-
-    Returns:
-        A fraction in [0, 1].
+        kind: what `log_probs` holds.
     """
     rows = _as_rows("accuracy", log_probs, labels, kind)
     return float(_confidence_and_correct(rows)[1].double().mean())
 
 
 def nll(log_probs: ArrayLike, labels: ArrayLike, *, kind: Kind = "log_probs") -> float:
-    """Negative log-likelihood ``-(1/n) sum_i log p_i[y_i]`` in nats, a mean over examples.
+    """Negative log-likelihood `-(1/n) sum_i log p_i[y_i]` in nats, a mean over examples.
 
     The Bayesian predictive must be averaged as probabilities before it is scored
-    (``mixture_log_probs``). A label of probability zero gives infinity, and probabilities below
+    (`mixture_log_probs`). A label of probability zero gives infinity, and probabilities below
     1e-45 are zero in float32: pass log-probabilities wherever they exist.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        labels: (n,) integer class indices.
-        kind: what ``log_probs`` holds.
+        log_probs, labels, kind: as in `accuracy`.
     """
     return float(_log_loss(_as_rows("nll", log_probs, labels, kind)).mean())
 
 
 def brier(log_probs: ArrayLike, labels: ArrayLike, *, kind: Kind = "log_probs") -> float:
-    """Brier score ``(1/n) sum_i sum_c (p_ic - 1[y_i = c])^2``, in [0, 2] (Brier, 1950).
+    """Brier score `(1/n) sum_i sum_c (p_ic - 1[y_i = c])^2`, in [0, 2] (Brier, 1950).
 
     The sum runs over all classes, so for two classes it is twice the binary score of scikit-learn.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        labels: (n,) integer class indices.
-        kind: what ``log_probs`` holds.
+        log_probs, labels, kind: as in `accuracy`.
     """
     return float(_squared_error(_as_rows("brier", log_probs, labels, kind)).mean())
 
@@ -269,20 +250,20 @@ def brier(log_probs: ArrayLike, labels: ArrayLike, *, kind: Kind = "log_probs") 
 
 @dataclasses.dataclass(frozen=True)
 class ReliabilityBins:
-    """Top-label confidence against accuracy in equal-width bins.
+    """Top-label confidence against accuracy in equal-width bins of [0, 1).
 
     Attributes:
-        edges: (B + 1,) bin edges; bin b is ``[edges[b], edges[b + 1])``.
+        edges: (B + 1,) bin edges; bin b is `[edges[b], edges[b + 1])`.
         count: (B + 1,) int64, examples per bin. The last entry is the extra bin of the
             predictions whose confidence is exactly one.
         confidence: (B + 1,) mean confidence, NaN where a bin is empty.
         accuracy: (B + 1,) share of correct predictions, NaN where a bin is empty.
     """
 
-    edges: torch.Tensor
-    count: torch.Tensor
-    confidence: torch.Tensor
-    accuracy: torch.Tensor
+    edges: Tensor
+    count: Tensor
+    confidence: Tensor
+    accuracy: Tensor
 
     @property
     def n(self) -> int:
@@ -291,12 +272,12 @@ class ReliabilityBins:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error ``sum_b (n_b / n) |acc_b - conf_b|``."""
+        """Expected calibration error `sum_b (n_b / n) |acc_b - conf_b|`."""
         gap = (self.accuracy - self.confidence).abs().nan_to_num(0.0)
         return float((gap * self.count).sum() / self.count.sum())
 
 
-def _bin(confidence: torch.Tensor, correct: torch.Tensor, n_bins: int) -> ReliabilityBins:
+def _bin(confidence: Tensor, correct: Tensor, n_bins: int) -> ReliabilityBins:
     # The bin is chosen in float32, as torchmetrics does: a confidence of 0.6 then falls on the same
     # side of the edge 9/15 in both, and the figures agree with published tables. Sums are float64.
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32, device=confidence.device)
@@ -312,13 +293,11 @@ def _bin(confidence: torch.Tensor, correct: torch.Tensor, n_bins: int) -> Reliab
 def reliability_bins(
     log_probs: ArrayLike, labels: ArrayLike, *, n_bins: int = 15, kind: Kind = "log_probs"
 ) -> ReliabilityBins:
-    """The bins behind ``ece`` and ``plots.reliability_diagram``.
+    """The bins behind `ece` and `plots.reliability_diagram`.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        labels: (n,) integer class indices.
-        n_bins: number of equal-width bins of [0, 1).
-        kind: what ``log_probs`` holds.
+        log_probs, labels, kind: as in `accuracy`.
+        n_bins: number of bins.
     """
     _check_positive_int("reliability_bins", "n_bins", n_bins)
     rows = _as_rows("reliability_bins", log_probs, labels, kind)
@@ -330,17 +309,11 @@ def ece(
 ) -> float:
     """Expected calibration error of the top label, L1, equal-width bins (Guo et al., 2017).
 
-    ``sum_b (n_b / n) |acc_b - conf_b|`` over bins ``[b / B, (b + 1) / B)`` and one extra bin for
-    confidences of exactly one, which is the rule of torchmetrics' ``MulticlassCalibrationError``.
+    `sum_b (n_b / n) |acc_b - conf_b|` over bins `[b / B, (b + 1) / B)` and one extra bin for
+    confidences of exactly one, which is the rule of torchmetrics' `MulticlassCalibrationError`.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        labels: (n,) integer class indices.
-        n_bins: number of equal-width bins of [0, 1).
-        kind: what ``log_probs`` holds.
-
-    Returns:
-        A fraction in [0, 1].
+        log_probs, labels, n_bins, kind: as in `reliability_bins`.
     """
     _check_positive_int("ece", "n_bins", n_bins)
     rows = _as_rows("ece", log_probs, labels, kind)
@@ -352,25 +325,19 @@ def adaptive_ece(
 ) -> float:
     """Calibration error of the top label over bins of equal mass (Nixon et al., 2019).
 
-    The examples, sorted by confidence, are split into ``min(n_bins, n)`` parts whose sizes differ
+    The examples, sorted by confidence, are split into `min(n_bins, n)` parts whose sizes differ
     by at most one, larger parts first. Examples of equal confidence on both sides of a split share
     their accuracy, so the result does not depend on the order of the rows.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        labels: (n,) integer class indices.
-        n_bins: number of bins.
-        kind: what ``log_probs`` holds.
-
-    Returns:
-        A fraction in [0, 1].
+        log_probs, labels, n_bins, kind: as in `reliability_bins`.
     """
     _check_positive_int("adaptive_ece", "n_bins", n_bins)
     rows = _as_rows("adaptive_ece", log_probs, labels, kind)
     return _adaptive_ece(*_confidence_and_correct(rows), n_bins)
 
 
-def _adaptive_ece(confidence: torch.Tensor, correct: torch.Tensor, n_bins: int) -> float:
+def _adaptive_ece(confidence: Tensor, correct: Tensor, n_bins: int) -> float:
     confidence, order = confidence.sort()
     n = len(confidence)
     bins = torch.arange(min(n_bins, n), device=confidence.device)
@@ -385,9 +352,7 @@ def _adaptive_ece(confidence: torch.Tensor, correct: torch.Tensor, n_bins: int) 
 # Selective prediction -----------------------------------------------------------------------------
 
 
-def _expected_cumulative(
-    keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _expected_cumulative(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Cumulative sum of values under sorted keys, averaged over all orders of equal keys.
 
     Inside a run of equal keys every value is as likely to come first, so the expected partial sum
@@ -409,32 +374,32 @@ class RiskCoverageCurve:
     """Error rate among the most confident predictions, for every number of them kept.
 
     Attributes:
-        coverage: (n,) share of examples kept, ``k / n`` for k = 1 .. n.
+        coverage: (n,) share of examples kept, `k / n` for k = 1 .. n.
         risk: (n,) error rate among the k most confident ones. Among equal confidences it is the
             expectation over their order.
-        threshold: (n,) confidence of the k-th example; keeping ``confidence >= threshold``
-            gives this point where ``attainable`` is true.
+        threshold: (n,) confidence of the k-th example; keeping `confidence >= threshold`
+            gives this point where `attainable` is true.
         attainable: (n,) bool, false inside a run of equal confidences, which no threshold splits.
     """
 
-    coverage: torch.Tensor
-    risk: torch.Tensor
-    threshold: torch.Tensor
-    attainable: torch.Tensor
+    coverage: Tensor
+    risk: Tensor
+    threshold: Tensor
+    attainable: Tensor
 
     @property
     def aurc(self) -> float:
-        """``(1/n) sum_k risk_k`` (Geifman, Uziel and El-Yaniv, 2019)."""
+        """`(1/n) sum_k risk_k` (Geifman, Uziel and El-Yaniv, 2019)."""
         return float(self.risk.mean())
 
     @property
     def augrc(self) -> float:
-        """Area under ``coverage * risk`` from coverage zero, trapezoids (Traub et al., 2024)."""
+        """Area under `coverage * risk` from coverage zero, trapezoids (Traub et al., 2024)."""
         joint = self.coverage * self.risk
         return float((joint.sum() - 0.5 * joint[-1]) / len(joint))
 
     def coverage_at_risk(self, risk: float) -> float:
-        """Largest attainable coverage whose risk is at most ``risk``; 0.0 if there is none."""
+        """Largest attainable coverage whose risk is at most `risk`; 0.0 if there is none."""
         if not 0.0 <= risk <= 1.0:
             raise ValueError(f"coverage_at_risk: risk must lie in [0, 1], got {risk!r}")
         kept = self.coverage[self.attainable & (self.risk <= risk)]
@@ -443,16 +408,14 @@ class RiskCoverageCurve:
 
 def confidence_and_correct(
     log_probs: ArrayLike, labels: ArrayLike, *, kind: Kind = "log_probs"
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Probability of the predicted class, (n,) float64, and whether it is the label, (n,) bool.
 
     The input of the selective-prediction functions for a classifier; they take any other
     confidence as well, for example minus the mutual information.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        labels: (n,) integer class indices.
-        kind: what ``log_probs`` holds.
+        log_probs, labels, kind: as in `accuracy`.
     """
     return _confidence_and_correct(_as_rows("confidence_and_correct", log_probs, labels, kind))
 
@@ -488,15 +451,14 @@ def risk_coverage_curve(confidence: ArrayLike, correct: ArrayLike) -> RiskCovera
 
 
 def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """Area under the risk-coverage curve, ``(1/n) sum_k risk_k``; lower is better.
+    """Area under the risk-coverage curve, `(1/n) sum_k risk_k`; lower is better.
 
-    ``risk_k`` is the error rate among the k most confident predictions (Geifman, Uziel and
+    `risk_k` is the error rate among the k most confident predictions (Geifman, Uziel and
     El-Yaniv, 2019). Equal confidences contribute their expectation over all orders, so the value
     does not depend on the order of the rows; a constant confidence gives the error rate.
 
     Args:
-        confidence: (n,) any score that is higher for the surer prediction.
-        correct: (n,) bool or 0/1, whether the prediction was right.
+        confidence, correct: as in `risk_coverage_curve`.
     """
     return _risk_coverage("aurc", confidence, correct).aurc
 
@@ -505,25 +467,23 @@ def augrc(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Area under the generalised risk-coverage curve; lower is better.
 
     The curve is the probability of a prediction that is both kept and wrong; its area equals
-    ``(1 - AUROC) acc err + err^2 / 2`` with the AUROC of correct against wrong (Traub et al.,
-    2024). Unlike ``aurc`` it does not give the few most confident examples most of the weight.
+    `(1 - AUROC) acc err + err^2 / 2` with the AUROC of correct against wrong (Traub et al.,
+    2024). Unlike `aurc` it does not give the few most confident examples most of the weight.
     A constant confidence gives half the error rate.
 
     Args:
-        confidence: (n,) any score that is higher for the surer prediction.
-        correct: (n,) bool or 0/1, whether the prediction was right.
+        confidence, correct: as in `risk_coverage_curve`.
     """
     return _risk_coverage("augrc", confidence, correct).augrc
 
 
 def coverage_at_risk(confidence: ArrayLike, correct: ArrayLike, risk: float) -> float:
-    """Largest share of examples that a confidence threshold keeps at an error rate <= ``risk``.
+    """Largest share of examples that a confidence threshold keeps at an error rate <= `risk`.
 
     Equal confidences are kept or dropped together. 0.0 means that no threshold reaches the bound.
 
     Args:
-        confidence: (n,) any score that is higher for the surer prediction.
-        correct: (n,) bool or 0/1, whether the prediction was right.
+        confidence, correct: as in `risk_coverage_curve`.
         risk: bound on the error rate among the kept examples, in [0, 1].
     """
     return _risk_coverage("coverage_at_risk", confidence, correct).coverage_at_risk(risk)
@@ -536,11 +496,11 @@ def ood_auroc(score_in: ArrayLike, score_out: ArrayLike) -> float:
     """Area under the ROC curve of telling inputs apart by an uncertainty score.
 
     Out-of-distribution is the positive class and scores are uncertainties (predictive entropy,
-    mutual information): ``P(out > in) + P(out = in) / 2`` over all pairs, 1 for perfect
+    mutual information): `P(out > in) + P(out = in) / 2` over all pairs, 1 for perfect
     separation, 0.5 for none. Exchanging the classes and the sign of the score changes nothing.
 
     Args:
-        score_in: (n,) scores of in-distribution inputs.
+        score_in: (n,) scores of in-distribution inputs, higher is more uncertain.
         score_out: (m,) scores of out-of-distribution inputs.
     """
     inside, outside = _score_pair("ood_auroc", score_in, score_out)
@@ -552,16 +512,15 @@ def ood_auroc(score_in: ArrayLike, score_out: ArrayLike) -> float:
 
 
 def fpr_at_tpr(score_in: ArrayLike, score_out: ArrayLike, *, tpr: float = 0.95) -> float:
-    """Share of in-distribution inputs flagged when at least ``tpr`` of the others are found.
+    """Share of in-distribution inputs flagged when at least `tpr` of the others are found.
 
-    Out-of-distribution is the positive class, as in ``ood_auroc``: an input is flagged when its
-    score reaches the largest threshold that flags a share ``>= tpr`` of ``score_out``. (ODIN
+    Out-of-distribution is the positive class, as in `ood_auroc`: an input is flagged when its
+    score reaches the largest threshold that flags a share `>= tpr` of `score_out`. (ODIN
     calls in-distribution positive; for that convention pass
-    ``fpr_at_tpr(-score_out, -score_in)``.)
+    `fpr_at_tpr(-score_out, -score_in)`.)
 
     Args:
-        score_in: (n,) scores of in-distribution inputs, higher is more uncertain.
-        score_out: (m,) scores of out-of-distribution inputs.
+        score_in, score_out: as in `ood_auroc`.
         tpr: true positive rate in (0, 1].
     """
     if not 0.0 < tpr <= 1.0:
@@ -574,18 +533,15 @@ def fpr_at_tpr(score_in: ArrayLike, score_out: ArrayLike, *, tpr: float = 0.95) 
 
 
 def fpr95(score_in: ArrayLike, score_out: ArrayLike) -> float:
-    """``fpr_at_tpr`` at a true positive rate of 95 %; out-of-distribution is positive.
+    """`fpr_at_tpr` at a true positive rate of 95 %; out-of-distribution is positive.
 
     Args:
-        score_in: (n,) scores of in-distribution inputs, higher is more uncertain.
-        score_out: (m,) scores of out-of-distribution inputs.
+        score_in, score_out: as in `ood_auroc`.
     """
     return fpr_at_tpr(score_in, score_out, tpr=0.95)
 
 
-def _score_pair(
-    where: str, score_in: ArrayLike, score_out: ArrayLike
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _score_pair(where: str, score_in: ArrayLike, score_out: ArrayLike) -> tuple[Tensor, Tensor]:
     inside = _as_scores(where, "score_in", score_in)
     return inside, _as_scores(where, "score_out", score_out).to(inside.device)
 
@@ -593,64 +549,61 @@ def _score_pair(
 # Uncertainty --------------------------------------------------------------------------------------
 
 
-def _entropy(probs: torch.Tensor) -> torch.Tensor:
+def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(dim=-1)
 
 
-def predictive_entropy(log_probs: ArrayLike, *, kind: Kind = "log_probs") -> torch.Tensor:
-    """Entropy ``-sum_c p_c log p_c`` of each row in nats, (n,) float64; total uncertainty.
+def predictive_entropy(log_probs: ArrayLike, *, kind: Kind = "log_probs") -> Tensor:
+    """Entropy `-sum_c p_c log p_c` of each row in nats, (n,) float64; total uncertainty.
 
     Args:
-        log_probs: (n, C) log-probabilities, or probabilities with ``kind="probs"``.
-        kind: what ``log_probs`` holds.
+        log_probs, kind: as in `accuracy`.
     """
     return _entropy(_as_distribution("predictive_entropy", log_probs, kind, "(n, C)")[0])
 
 
-def expected_entropy(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs") -> torch.Tensor:
-    """Mean entropy ``(1/S) sum_s H[p_s]`` in nats, (n,) float64; aleatoric uncertainty.
+def expected_entropy(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs") -> Tensor:
+    """Mean entropy `(1/S) sum_s H[p_s]` in nats, (n,) float64; aleatoric uncertainty.
 
     Args:
         sample_log_probs: (S, n, C) predictions of S posterior samples.
-        kind: what ``sample_log_probs`` holds.
+        kind: what `sample_log_probs` holds.
     """
     probs, _ = _as_distribution("expected_entropy", sample_log_probs, kind, "(S, n, C)")
     return _entropy(probs).mean(dim=0)
 
 
-def mutual_information(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs") -> torch.Tensor:
-    """``H[mean_s p_s] - mean_s H[p_s]`` in nats, (n,) float64; epistemic uncertainty.
+def mutual_information(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs") -> Tensor:
+    """`H[mean_s p_s] - mean_s H[p_s]` in nats, (n,) float64; epistemic uncertainty.
 
     The information that the label carries about the parameters (Houlsby et al., 2011). It is
     never negative; rounding below zero is cut off.
 
     Args:
-        sample_log_probs: (S, n, C) predictions of S posterior samples.
-        kind: what ``sample_log_probs`` holds.
+        sample_log_probs, kind: as in `expected_entropy`.
     """
     probs, _ = _as_distribution("mutual_information", sample_log_probs, kind, "(S, n, C)")
     return _mutual_information(probs)
 
 
-def _mutual_information(probs: torch.Tensor) -> torch.Tensor:
+def _mutual_information(probs: Tensor) -> Tensor:
     return (_entropy(probs.mean(dim=0)) - _entropy(probs).mean(dim=0)).clamp(min=0.0)
 
 
-def mixture_log_probs(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs") -> torch.Tensor:
-    """Posterior predictive ``log (1/S) sum_s p_s`` by log-sum-exp, (n, C) float64.
+def mixture_log_probs(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs") -> Tensor:
+    """Posterior predictive `log (1/S) sum_s p_s` by log-sum-exp, (n, C) float64.
 
     Probabilities are averaged, not logits: the mean of the logits is the predictive of no
     posterior.
 
     Args:
-        sample_log_probs: (S, n, C) predictions of S posterior samples.
-        kind: what ``sample_log_probs`` holds.
+        sample_log_probs, kind: as in `expected_entropy`.
     """
     _, logs = _as_distribution("mixture_log_probs", sample_log_probs, kind, "(S, n, C)")
     return _mixture_log_probs(logs)
 
 
-def _mixture_log_probs(logs: torch.Tensor) -> torch.Tensor:
+def _mixture_log_probs(logs: Tensor) -> Tensor:
     return (logs.logsumexp(dim=0) - math.log(len(logs))).clamp(max=0.0)
 
 
@@ -659,7 +612,7 @@ def _mixture_log_probs(logs: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What ``evaluate`` found. Fractions are in [0, 1], entropies in nats, means over examples.
+    """What `evaluate` found. Fractions are in [0, 1], entropies in nats, means over examples.
 
     Attributes:
         n: number of examples.
@@ -667,7 +620,7 @@ class Report:
         accuracy, nll, ece, adaptive_ece, brier, aurc, augrc: the functions of these names.
         entropy: mean predictive entropy.
         mutual_information: its epistemic part; None without posterior samples.
-        ood_auroc, ood_fpr95: detection by predictive entropy; None without ``ood_log_probs``.
+        ood_auroc, ood_fpr95: detection by predictive entropy; None without `ood_log_probs`.
     """
 
     n: int
@@ -691,13 +644,13 @@ class Report:
 
 def _predictive(
     where: str, log_probs: ArrayLike, kind: Kind
-) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+) -> tuple[Tensor, Tensor, float | None]:
     """(probs, log_probs, mean mutual information) of (n, C) rows or of (S, n, C) samples."""
     given = _as_tensor(where, kind, log_probs)
-    if given.ndim != 3:
-        probs, logs = _as_distribution(where, given, kind, "(n, C)")
+    sampled = given.ndim == 3
+    probs, logs = _as_distribution(where, given, kind, "(S, n, C)" if sampled else "(n, C)")
+    if not sampled:
         return probs, logs, None
-    probs, logs = _as_distribution(where, given, kind, "(S, n, C)")
     return probs.mean(dim=0), _mixture_log_probs(logs), float(_mutual_information(probs).mean())
 
 
@@ -717,7 +670,7 @@ def evaluate(
         labels: (n,) integer class indices.
         ood_log_probs: (m, C) or (S, m, C) predictions on out-of-distribution inputs.
         n_bins: number of bins of both calibration errors.
-        kind: what ``log_probs`` and ``ood_log_probs`` hold.
+        kind: what `log_probs` and `ood_log_probs` hold.
     """
     _check_positive_int("evaluate", "n_bins", n_bins)
     probs, logs, information = _predictive("evaluate", log_probs, kind)
@@ -743,219 +696,4 @@ def evaluate(
         entropy=float(entropy.mean()),
         mutual_information=information,
         **ood,
-    )
-
-
-# torchmetrics -------------------------------------------------------------------------------------
-
-_METRIC_CLASSES = ("AURC", "BrierScore", "NegativeLogLikelihood", "OODDetection")
-
-
-def __getattr__(name: str) -> Any:
-    # The classes derive from torchmetrics.Metric, and importing torchmetrics takes seconds and
-    # pulls in transformers and matplotlib; they are therefore made when first asked for.
-    if name in _METRIC_CLASSES:
-        globals().update(_define_metric_classes())
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_METRIC_CLASSES})
-
-
-def _require_torchmetrics() -> Any:
-    try:
-        import torchmetrics
-    except ImportError as error:
-        raise ImportError(
-            f"accumulating metrics need torchmetrics ({error}): pip install bayes-kernels[metrics]"
-        ) from None
-    return torchmetrics
-
-
-@functools.cache
-def _define_metric_classes() -> dict[str, type[Metric]]:
-    _require_torchmetrics()
-    from torchmetrics import Metric
-    from torchmetrics.utilities.data import dim_zero_cat
-
-    class _MeanOverRows(Metric):
-        """Mean of a per-row score: a float64 sum and a count, both summed over processes."""
-
-        is_differentiable = False
-        higher_is_better = False
-        full_state_update = False
-        n_rows: torch.Tensor
-        _state = ""
-
-        def __init__(self, kind: Kind = "log_probs", **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.kind: Kind = kind
-            # The name differs between subclasses: a MetricCollection merges metrics whose states
-            # have equal names and, after the first batch, equal values.
-            self.add_state(self._state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state("n_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-        def _score(self, rows: _Rows) -> torch.Tensor:
-            raise NotImplementedError
-
-        def update(self, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
-            """Add a batch: log_probs (n, C), labels (n,)."""
-            rows = _as_rows(type(self).__name__, log_probs, labels, self.kind)
-            total = getattr(self, self._state)
-            setattr(self, self._state, total + self._score(rows).sum().to(total.device))
-            self.n_rows = self.n_rows + len(rows.labels)
-
-        def compute(self) -> torch.Tensor:
-            """0-dim float64 mean over all rows seen."""
-            if self.n_rows == 0:
-                raise ValueError(f"{type(self).__name__}: no rows seen; call update before compute")
-            return getattr(self, self._state) / self.n_rows
-
-    class NegativeLogLikelihood(_MeanOverRows):
-        """``nll`` accumulated over batches.
-
-        Args:
-            kind: what ``update`` is given, "log_probs" or "probs".
-            kwargs: options of ``torchmetrics.Metric``.
-        """
-
-        _state = "log_loss_sum"
-
-        def _score(self, rows: _Rows) -> torch.Tensor:
-            return _log_loss(rows)
-
-    class BrierScore(_MeanOverRows):
-        """``brier`` accumulated over batches.
-
-        Args:
-            kind: what ``update`` is given, "log_probs" or "probs".
-            kwargs: options of ``torchmetrics.Metric``.
-        """
-
-        _state = "squared_error_sum"
-
-        def _score(self, rows: _Rows) -> torch.Tensor:
-            return _squared_error(rows)
-
-    class AURC(Metric):
-        """``aurc`` of the top-label confidence; keeps two numbers per row.
-
-        Args:
-            kind: what ``update`` is given, "log_probs" or "probs".
-            kwargs: options of ``torchmetrics.Metric``.
-        """
-
-        is_differentiable = False
-        higher_is_better = False
-        full_state_update = False
-        top_confidence: list[torch.Tensor]
-        top_correct: list[torch.Tensor]
-
-        def __init__(self, kind: Kind = "log_probs", **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.kind: Kind = kind
-            self.add_state("top_confidence", [], dist_reduce_fx="cat")
-            self.add_state("top_correct", [], dist_reduce_fx="cat")
-
-        def update(self, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
-            """Add a batch: log_probs (n, C), labels (n,)."""
-            rows = _as_rows("AURC", log_probs, labels, self.kind)
-            confidence, correct = _confidence_and_correct(rows)
-            self.top_confidence.append(confidence)
-            self.top_correct.append(correct)
-
-        def compute(self) -> torch.Tensor:
-            """0-dim float64 area over all rows seen."""
-            if len(self.top_confidence) == 0:
-                raise ValueError("AURC: no rows seen; call update before compute")
-            confidence = dim_zero_cat(self.top_confidence)
-            value = aurc(confidence, dim_zero_cat(self.top_correct))
-            return torch.tensor(value, dtype=torch.float64, device=confidence.device)
-
-    class OODDetection(Metric):
-        """``ood_auroc`` and ``fpr95`` accumulated over batches; keeps two numbers per row.
-
-        torchmetrics' ``BinaryAUROC`` is no substitute for entropies: it takes scores above one for
-        logits and squashes them, batch by batch.
-
-        Args:
-            kwargs: options of ``torchmetrics.Metric``.
-        """
-
-        is_differentiable = False
-        full_state_update = False
-        ood_score: list[torch.Tensor]
-        ood_label: list[torch.Tensor]
-
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self.add_state("ood_score", [], dist_reduce_fx="cat")
-            self.add_state("ood_label", [], dist_reduce_fx="cat")
-
-        def update(self, score: torch.Tensor, is_ood: torch.Tensor) -> None:
-            """Add a batch: score (n,), higher is more uncertain; is_ood (n,) bool or 0/1."""
-            values = _as_scores("OODDetection", "score", score)
-            flags = _as_scores("OODDetection", "is_ood", is_ood).to(values.device)
-            if flags.shape != values.shape or not ((flags == 0) | (flags == 1)).all():
-                raise ValueError(
-                    f"OODDetection: is_ood must hold 0 or 1 for each of {len(values)} scores, "
-                    f"got shape {tuple(flags.shape)} with values from {float(flags.min()):g} to "
-                    f"{float(flags.max()):g}"
-                )
-            self.ood_score.append(values)
-            self.ood_label.append(flags.bool())
-
-        def compute(self) -> dict[str, torch.Tensor]:
-            """{"ood_auroc", "ood_fpr95"}, 0-dim float64, over all rows seen."""
-            if len(self.ood_score) == 0:
-                raise ValueError("OODDetection: no rows seen; call update before compute")
-            score, is_ood = dim_zero_cat(self.ood_score), dim_zero_cat(self.ood_label)
-            if is_ood.all() or not is_ood.any():
-                raise ValueError(
-                    "OODDetection: both classes are needed, got only "
-                    f"{'out-of' if is_ood.any() else 'in'}-distribution rows"
-                )
-            inside, outside = score[~is_ood], score[is_ood]
-            values = {
-                "ood_auroc": ood_auroc(inside, outside),
-                "ood_fpr95": fpr95(inside, outside),
-            }
-            return {
-                name: torch.tensor(value, dtype=torch.float64, device=score.device)
-                for name, value in values.items()
-            }
-
-    classes = (AURC, BrierScore, NegativeLogLikelihood, OODDetection)
-    for cls in classes:
-        # Found again by name, so that instances can be pickled.
-        cls.__qualname__ = cls.__name__
-    return {cls.__name__: cls for cls in classes}
-
-
-def classification_metrics(num_classes: int, *, n_bins: int = 15) -> MetricCollection:
-    """accuracy, ece, nll, brier and aurc as one ``torchmetrics.MetricCollection``.
-
-    Accuracy and calibration error are torchmetrics' own (float32). ``update`` takes
-    log-probabilities (n, C) and labels (n,); ``compute`` returns a dict of 0-dim tensors.
-
-    Args:
-        num_classes: number of classes C.
-        n_bins: number of bins of the calibration error.
-
-    Raises:
-        ImportError: torchmetrics is not installed.
-    """
-    torchmetrics = _require_torchmetrics()
-    ours = _define_metric_classes()
-    theirs = torchmetrics.classification
-    return torchmetrics.MetricCollection(
-        {
-            "accuracy": theirs.MulticlassAccuracy(num_classes, average="micro"),
-            "ece": theirs.MulticlassCalibrationError(num_classes, n_bins=n_bins, norm="l1"),
-            "nll": ours["NegativeLogLikelihood"](),
-            "brier": ours["BrierScore"](),
-            "aurc": ours["AURC"](),
-        }
     )

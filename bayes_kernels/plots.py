@@ -1,10 +1,10 @@
 """Pictures of calibration, selective prediction and out-of-distribution detection.
 
-Each function takes what ``bayes_kernels.metrics`` computes and returns a
-``matplotlib.figure.Figure`` of its own: no pyplot, no display, no global state, so the functions
-are safe in servers, threads and notebooks. ``save`` writes a PNG atomically.
+Each function takes what `bayes_kernels.metrics` computes and returns a
+`matplotlib.figure.Figure` of its own: no pyplot, no display, no global state, so the functions
+are safe in servers, threads and notebooks. `save` writes a PNG atomically.
 
-Needs matplotlib: ``pip install bayes-kernels[plots]``.
+Needs matplotlib: `pip install bayes-kernels[plots]`.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
     confidence exactly one, a bin of their own in the ECE, are drawn together with the last bin.
 
     Args:
-        methods: the result of ``metrics.reliability_bins``, or several by name.
+        methods: the result of `metrics.reliability_bins`, or several by name.
 
     Raises:
-        ValueError: no method, or something else than ``ReliabilityBins``.
+        ValueError: no method, or something else than `ReliabilityBins`.
     """
     named = _by_name("reliability_diagram", methods, ReliabilityBins, "reliability_bins")
     figure = _figure(4.2, 5.0)
@@ -211,10 +211,10 @@ def risk_coverage(methods: RiskCoverageCurve | Mapping[str, RiskCoverageCurve]) 
     """Error rate among the kept predictions against the share kept, lower is better.
 
     Args:
-        methods: the result of ``metrics.risk_coverage_curve``, or several by name.
+        methods: the result of `metrics.risk_coverage_curve`, or several by name.
 
     Raises:
-        ValueError: no method, or something else than ``RiskCoverageCurve``.
+        ValueError: no method, or something else than `RiskCoverageCurve`.
     """
     named = _by_name("risk_coverage", methods, RiskCoverageCurve, "risk_coverage_curve")
     figure = _figure(4.6, 3.4)
@@ -252,7 +252,7 @@ def entropy_histogram(
 ) -> Figure:
     """Uncertainty of in- and out-of-distribution inputs in common bins, each with unit area.
 
-    The title gives ``metrics.ood_auroc`` and ``metrics.fpr95``, out-of-distribution positive.
+    The title gives `metrics.ood_auroc` and `metrics.fpr95`, out-of-distribution positive.
 
     Args:
         score_in: (n,) finite scores of in-distribution inputs, higher is more uncertain.
@@ -266,8 +266,7 @@ def entropy_histogram(
     """
     auroc = metrics.ood_auroc(score_in, score_out)
     fpr = metrics.fpr95(score_in, score_out)
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-        raise ValueError(f"entropy_histogram: n_bins must be an integer >= 1, got {n_bins!r}")
+    metrics._check_positive_int("entropy_histogram", "n_bins", n_bins)
     groups = [
         metrics._as_scores("entropy_histogram", side, scores).cpu().numpy()
         for side, scores in (("score_in", score_in), ("score_out", score_out))
@@ -299,14 +298,14 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Pat
 
     Args:
         figure: what one of the functions above returned.
-        path: ends in ``.png``.
+        path: ends in `.png`.
         dpi: dots per inch.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: the name does not end in ``.png``.
+        ValueError: the name does not end in `.png`.
     """
     target = Path(path)
     if target.suffix.lower() != ".png":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import pickle
 import subprocess
 import sys
 
@@ -426,91 +425,9 @@ def test_low_precision_rows_are_accepted_and_logits_are_not():
             metrics.nll(low - 0.2, labels)
 
 
-# torchmetrics classes
-
-
-def test_metrics_accumulate_over_batches():
-    pytest.importorskip("torchmetrics")
-    log_probs, labels = make_case(n=90)
-    # A perfect first batch gives every sum the value zero: metrics must not be merged over that.
-    log_probs[:10] = -math.inf
-    log_probs[torch.arange(10), labels[:10]] = 0.0
-    collection = metrics.classification_metrics(5)
-    for part in (slice(0, 10), slice(10, 77), slice(77, 90)):
-        collection.update(log_probs[part].float(), labels[part])
-    expected = metrics.evaluate(log_probs.float(), labels)
-    for name, value in collection.compute().items():
-        assert float(value) == pytest.approx(getattr(expected, name), abs=2e-6), name
-    collection.reset()
-    collection.update(log_probs[10:20], labels[10:20])
-    assert float(collection.compute()["nll"]) == pytest.approx(
-        metrics.nll(log_probs[10:20], labels[10:20]), rel=1e-12
-    )
-
-
-def test_metric_forward_returns_the_batch_value_and_keeps_the_total():
-    pytest.importorskip("torchmetrics")
-    log_probs, labels = make_case(n=20)
-    metric = metrics.NegativeLogLikelihood()
-    first = metric(log_probs[:12], labels[:12])
-    metric(log_probs[12:], labels[12:])
-    assert float(first) == pytest.approx(metrics.nll(log_probs[:12], labels[:12]), rel=1e-14)
-    assert float(metric.compute()) == pytest.approx(metrics.nll(log_probs, labels), rel=1e-14)
-
-
-def test_ood_detection_accumulates_and_does_not_squash_scores():
-    pytest.importorskip("torchmetrics")
-    score = torch.tensor([0.2, 0.4, 0.9, 0.95, 1.3, 0.5], dtype=torch.float64)
-    is_ood = torch.tensor([0, 0, 1, 0, 1, 1])
-    metric = metrics.OODDetection()
-    for part in (slice(0, 3), slice(3, 6)):
-        metric.update(score[part], is_ood[part])
-    values = metric.compute()
-    inside, outside = score[is_ood == 0], score[is_ood == 1]
-    assert float(values["ood_auroc"]) == metrics.ood_auroc(inside, outside)
-    assert float(values["ood_fpr95"]) == metrics.fpr95(inside, outside)
-    with pytest.raises(ValueError, match="is_ood must hold 0 or 1"):
-        metric.update(score, is_ood + 1)
-    metric.reset()
-    metric.update(score[:2], is_ood[:2])
-    with pytest.raises(ValueError, match="only in-distribution"):
-        metric.compute()
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("name", ["NegativeLogLikelihood", "BrierScore", "AURC", "OODDetection"])
-def test_metric_classes_pickle_and_refuse_to_compute_nothing(name):
-    pytest.importorskip("torchmetrics")
-    metric = getattr(metrics, name)()
-    with pytest.raises(ValueError, match=f"{name}: no rows seen"):
-        metric.compute()
-    if name == "OODDetection":
-        metric.update([0.1, 0.2], [0, 1])
-    else:
-        metric.update(*make_case(n=5))
-    copy = pickle.loads(pickle.dumps(metric))
-    assert type(copy) is getattr(metrics, name)
-    assert copy.compute() == metric.compute()
-
-
-def test_missing_torchmetrics_is_one_line_and_functions_still_work(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    metrics._define_metric_classes.cache_clear()
-    for name in ("NegativeLogLikelihood", "BrierScore", "AURC", "OODDetection"):
-        monkeypatch.delitem(vars(metrics), name, raising=False)
-        with pytest.raises(ImportError, match=r"pip install bayes-kernels\[metrics\]") as caught:
-            getattr(metrics, name)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ImportError, match=r"pip install bayes-kernels\[metrics\]"):
-        metrics.classification_metrics(3)
-    assert metrics.evaluate(*make_case(n=20)).n == 20
-    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
-        metrics.Nonsense  # noqa: B018
-
-
-def test_functions_do_not_import_torchmetrics():
+def test_functions_need_torch_alone():
     code = (
         "import sys; from bayes_kernels import metrics; metrics.nll([[0.0, -800.0]], [0]);"
-        "sys.exit(any(name in sys.modules for name in ('torchmetrics', 'matplotlib')))"
+        "sys.exit(any(name in sys.modules for name in ('torchmetrics', 'sklearn', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

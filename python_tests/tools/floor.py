@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-OLDEST = ("hf", "metrics")
+OLDEST = ("hf",)
 NEWEST = ("plots", "demo", "test")
 
 
