@@ -21,14 +21,13 @@ instead, and their transpose is meant below. All other groups are stepped by pla
   which carries the momentum from the last point to this one, and Z becomes the polar factor, or the
   Q factor with positive diagonal of R, of Z minus the step.
 
-Cost: a step is a number of launches that depends on how many different shapes there are, not on how
-many matrices. Matrices are never compared with n x n memory: the field is computed from r x r Grams.
-Wide parameters are transposed into a temporary of their size.
+Cost: the number of launches of a step grows with the number of different shapes, not of matrices. No
+n x n matrix is formed: the field is computed from r x r Gram matrices. Wide parameters are transposed
+into a temporary of their size.
 
-A step whose gradients have a NaN or an infinity anywhere is left out as a whole: no parameter and no state
-changes, as a gradient scaler has it, and the first one is told by a warning. One such number would stay in
-the momentum for ever, where a retraction could only refuse every later step. On a GPU the decision is
-taken there; the host never waits for it.
+A step with a NaN or an infinity in any gradient is skipped: no parameter and no state changes, as with a
+gradient scaler, and the first skip gives a warning. Otherwise the momentum would keep the NaN, and every
+later retraction would fail. On a GPU the decision is taken on the device; the host never waits for it.
 
 Sources: Ablin and Peyre, "Fast and Accurate Optimization on the Orthogonal Manifold without
 Retraction", arXiv 2102.07432; Lion et al., "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv
@@ -41,13 +40,13 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
 from . import functional
@@ -55,6 +54,16 @@ from . import functional
 METHODS = ("landing", "polar", "qr")
 SECOND_MOMENTS = ("matrix", "element")
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class _Part(NamedTuple):
+    """The parameters of one group on one device, for one step."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    points: list[Tensor]  # what is stepped: the parameters, or fp32 copies of them
+    grads: list[Tensor]
+    bad: Tensor | None  # 0-dim on a GPU: 1 where nothing may change; gradients are zeros then
 
 
 class _StiefelOptimizer(Optimizer):
@@ -66,7 +75,7 @@ class _StiefelOptimizer(Optimizer):
     _seen: tuple[Tensor, Any] | None = None  # a copy of it on its way to the host
     _warned = False
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # From `fused` PyTorch sees on loading that step counts are tensors on the device.
         super().__init__(params, {**defaults, "fused": True})
 
@@ -114,14 +123,11 @@ class _StiefelOptimizer(Optimizer):
 
     def _not_finite(self, parameters: list[Tensor]) -> Tensor | None:
         """0-dim: 1 where any gradient has a NaN or an infinity, else 0; None where the host knows it is 0."""
-        kinds: dict[Any, list[Tensor]] = {}
-        for parameter in parameters:
-            if parameter.numel() and (grad := parameter.grad) is not None:
-                kinds.setdefault((grad.device, grad.dtype, type(grad)), []).append(grad)
+        grads = [p.grad for p in parameters if p.numel() and p.grad is not None]
         flags: list[Tensor] = []
-        for grads in kinds.values():
+        for indices in _groups(grads, lambda g: (g.device, g.dtype, type(g))):
             # The largest magnitude of each is NaN where one of its numbers is.
-            largest: Any = torch.stack(torch._foreach_norm(grads, math.inf))
+            largest: Any = torch.stack(torch._foreach_norm([grads[i] for i in indices], math.inf))
             flag: Any = (~torch.isfinite(largest)).any()
             flags.append(flag.full_tensor() if hasattr(flag, "full_tensor") else flag)
         if not flags:
@@ -172,10 +178,12 @@ class _StiefelOptimizer(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step with the gradients in `.grad`, which are left as they are.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float | Tensor] | None = None
+    ) -> float | Tensor | None:
+        """One step with the gradients in `.grad`, which do not change.
 
-        Nothing changes where one of them is not finite: see the module.
+        Nothing changes at all where a gradient is not finite: see the module's docstring.
 
         Args:
             closure: computes the loss anew, as for every optimiser of torch.
@@ -199,33 +207,21 @@ class _StiefelOptimizer(Optimizer):
             if not self._decided_there(bad):
                 return loss
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            by_device: dict[torch.device, list[Tensor]] = {}
-            for parameter in parameters:
-                by_device.setdefault(parameter.device, []).append(parameter)
-            for device, part in by_device.items():
-                local = None if bad is None else bad.to(device)
-                if group["stiefel"]:
-                    self._step_stiefel(group, part, local)
-                else:
-                    self._step_euclidean(group, part, local)
+            given = [p for p in group["params"] if p.grad is not None]
+            step = self._step_stiefel if group["stiefel"] else self._step_euclidean
+            for indices in _groups(given, lambda p: p.device):
+                local = [given[i] for i in indices]
+                flag = None if bad is None else bad.to(local[0].device)
+                step(_Part(group, local, local, [p.grad for p in local], flag))
         return loss
 
-    def _step_stiefel(
-        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
-    ) -> None:
-        points = [self._point(p) for p in parameters]
-        grads: list[Tensor] = []
-        for parameter, point in zip(parameters, points, strict=True):
-            assert parameter.grad is not None
-            grads.append(parameter.grad.to(point.dtype).contiguous())
-        if bad is not None:  # zeros, so that nothing below is NaN but what is meant to be
-            for indices in _same_shapes(grads):
-                stack = torch.stack([grads[i] for i in indices])
-                for i, grad in zip(indices, _unless(bad, stack, 0.0).unbind(), strict=True):
-                    grads[i] = grad
-        self._update(group, parameters, points, grads, bad)
-        halves = [(p, x) for p, x in zip(parameters, points, strict=True) if p is not x]
+    def _step_stiefel(self, part: _Part) -> None:
+        points = [self._point(p) for p in part.parameters]
+        grads = [g.to(x.dtype).contiguous() for g, x in zip(part.grads, points, strict=True)]
+        if part.bad is not None:  # zeros, so that nothing below is NaN but what is meant to be
+            grads = _by_shape(lambda stack: _unless(part.bad, stack, 0.0), grads)
+        self._update(part._replace(points=points, grads=grads))
+        halves = [(p, x) for p, x in zip(part.parameters, points, strict=True) if p is not x]
         if halves:
             torch._foreach_copy_([p for p, _ in halves], [x for _, x in halves])
 
@@ -238,20 +234,10 @@ class _StiefelOptimizer(Optimizer):
             state["master"] = parameter.detach().float().contiguous()
         return state["master"]
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        points: list[Tensor],
-        grads: list[Tensor],
-        bad: Tensor | None,
-    ) -> None:
-        """`bad`: None, or 0-dim on the device: 1 where nothing may change, with gradients of zeros."""
+    def _update(self, part: _Part) -> None:
         raise NotImplementedError
 
-    def _step_euclidean(
-        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
-    ) -> None:
+    def _step_euclidean(self, part: _Part) -> None:
         raise NotImplementedError
 
     def _matrices(self) -> list[Tensor]:
@@ -277,8 +263,8 @@ class _StiefelOptimizer(Optimizer):
         """
         parameters = [p for g in self.param_groups if g["stiefel"] for p in g["params"]]
         points = [self._point(p) for p in parameters]
-        for device in dict.fromkeys(p.device for p in points):
-            local = [p for p in points if p.device == device]
+        for indices in _groups(points, lambda x: x.device):
+            local = [points[i] for i in indices]
             talls = _tall(local)
             functional.polar_retract_(talls)
             _write_back(local, talls)
@@ -338,7 +324,7 @@ class StiefelAdamW(_StiefelOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -372,42 +358,21 @@ class StiefelAdamW(_StiefelOptimizer):
                 f"{group['second_moment']!r}; choose one"
             )
 
-    def _step_euclidean(
-        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
-    ) -> None:
-        grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-        self._adamw(group, parameters, parameters, grads, group["weight_decay"], bad)
+    def _step_euclidean(self, part: _Part) -> None:
+        self._adamw(part, part.group["weight_decay"])
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        points: list[Tensor],
-        grads: list[Tensor],
-        bad: Tensor | None,
-    ) -> None:
-        if group["method"] == "landing":
-            fields = _landing_field(points, grads, group["penalty"])
-            self._adamw(group, parameters, points, fields, 0.0, bad)
+    def _update(self, part: _Part) -> None:
+        if part.group["method"] == "landing":
+            self._adamw(part._replace(grads=_landing_field(part)), 0.0)
         else:
-            self._riemannian_adam(group, parameters, points, grads, bad)
+            self._riemannian_adam(part)
 
-    def _adamw(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        points: list[Tensor],
-        grads: list[Tensor],
-        weight_decay: float,
-        bad: Tensor | None,
-    ) -> None:
-        """PyTorch's fused AdamW: one launch for all tensors. It knows what `found_inf` asks of it."""
+    def _adamw(self, part: _Part, weight_decay: float) -> None:
+        """PyTorch's fused AdamW: one launch for all tensors; `found_inf` skips the step on the device."""
+        group, parameters, points, grads, bad = part
         states = [self._state(p, x, x.shape) for p, x in zip(parameters, points, strict=True)]
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for i, point in enumerate(points):
-            by_dtype.setdefault(point.dtype, []).append(i)
         beta1, beta2 = group["betas"]
-        for indices in by_dtype.values():
+        for indices in _groups(points, lambda x: x.dtype):
             adamw(
                 [points[i] for i in indices],
                 [grads[i] for i in indices],
@@ -434,14 +399,8 @@ class StiefelAdamW(_StiefelOptimizer):
             state["exp_avg_sq"] = point.new_zeros(tuple(second))
         return state
 
-    def _riemannian_adam(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        points: list[Tensor],
-        grads: list[Tensor],
-        bad: Tensor | None,
-    ) -> None:
+    def _riemannian_adam(self, part: _Part) -> None:
+        group, parameters, points, grads, bad = part
         per_matrix = group["second_moment"] == "matrix"
         states = [
             self._state(p, x, () if per_matrix else x.shape)
@@ -478,7 +437,7 @@ class StiefelAdamW(_StiefelOptimizer):
             torch._foreach_copy_([states[i]["exp_avg_sq"] for i in indices], list(v.unbind()))
             for i, direction in zip(indices, d.unbind(), strict=True):
                 directions[i] = direction
-        _retracted_step(points, directions, group["lr"], group["method"], bad)
+        _retracted_step(part._replace(grads=directions), group["lr"])
 
 
 class StiefelSGD(_StiefelOptimizer):
@@ -505,7 +464,7 @@ class StiefelSGD(_StiefelOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -528,10 +487,8 @@ class StiefelSGD(_StiefelOptimizer):
         super()._check_group(group)
         _check_number("StiefelSGD", "momentum", group["momentum"])
 
-    def _step_euclidean(
-        self, group: dict[str, Any], parameters: list[Tensor], bad: Tensor | None
-    ) -> None:
-        grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+    def _step_euclidean(self, part: _Part) -> None:
+        group, parameters, _, grads, bad = part
         momentum = group["momentum"]
         buffers: list[Tensor | None] = [None] * len(parameters)
         if momentum:
@@ -550,26 +507,22 @@ class StiefelSGD(_StiefelOptimizer):
             maximize=False,
         )
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameters: list[Tensor],
-        points: list[Tensor],
-        grads: list[Tensor],
-        bad: Tensor | None,
-    ) -> None:
+    def _update(self, part: _Part) -> None:
+        group, parameters, points, grads, bad = part
         momentum, lr, method = group["momentum"], group["lr"], group["method"]
         kept: Any = momentum  # of the buffers
         if bad is not None:
             kept = _unless(bad, torch.full_like(bad, momentum), 1.0)
             lr = lr if method != "landing" else lr * (1 - bad)
         if method == "landing" and not momentum:
-            _landing_step(points, grads, lr, group["penalty"])
+            talls = _tall(points)
+            functional.landing_step_(talls, _tall(grads), lr, group["penalty"])
+            _write_back(points, talls)
             return
         if method == "landing":
             buffers = self._momenta(parameters, points)
             torch._foreach_mul_(buffers, kept)
-            fields = _landing_field(points, grads, group["penalty"])
+            fields = _landing_field(part)
             if bad is not None:
                 torch._foreach_mul_(fields, 1 - bad)
             torch._foreach_add_(buffers, fields)
@@ -584,7 +537,7 @@ class StiefelSGD(_StiefelOptimizer):
                 b = _unless(bad, _project(z, b), b)
                 torch._foreach_copy_([buffers[i] for i in indices], list(b.unbind()))
             grads = buffers
-        _retracted_step(points, grads, lr, method, bad)
+        _retracted_step(part._replace(grads=grads), lr)
 
     def _momenta(self, parameters: list[Tensor], points: list[Tensor]) -> list[Tensor]:
         for parameter, point in zip(parameters, points, strict=True):
@@ -610,8 +563,8 @@ def orthogonality(matrices: Iterable[Tensor]) -> Tensor:
     with torch.no_grad():
         everything = [m.detach() for m in matrices]
         everything = [m.float() if m.dtype in _HALF else m for m in everything]
-        for device in dict.fromkeys(m.device for m in everything):
-            grams = functional.gram(_tall([m for m in everything if m.device == device]))
+        for local in _groups(everything, lambda m: m.device):
+            grams = functional.gram(_tall([everything[i] for i in local]))
             for indices in _same_shapes(grams):
                 gram = torch.stack([grams[i] for i in indices])
                 gram.diagonal(dim1=1, dim2=2).sub_(1)
@@ -626,12 +579,30 @@ def orthogonality(matrices: Iterable[Tensor]) -> Tensor:
 # launches independent of the number of matrices.
 
 
-def _same_shapes(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
-    """Indices of the tensors of each shape and dtype."""
-    groups: dict[Any, list[int]] = {}
+def _groups(tensors: Sequence[Tensor], key: Callable[[Tensor], Hashable]) -> Iterable[list[int]]:
+    """Indices of the tensors with equal keys."""
+    groups: dict[Hashable, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        groups.setdefault((tensor.shape, tensor.dtype), []).append(i)
+        groups.setdefault(key(tensor), []).append(i)
     return groups.values()
+
+
+def _same_shapes(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    return _groups(tensors, lambda t: (t.shape, t.dtype))
+
+
+def _by_shape(
+    function: Callable[[Tensor], Tensor],
+    tensors: Sequence[Tensor],
+    groups: Iterable[list[int]] | None = None,
+) -> list[Tensor]:
+    """The tensors after a function of stacks, one for each shape or group; others as they are."""
+    found = list(tensors)
+    for indices in _same_shapes(tensors) if groups is None else groups:
+        results = function(torch.stack([tensors[i] for i in indices])).unbind()
+        for i, result in zip(indices, results, strict=True):
+            found[i] = result
+    return found
 
 
 def _is_wide(matrix: Tensor) -> bool:
@@ -640,24 +611,13 @@ def _is_wide(matrix: Tensor) -> bool:
 
 def _tall(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous matrices as they are, wide ones as transposed copies: two launches a shape."""
-    talls = [m.contiguous() for m in matrices]
-    for indices in _same_shapes(matrices):
-        if _is_wide(matrices[indices[0]]):
-            stack = torch.stack([matrices[i] for i in indices]).mT.contiguous()
-            for i, tall in zip(indices, stack.unbind(), strict=True):
-                talls[i] = tall
-    return talls
+    return [m.contiguous() for m in _like(matrices, matrices)]
 
 
-def _like(matrices: Sequence[Tensor], talls: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse: tall results in the layout of the matrices that they belong to."""
-    found = list(talls)
-    for indices in _same_shapes(matrices):
-        if _is_wide(matrices[indices[0]]):
-            stack = torch.stack([talls[i] for i in indices]).mT.contiguous()
-            for i, wide in zip(indices, stack.unbind(), strict=True):
-                found[i] = wide
-    return found
+def _like(matrices: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """`values` with those that belong to wide matrices transposed: from tall to wide, and back."""
+    wide = [indices for indices in _same_shapes(matrices) if _is_wide(matrices[indices[0]])]
+    return _by_shape(lambda stack: stack.mT.contiguous(), values, wide)
 
 
 def _write_back(matrices: Sequence[Tensor], talls: Sequence[Tensor]) -> None:
@@ -680,31 +640,19 @@ def _project(points: Tensor, directions: Tensor) -> Tensor:
     return torch.baddbmm(directions, left, right, alpha=-1)
 
 
-def _landing_field(points: list[Tensor], grads: list[Tensor], penalty: float) -> list[Tensor]:
-    return _like(points, functional.landing_field(_tall(points), _tall(grads), penalty))
+def _landing_field(part: _Part) -> list[Tensor]:
+    field = functional.landing_field(_tall(part.points), _tall(part.grads), part.group["penalty"])
+    return _like(part.points, field)
 
 
-def _landing_step(
-    points: list[Tensor], grads: list[Tensor], lr: float | Tensor, penalty: float
-) -> None:
-    talls = _tall(points)
-    functional.landing_step_(talls, _tall(grads), lr, penalty)
-    _write_back(points, talls)
-
-
-def _retracted_step(
-    points: list[Tensor],
-    directions: list[Tensor],
-    lr: float | Tensor,
-    method: str,
-    bad: Tensor | None,
-) -> None:
-    if bad is not None:  # matrices keep their values under a step that is not finite
-        rate = lr if isinstance(lr, Tensor) else torch.full_like(bad, lr)
-        lr = _unless(bad, rate, math.nan)
-    talls = _tall(points)
-    functional.stiefel_step_(talls, _tall(directions), lr, retraction=method)
-    _write_back(points, talls)
+def _retracted_step(part: _Part, lr: float | Tensor) -> None:
+    """Retraction of points - lr * grads."""
+    if part.bad is not None:  # matrices keep their values under a step that is not finite
+        rate = lr if isinstance(lr, Tensor) else torch.full_like(part.bad, lr)
+        lr = _unless(part.bad, rate, math.nan)
+    talls = _tall(part.points)
+    functional.stiefel_step_(talls, _tall(part.grads), lr, retraction=part.group["method"])
+    _write_back(part.points, talls)
 
 
 def _unless(bad: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
