@@ -612,7 +612,7 @@ def _mixture_log_probs(logs: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. Fractions are in [0, 1], entropies in nats, means over examples.
+    """Result of `evaluate`. Fractions are in [0, 1], entropies in nats, means over examples.
 
     Attributes:
         n: number of examples.

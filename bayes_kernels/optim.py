@@ -127,7 +127,7 @@ class KLSchedule:
         return self.time / self.factor_sum
 
     def step_size(self, step: int, lr_factor: float = 1.0) -> float:
-        """What the gradient of the divergence is multiplied by at a step."""
+        """Factor of the divergence's gradient at a step."""
         rate = 1.0 if self.kind == "auto" else self.lr
         return rate * lr_factor * self.weight(step)
 
@@ -173,7 +173,7 @@ def flow_time(target_std: float, prior_std: float, start_std: float = 0.0) -> fl
     """Time in which the gradient flow of the divergence takes Omega = rho^2 from start to target.
 
         dOmega/dt = 4 (1 - Omega^2 / sigma_p^2):  Omega(t) = sigma_p tanh(artanh(Omega(0) / sigma_p)
-        + 4 t / sigma_p);  means shrink meanwhile by exp(-t / sigma_p^2)
+        + 4 t / sigma_p);  in the same time means shrink by exp(-t / sigma_p^2)
 
     Raises:
         ValueError: a deviation is not in [0, prior_std).
@@ -199,8 +199,8 @@ def kl_flow_(
 
     The second is p tanh(artanh(Omega / p) + 4 t / p), and holds above p too. Unlike a gradient step
     it is stable for every time and every deviation, 0 included. Evaluated in fp64 and rounded once;
-    rho keeps its sign. About a dozen launches for each device and prior, and fp64 copies of means
-    and deviations meanwhile.
+    rho keeps its sign. Cost: about a dozen launches for each device and prior, and temporary fp64
+    copies of means and deviations.
 
     Args:
         means, rhos, prior_std: as in `functional.gaussian_kl`. Shards of FSDP2 (DTensor) are
@@ -422,7 +422,7 @@ class DecoupledKL:
 
         Args:
             lr_factor: learning rate of the main optimiser over its peak.
-            step: number of the step, from 0; None counts by itself.
+            step: number of the step, from 0; None for the next one.
 
         Returns:
             The step size, before the tensors' scales.
@@ -493,11 +493,11 @@ class DecoupledKL:
         return worst
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and words: what a run needs to go on, JSON-ready."""
+        """Step and schedule as plain numbers and words, ready for JSON: what a resumed run needs."""
         return {"step": self.step_count, "schedule": asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
             ValueError: the state has other keys.

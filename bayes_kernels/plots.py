@@ -1,8 +1,8 @@
 """Pictures of calibration, selective prediction and out-of-distribution detection.
 
-Each function takes what `bayes_kernels.metrics` computes and returns a
-`matplotlib.figure.Figure` of its own: no pyplot, no display, no global state, so the functions
-are safe in servers, threads and notebooks. `save` writes a PNG atomically.
+Each function takes results of `bayes_kernels.metrics` and returns a new `matplotlib.figure.Figure`.
+There is no pyplot, no display and no global state, so the functions are safe in servers, threads
+and notebooks. `save` writes a PNG atomically.
 
 Needs matplotlib: `pip install bayes-kernels[plots]`.
 """
@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -36,7 +36,8 @@ __all__ = ["entropy_histogram", "reliability_diagram", "risk_coverage", "save"]
 # keep the methods apart in grey print.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)), ":")
+_Dash = str | tuple[int, tuple[int, ...]]
+_DASHES: tuple[_Dash, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)), ":")
 _INSIDE = 5  # entries of a legend that fit into the axes
 _OVER, _UNDER = "#F2C3A0", "#9CC9E8"  # lighter than the bars they lie on
 
@@ -50,7 +51,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _styles(count: int) -> list[tuple[str, str, Any]]:
+def _styles(count: int) -> list[tuple[str, str, _Dash]]:
     """(colour, marker, dash) of every line; the second seven have the first's colours, new dashes."""
     found = []
     for i in range(count):
@@ -116,7 +117,7 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
     One method is drawn as bars, the gap between accuracy and mean confidence shaded, the ECE in the
     title and the count over each bin; several methods as lines through (mean confidence,
     accuracy), each ECE in the legend. The dotted diagonal is perfect calibration. Predictions of
-    confidence exactly one, a bin of their own in the ECE, are drawn together with the last bin.
+    confidence exactly one, which the ECE puts into an extra bin, are drawn with the last bin.
 
     Args:
         methods: the result of `metrics.reliability_bins`, or several by name.
@@ -297,7 +298,7 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Pat
     Missing folders are made. The same figure gives the same bytes.
 
     Args:
-        figure: what one of the functions above returned.
+        figure: the result of a function above.
         path: ends in `.png`.
         dpi: dots per inch.
 

@@ -2,7 +2,7 @@
 
 The Stiefel manifold St(n, r) holds the tall matrices Z (n, r) with Z^T Z = I. A parameter group with
 `stiefel=True` holds such matrices; wide parameters (r, n), as `lora_A.weight`, have orthonormal rows
-instead, and their transpose is meant below. All other groups are stepped by plain AdamW or SGD.
+instead, and Z is their transpose below. All other groups are stepped by plain AdamW or SGD.
 
 * **Landing** (`method="landing"`, PoLAR's published choice) never retracts. The gradient G is
   replaced by the landing field
@@ -81,7 +81,7 @@ class _StiefelOptimizer(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Steps that were left out as a gradient was not finite; waits for the device."""
+        """Number of steps that were skipped, as a gradient was not finite. Synchronises with the device."""
         return self._skipped + (0 if self._left_out is None else int(self._left_out))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class _StiefelOptimizer(Optimizer):
         return flag.is_cuda
 
     def _tell(self, bad: Tensor) -> None:
-        """Counts a step that is left out, and warns at the first: as soon as the host may know."""
+        """Count a skipped step; warn at the first one, on a GPU when its count has reached the host."""
         if not self._decided_there(bad):
             self._skipped += 1
             self._warn()
@@ -172,7 +172,7 @@ class _StiefelOptimizer(Optimizer):
         self._warned = True
         warnings.warn(
             f"{type(self).__name__}: gradients must be finite, got a NaN or an infinity; such steps "
-            "are left out, parameters and state stay as they are (told once, `skipped` counts them). "
+            "are skipped, parameters and state stay as they are (warned once, `skipped` counts them). "
             "Lower the learning rate, clip gradients, or look for the layer that overflows.",
             stacklevel=6,  # above torch's wrappers of step
         )

@@ -80,8 +80,8 @@ def _define_monte_carlo(
 class _MonteCarloBound(torch.autograd.Function):
     """Mean over samples z = mean + sqrt(v) eps of log softmax(z)_y.
 
-    Every row has a scalar value, so its gradients are added up sample by sample beside it: what is
-    kept is two (B, C) tensors for any number of samples.
+    The value of a row is a scalar, so the forward pass adds up its gradients too: the backward pass
+    needs two (B, C) tensors for any number of samples.
     """
 
     @staticmethod
@@ -116,8 +116,8 @@ class _MonteCarloBound(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: what is kept has no derivatives
             raise RuntimeError(
-                "VBLL: second derivatives must be those of bound='jensen', got bound='mc'; use "
-                "'jensen', or torch.func, which keeps every sample"
+                "VBLL: second derivatives need bound='jensen', got bound='mc'; use 'jensen', or "
+                "torch.func, which keeps every sample"
             )
         dmean, dvariance, counted = ctx.saved_tensors
         weight = dbound.masked_fill(~counted, 0.0)[:, None]

@@ -23,15 +23,15 @@ _LAPLACE_BUFFERS = ("laplace_tril", "laplace_basis", "laplace_variance")
 
 @dataclass(frozen=True)
 class LaplaceReport:
-    """What `VBLLClassification.laplace_refine` did.
+    """Result of `VBLLClassification.laplace_refine`.
 
     Attributes:
         method: "cholesky" (D x D Hessians) or "subspace" (their N x N form).
         n_examples: training examples seen.
-        rank: dimension in which the data were treated: D, or N for "subspace".
+        rank: size of the factorised matrices: D, or min(N, D) for "subspace".
         prior_variance: q.
-        elbo_applies: False: the mean was found with other covariances, so that bound - KL is no
-            evidence lower bound of this posterior. Report figures before and after.
+        elbo_applies: always False. The mean was trained with other covariances, so bound - KL is no
+            evidence lower bound of this posterior: report scores before and after.
     """
 
     method: str
@@ -44,7 +44,7 @@ class LaplaceReport:
 class VBLLClassification(LastLayer):
     """Discriminative classification with a variational Bayesian last layer.
 
-    p(y | phi, w) = softmax(z)_y with the logits z of the module's docstring.
+    p(y | phi, w) = softmax(z)_y with the logits z of the package's docstring.
 
     Args:
         in_features: D.
@@ -61,12 +61,15 @@ class VBLLClassification(LastLayer):
             given rows.
         noise_std: initial sigma_c in place of the init's.
         ignore_index: label of rows that do not count.
-        generator, device: of the initial parameters; a generator of another device gives its own
-            numbers, the same on every `device`.
+        generator: of the initial parameters, on any device; its numbers do not depend on `device`.
+        device: of the parameters.
         dtype: float32 or float64.
 
-    Parameters: weight_mean (C, D); log_scale, factor or scale_tril as in the module's docstring;
-    noise_log_scale (C,); bias (C,).
+    Attributes:
+        weight_mean: (C, D).
+        log_scale, factor, scale_tril: as in the package's docstring; None where not used.
+        noise_log_scale: (C,) or None.
+        bias: (C,) or None.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -318,7 +321,7 @@ class VBLLClassification(LastLayer):
 
     @property
     def refined(self) -> bool:
-        """Whether the covariances are those of `laplace_refine`."""
+        """Whether `laplace_refine` has replaced the covariances."""
         return self.laplace_tril is not None
 
     def _require_variational(self, op: str) -> None:
@@ -343,8 +346,8 @@ class VBLLClassification(LastLayer):
 
             Sigma_c = H_c^-1,   H_c = sum_i p_ic (1 - p_ic) phi_i phi_i' + I / q
 
-        The means stay, and so do the variational parameters (`discard_refinement` goes back to them).
-        The head then has a posterior that no ELBO describes: `loss` and `kl` refuse; the noise is kept.
+        Means, noise and the variational parameters stay (`discard_refinement` returns to them). No ELBO
+        describes the new posterior: `loss` and `kl` raise.
 
         "cholesky", for N >= D: H_c is added up over the batches, and the packed triangle of its
         inverse is kept: O(N D^2 + D^3) time and 8 D^2 bytes for a class (a tensor of features), or
@@ -354,17 +357,17 @@ class VBLLClassification(LastLayer):
         basis Q (N, D) of that span and coordinates M = Phi Q', Sigma_c = q (I - Q'Q) + Q' (I / q +
         M' W_c M)^-1 Q: O(N^2 D + C N^3) time, and Q with one packed N x N triangle a class is kept.
         It equals Woodbury's form q I - q^2 Phi' W^1/2 (I + q W^1/2 Phi Phi' W^1/2)^-1 W^1/2 Phi, but
-        adds squares where that subtracts, and stores half as much; weights of 0 are harmless.
+        it adds squares instead of subtracting them, and stores half as much. Weights may be 0.
 
         Args:
             features: (N, D), or batches of it: (b, D) tensors or pairs (features, probs).
             probs: (N, C) class probabilities; None for softmax of the mean logits.
-            prior_variance: q, by default that of the head.
-            method: "auto" (by N), "cholesky" or "subspace".
-            dtype: of the factorisations.
+            prior_variance: q; None for the head's.
+            method: "auto" ("subspace" for N < D), "cholesky" or "subspace".
+            dtype: dtype of the factorisations.
 
         Returns:
-            What was done.
+            Method, number of examples, rank and q.
 
         Raises:
             ValueError, TypeError: shapes or values do not fit, or there are no examples.

@@ -101,8 +101,8 @@ class LastLayer(nn.Module):
         self.register_parameter("bias", parameter(bias, outputs))
         self.reset_parameters(generator)
 
-    # What the published initialisations differ in: standard deviation of the mean, spread and centre
-    # of logdiag, standard deviation of off-diagonal entries, spread and centre of the log noise.
+    # The published initialisations differ in: standard deviation of the mean, spread and centre of
+    # logdiag, standard deviation of off-diagonal entries, spread and centre of the log noise.
     def _published_init(self) -> tuple[float, float, float, float, float, float]:
         raise NotImplementedError
 
@@ -154,8 +154,8 @@ class LastLayer(nn.Module):
     ) -> None:
         """Start at given rows: mu = weight, every S_c = variance I.
 
-        With the answer tokens' rows of a language model's head the first predictions are those of the
-        model. An element's variance s gives logits the variance s ||phi||^2, and ||phi||^2 is of the
+        With the answer tokens' rows of a language model's head, the head starts with the model's
+        predictions. Weights of variance s give logits the variance s ||phi||^2, and ||phi||^2 is of the
         order of D after a final norm: variance = 0.01 / D is a start near the point estimate.
 
         Args:
@@ -163,7 +163,7 @@ class LastLayer(nn.Module):
             bias: (C,); needs a head with a bias.
             variance: initial variance of each weight. A low-rank factor, which cannot leave zero,
                 gets a hundredth of it on average, drawn at random.
-            generator: of that draw, on any device.
+            generator: of the factor's draw, on any device.
 
         Raises:
             ValueError: shapes do not fit, or variance is not positive.
