@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -44,9 +45,7 @@ def _folders() -> list[Path]:
     named = os.environ.get("BAYES_KERNELS_LIBRARY")
     if named:
         return [Path(named)]
-    import bayes_kernels
-
-    return [Path(p) for p in bayes_kernels.__path__]
+    return [Path(p) for p in sys.modules[__name__.partition(".")[0]].__path__]
 
 
 def find_library(name: str) -> Path | None:
