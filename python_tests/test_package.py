@@ -163,7 +163,7 @@ def test_strict_refuses_to_go_without_the_library(tmp_path):
 def test_broken_library_is_reported(tmp_path):
     (tmp_path / "libbayes_kernels.so").write_bytes(b"not a library")
     result = python(
-        "from bayes_kernels.__main__ import diagnosis; print(diagnosis())",
+        "from bayes_kernels.diagnosis import diagnosis; print(diagnosis())",
         BAYES_KERNELS_LIBRARY=str(tmp_path),
     )
     assert "NOT LOADED" in result.stdout and "could not be loaded" in result.stdout
@@ -185,7 +185,7 @@ def test_diagnosis_names_versions_and_paths():
 def test_diagnosis_says_which_path_each_device_takes(monkeypatch):
     import torch
 
-    from bayes_kernels.__main__ import diagnosis
+    from bayes_kernels.diagnosis import diagnosis
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,0 +1,83 @@
+"""What is installed: versions, what was compiled, and which path each device takes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, _library
+
+OPTIONAL = (
+    "numpy",
+    "transformers",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "bitsandbytes",
+)
+
+
+def _gpu_name(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+
+
+def device_paths() -> list[tuple[str, str]]:
+    """Each device that torch sees, and which path its ops take: fused kernels, or plain PyTorch and why."""
+    cpu = ""
+    if _library.problem is None:
+        path = _library.build_info()["cpu_path"]
+        cpu = f"fused {path} kernels, {torch.get_num_threads()} threads"
+    devices: list[tuple[str, str, int | None, str]] = [("cpu", "cpu", None, "")]
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        devices += [(f"cuda:{i}", "cuda", i, f" on {_gpu_name(i)}") for i in range(count)]
+    for kind in ("mps", "xpu"):
+        if (torch.backends.mps if kind == "mps" else torch.xpu).is_available():
+            devices.append((kind, kind, None, ""))
+    found = []
+    for name, kind, index, what in devices:
+        lack = _library.lack_of_kernels(kind, index)
+        path = f"plain PyTorch{what}, slower: {lack[1]}" if lack else f"fused kernels{what}"
+        found.append((name, cpu if kind == "cpu" and lack is None else path))
+    if len(found) == 1:
+        found.append(("cuda", "no GPU that torch can use"))
+    return found
+
+
+def diagnosis() -> str:
+    """Versions, what was compiled, and which path runs on which device, as text."""
+    lines = [
+        f"bayes_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__}"
+        + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA"),
+    ]
+    if _library.problem is not None:
+        lines.append(f"compiled ops: NOT LOADED: {_library.problem}")
+        lines.append(f"  what to do: {_library._ADVICE}")
+    else:
+        info = _library.build_info()
+        lines.append(
+            f"compiled ops: {_library.find_library('libbayes_kernels.so')} "
+            f"({info['compiler']}, for torch >= {info['torch_target']})"
+        )
+        if info["cuda"]:
+            lines.append(f"  CUDA {info['cuda']} kernels for {info['cuda_architectures']}")
+        else:
+            lines.append(
+                "  no CUDA kernels (no nvcc at build time, or BAYES_KERNELS_CUDA=OFF); build with "
+                "BAYES_KERNELS_CUDA=ON for a GPU"
+            )
+        if _library.find_library("libbayes_kernels_sim.so") is not None:
+            lines.append("  CUDA kernels on the host emulator (tests)")
+    lines += [f"  {name}: {path}" for name, path in device_paths()]
+    versions = []
+    for name in OPTIONAL:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} missing")
+    lines.append("packages: " + ", ".join(versions))
+    return "\n".join(lines)
