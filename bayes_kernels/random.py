@@ -32,6 +32,8 @@ normals is that of `torch.func._random`.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,18 @@ def fold_in(key: Tensor, data: int) -> Tensor:
     if not _library.has_kernels(key):
         return reference.fold_in(key, data)
     return _library.ops.fold_in(key, _signed(data & 0xFFFFFFFFFFFFFFFF))
+
+
+def layer_stream(name: str) -> int:
+    """Noise stream of a layer: 40 bits of a hash of its name.
+
+    It depends on the name alone, so that adding an adapter with other target modules changes no
+    draw. 448 layers share a stream by chance with probability 1e-7.
+
+    Args:
+        name: for an adapter the module name in the base model.
+    """
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=5).digest(), "big")
 
 
 def split(key: Tensor, count: int) -> list[Tensor]:

@@ -26,11 +26,13 @@ from bayes_kernels import functional, random, reference
 from bayes_kernels.laplace import (
     Laplace,
     Layer,
-    approximation,
+    contraction,
     estimate_memory,
+    factors,
     linear_layers,
     lora_layers,
 )
+from bayes_kernels.laplace.layers import Sites
 
 D = torch.float64
 
@@ -532,8 +534,8 @@ def test_large_curvature_does_not_cancel(tokens: int, whole: bool):
     delta = 1e-6
 
     def cov(dtype):
-        block = approximation._Block(u.to(dtype), values, q.to(dtype), values)
-        inner, rest = approximation._project(a.to(dtype), g.to(dtype), block)
+        block = factors.Block(u.to(dtype), values, q.to(dtype), values)
+        inner, rest = contraction.project(a.to(dtype), g.to(dtype), block)
         scaled = inner * (block.products + delta).rsqrt().flatten().to(dtype)
         total = scaled @ scaled.mT
         return total if rest is None else total + rest / delta
@@ -715,7 +717,8 @@ def test_memory_estimate_is_the_peak_of_a_fit(shape, options, monkeypatch):
 def test_memory_estimate():
     model, _, _ = sequences(n=70, dtype=torch.float32)
     la = Laplace(model, adapters(model), rank=5, dense_below=64, buffer=9)
-    sides = [side for layer in la.layers for side in la._empty(layer)]
+    pairs = factors.Accumulator(Sites(model, la.layers), "last", rank=5, dense_below=64, buffer=9)
+    sides = [side for pair in pairs.sides for side in pair]
     estimate = la.estimate_memory()
     assert estimate.factors == sum(s.sum.nbytes for s in sides)
     assert estimate.buffers == sum(s.buffer.nbytes for s in sides if s.buffer is not None)
@@ -909,7 +912,7 @@ def test_errors():
 def test_reflected_columns_are_the_softmax_hessian():
     logits = torch.randn(6, 5, dtype=D) * 4
     logits[0, 1:] = -800.0  # p = (1, 0, ...)
-    columns = approximation._softmax_root(logits)
+    columns = factors.softmax_root(logits)
     assert len(columns) == 4
     root = torch.stack(columns, -1)
     p = logits.softmax(-1)
@@ -920,11 +923,11 @@ def test_reflected_columns_are_the_softmax_hessian():
 def test_labels_are_drawn_from_the_model():
     logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=D).expand(20000, 3)
     key = random.key(5)
-    (error,) = approximation._sampled_errors(logits, key, torch.arange(20000), 1)
+    (error,) = factors.sampled_errors(logits, key, torch.arange(20000), 1)
     p = logits[0].softmax(-1)
     drawn = (p - error).mean(0)
     assert float((drawn - p).abs().max()) < 4 * 0.5 / math.sqrt(20000)
-    part = approximation._sampled_errors(logits[:10], key, torch.arange(500, 510), 1)[0]
+    part = factors.sampled_errors(logits[:10], key, torch.arange(500, 510), 1)[0]
     assert torch.equal(part, error[500:510])
     assert reference.philox(key, torch.tensor(3)).shape == (4,)
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .. import random
 from .config import BayesLoraConfig
-from .variants import layer_stream
 
 # --- MC dropout ----------------------------------------------------------------------------------
 
@@ -82,7 +81,7 @@ def dropout_draws(
 
     with contextlib.ExitStack() as stack:
         for name, dropout in dropout_layers(model):
-            handle = dropout.register_forward_hook(hook(layer_stream(name)))
+            handle = dropout.register_forward_hook(hook(random.layer_stream(name)))
             stack.callback(handle.remove)
         yield
 

@@ -8,7 +8,6 @@ weights a pass uses, rows of a draw, parameters beside the factors, merging the 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,15 +26,6 @@ if TYPE_CHECKING:
     from .posterior import BayesLayer, NoiseState
 
 RHO = "lora_A_rho"
-
-
-def layer_stream(name: str) -> int:
-    """Noise stream of a layer: 40 bits of a hash of its module name in the base model.
-
-    It depends on the name alone, so that adding an adapter with other target modules changes no
-    draw. 448 layers share a stream by chance with probability 1e-7.
-    """
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=5).digest(), "big")
 
 
 class Divergence(NamedTuple):
@@ -116,7 +106,7 @@ class BayesVariant(LoraVariant):
         self.sample_at_inference = config.sample_at_inference
         self.prior_std = config.prior_std_of(in_features)
         self.name = name
-        self.stream = layer_stream(name)
+        self.stream = random.layer_stream(name)
         # Mixture-of-experts layers see a routed selection of rows, which hides whose row is whose.
         self.routed = ".experts." in f".{name}."
         self.state = state

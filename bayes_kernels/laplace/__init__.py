@@ -26,14 +26,10 @@ al., "Kronecker-Factored Approximate Curvature for Modern Neural Network Archite
 (expand and reduce); MacKay, "Bayesian Interpolation", Neural Computation 4, 1992.
 """
 
-from .approximation import (
-    FISHERS,
-    METHODS,
-    TOKENS,
-    Laplace,
+from .approximation import FISHERS, METHODS, TOKENS, Laplace, Prediction
+from .layers import (
     Layer,
     MemoryEstimate,
-    Prediction,
     estimate_memory,
     linear_layers,
     lora_layers,
