@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayes_kernels import random
 from bayes_kernels.vbll import VBLLClassification, jensen_bound
+from bayes_kernels.vbll.bounds import counted_labels
 from test_vbll.heads import COVARIANCES, B, C, D, batch, head, plain_moments
 
 
@@ -150,3 +151,14 @@ def test_jensen_bound_is_that_of_a_head(dtype):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("label", [-1, C, C + 1])
+def test_labels_out_of_range_are_named_where_they_count(label):
+    labels, mask = torch.tensor([0, label, C - 1, -100]), torch.tensor([True, False, True, True])
+    with pytest.raises(
+        ValueError, match=rf"^op: labels must be in \[0, {C}\) or -100, got {label}$"
+    ):
+        counted_labels("op", labels, C, -100)
+    found, counted = counted_labels("op", labels, C, -100, mask)
+    assert found.tolist() == [0, 0, C - 1, 0] and counted.tolist() == [True, False, True, False]
