@@ -20,7 +20,6 @@ from transformers import (
 from bayes_kernels.hf import (
     BlobConfig,
     Prediction,
-    fold_samples,
     posterior,
     predict,
     predict_dataset,
@@ -72,24 +71,6 @@ def bert(dropout: float = 0.0) -> Any:
     )
     options = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
     return _noisy(get_peft_model(BertForSequenceClassification(config), BlobConfig(**options)))
-
-
-def test_fold_samples() -> None:
-    batch = {
-        "input_ids": IDS,
-        "attention_mask": torch.ones(5, 7),
-        "positions": torch.ones(1, 7),
-        "k": 3,
-    }
-    folded = fold_samples(batch, 3)
-    assert folded["input_ids"].shape == (15, 7) and folded["k"] == 3
-    assert torch.equal(folded["input_ids"].unflatten(0, (3, 5)), IDS.expand(3, 5, 7))
-    assert folded["attention_mask"].shape == (15, 7) and folded["positions"].shape == (1, 7)
-    # As many tokens, or layers, as examples.
-    shared = {"cache_position": torch.arange(5), "head_mask": torch.ones(5, 2)}
-    folded = fold_samples({"input_ids": IDS[:, :5], **shared}, 3)
-    assert folded["input_ids"].shape == (15, 5)
-    assert all(folded[name] is value for name, value in shared.items())
 
 
 def test_matches_one_pass_for_each_draw() -> None:

@@ -20,13 +20,11 @@ from torch.utils.data import IterableDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from bayes_kernels import laplace
-from bayes_kernels.batches import split
 from bayes_kernels.hf import (
     BlobConfig,
     bayesianize,
@@ -281,47 +279,6 @@ def test_data_in_all_its_forms() -> None:
     report = fit(adapter(), data=unlabelled)
     assert report.evidence_after is None and report.prior_precision > 0
     assert "log evidence" not in str(report)
-
-
-def test_parts_of_a_batch() -> None:
-    ids = torch.arange(16).reshape(4, 4)  # as many tokens, and layers, as examples
-    rows = {
-        "input_ids": ids,
-        "attention_mask": torch.ones(4, 1, 4, 4),
-        "position_ids": ids.clone(),
-        "labels": torch.arange(4),
-        "task_ids": torch.arange(4),
-        "adapter_scores": torch.rand(4),
-    }
-    shared = {
-        "cache_position": torch.arange(4),
-        "head_mask": torch.ones(4, 2),
-        "cross_attn_head_mask": torch.ones(4, 2),
-        "bias": torch.zeros(1, 1, 4, 4),
-        "scale": torch.tensor(2.0),
-        "use_cache": False,
-        "token_type_ids": None,
-    }
-    for batch in ({**rows, **shared}, {**shared, **rows}):
-        parts = split(batch, 2)
-        assert len(parts) == 2 and all(part.keys() == batch.keys() for part in parts)
-        for name, value in rows.items():
-            assert torch.equal(torch.cat([part[name] for part in parts]), value)
-            assert len(parts[0][name]) == 2
-        for name, value in shared.items():
-            assert all(part[name] is value for part in parts)
-    (one, other) = split({"input_ids": ids, "position_ids": torch.arange(4)}, 2)
-    assert len(one["position_ids"]) == len(other["position_ids"]) == 4
-    # Whole, where sizes do not say which rows are whose.
-    for name, value in (
-        ("past_key_values", DynamicCache()),
-        ("past_key_values", ((torch.ones(4, 1, 2, 2),) * 2,)),
-        ("adapter_names", ["a", "b", "a", "b"]),
-        ("pixel_values", torch.ones(9, 8)),
-        ("position_ids", torch.ones(4, 4, 4, dtype=torch.int64)),
-    ):
-        batch = {**rows, name: value}
-        assert split(batch, 2) == [batch]
 
 
 def test_a_cache_keeps_the_batch_whole() -> None:
