@@ -12,7 +12,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(diagnosis())
         return
-    from .cli import main as cli
+    from .cli.app import main as cli
 
     cli()
 

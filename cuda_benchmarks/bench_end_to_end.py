@@ -355,7 +355,7 @@ def check(device: str) -> Agreement:
     """On a tiny model: class logits at the posterior mean are those of plain LoRA in fp64 with the same
     factors, and the published layers without noise give plain LoRA's."""
     import bayes_kernels.hf as hf
-    from bayes_kernels.hf.posterior import bayes_layers
+    from bayes_kernels.hf.layers import bayes_layers
 
     case = Case("tiny", 2, 12)
     shape = SHAPES["tiny"]
@@ -682,7 +682,7 @@ def exact_covariance(
 def run_laplace(case: Case, options: Options, _: Agreement) -> list[Row]:
     """Laplace-LoRA: the Gaussian of the logits, and the mean of softmax over 1,000 draws of it."""
     import bayes_kernels.hf as hf
-    from bayes_kernels.hf.laplace_lora import laplace_posterior
+    from bayes_kernels.hf.methods.laplace import laplace_posterior
 
     device, draws = options.device, 1000
     base = build_base(SHAPES[case.shape], device)

@@ -87,7 +87,7 @@ def _cpu_only(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.node.get_closest_marker("cpu_only") or not torch.cuda.is_available():
         yield
         return
-    from bayes_kernels.hf import machine
+    from bayes_kernels.experiment import machine
 
     machine.memory_measure.cache_clear()
     with pytest.MonkeyPatch.context() as patch:

@@ -11,8 +11,6 @@ from ._compat import check_versions
 check_versions()
 
 from ..batches import fold_samples  # noqa: E402
-from . import scalabl  # noqa: E402, F401
-from .baselines import Ensemble, dropout_draws, join_adapters  # noqa: E402
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_lora, import_lora  # noqa: E402
 from .config import (  # noqa: E402
@@ -23,7 +21,15 @@ from .config import (  # noqa: E402
     ScalablConfig,
     TfbConfig,
 )
-from .laplace_lora import (  # noqa: E402
+from .kl import (  # noqa: E402
+    decoupled_kl,
+    kl_divergence,
+)
+from .logits import LabelPrediction, NumberPrediction, Prediction  # noqa: E402
+from .methods import scalabl  # noqa: E402, F401
+from .methods.dropout import dropout_draws  # noqa: E402
+from .methods.ensemble import Ensemble, join_adapters  # noqa: E402
+from .methods.laplace import (  # noqa: E402
     LaplaceLoraReport,
     LaplacePosterior,
     drawn_weights,
@@ -32,7 +38,8 @@ from .laplace_lora import (  # noqa: E402
     load_laplace,
     save_laplace,
 )
-from .last_layer import (  # noqa: E402
+from .methods.polar import parameter_groups, stiefel_error  # noqa: E402
+from .methods.polar_vbll import (  # noqa: E402
     VariationalLoss,
     calibrate_head,
     class_features,
@@ -41,18 +48,11 @@ from .last_layer import (  # noqa: E402
     laplace_refine,
     variational_loss,
 )
+from .methods.tfb import TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
-from .polar import parameter_groups, stiefel_error  # noqa: E402
-from .posterior import checkpoint_noise, kl_divergence, posterior, refresh_noise  # noqa: E402
-from .predict import (  # noqa: E402
-    LabelPrediction,
-    NumberPrediction,
-    Prediction,
-    predict,
-    predict_dataset,
-)
-from .tfb import TfbReport  # noqa: E402
-from .trainer import BayesTrainer, BayesTrainerMixin, decoupled_kl  # noqa: E402
+from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
+from .predict import predict, predict_dataset  # noqa: E402
+from .trainer import BayesTrainer, BayesTrainerMixin  # noqa: E402
 
 __all__ = [
     "BayesLoraConfig",

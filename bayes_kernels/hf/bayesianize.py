@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .laplace_lora import check_laplace_model, check_laplace_options, laplace_
-from .tfb import check_layers, check_options, tfb_
+from .methods.laplace import check_laplace_model, check_laplace_options, laplace_
+from .methods.tfb import check_layers, check_options, tfb_
 
 
 class ConversionReport(Protocol):
@@ -83,8 +83,8 @@ def bayesianize(
             with those of the last layer only.
         data: examples to look at, as `predict_dataset` takes them: the anchors ("tfb"), or all
             training examples ("laplace").
-        options: those of the method, as `bayes_kernels.hf.tfb.tfb_` and
-            `bayes_kernels.hf.laplace_lora.laplace_` take them.
+        options: those of the method, as `bayes_kernels.hf.methods.tfb.tfb_` and
+            `bayes_kernels.hf.methods.laplace.laplace_` take them.
 
     Returns:
         The method's report, whose `str` is one line: `TfbReport` or `LaplaceLoraReport`.

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..files import write_text
 from .checks import CONFIG_NAME, LAPLACE_NAME, RECORD_NAME, read_json
 from .config import METHODS, PEFT_TYPE_NAME, Method
-from .recipe import write_text
 
 CARD_NAME = "README.md"
 _CLASSES = {

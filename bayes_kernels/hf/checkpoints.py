@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from .. import random
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import BAYES_FIELDS, METHODS, PEFT_TYPE_NAME, BayesLoraConfig
-from .last_layer import (
+from .layers import bayes_layers
+from .methods.polar_vbll import (
     POSTERIOR_TENSORS,
     bayesian_head_tensors,
     find_head,
     plain_head_tensors,
 )
-from .model import as_before_if_stopped
-from .posterior import BayesLayer, bayes_layers
-from .variants import extra_names
+from .undo import as_before_if_stopped
+from .variants import BayesLayer, extra_names
 
 
 def import_lora(

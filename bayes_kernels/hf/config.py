@@ -316,7 +316,7 @@ def ScalablConfig(**options: Any) -> BayesLoraConfig:
     lora_alpha=16, target_modules q_proj, v_proj and lm_head, kl_schedule="published",
     kl_direction="code" with the code's reverse divergence. kl_schedule="auto" ("elbo" only) follows
     the gradient flow of the divergence until the deviation of the singular values is a fixed share
-    of their mean; see `bayes_kernels.hf.scalabl.AUTO_RATIO`.
+    of their mean; see `bayes_kernels.hf.methods.scalabl.AUTO_RATIO`.
 
     Source: "ScalaBL", arXiv 2506.21408.
     """

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ._compat import register
 from .config import BayesLoraConfig
 from .guards import install as install_guards
-from .last_layer import install_head, plain_heads_
-from .posterior import (
-    NoiseState,
-    adapter_devices,
-    advance_before_forward,
-    generate_with_one_draw,
-    watch_training_in_eval,
-)
+from .layers import adapter_devices
+from .methods.polar_vbll import install_head, plain_heads_
+from .noise import NoiseState
+from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
+from .undo import as_before_if_stopped
 from .variants import attach, fp32_parameters
 
 # As transformers' `should_convert_module` reads them: regular expressions from the start of a name.
@@ -198,77 +193,3 @@ def _keep_factors(model: nn.Module) -> None:
     if quantizer is not None and hasattr(quantizer, "modules_to_not_convert"):
         kept = list(quantizer.modules_to_not_convert or [])
         quantizer.modules_to_not_convert = [*dict.fromkeys([*kept, *_FACTOR_PATTERNS])]
-
-
-@contextlib.contextmanager
-def as_before_if_stopped(model: nn.Module, *, merges: bool = False) -> Iterator[None]:
-    """Bring a model back if the context ends with an exception, Ctrl-C included.
-
-    Modules and their places, classes, attributes, hooks, which tensors a parameter has and whether it is
-    trained. Tensors that are changed in place keep their change: where ``merges`` is true merged adapters
-    are taken out again, up to rounding, and no second copy of the weights is held meanwhile.
-    """
-    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    values = [value for _, _, own in modules for value in own.values()]
-    filled = [(value, value.copy()) for value in values if isinstance(value, (dict, list, set))]
-    trained = [(p, p.requires_grad, None if merges else p.data) for p in model.parameters()]
-    layers: list[Any] = [module for module, _, _ in modules if isinstance(module, LoraLayer)]
-    merged = [(layer, list(layer.merged_adapters)) for layer in layers if merges]
-    try:
-        yield
-    except BaseException:
-        for layer, names in merged:
-            if layer.merged_adapters != names:
-                layer.unmerge()
-                if names:
-                    layer.merge(adapter_names=names)
-        for module, kind, own in modules:
-            module.__class__ = kind
-            for name in vars(module).keys() - own.keys():
-                del vars(module)[name]
-            vars(module).update(own)
-        for value, content in filled:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-        for parameter, needs_grad, data in trained:
-            parameter.requires_grad_(needs_grad)
-            if data is not None:
-                parameter.data = data
-        raise
-
-
-def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
-    """The PEFT model in `model` and the name of its adapter, as what converts an adapter needs it.
-
-    Raises:
-        ValueError: there is none or more than one, it is no LoRA adapter, it is merged, or its last
-            layer is variational; the message begins with `op`.
-    """
-    peft_model = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    if peft_model is None:
-        raise ValueError(
-            f"{op}: model must be a PeftModel, got {type(model).__name__}; load the adapter with "
-            "PeftModel.from_pretrained"
-        )
-    names = list(peft_model.peft_config)
-    if len(names) != 1:
-        raise ValueError(
-            f"{op}: model must have one adapter, got {names}; delete the others or load the one "
-            "into a model of its own"
-        )
-    tuner: Any = peft_model.base_model
-    config: Any = peft_model.peft_config[names[0]]
-    if not isinstance(config, LoraConfig) or type(tuner) not in (LoraModel, BayesLoraModel):
-        raise ValueError(
-            f"{op}: the adapter must be a LoRA adapter, got {type(config).__name__} in "
-            f"{type(tuner).__name__}"
-        )
-    if any(getattr(m, "merged_adapters", None) for m in tuner.model.modules()):
-        raise ValueError(
-            f"{op}: the adapter must not be merged, got a merged one; unmerge_adapter()"
-        )
-    if getattr(config, "method", None) == "polar-vbll":
-        raise ValueError(
-            f"{op}: the adapter must not have a variational last layer, got method 'polar-vbll'"
-        )
-    return peft_model, names[0]

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +15,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..optim import KLSchedule, kl_cycle_length
+from ..optim import KLSchedule
 from ..stiefel import StiefelAdamW
 from ._compat import loss_is_scaled
-from .last_layer import class_features, class_logits, find_head, variational_loss
-from .polar import parameter_groups, stiefel_error, stiefel_factors
-from .posterior import (
-    BayesLayer,
-    bayes_layers,
-    kl_divergence,
-    refresh_noise,
-    warn_uncalled,
-    without_effect,
-)
-from .predict import LabelPrediction, NumberPrediction, predict
-from .variants import KLPlan, KLStep
+from .kl import decoupled_kl, kl_divergence, kl_starts
+from .layers import bayes_layers, warn_uncalled, without_effect
+from .logits import LabelPrediction, NumberPrediction
+from .methods.polar import parameter_groups, stiefel_error, stiefel_factors
+from .methods.polar_vbll import class_features, class_logits, find_head, variational_loss
+from .posterior import refresh_noise
+from .predict import predict
+from .variants import KLStep
 
 # The mixin calls the methods of the trainer class that follows it.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -567,91 +562,6 @@ class _AfterOptimizerStep(TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer._after_optimizer_step()
-
-
-def decoupled_kl(
-    model: nn.Module,
-    *,
-    n_train: int,
-    batch_size: int,
-    learning_rate: float,
-    factor_sum: float,
-    processes: int = 1,
-    weight: float = 1.0,
-    schedule: KLSchedule | None = None,
-    starts: Sequence[float] | None = None,
-) -> KLStep | None:
-    """The KL step that the active adapter's configuration asks for; for training loops of one's
-    own.
-
-    Call `step(lr_factor)` of the result after each optimiser step.
-
-    Args:
-        model: a model with Bayesian adapters.
-        n_train: number of terms that the loss averages over the training data: examples, or target
-            tokens for a per-token loss.
-        batch_size: examples of one process in an optimiser step.
-        learning_rate: peak rate of the main optimiser.
-        factor_sum: sum over the run of its rate, over the peak.
-        processes: number of data-parallel processes.
-        weight: factor of the step sizes, of a given schedule too.
-        schedule: replaces that of the configuration.
-        starts: `kl_starts` of the model at the beginning of the run, for a run that is resumed;
-            None measures them now. Used by "auto".
-
-    Returns:
-        The step; None for a method without one.
-
-    Raises:
-        ValueError: active adapters differ in method or in how the deviation is parameterised, there
-            is none, or "auto" has no rule for their options.
-    """
-    layers = _of_one_method(model)
-    config = layers[0].variant.config
-    given = schedule is not None
-    if schedule is None:
-        schedule = KLSchedule(
-            kind=config.kl_schedule,
-            cycle=kl_cycle_length(n_train, batch_size, processes=processes, gamma=config.kl_gamma),
-            lr=config.kl_lr * weight,  # shown in the logs
-            factor_sum=factor_sum,
-        )
-        if schedule.kind != "auto":
-            weight = 1.0
-        elif starts is None:
-            starts = kl_starts(model)
-    plan = KLPlan(
-        schedule=schedule,
-        weight=weight,
-        lr_sum=learning_rate * factor_sum,
-        n_train=n_train,
-        starts=[0.0] * len(layers) if starts is None else starts,
-        given=given,
-    )
-    return layers[0].variant.kl_step(layers, plan)
-
-
-def kl_starts(model: nn.Module) -> list[float]:
-    """What the schedule "auto" has to know about each active layer at the beginning of a run.
-
-    For BLoB its mean deviation Omega. In the order of `bayes_layers`.
-
-    Raises:
-        ValueError: there is no Bayesian layer, or active adapters differ in method.
-    """
-    layers = _of_one_method(model)
-    return layers[0].variant.kl_starts(layers)
-
-
-def _of_one_method(model: nn.Module) -> list[BayesLayer]:
-    layers = bayes_layers(model)
-    methods = sorted({item.variant.config.method for item in layers})
-    if len(methods) != 1:
-        raise ValueError(
-            f"decoupled_kl: active adapters must share one method, got {methods}; train one "
-            "adapter at a time"
-        )
-    return layers
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -17,15 +17,36 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from .. import functional, random, reference
-from ..optim import DecoupledKL, KLSchedule, auto_target_std, flow_time
+from .. import random, reference
+from ..optim import KLSchedule
 from ._compat import unsupported_layer
 
 if TYPE_CHECKING:
     from .config import BayesLoraConfig
-    from .posterior import BayesLayer, NoiseState
+    from .noise import NoiseState
 
-RHO = "lora_A_rho"
+
+class BayesLayer(NamedTuple):
+    """One adapted layer: module name, PEFT layer, adapter name and its variant."""
+
+    name: str
+    layer: Any
+    adapter: str
+    variant: BayesVariant
+
+    @property
+    def mean(self) -> nn.Parameter:
+        """`lora_A.weight`, (r, in): for BLoB and TFB the posterior mean of A."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def rho(self) -> nn.Parameter:
+        """BLoB, TFB: parameter of the deviation of A, (r, in) or (r, 1), fp32."""
+        return self.tensor(self.variant.deviation)
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """A tensor that the method has beside the factors, by its name."""
+        return getattr(self.layer, name)[self.adapter]
 
 
 class Divergence(NamedTuple):
@@ -87,6 +108,7 @@ class BayesVariant(LoraVariant):
         fp32: names whose tensors stay fp32 when the model is cast; may include "lora_A", "lora_B".
         trained: whether `BayesTrainer` makes such an adapter (False: it is made from a trained one).
         samples: whether the adapter's weights have draws (False: every mode is the mean).
+        deviation: name of the parameter of the deviation of A, where A is random.
     """
 
     parameters: ClassVar[tuple[str, ...]] = ()
@@ -94,6 +116,7 @@ class BayesVariant(LoraVariant):
     fp32: ClassVar[tuple[str, ...]] = ()
     trained: ClassVar[bool] = True
     samples: ClassVar[bool] = True
+    deviation: ClassVar[str] = ""
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -276,133 +299,6 @@ def _warn_merge() -> None:
     )
 
 
-class BlobVariant(BayesVariant, method="blob"):
-    """BLoB: A Gaussian, mean `lora_A.weight`, deviation parameter `lora_A_rho` (r, in).
-
-    `deviation` is the name of that parameter; (r, 1) where it is one number for each row.
-    """
-
-    parameters: ClassVar[tuple[str, ...]] = (RHO,)
-    fp32: ClassVar[tuple[str, ...]] = (RHO,)
-    deviation: ClassVar[str] = RHO
-
-    def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
-        super().__init__(config, name, in_features, state)
-        self.std = config.std
-
-    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
-        """rho as the paper draws it."""
-        mean = module.lora_A[adapter].weight
-        eps = self.config.init_rho
-        low, high = eps / math.sqrt(2), eps
-        if self.std == "softplus":
-            low, high = eps - 1, eps
-        elif self.std == "direct":
-            low, high = low * low, high * high
-        return {RHO: uniform_like(mean, mean.shape, low, high, self.stream)}
-
-    def adapted(
-        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
-    ) -> Tensor:
-        """result + scaling * (dropout(x) A^T) B^T, with A its mean or drawn."""
-        state = self.state
-        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        scaling = module.scaling[adapter]
-        if mode == "mean":
-            key = state.key_on(x.device) if dropout > 0.0 else None
-            return functional.lora(
-                x, a, b, result, scaling=scaling, dropout=dropout, key=key, stream=self.stream
-            )
-        draw: dict[str, Any] = {"scope": self.scope}
-        if mode == "sample":
-            draw = {"row0": state.first_sample, "rows_per_group": self.rows_per_draw(x)}
-        return functional.flipout_lora(
-            x,
-            a,
-            getattr(module, self.deviation)[adapter],
-            b,
-            result,
-            scaling=scaling,
-            key=state.key_on(x.device),
-            stream=self.stream,
-            std=self.std,
-            dropout=dropout,
-            **draw,
-        )
-
-    def draw_factors(
-        self, module: Any, adapter: str, key: Tensor, number: int
-    ) -> tuple[Tensor, Tensor]:
-        """A = M + out . Omega . eps . in, with the signs of row `number`."""
-        mean, b = self.mean_factors(module, adapter)
-        mean = mean.detach().float()
-        rho = getattr(module, self.deviation)[adapter].detach().float()
-        rank, columns = mean.shape
-        where: dict[str, Any] = {"stream": self.stream, "row0": number}
-        noise = random.normal(key, (rank, columns), stream=self.stream)
-        signs_in = random.sign_bits(key, 1, columns, **where).to(noise.dtype)
-        signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
-        deviation = reference.std_of(rho, self.std).expand_as(mean)
-        return mean + signs_out.T * (deviation * noise) * signs_in, b
-
-    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
-        """That of N(M, Omega^2) from N(0, sigma_p^2)."""
-        mean, rho = module.lora_A[adapter].weight, module.lora_A_rho[adapter]
-        return Divergence(_fp32(mean), _fp32(rho), self.prior_std, self.std)
-
-    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
-        """Means and deviations."""
-        return [module.lora_A[adapter].weight, module.lora_A_rho[adapter]]
-
-    @classmethod
-    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
-        """Mean deviation Omega of each layer: one read of rho and one synchronisation."""
-        found: list[Tensor] = []
-        with torch.no_grad():
-            for item in layers:
-                value: Any = reference.std_of(item.rho.detach(), item.variant.config.std).mean()
-                value = value.full_tensor() if hasattr(value, "full_tensor") else value
-                found.append(value.to(found[0].device) if found else value)
-        return torch.stack(found).tolist()
-
-    @classmethod
-    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
-        """Gradient step or exact gradient flow on all means and deviations."""
-        stds = sorted({item.variant.config.std for item in layers})
-        if len(stds) != 1:
-            raise ValueError(
-                f"decoupled_kl: active adapters must share one std parameterisation, got {stds}; "
-                "train one adapter at a time"
-            )
-        scales = [plan.weight] * len(layers)
-        if plan.schedule.kind == "auto" and not plan.given:
-            scales = [
-                plan.weight * cls._flow_time(item, plan, start)
-                for item, start in zip(layers, plan.starts, strict=True)
-            ]
-        return DecoupledKL(
-            [item.mean for item in layers],
-            [item.rho for item in layers],
-            [item.variant.prior_std for item in layers],
-            plan.schedule,
-            std=stds[0],
-            scales=scales,
-        )
-
-    @staticmethod
-    def _flow_time(item: BayesLayer, plan: KLPlan, start_std: float) -> float:
-        config, prior = item.variant.config, item.variant.prior_std
-        if config.kl_time is not None:
-            return config.kl_time
-        if config.std != "square":
-            raise ValueError(
-                f"decoupled_kl: the rule of kl_schedule='auto' is for std='square', got "
-                f"{config.std!r}; set kl_time, or kl_schedule='published'"
-            )
-        target = auto_target_std(item.layer.in_features, plan.lr_sum, plan.n_train, prior)
-        return flow_time(target, prior, start_std) if start_std < target else 0.0
-
-
 def extra_names() -> frozenset[str]:
     """Names of all tensors that only Bayesian adapters have, for every method."""
     return frozenset(n for v in VARIANTS.values() for n in (*v.parameters, *v.constants))
@@ -494,7 +390,3 @@ def uniform_like(
     generator = torch.Generator().manual_seed(seed)
     value = torch.empty(tuple(shape), dtype=torch.float32)
     return value.uniform_(low, high, generator=generator).to(reference_tensor.device)
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float32 else tensor.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,8 @@ import numpy
 import pytest
 import torch
 
+from bayes_kernels.experiment import folders
+
 pytest.importorskip("typer")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -29,10 +32,11 @@ import safetensors.torch  # noqa: E402
 import tiny_task  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from bayes_kernels import _library, cli  # noqa: E402
-from bayes_kernels.hf import experiment, training  # noqa: E402
-from bayes_kernels.hf.models import load_model  # noqa: E402
-from bayes_kernels.hf.results import COSTS  # noqa: E402
+from bayes_kernels import _library  # noqa: E402
+from bayes_kernels.cli import app  # noqa: E402
+from bayes_kernels.experiment import build, run, train  # noqa: E402
+from bayes_kernels.experiment.models import load_model  # noqa: E402
+from bayes_kernels.experiment.results import COSTS  # noqa: E402
 from bayes_kernels.hf.trainer import last_checkpoint  # noqa: E402
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -52,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
 
 
 def refuse(*arguments: object) -> str:
@@ -120,7 +124,9 @@ def test_info_is_the_diagnosis() -> None:
 
 def test_options_that_commands_share_are_written_once() -> None:
     places: dict[str, list[str]] = {}
-    for command in ast.parse(Path(cli.__file__).read_text(encoding="utf-8")).body:
+    files = Path(app.__file__).parent.glob("*.py")
+    bodies = [ast.parse(file.read_text(encoding="utf-8")).body for file in files]
+    for command in itertools.chain(*bodies):
         for argument in command.args.args if isinstance(command, ast.FunctionDef) else ():
             annotation = ast.unparse(argument.annotation) if argument.annotation else ""
             if annotation.startswith("Annotated"):
@@ -230,7 +236,7 @@ def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path
     assert found["methods"][-1]["name"] == "TFB N=3"
     assert found["training"][0]["conversion"]["anchors"] == 20
     assert found["training"][0]["conversion"]["passes"] == 3
-    saved = training.read_record(tmp_path / "out")
+    saved = folders.read_record(tmp_path / "out")
     assert saved is not None and saved.experiment.recipe.convert["search"] == "grid"
     checkpoint = last_checkpoint(tmp_path / "out" / "checkpoints")
     assert checkpoint is not None  # plain LoRA, which has no draws yet
@@ -293,7 +299,7 @@ def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> N
     assert "better calibrated" in found["verdict"] or "disagree" in found["verdict"]
     assert found["verdict"].split(":")[0] in result.stdout and "±" in result.stdout
     assert (out / "reliability.png").is_file() and (out / "risk_coverage.png").is_file()
-    saved = training.read_record(out / "blob")
+    saved = folders.read_record(out / "blob")
     assert saved is not None
     base, _ = load_model(model, saved.task)
     assert (
@@ -314,14 +320,14 @@ def test_an_interrupted_demo_leaves_nothing(
     out = tmp_path / "demo"
     small = ["--train-size", 40, "--test-size", 10, "--n-samples", 1, "--threads", 1]
     options = ["--data", data, "--model", model, "--seeds", 1, "--steps", 1, *small, "--out", out]
-    run_many = experiment.run_many
+    run_many = run.run_many
 
     def stop_after_the_first(jobs: Any, **settings: Any) -> None:
         run_many(jobs[:1], **settings)
         raise ValueError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "run_many", stop_after_the_first)
+        patch.setattr(run, "run_many", stop_after_the_first)
         assert call("demo", *options).exit_code == 2
     assert not out.exists()
     for overwrite in ([], ["--overwrite"]):
@@ -418,10 +424,10 @@ def test_texts_are_shown_as_they_are(
 
 def test_output_where_the_terminal_has_few_characters(data: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    code = "from bayes_kernels import cli; cli._note('ACC ↑'); cli._console().print('[a] ↑')"
+    code = "from bayes_kernels.cli import output; output._note('ACC ↑'); output._console().print('[a] ↑')"
     code = f"import sys; sys.argv[1:] = ['info']; {code}"
     wrapped = (
-        f"from bayes_kernels import cli\ncli.app = lambda prog_name: exec({code!r})\ncli.main()"
+        f"from bayes_kernels.cli import app\napp.app = lambda prog_name: exec({code!r})\napp.main()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", wrapped], capture_output=True, text=True, env=environment
@@ -463,10 +469,10 @@ def test_what_was_trained_is_finite() -> None:
 
     one = Trainer()
     one.factor = 2.0
-    training._train(one, None, "nowhere")
+    train._train(one, None, "nowhere")
     one.factor = math.inf
     with pytest.raises(ValueError, match=r"finite adapter after the last step.* rate 0\.5"):
-        training._train(one, None, "nowhere")  # no step follows whose loss could tell
+        train._train(one, None, "nowhere")  # no step follows whose loss could tell
 
 
 def test_a_loss_is_looked_at_whenever_the_trainer_logs(tmp_path: Path) -> None:
@@ -481,7 +487,7 @@ def test_a_loss_is_looked_at_whenever_the_trainer_logs(tmp_path: Path) -> None:
         def log(self, logs: Any) -> None:
             self.logged += 1
 
-    class Watched(training._WatchedMixin, Loop):
+    class Watched(train._WatchedMixin, Loop):
         pass
 
     class OnDevice(torch.Tensor):  # a loss that the host has no copy of
@@ -541,7 +547,7 @@ def test_no_memory(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
         return (torch.empty if kind == "torch, CPU" else numpy.empty)(2**50)
 
-    monkeypatch.setattr(training, "load_model", allocate)
+    monkeypatch.setattr(build, "load_model", allocate)
     error = refuse("train", data, "--model", model, "--out", tmp_path / "run")
     assert error.startswith("memory: expected enough for this model and its batches, got: ")
     assert "use smaller batches" in error and not (tmp_path / "run").exists()
@@ -601,7 +607,7 @@ def test_extras_that_are_missing(
     error = refuse("train", "obqa", "--out", tmp_path / "run")
     assert "pip install 'bayes-kernels[train]'" in error
     assert not (tmp_path / "run").exists()
-    code = "import sys; sys.modules['typer'] = None; from bayes_kernels.cli import main"
+    code = "import sys; sys.modules['typer'] = None; from bayes_kernels.cli.app import main"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "pip install 'bayes-kernels[hf]'" in ended.stderr

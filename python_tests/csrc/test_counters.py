@@ -134,9 +134,7 @@ def test_launches_of_an_adapter(
     i = adapter(dtype, tokens)
     key = random.key(1)
     plain = lambda: functional.lora(i["x"], i["a"], i["b"], i["base"])  # noqa: E731
-    noisy = lambda: functional.flipout_lora(  # noqa: E731
-        i["x"], i["a"], i["rho"], i["b"], i["base"], key=key
-    )
+    noisy = lambda: functional.flipout_lora(i["x"], i["a"], i["rho"], i["b"], i["base"], key=key)  # noqa: E731
     assert launches(plain) <= 2 + packed
     assert launches(noisy) <= 3 + packed
     y, z = plain(), noisy()

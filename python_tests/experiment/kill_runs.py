@@ -1,6 +1,6 @@
 """Kill whole commands with SIGKILL at random moments, and see that nothing is lost and one way leads on.
 
-    cd python_tests && python -m experiment.kill_runs --kills 30 --seed 0
+    cd python_tests && python -m run.kill_runs --kills 30 --seed 0
 
 Half of the kills come at a random time, half before a random operation on files, where most can go wrong.
 After each: input and files of others are as they were; of results that were to be replaced, either all are
@@ -70,7 +70,7 @@ class Ended(NamedTuple):
 
 def start(words: list[str], log: Path, *, kill_at: int = 0) -> int:
     """Begin a command in a fork; its process number."""
-    from bayes_kernels import cli
+    from bayes_kernels.cli import app
 
     child = os.fork()
     if child:
@@ -85,7 +85,7 @@ def start(words: list[str], log: Path, *, kill_at: int = 0) -> int:
         if kill_at:
             kill_at_file_operation(kill_at)
         try:
-            cli.app(words, prog_name="bayes-kernels")
+            app.app(words, prog_name="bayes-kernels")
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -247,7 +247,7 @@ def main() -> None:
 
     import tiny_task
 
-    from bayes_kernels.hf import compare, experiment, recipe, training  # noqa: F401
+    from bayes_kernels.experiment import build, compare, recipe  # noqa: F401
 
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="kill_runs.") as name:
@@ -257,7 +257,7 @@ def main() -> None:
         tiny_task.write_model(model)
         # What commands import late; nothing is trained here, as threads do not survive a fork.
         source = recipe.Source(data=str(data))
-        training.build(recipe.Experiment(source, str(model)), source.load())
+        build.build(recipe.Experiment(source, str(model)), source.load())
         common = ["--model", str(model), "--test-size", "10", "--threads", "1"]
         short = ["--steps", "8", "--rank", "2"]
         adapter = base / "in" / "adapter"

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from bayes_kernels.cli import output
+from bayes_kernels.experiment import build, folders, tables
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -18,13 +21,17 @@ pytest.importorskip("typer")
 import tiny_task  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from bayes_kernels import cli, metrics  # noqa: E402
-from bayes_kernels.hf import compare as co  # noqa: E402
-from bayes_kernels.hf import experiment as ex  # noqa: E402
-from bayes_kernels.hf import machine, predict, scoring, training  # noqa: E402
-from bayes_kernels.hf.baselines import Ensemble, dropout_draws, join_adapters  # noqa: E402
-from bayes_kernels.hf.recipe import Experiment, Recipe, Source  # noqa: E402
-from bayes_kernels.hf.tasks import Example, Task  # noqa: E402
+from bayes_kernels import metrics  # noqa: E402
+from bayes_kernels.cli import app  # noqa: E402
+from bayes_kernels.cli import train as train_commands  # noqa: E402
+from bayes_kernels.experiment import compare as co  # noqa: E402
+from bayes_kernels.experiment import machine, scoring, train  # noqa: E402
+from bayes_kernels.experiment import run as ex  # noqa: E402
+from bayes_kernels.experiment.data.tasks import Example, Task  # noqa: E402
+from bayes_kernels.experiment.recipe import Experiment, Recipe, Source  # noqa: E402
+from bayes_kernels.hf import predict  # noqa: E402
+from bayes_kernels.hf.methods.dropout import dropout_draws  # noqa: E402
+from bayes_kernels.hf.methods.ensemble import Ensemble, join_adapters  # noqa: E402
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -195,18 +202,18 @@ def test_ensembles_of_berts_in_one_pass(kind: str, model_folder: str, tmp_path: 
     examples = [example(i) for i in range(5)]
     letters = ("A", "B", "C") if kind == "multiple_choice" else ("0", "1")
     task = Task("t", kind, letters, examples, examples, examples)  # type: ignore[arg-type]
-    models, folders = [], []
+    models, places = [], []
     for seed in range(2):
         one = Experiment(model=model_folder, method="map", recipe=FAST, seed=seed)
-        model, encoder = training.build(one, task)
+        model, encoder = build.build(one, task)
         torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
-        training.save_adapter(model, one, task, encoder, tmp_path / str(seed))
+        folders.save_adapter(model, one, task, encoder, tmp_path / str(seed))
         models.append(model.eval())
-        folders.append(tmp_path / str(seed))
+        places.append(tmp_path / str(seed))
     batch = batch_of(encoder, examples)
     alone = [scoring._predict_plain(model, batch).probs for model in models]
     assert (alone[0] - alone[1]).abs().max() > 1e-3
-    ensemble = join_adapters(models, folders)
+    ensemble = join_adapters(models, places)
     assert ensemble.folded
     found, _ = scoring.predict_examples(ensemble, encoder, examples, n_samples=2, batch_size=2)
     torch.testing.assert_close(found.probs, torch.stack(alone).mean(0), rtol=0, atol=1e-6)
@@ -232,21 +239,21 @@ def test_a_comparison_goes_on_after_a_failure(
     make: Any, tasks: dict[int, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[tuple[str, int]] = []
-    train_model = training.train_model
+    train_model = train.train_model
     broken = True
 
-    def train(experiment: Experiment, *args: Any, **options: Any) -> Any:
+    def noted(experiment: Experiment, *args: Any, **options: Any) -> Any:
         trained.append((experiment.method, experiment.seed))
         if experiment.method == "dropout" and broken:
             raise RuntimeError("no\n room")
         return train_model(experiment, *args, **options)
 
-    monkeypatch.setattr(ex, "train_model", train)
+    monkeypatch.setattr(ex, "train_model", noted)
     pieces = co.plan(METHODS, make, tasks, tmp_path, seeds=1)
     order = [(piece.experiment.method, piece.experiment.seed) for piece in pieces]
     assert order == [("map", 0), ("dropout", 0), ("tfb", 0), ("map", 1000), ("ensemble", 0)]
     runs, failures = co.compare(pieces, progress=False)
-    assert failures == [co.Failure("dropout", 0, "RuntimeError: no room")]
+    assert failures == [tables.Failure("dropout", 0, "RuntimeError: no room")]
     # Plain LoRA once for all that needs it; the ensemble's second member sees the same examples.
     assert trained == [("map", 0), ("dropout", 0), ("map", 1000)]
     assert pieces[3].task is pieces[0].task and not pieces[3].score
@@ -274,7 +281,7 @@ def test_a_comparison_goes_on_after_a_failure(
     assert [row.name for row in again[1].rows] == ["MC dropout mean", "MC dropout N=2"]
     assert all(path.read_bytes() == content for path, content in before.items())
     # The ensemble averages the probabilities of its members.
-    alone, encoder = training.load_adapter(
+    alone, encoder = folders.load_adapter(
         tmp_path / "ensemble" / "seed-0-member-1", member.experiment, tasks[0]
     )
     second, _ = scoring.predict_examples(alone, encoder, tasks[0].test)
@@ -332,7 +339,7 @@ def test_results_survive_json(tmp_path: Path) -> None:
         labels,
         torch.tensor([0.1, 0.2]).double(),
     )
-    spent = training.Training(1.0, 2, 3.0, [{"loss": 0.1}], {"r": 2})
+    spent = train.Training(1.0, 2, 3.0, [{"loss": 0.1}], {"r": 2})
     one = ex.Run(Experiment(seed=1), spent, [row], None, 0.5, 7)
     co.save_run(one, tmp_path / "result.json")
     found = co.load_run(tmp_path / "result.json")
@@ -375,7 +382,7 @@ def test_the_command(
     options += ["--set", "rank=2", "--threads", 1]
 
     def call(*arguments: Any) -> Any:
-        return CliRunner().invoke(cli.app, ["compare", *map(str, arguments)])
+        return CliRunner().invoke(app.app, ["compare", *map(str, arguments)])
 
     # A setting of one method that nobody can train is a line of the table.
     result = call(*options, "--set", 'polar.target_modules=["nothing"]')
@@ -410,7 +417,7 @@ def test_the_command(
     for name in ("reliability.png", "risk_coverage.png"):
         assert (out / name).is_file()
 
-    monkeypatch.setattr(cli, "_plots", lambda rows, folder: [])
+    monkeypatch.setattr(output, "_plots", lambda rows, folder: [])
     refused = call(*options)
     assert refused.exit_code == 2 and "use --overwrite, --resume" in refused.output
     changed = call(*options, "--resume", "--steps", 3)
@@ -453,7 +460,7 @@ def test_the_command(
 )
 def test_settings_that_are_refused(setting: str, message: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(cli.app, ["compare", "--set", setting, *out])
+    result = CliRunner().invoke(app.app, ["compare", "--set", setting, *out])
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "out").exists()
 
@@ -485,7 +492,7 @@ def test_options_that_do_nothing_are_refused(
     options: list[str], message: str, tmp_path: Path
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(cli.app, ["compare", *options, *out])
+    result = CliRunner().invoke(app.app, ["compare", *options, *out])
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "out").exists()
 
@@ -495,7 +502,7 @@ def test_settings_of_all_methods_go_to_those_that_have_them() -> None:
     assert used == ("map", "blob", "tfb", "ensemble")
     options = ["prior_std=0.3", "blob.prior_std=0.4", "tfb.convert.anchors=9", "rank=2"]
     common = {"n_samples": 7, "steps": None, "lr": 0.5}
-    make = cli._experiments(Source(), "minilm", {}, common, options, 5, used)
+    make = train_commands._experiments(Source(), "minilm", {}, common, options, 5, used)
     found = {name: make(name, 1).recipe for name in used}
     assert [one.prior_std for one in found.values()] == [None, 0.4, None, None]
     assert [one.n_samples for one in found.values()] == [None, 7, 7, 5]

@@ -31,7 +31,7 @@ from bayes_kernels.hf import (  # noqa: E402
     export_lora,
     import_lora,
 )
-from bayes_kernels.hf.laplace_lora import laplace_posterior  # noqa: E402
+from bayes_kernels.hf.methods.laplace import laplace_posterior  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bayes_kernels.experiment import build
+
 pytest.importorskip("typer")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -26,7 +28,7 @@ import tiny_task
 import typer
 from typer.testing import CliRunner
 
-from bayes_kernels import cli
+from bayes_kernels.cli import app, output
 from bayes_kernels.hf.config import METHODS
 
 pytestmark = pytest.mark.cpu_only
@@ -62,7 +64,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             common = ["--model", "model", "--steps", "1", "--rank", "2", "--test-size", "4"]
             draws = ["--n-samples", "2"] if method == "blob" else []
             options = [*common, *draws, "--method", method, "--out", f"run-{method}"]
-            ended = CliRunner().invoke(cli.app, ["train", "data", *options])
+            ended = CliRunner().invoke(app.app, ["train", "data", *options])
             assert ended.exit_code == 0, ended.output
         (root / "bad").mkdir()
         before = tree(root, content=True)
@@ -91,10 +93,10 @@ def tree(root: Path, content: bool = False) -> dict[str, Any]:
 def fault(case: Case, root: Path) -> str | None:
     """What is wrong with how a case ended; None where it ended as it should."""
     before = tree(root)
-    ended = CliRunner().invoke(cli.app, list(case.words))
+    ended = CliRunner().invoke(app.app, list(case.words))
     if ended.exception is not None and not isinstance(ended.exception, SystemExit):
         return f"raised {ended.exception!r}"
-    if ended.exit_code != cli.USAGE_ERROR:
+    if ended.exit_code != output.USAGE_ERROR:
         return f"exit code {ended.exit_code}: {ended.output[-300:]}"
     if "Traceback" in ended.output or ended.stdout:
         return f"printed {ended.output[-300:]}"
@@ -136,7 +138,7 @@ NO_LIMIT = ("--test-size", "--ood-size", "--save-every", "--anchors")
 
 
 def options_of(command: str) -> list[Any]:
-    found: Any = typer.main.get_command(cli.app)
+    found: Any = typer.main.get_command(app.app)
     return [p for p in found.commands[command].params if p.opts[0].startswith("-")]
 
 
@@ -519,7 +521,7 @@ def test_records_that_are_damaged(workspace: Path) -> None:
 
 def test_every_option_has_cases() -> None:
     """Of every command but those that read nothing; a new option needs cases of its own."""
-    generated: Any = typer.main.get_command(cli.app)
+    generated: Any = typer.main.get_command(app.app)
     assert set(NEEDS) == set(generated.commands) - {"info", "bench"}
     used = {(c.words[0], w) for c in (*numbers(), *words(), *combined()) for w in c.words}
     used |= {(words[0], word) for f in PLACES.values() for words in [f("x")] for word in words}
@@ -545,11 +547,9 @@ def test_the_campaign_notices(workspace: Path, monkeypatch: pytest.MonkeyPatch) 
                 raise typer.Exit(2)
             raise error
 
-        from bayes_kernels.hf import training
-
         fine = Case(("train", "data", "--model", "model", "--steps", "3"))
         with monkeypatch.context() as patch:
-            patch.setattr(training, "check_experiment", check_experiment)
+            patch.setattr(build, "check_experiment", check_experiment)
             found = fault(fine, workspace)
         (workspace / "left").unlink(missing_ok=True)
         return found or ""

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from bayes_kernels.experiment import folders
+
 pytest.importorskip("typer")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -23,10 +25,10 @@ pytest.importorskip("transformers")
 import tiny_task
 from typer.testing import CliRunner
 
-from bayes_kernels import cli
-from bayes_kernels.hf import experiment, output, training
-from bayes_kernels.hf.output import EVALUATION, PRIVATE, Output, Stopped
-from bayes_kernels.hf.recipe import write_text
+from bayes_kernels.cli import app
+from bayes_kernels.experiment import output, run
+from bayes_kernels.experiment.output import EVALUATION, PRIVATE, Output, Stopped
+from bayes_kernels.files import write_text
 from experiment import kill_runs
 
 pytestmark = pytest.mark.cpu_only
@@ -36,7 +38,7 @@ SMALL = ["--steps", "1", "--rank", "2", "--test-size", "4"]
 
 
 def call(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -385,7 +387,7 @@ def test_sigterm_is_like_ctrl_c(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=rf"found none; a run .* --out {out} --resume; name its last"
     ):
-        training.read_record(out)
+        folders.read_record(out)
     with pytest.raises(ValueError, match="expected results of `compare`"):
         place(out, "compare", resume=True).check()
     with place(out, resume=True) as run:
@@ -405,13 +407,13 @@ def test_every_command_says_how_to_go_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bayes_kernels.hf import scoring
+    from bayes_kernels.experiment import scoring
 
     def stop(*_: Any, **__: Any) -> Any:
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    monkeypatch.setattr(experiment, "train_model", stop)
+    monkeypatch.setattr(run, "train_model", stop)
     monkeypatch.setattr(scoring, "evaluate_model", stop)
     out = tmp_path / "out"
     words: list[object] = [command, inputs / "adapter", "--out", out]
@@ -547,7 +549,7 @@ def test_a_checkpoint_without_its_state_is_none(tmp_path: Path) -> None:
 
 
 def test_whole_runs_that_are_killed() -> None:
-    """A few kills of whole commands; ``experiment.kill_runs`` by hand makes any number."""
+    """A few kills of whole commands; ``run.kill_runs`` by hand makes any number."""
     ended = subprocess.run(
         [sys.executable, "-m", "experiment.kill_runs", "--kills", "3", "--seed", "1"],
         cwd=Path(kill_runs.__file__).parents[1],

@@ -22,11 +22,12 @@ pytest.importorskip("transformers")
 import tiny_task
 from typer.testing import CliRunner
 
-from bayes_kernels import cli
-from bayes_kernels.hf import scoring, training
-from bayes_kernels.hf.models import ClassLogits, TaskEncoder
-from bayes_kernels.hf.recipe import Source
-from bayes_kernels.hf.tasks import Task
+from bayes_kernels.cli import app
+from bayes_kernels.experiment import convert, scoring
+from bayes_kernels.experiment.data.tasks import Task
+from bayes_kernels.experiment.encoder import TaskEncoder
+from bayes_kernels.experiment.recipe import Source
+from bayes_kernels.hf.heads import ClassLogits
 
 pytestmark = pytest.mark.cpu_only
 
@@ -71,7 +72,7 @@ class Ledger:
         self.reports: list[dict[str, Any]] = []
         self.predicted: list[tuple[torch.Tensor, list[str]]] = []
         load, encode, forward = Source.load, TaskEncoder.__call__, ClassLogits.forward
-        fit, convert = scoring.fit_temperature, training.bayesianize
+        fit, make_bayesian = scoring.fit_temperature, convert.bayesianize
         predict, score = scoring.predict_examples, scoring._score
 
         def spy_load(source: Source, *args: Any) -> Task:
@@ -93,7 +94,7 @@ class Ledger:
             for name, rows in (("conversion", batches), ("prior", options.get("validation", ()))):
                 for batch in rows:
                     self.note(name, batch)
-            report = convert(model, method, batches, **options)
+            report = make_bayesian(model, method, batches, **options)
             self.reports.append(report.to_dict())
             return report
 
@@ -121,7 +122,7 @@ class Ledger:
         patch.setattr(Source, "load", spy_load)
         patch.setattr(TaskEncoder, "__call__", spy_encode)
         patch.setattr(ClassLogits, "forward", spy_forward)
-        patch.setattr(training, "bayesianize", spy_convert)
+        patch.setattr(convert, "bayesianize", spy_convert)
         patch.setattr(scoring, "predict_examples", spy_predict)
         patch.setattr(scoring, "fit_temperature", spy_fit)
         patch.setattr(scoring, "_score", spy_score)
@@ -148,7 +149,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*words: Any) -> None:
-    ended = CliRunner().invoke(cli.app, [str(word) for word in words])
+    ended = CliRunner().invoke(app.app, [str(word) for word in words])
     assert ended.exit_code == 0, ended.output
 
 

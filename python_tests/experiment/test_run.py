@@ -13,25 +13,25 @@ from typing import Any
 import pytest
 import torch
 
+from bayes_kernels.experiment import build, callbacks, folders
+
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import tiny_task  # noqa: E402
 
 from bayes_kernels import metrics  # noqa: E402
-from bayes_kernels.hf import experiment as ex  # noqa: E402
-from bayes_kernels.hf import machine, results, scoring, training  # noqa: E402
+from bayes_kernels.experiment import machine, processes, results, scoring  # noqa: E402
+from bayes_kernels.experiment import run as ex  # noqa: E402
+from bayes_kernels.experiment.callbacks import Interrupted  # noqa: E402
+from bayes_kernels.experiment.data.tasks import Task  # noqa: E402
+from bayes_kernels.experiment.folders import CHECKPOINTS, EXPERIMENT_FILE  # noqa: E402
+from bayes_kernels.experiment.models import load_model  # noqa: E402
+from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source  # noqa: E402
+from bayes_kernels.experiment.scoring import Row  # noqa: E402
+from bayes_kernels.experiment.train import Training  # noqa: E402
+from bayes_kernels.files import write_json  # noqa: E402
 from bayes_kernels.hf.config import BlobConfig  # noqa: E402
-from bayes_kernels.hf.models import load_model  # noqa: E402
-from bayes_kernels.hf.recipe import METHODS, Experiment, Recipe, Source, write_json  # noqa: E402
-from bayes_kernels.hf.scoring import Row  # noqa: E402
-from bayes_kernels.hf.tasks import Task  # noqa: E402
-from bayes_kernels.hf.training import (  # noqa: E402
-    CHECKPOINTS,
-    EXPERIMENT_FILE,
-    Interrupted,
-    Training,
-)
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -128,9 +128,9 @@ def test_sources_reject_what_does_not_go_together(tmp_path: Path) -> None:
 
 
 def test_methods_start_from_the_same_weights(tiny: Experiment, task: Task) -> None:
-    plain, _ = training.build(dataclasses.replace(tiny, method="map"), task)
-    bayes, _ = training.build(tiny, task)
-    other, _ = training.build(dataclasses.replace(tiny, seed=1), task)
+    plain, _ = build.build(dataclasses.replace(tiny, method="map"), task)
+    bayes, _ = build.build(tiny, task)
+    other, _ = build.build(dataclasses.replace(tiny, seed=1), task)
     left = {n: p for n, p in plain.named_parameters() if p.requires_grad}
     right = {n: p for n, p in bayes.named_parameters() if p.requires_grad}
     assert {n for n in right if n not in left} == {n for n in right if "lora_A_rho" in n}
@@ -143,7 +143,7 @@ def test_methods_start_from_the_same_weights(tiny: Experiment, task: Task) -> No
 
 def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
     one = with_recipe(tiny, prior_std=0.1, kl_time=0.5, alpha=32, lora={"use_rslora": True})
-    model, encoder = training.build(one, task)
+    model, encoder = build.build(one, task)
     config = model.peft_config["default"]
     assert (config.prior_std, config.kl_time, config.lora_alpha) == (0.1, 0.5, 32)
     assert config.use_rslora and config.seed == one.seed
@@ -151,18 +151,18 @@ def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
     assert config.init_rho == default.init_rho and config.kl_schedule == default.kl_schedule
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
     with pytest.raises(ValueError, match=r"expected options of peft\.BayesLoraConfig, got speed"):
-        training.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
+        build.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
     with pytest.raises(ValueError, match="use_dora"):
-        training.build(with_recipe(tiny, lora={"use_dora": True}), task)
+        build.build(with_recipe(tiny, lora={"use_dora": True}), task)
 
 
 def test_half_precision_on_the_cpu(tiny: Experiment, task: Task) -> None:
     longer = with_recipe(tiny, steps=40)
     half = dataclasses.replace(longer, dtype="bfloat16")
-    model, _ = training.build(half, task, device="cpu")
+    model, _ = build.build(half, task, device="cpu")
     # The backward pass of the fused attention is several times slower there.
     assert model.config._attn_implementation == "eager"
-    assert training.build(longer, task, device="cpu")[0].config._attn_implementation == "sdpa"
+    assert build.build(longer, task, device="cpu")[0].config._attn_implementation == "sdpa"
     for name, weight in model.named_parameters():
         wide = "lora_" in name  # the new head keeps the dtype of its base, as PEFT has it
         assert weight.dtype == (torch.float32 if wide else torch.bfloat16), name
@@ -187,7 +187,7 @@ def test_training_learns_the_task(tiny: Experiment, task: Task) -> None:
 def test_predictions_keep_the_order_of_the_examples(
     finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
-    model, encoder = training.load_adapter(finished[1], tiny, task)
+    model, encoder = folders.load_adapter(finished[1], tiny, task)
     together, cost = scoring.predict_examples(model, encoder, task.test, n_samples=2, batch_size=7)
     assert cost > 0
     for index in (0, 11, len(task.test) - 1):
@@ -251,10 +251,10 @@ def test_a_reloaded_adapter_gives_the_same_numbers(
     finished: tuple[ex.Run, Path], tiny: Experiment, task: Task
 ) -> None:
     run, folder = finished
-    saved = training.read_record(folder)
+    saved = folders.read_record(folder)
     assert saved is not None and saved.experiment == tiny
     assert saved.task.label_names == task.label_names
-    model, encoder = training.load_adapter(
+    model, encoder = folders.load_adapter(
         folder, saved.experiment, task, max_length=saved.max_length
     )
     rows = scoring.evaluate_model(model, encoder, task, method="blob", n_samples=3)
@@ -302,7 +302,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(training._Bar, "on_step_begin", interrupt, raising=False)
+        patch.setattr(callbacks._Bar, "on_step_begin", interrupt, raising=False)
         with pytest.raises(Interrupted) as stop:
             ex.run(one, task, folder=tmp_path, save_every=5)
     assert signal.getsignal(signal.SIGINT) == before
@@ -311,14 +311,14 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert stop.value.checkpoint == str(checkpoint)
     assert not (tmp_path / "adapter_config.json").exists()
     with pytest.raises(ValueError, match="checkpoint-8"):
-        training.read_record(tmp_path)
-    saved = training.read_record(checkpoint)
+        folders.read_record(tmp_path)
+    saved = folders.read_record(checkpoint)
     assert saved is not None and saved.experiment == one
-    training.load_adapter(checkpoint, one, task)
+    folders.load_adapter(checkpoint, one, task)
 
-    training.check_resumable(tmp_path, one)
+    folders.check_resumable(tmp_path, one)
     with pytest.raises(ValueError, match=r"recipe.lr 0.005 -> 0.1"):
-        training.check_resumable(tmp_path, with_recipe(one, lr=0.1))
+        folders.check_resumable(tmp_path, with_recipe(one, lr=0.1))
     resumed = ex.run(one, task, folder=tmp_path, resume=True)
     assert resumed.training is not None and resumed.training.steps == SHORT.steps - 8
     assert alike(resumed, whole)
@@ -343,7 +343,7 @@ def test_runs_side_by_side_give_the_same_numbers(
             pass
 
     bars: list[Bar] = []
-    monkeypatch.setattr(ex, "progress_bar", Bar)
+    monkeypatch.setattr(processes, "progress_bar", Bar)
     plain = dataclasses.replace(tiny, method="map")
     jobs = [ex.Job(plain, task, temperature=False), ex.Job(tiny, task, tmp_path / "blob")]
     seen: list[str] = []
@@ -365,19 +365,19 @@ def test_runs_side_by_side_give_the_same_numbers(
 
 def test_damaged_adapter_folders(finished: tuple[ex.Run, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder that exists"):
-        training.read_record(tmp_path / "nothing")
+        folders.read_record(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        training.read_record(tmp_path)
+        folders.read_record(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"pickled weights \(.bin\) are not read"):
-        training.read_record(tmp_path)
+        folders.read_record(tmp_path)
     weights = (finished[1] / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(weights)
-    assert training.read_record(tmp_path) is None
+    assert folders.read_record(tmp_path) is None
     (tmp_path / EXPERIMENT_FILE).write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"experiment\.json"):
-        training.read_record(tmp_path)
+        folders.read_record(tmp_path)
 
 
 def test_an_adapter_of_another_model_is_one_clear_error(
@@ -385,7 +385,7 @@ def test_an_adapter_of_another_model_is_one_clear_error(
 ) -> None:
     three = dataclasses.replace(task, label_names=("a", "b", "c"))
     with pytest.raises(ValueError, match=r"expected tensors that fit .* with 3 classes") as error:
-        training.load_adapter(finished[1], tiny, three)
+        folders.load_adapter(finished[1], tiny, three)
     assert "\n" not in str(error.value)
 
 

@@ -16,19 +16,21 @@ import pytest
 import tiny_task as tiny_files
 import torch
 
-from bayes_kernels.hf import docstrings, tasks
-from bayes_kernels.hf.tasks import Example, Task, load_jsonl, load_task, split_by_hash, stdlib_docs
+from bayes_kernels.experiment.data import docstrings, hub, jsonl, tasks
+from bayes_kernels.experiment.data.docstrings import stdlib_docs
+from bayes_kernels.experiment.data.jsonl import load_jsonl, split_by_hash
+from bayes_kernels.experiment.data.load import load_task
+from bayes_kernels.experiment.data.tasks import Example, Task
+from bayes_kernels.hf import heads
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from bayes_kernels.hf import models  # noqa: E402
-from bayes_kernels.hf.models import (  # noqa: E402
-    MASKED_LOGIT,
-    answer_token_ids,
-    load_model,
-    make_prompt,
-)
+from bayes_kernels.experiment import models  # noqa: E402
+from bayes_kernels.experiment.encoder import TaskEncoder  # noqa: E402
+from bayes_kernels.experiment.models import load_model  # noqa: E402
+from bayes_kernels.experiment.prompts import answer_token_ids, make_prompt  # noqa: E402
+from bayes_kernels.hf.heads import MASKED_LOGIT  # noqa: E402
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -243,7 +245,7 @@ def test_sources_that_nobody_can_read(tmp_path: Path) -> None:
     half = tmp_path / "half.py"
     half.write_text('def f():\n    "Return four words \\ud800 of text."\n')
     ((name, doc),) = docstrings._documented_sources(half)
-    assert name == "half.f" and not tasks.is_unicode(doc)
+    assert name == "half.f" and not jsonl.is_unicode(doc)
     assert docstrings.first_paragraph(doc) == "Return four words  of text."
 
 
@@ -333,7 +335,7 @@ def test_files_that_cannot_be_read_to_their_end(tmp_path: Path) -> None:
         (Path("/dev/zero"), "expected a file of JSON lines, got a pipe or device"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {re.escape(message)}"):
-            tasks.read_examples(file)
+            jsonl.read_examples(file)
     with pytest.raises(ValueError, match="data: expected stdlib-docs"):
         load_task(loop)
 
@@ -445,7 +447,7 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], Example]] = {
 @pytest.mark.parametrize("name", sorted(HUB_ROWS))
 def test_hub_rows_become_examples(name: str) -> None:
     row, expected = HUB_ROWS[name]
-    example = tasks.HUB_DATASETS[name].convert(row, 0)
+    example = hub.HUB_DATASETS[name].convert(row, 0)
     assert replace(example, id="") == replace(expected, id="")
     assert example.id == expected.id or not expected.id
     assert example.id
@@ -453,10 +455,10 @@ def test_hub_rows_become_examples(name: str) -> None:
 
 def test_hub_rows_without_public_label_or_with_a_wrong_one() -> None:
     row = {**HUB_ROWS["wg_s"][0], "answer": ""}
-    assert tasks.convert_winogrande(row, 0).label is None
+    assert hub.convert_winogrande(row, 0).label is None
     row = {**HUB_ROWS["obqa"][0], "answerKey": "E"}
     with pytest.raises(ValueError, match="answerKey: expected one of"):
-        tasks.convert_obqa(row, 0)
+        hub.convert_obqa(row, 0)
 
 
 def test_load_hub_assembles_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,8 +470,8 @@ def test_load_hub_assembles_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         row = HUB_ROWS[key][0]
         return [{**row, "id": f"{name}-{split}-{i}"} for i in range(50 if split == "train" else 5)]
 
-    monkeypatch.setattr(tasks, "_hub_rows", fake)
-    task = tasks.load_hub("obqa", train_size=10)
+    monkeypatch.setattr(hub, "_hub_rows", fake)
+    task = hub.load_hub("obqa", train_size=10)
     assert asked == [
         ("obqa", "train"),
         ("obqa", "test"),
@@ -490,10 +492,10 @@ def test_load_hub_assembles_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
     )
     assert task.label_names == tuple("ABCD") and task.template == "obqa"
-    boolq = tasks.load_hub("boolq")
+    boolq = hub.load_hub("boolq")
     assert boolq.kind == "classification" and asked[-1] == ("boolq", "validation")
     with pytest.raises(ValueError, match="must be of the kind"):
-        tasks.load_hub("obqa", ood=["boolq"])
+        hub.load_hub("obqa", ood=["boolq"])
 
 
 def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -608,7 +610,7 @@ def choice_task() -> Task:
     return Task("stories", "multiple_choice", tuple("ABC"), examples, [], examples)
 
 
-def load_story_model(models_dir: Path, **options: Any) -> tuple[Any, models.TaskEncoder]:
+def load_story_model(models_dir: Path, **options: Any) -> tuple[Any, TaskEncoder]:
     return load_model(models_dir / "stories260K", choice_task(), style="plain", **options)
 
 
@@ -630,7 +632,7 @@ def test_causal_logits_are_those_of_the_whole_model(models_dir: Path) -> None:
         loss = torch.nn.functional.cross_entropy(output.logits, batch["labels"])
         torch.testing.assert_close(output.loss, loss)
         # Padding on the right needs the last real token of each row.
-        right = models.trim_head(whole, encoder.answer_ids, padding_side="right")
+        right = heads.trim_head(whole, encoder.answer_ids, padding_side="right")
         width = batch["input_ids"].shape[1]
         for item in items:
             missing = [0] * (width - len(item["input_ids"]))
@@ -659,7 +661,7 @@ def test_trimmed_head_is_a_copy_untied_from_the_embedding(models_dir: Path) -> N
     with pytest.raises(TypeError, match="trimmed to 3 answers"):
         model.generate(torch.tensor([[1]]))
     with pytest.raises(ValueError, match="token ids below 3"):
-        models.trim_head(model, [5])
+        heads.trim_head(model, [5])
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(models_dir: Path) -> None:
@@ -843,7 +845,7 @@ def test_pairs_are_cut_where_they_are_longest(
     else:
         example = Example("x", one, 0, choices=(other, "the"))
     task = Task("t", kind, ("a", "b"), [example], [], [])  # type: ignore[arg-type]
-    encoder = models.TaskEncoder(tokenizer, task, kind, None, (), 16)  # type: ignore[arg-type]
+    encoder = TaskEncoder(tokenizer, task, kind, None, (), 16)  # type: ignore[arg-type]
     ids = encoder(example)["input_ids"]
     ids = ids if kind == "classifier" else ids[0]
     left, right, rest = tokenizer.decode(ids).removeprefix("[CLS]").split("[SEP]")
@@ -870,7 +872,7 @@ def test_prompts_keep_their_choices_while_there_is_something_else_to_cut(
     example = Example("x", "song " * 60, 0, context=context)
     task = Task("t", "classification", ("stone", "road"), [example], [], [])
     prompt = make_prompt(task, "blob")
-    encoder = models.TaskEncoder(tokenizer, task, "causal", prompt, (0, 1), 40)
+    encoder = TaskEncoder(tokenizer, task, "causal", prompt, (0, 1), 40)
     shortest = len(encoder._tokens(prompt(replace(example, question="", context=None))))
     assert shortest < 40
     kept = tokenizer.decode(encoder(example)["input_ids"])

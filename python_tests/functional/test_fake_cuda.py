@@ -251,8 +251,9 @@ from hf.methods.test_polar import bert_base, llama_base, wrap  # noqa: E402
 
 from bayes_kernels import hf  # noqa: E402
 from bayes_kernels.hf.config import TfbConfig  # noqa: E402
-from bayes_kernels.hf.posterior import bayes_layers, noise_state  # noqa: E402
-from bayes_kernels.hf.tfb import regroup  # noqa: E402
+from bayes_kernels.hf.layers import bayes_layers, noise_state  # noqa: E402
+from bayes_kernels.hf.methods.polar_vbll import find_head  # noqa: E402
+from bayes_kernels.hf.methods.tfb import regroup  # noqa: E402
 
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (peft.LoraConfig, {"lora_dropout": 0.1}),
@@ -286,7 +287,7 @@ def train_step(model: Any) -> Tensor:
     model.train()
     if hasattr(model.get_base_model(), "bayes_noise"):
         hf.refresh_noise(model, step=3, rank=0)
-    if hf.last_layer.find_head(model) is not None:
+    if find_head(model) is not None:
         loss = hf.variational_loss(model, inputs, n_train=100).loss
     else:
         loss = model(**inputs).loss
@@ -364,7 +365,7 @@ def test_causal_models(waits: list[Wait], name: str) -> None:
 
 
 def test_answer_tokens_are_taken_without_waiting(waits: list[Wait]) -> None:
-    from bayes_kernels.hf.predict import LogitRows
+    from bayes_kernels.hf.logits import LogitRows
 
     mask = torch.ones(3, 6, dtype=torch.int64)
     rows = LogitRows(nn.Identity(), {"attention_mask": mask}, [5, 7])

@@ -27,7 +27,7 @@ from bayes_kernels.hf import (
     predict,
 )
 from bayes_kernels.hf.checkpoints import read_lora, stored_method
-from bayes_kernels.hf.posterior import bayes_layers
+from bayes_kernels.hf.layers import bayes_layers
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only

@@ -208,7 +208,7 @@ def test_parts_trained_with_an_adapter() -> None:
     model = plain(bert(), ["query"], task_type="SEQ_CLS")
     wrapper = next(m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
     names = "modules_to_save original_module active_adapters"
-    need(peft, "ModulesToSaveWrapper", wrapper, names, "hf/last_layer.py")
+    need(peft, "ModulesToSaveWrapper", wrapper, names, "hf/methods/polar_vbll.py")
     need(peft, "PeftModel", model, "peft_config active_adapter base_model peft_type", "hf/model.py")
     need(peft, "LoraModel", model.base_model, "model peft_config", "hf/model.py")
 
@@ -267,7 +267,13 @@ def mamba() -> Any:
 def test_sizes_in_configurations(make: Callable[[], Any]) -> None:
     names = "hidden_size num_attention_heads vocab_size get_text_config pad_token_id"
     names += " is_encoder_decoder num_labels problem_type tie_word_embeddings"
-    need(transformers, "the configuration", make().config, names, "hf/predict.py and hf/models.py")
+    need(
+        transformers,
+        "the configuration",
+        make().config,
+        names,
+        "hf/predict.py and experiment/models.py",
+    )
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, t5, mamba])
@@ -294,14 +300,16 @@ def test_names_of_caches(make: Callable[[], Any]) -> None:
 def test_arguments_of_language_models(make: Callable[[], Any]) -> None:
     model = make()
     names = "input_ids attention_mask position_ids inputs_embeds labels use_cache logits_to_keep"
-    need_arguments(transformers, type(model).forward, names, "hf/predict.py and hf/models.py")
+    need_arguments(
+        transformers, type(model).forward, names, "hf/predict.py and experiment/models.py"
+    )
     need(
         transformers,
         type(model).__name__,
         model,
         "get_output_embeddings set_output_embeddings _tied_weights_keys all_tied_weights_keys "
         "loss_type generate config",
-        "hf/models.py",
+        "experiment/models.py",
     )
 
 
@@ -327,7 +335,7 @@ def test_names_of_class_heads(make: Callable[[], Any], target: str) -> None:
     if not (hasattr(net, "classifier") or hasattr(net, "score")):
         pytest.fail(
             f"transformers {transformers.__version__}: {type(net).__name__} has its head neither "
-            "in classifier nor in score; hf/last_layer.py needs it",
+            "in classifier nor in score; hf/methods/polar_vbll.py needs it",
             pytrace=False,
         )
     get_peft_model(net, PolarVbllConfig(r=2, target_modules=[target], task_type="SEQ_CLS"))

@@ -15,17 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayes_kernels.experiment import build, convert, folders
+
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import tiny_task
 
-from bayes_kernels.hf import training
-from bayes_kernels.hf.laplace_lora import laplace_posterior
-from bayes_kernels.hf.posterior import noise_state
-from bayes_kernels.hf.recipe import METHODS, Experiment, Recipe, Source
-from bayes_kernels.hf.scoring import predict_examples
-from bayes_kernels.hf.tasks import Task
+from bayes_kernels.experiment import train
+from bayes_kernels.experiment.data.tasks import Task
+from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
+from bayes_kernels.experiment.scoring import predict_examples
+from bayes_kernels.hf.layers import noise_state
+from bayes_kernels.hf.methods.laplace import laplace_posterior
 
 # Those with an adapter of their own; an ensemble is several of plain LoRA.
 METHOD_NAMES = [name for name, method in METHODS.items() if method.made != "join"]
@@ -78,10 +80,10 @@ class Outcome(NamedTuple):
 
 def go(experiment: Experiment, task: Task, device: str, folder: Path) -> Outcome:
     """Train, convert, predict, save, load and predict again on a device."""
-    model, encoder = training.build(experiment, task, device=device)
-    log = training.train_model(experiment, model, encoder, progress=False).log
+    model, encoder = build.build(experiment, task, device=device)
+    log = train.train_model(experiment, model, encoder, progress=False).log
     if METHODS[experiment.method].made == "convert":
-        training.convert_model(experiment, model, encoder, progress=False)
+        convert.convert_model(experiment, model, encoder, progress=False)
     places = {t.device.type for t in (*model.parameters(), *model.buffers())}
     assert places == {device}
     method = METHODS[experiment.method]
@@ -94,10 +96,10 @@ def go(experiment: Experiment, task: Task, device: str, folder: Path) -> Outcome
     mean, drawn = probabilities(model, 0), probabilities(model, draws)
     apart = 5e-3 if experiment.method != "polar-vbll" else 5e-4  # refined covariances are small
     assert ((drawn - mean).abs().amax().item() > apart) == (draws > 0)
-    training.save_adapter(model, experiment, task, encoder, folder)
+    folders.save_adapter(model, experiment, task, encoder, folder)
     if method.made == "train" and not method.plain:
         assert {key.type for key in noise_state(model).keys} == {device}
-    loaded, _ = training.load_adapter(folder, experiment, task, device=device)
+    loaded, _ = folders.load_adapter(folder, experiment, task, device=device)
     assert next(loaded.parameters()).device.type == device
     # The same weights in the same programme.
     torch.testing.assert_close(probabilities(loaded, 0), mean, rtol=0, atol=1e-6)
@@ -134,7 +136,7 @@ def test_cuda_equals_cpu(
             getattr(found, name), getattr(expected, name), rtol=2e-3, atol=2e-3, msg=name
         )
     # What the GPU has saved draws the same on the CPU.
-    loaded, encoder = training.load_adapter(tmp_path / "cuda", experiment, task, device="cpu")
+    loaded, encoder = folders.load_adapter(tmp_path / "cuda", experiment, task, device="cpu")
     options = {"n_samples": 4 if METHODS[method].bayesian else 0, "seed": 3, "progress": False}
     drawn = predict_examples(loaded, encoder, task.test, **options)[0].probs
     torch.testing.assert_close(drawn, found.drawn, rtol=2e-3, atol=2e-3)
@@ -156,7 +158,7 @@ def test_posterior_follows_the_model(
     """A fitted Laplace posterior predicts where its model is moved to."""
     experiment = experiment_of("laplace", source, model_folder)
     go(experiment, task, "cpu", tmp_path)
-    model, encoder = training.load_adapter(tmp_path, experiment, task, device="cpu")
+    model, encoder = folders.load_adapter(tmp_path, experiment, task, device="cpu")
     options = {"n_samples": 4, "seed": 3, "progress": False}
     expected = predict_examples(model, encoder, task.test, **options)[0].probs
     model.cuda()

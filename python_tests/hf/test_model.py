@@ -39,7 +39,7 @@ from bayes_kernels.hf import (
 )
 from bayes_kernels.hf._compat import unsupported_layer
 from bayes_kernels.hf.checkpoints import coherent_draw
-from bayes_kernels.hf.posterior import bayes_layers, noise_state
+from bayes_kernels.hf.layers import bayes_layers, noise_state
 
 LLAMA = LlamaConfig(
     hidden_size=64,

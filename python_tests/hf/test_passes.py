@@ -42,13 +42,9 @@ from bayes_kernels.hf import (
     predict_dataset,
 )
 from bayes_kernels.hf._compat import CACHE_NAMES
-from bayes_kernels.hf.posterior import (
-    NoiseState,
-    advance_before_forward,
-    bayes_layers,
-    noise_state,
-    process_rank,
-)
+from bayes_kernels.hf.layers import bayes_layers, noise_state
+from bayes_kernels.hf.noise import NoiseState, process_rank
+from bayes_kernels.hf.posterior import advance_before_forward
 
 pytestmark = pytest.mark.cpu_only
 

@@ -36,7 +36,7 @@ from bayes_kernels.hf import (
     kl_divergence,
 )
 from bayes_kernels.hf.guards import _GUARDS
-from bayes_kernels.hf.posterior import bayes_layers
+from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.variants import VARIANTS
 
 CONFIGS: dict[str, Callable[..., Any]] = {

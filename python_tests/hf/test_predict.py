@@ -24,7 +24,7 @@ from bayes_kernels.hf import (
     predict,
     predict_dataset,
 )
-from bayes_kernels.hf.posterior import noise_state
+from bayes_kernels.hf.layers import noise_state
 
 IDS = torch.randint(3, 128, (5, 7), generator=torch.Generator().manual_seed(1))
 CHOICES = [10, 20, 30]

@@ -35,7 +35,7 @@ from bayes_kernels.hf import (
     kl_divergence,
     predict_dataset,
 )
-from bayes_kernels.hf.posterior import bayes_layers, noise_state
+from bayes_kernels.hf.layers import bayes_layers, noise_state
 from bayes_kernels.hf.trainer import last_checkpoint
 from bayes_kernels.optim import KLSchedule, flow_time, kl_cycle_length, kl_step_
 

@@ -425,7 +425,7 @@ def test_linearised_predictions_agree(layers: str) -> None:
     """Ours, the published route and dense inverses in fp64; within 0.1 %."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    from bayes_kernels.hf.laplace_lora import laplace_posterior
+    from bayes_kernels.hf.methods.laplace import laplace_posterior
 
     bench, harness = load("bench_end_to_end"), load("harness")
     formula = {"adapters": bench.published_jacobian, "last": bench.published_last_layer}[layers]
@@ -498,7 +498,7 @@ def test_bench_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> 
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from bayes_kernels import cli
+    from bayes_kernels.cli import app
 
     calls = []
 
@@ -508,7 +508,7 @@ def test_bench_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(subprocess, "run", run)
     found = CliRunner().invoke(
-        cli.app,
+        app.app,
         ["bench", "tall", "--device", "cpu", "--quick", "--vs", "svd,qr", "--case", "16 x"],
     )
     assert found.exit_code == 3
@@ -524,10 +524,10 @@ def test_bench_command_without_a_source_tree(
     pytest.importorskip("typer")
     import typer
 
-    from bayes_kernels import cli
+    from bayes_kernels.cli import bench
 
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "bayes_kernels" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bayes_kernels" / "cli" / "bench.py"))
     with pytest.raises(typer.Exit):
-        cli.bench()
+        bench.bench()
     (line,) = capsys.readouterr().err.splitlines()
     assert "benchmarks come with the source tree" in line

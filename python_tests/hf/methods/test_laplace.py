@@ -36,7 +36,7 @@ from bayes_kernels.hf import (
     predict_dataset,
     save_laplace,
 )
-from bayes_kernels.hf.laplace_lora import ClassLogits
+from bayes_kernels.hf.methods.laplace import ClassLogits
 from hf.methods.test_scalabl import BASES, IDS, TYPES, logits
 from hf.methods.test_tfb import BATCHES, LABELS, adapter, choices
 
@@ -608,7 +608,7 @@ def test_peak_memory_is_that_of_a_training_step_and_the_factors(
     options.update(dense_below=64, n_samples=20)
     if examples > 1:
         monkeypatch.setattr(
-            "bayes_kernels.hf.laplace_lora._GRID", torch.tensor([1.0, 30.0]).double()
+            "bayes_kernels.hf.methods.laplace._GRID", torch.tensor([1.0, 30.0]).double()
         )
         options.update(validation=batches[1:])
     fitting = peak_bytes(lambda: fit(model, kind, batches[:1], **options), "cpu")

@@ -39,9 +39,9 @@ from bayes_kernels.hf import (  # noqa: E402
     stiefel_error,
     variational_loss,
 )
-from bayes_kernels.hf.last_layer import find_head  # noqa: E402
-from bayes_kernels.hf.models import trim_head  # noqa: E402
-from bayes_kernels.hf.polar import stiefel_factors  # noqa: E402
+from bayes_kernels.hf.heads import trim_head  # noqa: E402
+from bayes_kernels.hf.methods.polar import stiefel_factors  # noqa: E402
+from bayes_kernels.hf.methods.polar_vbll import find_head  # noqa: E402
 from bayes_kernels.stiefel import StiefelAdamW  # noqa: E402
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -774,10 +774,10 @@ def test_command_line(method: str, tmp_path: Path) -> None:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from bayes_kernels import cli
+    from bayes_kernels.cli import app
 
     def call(*words: object) -> Any:
-        result = CliRunner().invoke(cli.app, [str(word) for word in words])
+        result = CliRunner().invoke(app.app, [str(word) for word in words])
         assert result.exit_code == 0, result.output
         return result
 

@@ -32,8 +32,9 @@ from bayes_kernels.hf import (
     predict,
     refresh_noise,
 )
-from bayes_kernels.hf.posterior import BayesLayer, bayes_layers, noise_state
-from bayes_kernels.hf.scalabl import AUTO_RATIO, ScaleKL, ratio_time, thin_svd
+from bayes_kernels.hf.layers import bayes_layers, noise_state
+from bayes_kernels.hf.methods.scalabl import AUTO_RATIO, ScaleKL, ratio_time, thin_svd
+from bayes_kernels.hf.variants import BayesLayer
 from bayes_kernels.optim import KLSchedule, kl_cycle_length, linear_lr_factor
 
 IDS = torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(1))

@@ -29,8 +29,8 @@ from bayes_kernels.hf import (
     refresh_noise,
 )
 from bayes_kernels.hf.checkpoints import coherent_draw
-from bayes_kernels.hf.posterior import bayes_layers
-from bayes_kernels.hf.tfb import Trial, bisect, regroup
+from bayes_kernels.hf.layers import bayes_layers
+from bayes_kernels.hf.methods.tfb import Trial, bisect, regroup
 from hf.methods.test_scalabl import BASES, IDS, TARGETS, TYPES, arguments, logits
 
 LABELS = torch.tensor([0, 2, 1, 0])

@@ -27,15 +27,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from ..batches import as_batches
-from ._compat import unsupported_layer
-from .config import TfbConfig, default_options
-from .last_layer import need_classes
-from .machine import progress_bar
-from .model import BayesLoraModel, as_before_if_stopped, the_adapter
-from .posterior import BayesLayer, bayes_layers
-from .predict import Prediction, predict
-from .variants import BayesVariant, BlobVariant, Divergence, KLPlan, KLStep, attach
+from ...batches import as_batches
+from ...experiment.machine import progress_bar
+from .._compat import unsupported_layer
+from ..config import TfbConfig, default_options
+from ..layers import bayes_layers
+from ..logits import Prediction, need_classes
+from ..model import BayesLoraModel
+from ..predict import predict
+from ..swap import the_adapter
+from ..undo import as_before_if_stopped
+from ..variants import BayesLayer, BayesVariant, Divergence, KLPlan, KLStep, attach
+from .blob import BlobVariant
 
 SIGMA = "lora_A_sigma"
 

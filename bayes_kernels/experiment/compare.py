@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,23 +23,24 @@ import torch
 
 from bayes_kernels import metrics
 
-from .baselines import join_adapters
-from .checks import read_json
-from .config import METHODS
-from .experiment import Run, finish, run, side_by_side
+from ..files import write_json
+from ..hf.checks import read_json
+from ..hf.config import METHODS
+from ..hf.methods.ensemble import join_adapters
+from .data.tasks import Task
+from .folders import changed_settings, load_adapter, stored_numbers
 from .output import unfinished
-from .recipe import FORMAT, Experiment, write_json
+from .processes import side_by_side
+from .recipe import FORMAT, Experiment
 from .results import Summary
+from .run import Run, finish, run
 from .scoring import Row, evaluate_model
-from .tasks import Task
-from .training import Training, changed_settings, load_adapter, stored_numbers
+from .tables import PLAIN, TEMPERATURE, Failure
+from .train import Training
 
 RESULT_FILE = "result.json"
 RESULTS_FILE = "results.json"
 TABLE_FILE = "table.md"
-# The row of plain LoRA with a temperature, which is no run of its own.
-TEMPERATURE = "temperature"
-PLAIN = "map"
 # Between the seeds of an ensemble's members, which see the same training examples.
 MEMBER_SEED = 1000
 
@@ -159,15 +159,6 @@ class Piece(NamedTuple):
     folder: Path
     plain: tuple[Path, ...] = ()
     score: bool = True
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A (method, seed) that did not end, and why."""
-
-    method: str
-    seed: int
-    error: str
 
 
 def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
@@ -410,17 +401,6 @@ def _steps(piece: Piece) -> int:
     return piece.experiment.recipe.steps if trains and _saved(piece.folder) is None else 0
 
 
-# --- Tables --------------------------------------------------------------------------------------
-
-_SCORES = {
-    "accuracy": "accuracy ↑",
-    "nll": "NLL ↓",
-    "ece": "ECE ↓",
-    "brier": "Brier ↓",
-    "aurc": "AURC ↓",
-}
-
-
 def chosen(summaries: Sequence[Summary], methods: Sequence[str]) -> list[Summary]:
     """The rows of the methods that were asked for, in their order."""
     found = []
@@ -443,80 +423,3 @@ def main_rows(rows: Sequence[Row], methods: Sequence[str]) -> list[Row]:
         if name in methods:
             found[name] = row
     return [found[name] for name in methods if name in found]
-
-
-Lines = tuple[list[str], list[list[str]]]
-
-
-def table(summaries: Sequence[Summary], failures: Sequence[Failure], seeds: int) -> Lines:
-    """Headings and rows: scores as mean ± standard deviation, costs as means, failures below.
-
-    ``extra numbers`` is what the adapter's file holds beyond that of plain LoRA.
-    """
-    plain = next((s.mean.get("parameters") for s in summaries if s.method == PLAIN), None)
-    sets = list(summaries[0].ood) if summaries else []
-    columns = [key for key in _SCORES if summaries and key in summaries[0].mean]
-    headings = ["method", *(_SCORES[key] for key in columns)]
-    headings += [f"AUROC {name} ↑" for name in sets]
-    headings += ["train s", "convert s", "ms/text", "train MiB", "predict MiB", "extra numbers"]
-    lines = []
-    for one in summaries:
-        name = one.name if len(one.seeds) == seeds else f"{one.name} ({len(one.seeds)} of {seeds})"
-        cells = [name, *(_spread(one.mean[key], one.std.get(key)) for key in columns)]
-        for key in sets:
-            spread = one.ood_std.get(key, {}).get("auroc")
-            cells.append(_spread(one.ood[key]["auroc"], spread))
-        mean = one.mean
-        cells += [
-            _cost(mean, key, digits)
-            for key, digits in (
-                ("train_seconds", 0),
-                ("conversion_seconds", 0),
-                ("ms_per_example", 1),
-                ("train_memory_mib", 0),
-                ("predict_memory_mib", 0),
-            )
-        ]
-        own = mean.get("parameters")
-        if own is not None and plain is not None:
-            cells.append("0" if own == plain else f"{own - plain:+,.0f}")
-        else:
-            cells.append("–")
-        lines.append(cells)
-    for failure in failures:
-        title = f"{METHODS[failure.method].title}, seed {failure.seed}"
-        lines.append([title, f"failed: {failure.error}"])
-    return headings, lines
-
-
-def shift_table(summaries: Sequence[Summary]) -> Lines | None:
-    """Scores on the out-of-distribution sets whose examples have labels; None without any."""
-    sets = [key for key, scores in summaries[0].ood.items() if "nll" in scores] if summaries else []
-    if not sets:
-        return None
-    columns = [key for key in _SCORES if key in summaries[0].ood[sets[0]]]
-    headings = ["method", *(f"{key}: {_SCORES[column]}" for key in sets for column in columns)]
-    lines = []
-    for one in summaries:
-        cells = [one.name]
-        for key in sets:
-            deviations = one.ood_std.get(key, {})
-            cells += [_spread(one.ood[key][name], deviations.get(name)) for name in columns]
-        lines.append(cells)
-    return headings, lines
-
-
-def _spread(mean: float, std: float | None) -> str:
-    text = f"{mean:.3f}" + ("" if std is None else f"±{std:.3f}")
-    return text.replace("0.", ".") if mean < 1 else text.replace("±0.", "±.")
-
-
-def _cost(mean: Mapping[str, float], key: str, digits: int) -> str:
-    return f"{mean[key]:,.{digits}f}" if key in mean else "–"
-
-
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; short rows are filled."""
-    width = len(headings)
-    rows = [headings, ["---"] * width, *([*line, *[""] * (width - len(line))] for line in lines)]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)

@@ -31,8 +31,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .recipe import FORMAT, write_json
-from .trainer import is_checkpoint, is_whole_checkpoint
+from ..files import write_json
+from ..hf.trainer import is_checkpoint, is_whole_checkpoint
+from .recipe import FORMAT
 
 PRIVATE = ".bayes_kernels"
 # Scores of an adapter go below it by default, which is why `evaluate` may write there.

@@ -12,11 +12,11 @@ import torch
 
 from bayes_kernels import metrics
 
-from .experiment import Run
+from .data.tasks import Task
 from .machine import machine, versions
 from .recipe import FORMAT
+from .run import Run
 from .scoring import Row
-from .tasks import Task
 
 METRICS_FILE = "metrics.json"
 COSTS = (

@@ -1,8 +1,7 @@
 """Short texts that every Python installation has: the first paragraphs of docstrings.
 
 :func:`stdlib_corpus` gives those of the standard library with the area that each belongs to,
-:func:`library_corpus` those of numpy or torch. :func:`bayes_kernels.hf.tasks.stdlib_docs` makes a
-classification task of them.
+:func:`library_corpus` those of numpy or torch. :func:`stdlib_docs` makes a classification task of them.
 
 Docstrings of Python modules are read from the sources with ``ast``: no module is imported, so
 nothing can open a window or a browser, a missing tkinter or a removed module does no harm, no
@@ -23,6 +22,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .tasks import Example, Task, _fraction, _hash, choose_subset
 
 # Modules and packages of each area, all of them optional: what an interpreter lacks (modules
 # removed since 3.10, tkinter left out by a distribution) contributes nothing.
@@ -328,3 +329,63 @@ def library_corpus(library: str) -> tuple[tuple[str, str], ...]:
                 if text is not None:
                     found.setdefault(normalise(text), (f"{prefix}.{name}", text))
     return tuple(found.values())
+
+
+# --- Documentation of the standard library -------------------------------------------------------
+
+
+def stdlib_docs(
+    seed: int = 0,
+    *,
+    train_size: int | None = 400,
+    ood_size: int = 1000,
+) -> Task:
+    """Docstrings of Python's standard library, classified into eight areas.
+
+    About 5,000 texts (the number follows the interpreter's version): the first paragraph of the
+    docstring of each public function, class and method, one area per text. Texts that are equal
+    up to case and punctuation count once, and a text found in two areas is left out. Names of
+    modules are masked, see :func:`bayes_kernels.experiment.data.docstrings.first_paragraph`. Out of
+    distribution (``ood["numpy_torch"]``, without labels): the same extraction from numpy and
+    torch, half from each. Takes a few seconds at the first call, which the process remembers.
+
+    Splits by hash of the text: 20 % test, 10 % validation, the rest for training, of which
+    ``train_size`` are chosen by ``seed``. Deterministic for a given interpreter, numpy and torch.
+
+    Args:
+        seed: Chooses the training subset; splits do not depend on it.
+        train_size: Number of training examples; None for all of them.
+        ood_size: Number of out-of-distribution texts (fewer if the libraries have fewer).
+
+    Raises:
+        ValueError: ``train_size`` is out of range, or the interpreter has no sources.
+    """
+    parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    texts = set()
+    for name, text, area in stdlib_corpus():
+        key = normalise(text)
+        texts.add(key)
+        position = _fraction(f"stdlib-docs, second split\n{key}")
+        split = "test" if position < 0.2 else "validation" if position < 0.3 else "train"
+        parts[split].append(_doc_example(name, text, key, area))
+    ood: list[Example] = []
+    for library in sorted(LIBRARIES):
+        found = [
+            _doc_example(name, text, key, None)
+            for name, text in library_corpus(library)
+            if (key := normalise(text)) not in texts
+        ]
+        ood += choose_subset(found, min(len(found), (ood_size + 1) // 2)) if found else []
+    return Task(
+        name="stdlib-docs",
+        kind="classification",
+        label_names=tuple(AREAS),
+        train=choose_subset(parts["train"], train_size, seed),
+        validation=parts["validation"],
+        test=parts["test"],
+        ood={"numpy_torch": ood[:ood_size]},
+    )
+
+
+def _doc_example(name: str, text: str, key: str, label: int | None) -> Example:
+    return Example(id=f"{name}#{_hash(key):016x}", question=text, label=label)

@@ -1,7 +1,7 @@
 """A variational Bayesian last layer in place of a classifier's: the "VBLL" of PoLAR-VBLL.
 
 The last linear layer of a sequence classifier, or the answer-token head of a causal language model
-(`bayes_kernels.hf.models.trim_head`), becomes a `bayes_kernels.vbll.VBLLClassification` whose mean
+(`bayes_kernels.hf.heads.trim_head`), becomes a `bayes_kernels.vbll.VBLLClassification` whose mean
 rows start at the rows of that layer. A plain forward pass gives the mean logits, so that stock code
 goes on working; PEFT trains, saves and loads the head as one of its `modules_to_save`.
 
@@ -23,64 +23,16 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..batches import eval_mode, to_device
-from ..vbll import LaplaceReport, VBLLClassification
-from ..vbll.bounds import counted_labels, jensen_bound
-from .models import MASKED_LOGIT, ClassLogits
+from ...batches import eval_mode, to_device
+from ...vbll import LaplaceReport, VBLLClassification
+from ...vbll.bounds import counted_labels, jensen_bound
+from ..heads import MASKED_LOGIT
 
 if TYPE_CHECKING:
-    from .config import BayesLoraConfig
+    from ..config import BayesLoraConfig
+from ..logits import need_classes
 
 _NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
-
-
-# --- What a head predicts ------------------------------------------------------------------------
-
-
-def target_kind(model: nn.Module, width: int, labels: Tensor | None = None) -> str:
-    """What a model's logits of that width stand for: "classes", "labels" or "numbers".
-
-    "labels": independent yes-or-no answers (`problem_type="multi_label_classification"`). "numbers":
-    regression, which one column without a problem_type also means, as for reward models. Without a
-    problem_type floating-point labels mean independent answers, as they do for transformers' loss.
-
-    Raises:
-        ValueError: one class only.
-    """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    choices = any("ForMultipleChoice" in cls.__name__ for cls in type(base).__mro__)
-    if choices or isinstance(base, ClassLogits):
-        return "classes"
-    problem = getattr(getattr(base, "config", None), "problem_type", None)
-    if problem == "multi_label_classification":
-        return "labels"
-    if problem == "regression" or (problem is None and width == 1):
-        return "numbers"
-    if problem is None and labels is not None and labels.is_floating_point():
-        return "labels"
-    if width == 1:
-        raise ValueError(
-            f"predict: num_labels must be at least 2 for problem_type={problem!r}, got 1; load the "
-            "model with problem_type='regression', or with two classes"
-        )
-    return "classes"
-
-
-def need_classes(op: str, model: nn.Module) -> None:
-    """Refuse a model whose head gives numbers or labels, for methods whose posterior is of classes.
-
-    Raises:
-        ValueError: as it says; the message names num_labels and problem_type.
-    """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    config = getattr(base, "config", None)
-    width, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
-    if target_kind(model, width) != "classes":
-        raise ValueError(
-            f"{op}: the head must have at least two classes, num_labels >= 2 and problem_type None or "
-            f"'single_label_classification', got num_labels={width}, problem_type={problem!r}; BLoB "
-            "and ScalaBL predict numbers (regression) and independent labels too"
-        )
 
 
 # --- Placing the head ----------------------------------------------------------------------------
@@ -186,7 +138,7 @@ def _locate(model: Any) -> tuple[str, Any, str, Any]:
         raise ValueError(
             f"PolarVbllConfig: the model must be a sequence classifier, or a causal model with a "
             f"trimmed head, got {kind}; load it with AutoModelForSequenceClassification or with "
-            "bayes_kernels.hf.models.load_model, or use PolarConfig"
+            "bayes_kernels.experiment.models.load_model, or use PolarConfig"
         )
     parent, _, leaf = top.rpartition(".")
     owner, name = model.get_submodule(parent), leaf

@@ -33,14 +33,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..batches import as_batches, inputs_of, split
-from ..laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
-from ._compat import without_padding
-from .config import default_options
-from .last_layer import need_classes
-from .machine import progress_bar
-from .model import BayesLoraModel, as_before_if_stopped, the_adapter
-from .variants import BayesVariant
+from ...batches import as_batches, inputs_of, split
+from ...experiment.machine import progress_bar
+from ...laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
+from .._compat import without_padding
+from ..config import default_options
+from ..logits import need_classes
+from ..model import BayesLoraModel
+from ..swap import the_adapter
+from ..undo import as_before_if_stopped
+from ..variants import BayesVariant
 
 LAPLACE_FILE = "laplace.safetensors"
 FORMAT = 1
@@ -388,7 +390,7 @@ class ClassLogits:
         self.choices = None if choices is None else [int(c) for c in choices]
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        from .predict import LogitRows
+        from ..logits import LogitRows
 
         inputs = inputs_of(batch)
         rows = LogitRows(model, inputs, self.choices)

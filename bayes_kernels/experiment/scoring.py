@@ -2,7 +2,7 @@
 
 The cost of a prediction is milliseconds per example, each batch timed by itself (after
 synchronising the GPU), batches visited in an order independent of their length, the first five (at
-most half) discarded. Peak memory is as `bayes_kernels.hf.machine` measures it.
+most half) discarded. Peak memory is as `bayes_kernels.experiment.machine` measures it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from bayes_kernels import metrics
 
-from .baselines import Ensemble, dropout_layers
-from .config import METHODS, BayesLoraConfig
-from .laplace_lora import laplace_posterior
+from ..hf.config import METHODS, BayesLoraConfig
+from ..hf.logits import Prediction
+from ..hf.methods.dropout import dropout_layers
+from ..hf.methods.ensemble import Ensemble
+from ..hf.methods.laplace import laplace_posterior
+from ..hf.predict import predict
+from .data.tasks import Example, Task
+from .encoder import TaskEncoder
 from .machine import peak_memory, progress_bar, synchronise
-from .models import TaskEncoder
-from .predict import Prediction, predict
-from .tasks import Example, Task
 
 
 @dataclass(frozen=True)

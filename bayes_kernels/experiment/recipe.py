@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from .config import METHODS
-from .tasks import HUB_DATASETS, Example, Task, choose_subset, load_task
+from ..hf.config import METHODS
+from .data.hub import HUB_DATASETS
+from .data.load import load_task
+from .data.tasks import Example, Task, choose_subset
+
+
+def trained_method(experiment: Experiment) -> str:
+    """What training makes: the method, or plain LoRA where the method converts that."""
+    return experiment.method if METHODS[experiment.method].made == "train" else "map"
+
 
 # Version of experiment.json and metrics.json.
 FORMAT = 1
@@ -406,32 +411,3 @@ class Experiment:
 
 def _spelt(name: str) -> str:
     return name.replace("_", "-")
-
-
-# --- Files ---------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON; readers see the old file or the whole new one."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file; readers see the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

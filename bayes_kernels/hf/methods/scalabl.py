@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, random
-from ..optim import KLSchedule
-from .variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
+from ... import functional, random
+from ...optim import KLSchedule
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 if TYPE_CHECKING:
-    from .posterior import BayesLayer
+    from ..variants import BayesLayer
 
 LOG_S, LOG_SIGMA = "lora_log_s", "lora_log_s_sigma"
 EIGENVALUES, EIGENVECTORS = "lora_s_eigenvalues", "lora_s_eigenvectors"

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..stiefel import orthogonality
-from .last_layer import find_head
-from .variants import BayesVariant
+from ... import functional
+from ...stiefel import orthogonality
+from ..variants import BayesVariant
+from .polar_vbll import find_head
 
 CORE = "lora_core"
 

@@ -1,0 +1,125 @@
+"""The command `bayes-kernels`: info, demo, train, compare, bayesianize, evaluate, predict, bench.
+
+Mistakes of the caller end with one line on
+standard error and exit code 2; ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from .bench import bench
+from .options import (
+    Debug,
+)
+from .output import (
+    _fail,
+    _shorten,
+)
+from .train import compare, demo, train
+from .use import bayesianize, evaluate, predict
+
+# What goes wrong by the caller's doing, or by the machine's; anything else is a bug.
+_EXPECTED = (ValueError, TypeError, ImportError, OSError)
+# What typer raises for a command line that it cannot read.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+# Where a file cannot grow: no room, a quota, a limit of the process.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns expected exceptions into one line and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        asks_for_help = not args  # taken from the list as they are read
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if asks_for_help:
+                raise
+            _fail(_usage(error))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.meta.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            if isinstance(error, _UsageError):
+                _fail(_usage(error))
+            if _is_out_of_memory(error):
+                _fail(
+                    f"memory: expected enough for this model and its batches, got: {error}; use "
+                    "smaller batches, a smaller --max-length, or fewer things side by side"
+                )
+            if isinstance(error, OSError) and error.errno is not None:
+                place = _shorten(str(error.filename or "file"))
+                if error.errno in _FULL:
+                    _fail(
+                        f"{place}: expected room to write to, got: {error.strerror}; make room, or "
+                        "choose another folder"
+                    )
+                _fail(f"{place}: expected a path that can be used, got: {error.strerror}")
+            if isinstance(error, _EXPECTED):
+                _fail(str(error) or type(error).__name__)
+            raise
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, in one line."""
+    parameter = getattr(error, "param", None)
+    if isinstance(error, typer.BadParameter) and parameter is not None and error.message:
+        return f"{' / '.join(parameter.opts)}: {error.message}"
+    command = ["bayes-kernels"]
+    if error.ctx is not None and error.ctx.parent is not None:
+        command.append(error.ctx.info_name)
+    message = error.format_message().rstrip(".")
+    return f"{message}; expected what {' '.join(command)} --help lists"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a type of its own for GPUs; for the CPU its RuntimeError has nothing but words.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Bayesian fine-tuning of language models at LoRA's price.",
+    epilog="Docs: docs/cli.md. Every command has --help and --debug.",
+)
+
+
+@app.command()
+def info(debug: Debug = False) -> None:
+    """Versions, what was compiled, and which path runs on which device."""
+    from ..__main__ import diagnosis
+
+    print(diagnosis())
+
+
+for _command in (demo, train, compare, bayesianize, evaluate, predict, bench):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of `bayes-kernels` and of `python -m bayes_kernels COMMAND`."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks, such as an arrow in a heading, must not end a command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    app(prog_name="bayes-kernels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""Commands that use a trained adapter: bayesianize, evaluate, predict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..experiment.data.tasks import Example, Task
+    from ..experiment.folders import Saved
+    from ..experiment.recipe import Experiment, Source
+from .options import (
+    BatchExamples,
+    Data,
+    Debug,
+    Device,
+    DrawSeed,
+    LabelNames,
+    Ood,
+    OodSize,
+    OtherBase,
+    Overwrite,
+    Plots,
+    Samples,
+    Test,
+    TestSize,
+    Threads,
+    _number,
+    _pairs,
+    _start,
+    _whole,
+    _words,
+)
+from .output import (
+    _answer,
+    _command,
+    _console,
+    _inputs,
+    _note,
+    _note_task,
+    _plots,
+    _print_table,
+    _shorten,
+    _status,
+    _table,
+    _writes_unicode,
+    _writing,
+)
+
+
+def bayesianize(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of a trained adapter: plain LoRA, or BLoB.")
+    ],
+    method: Annotated[str, typer.Option(help="tfb, laplace or laplace-last.")] = "tfb",
+    data: Data = None,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    train_size: Annotated[
+        int | None, _whole("Training examples that anchors come from; 0 for all.", least=0)
+    ] = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    model: OtherBase = None,
+    anchors: Annotated[
+        int | None,
+        _whole("Training examples to look at; tfb 500, laplace all by default.", least=1),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="tfb: flips (default), accuracy or nll.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, _number("tfb: largest change; 0.01, or 0.003 (nll), by default.")
+    ] = None,
+    convert: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another option of the method (laplace: prior, structure, prediction, fisher, tokens, "
+            "rank, ...), as name=value; may be repeated."
+        ),
+    ] = None,
+    n_samples: Samples = None,
+    seed: DrawSeed = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the new adapter; ADAPTER-METHOD by default.")
+    ] = None,
+    overwrite: Overwrite = False,
+    plots: Plots = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Make a trained adapter Bayesian without training it, score it, and write both.
+
+    TFB searches the largest noise that its anchors bear; Laplace-LoRA fits a posterior to all training
+    examples. Both are those of the recorded task, or of --data.
+    """
+    from ..experiment import folders, output, results, scoring
+    from ..experiment.convert import conversion_options, convert_model
+    from ..experiment.run import Run
+    from ..files import write_json
+    from ..hf.config import METHODS
+
+    _start(threads)
+    allowed = [name for name, row in METHODS.items() if row.made == "convert"]
+    if method not in allowed:
+        raise ValueError(f"method: expected one of {', '.join(allowed)}, got {method!r}")
+    saved = folders.read_record(adapter)
+    one = _recorded(adapter, saved, model, data)
+    changes: dict[str, Any] = {
+        "train_size": train_size,
+        "test": test,
+        "ood": tuple(ood) if ood else None,
+        "test_size": test_size,
+        "ood_size": ood_size,
+        "label_names": _words(label_names),
+    }
+    source = _source_of(one, saved, data)
+    given = {key: value for key, value in changes.items() if value is not None}
+    source = dataclasses.replace(source, **given)
+    # Not the seed of the experiment: that chose the training examples and the parts that were new.
+    options = {"anchors": anchors, "metric": metric, "tolerance": tolerance, "seed": seed}
+    options = {key: value for key, value in options.items() if value is not None}
+    recipe = dataclasses.replace(
+        one.recipe,
+        n_samples=one.recipe.n_samples if n_samples is None else n_samples,
+        convert={**options, **(_pairs(convert, "--convert") or {})},
+    )
+    before = one.method
+    one = dataclasses.replace(
+        one,
+        source=source,
+        method=method,
+        recipe=recipe,
+    )
+    conversion_options(one)
+    folder = out or Path(f"{adapter.rstrip('/')}-{method}")
+    files = [*output.ADAPTER_FILES, results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    inputs = {"adapter": adapter, "model": one.model, **_inputs(source)}
+    with _writing("bayesianize", folder, files, inputs, overwrite=overwrite) as place:
+        with _status(f"reading {source.data}"):
+            task = source.load(one.seed)
+        if saved is not None:
+            _check_classes(saved.task, task)
+        _note_task(task)
+        length = None if saved is None else saved.max_length
+        loaded, encoder = folders.load_adapter(adapter, one, task, max_length=length, device=device)
+        place.hold()
+        scores: dict[str, Any] = {
+            "seed": one.seed if seed is None else seed,
+            "batch_size": recipe.eval_batch_size,
+            "temperature": False,
+        }
+        rows = scoring.evaluate_model(
+            loaded, encoder, task, method=before, n_samples=0, label="before", **scores
+        )
+        report = convert_model(one, loaded, encoder)
+        draws = one.n_samples
+        after = scoring.evaluate_model(
+            loaded, encoder, task, method=method, n_samples=draws, label="after", **scores
+        )[-1]
+        # Rows of one name would be taken for seeds of one method.
+        rows = [*(row for row in rows if row.name != after.name), after]
+        place.begin()
+        folders.save_adapter(loaded, one, task, encoder, folder)
+        if plots:
+            _plots(rows, folder)
+        run = Run(one, None, rows)
+        content = results.report([run], task, command=_command())
+        content["conversion"] = report.to_dict()
+        write_json(folder / results.METRICS_FILE, content)
+    title, headings, lines = report.table()
+    table = _table(title, headings, left=0)
+    for line in lines:
+        table.add_row(*line)
+    console = _console()
+    console.print(table)
+    _print_table(results.summarise([run]), f"{task.name}, {adapter}")
+    console.print(str(report), soft_wrap=True)
+    console.print(f"Wrote {folder}/", soft_wrap=True)
+
+
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="Folder that train, or PEFT, wrote.")],
+    data: Data = None,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    model: OtherBase = None,
+    n_samples: Samples = None,
+    batch_size: BatchExamples = None,
+    seed: DrawSeed = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json; ADAPTER/evaluation by default.")
+    ] = None,
+    overwrite: Overwrite = False,
+    plots: Plots = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Score a saved adapter, on the task that it was trained for or on other data."""
+    from ..experiment import folders, output, results, scoring
+    from ..experiment.run import Run
+    from ..files import write_json
+
+    _start(threads)
+    saved = folders.read_record(adapter)
+    one = _recorded(adapter, saved, model, data)
+    source = _source_of(one, saved, data)
+    changes: dict[str, Any] = {
+        "test": test,
+        "ood": tuple(ood) if ood else None,
+        "test_size": test_size,
+        "ood_size": ood_size,
+        "label_names": _words(label_names),
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    source = dataclasses.replace(source, **given)
+    folder = out or Path(adapter) / output.EVALUATION
+    files = [results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    inputs = {"adapter": adapter, "model": one.model, **_inputs(source)}
+    with _writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
+        with _status(f"reading {source.data}"):
+            task = source.load(one.seed)
+        if saved is not None:
+            _check_classes(saved.task, task)
+        _note(task.summary())
+        loaded, encoder = folders.load_adapter(
+            adapter,
+            one,
+            task,
+            max_length=None if saved is None else saved.max_length,
+            device=device,
+        )
+        place.hold()
+        scoring.check_draws(loaded, n_samples or 0)
+        recipe = one.recipe
+        rows = scoring.evaluate_model(
+            loaded,
+            encoder,
+            task,
+            method=one.method,
+            n_samples=one.n_samples if n_samples is None else n_samples,
+            seed=one.seed if seed is None else seed,
+            batch_size=batch_size or recipe.eval_batch_size,
+        )
+        run = Run(dataclasses.replace(one, source=source), None, rows)
+        place.begin()
+        if plots:
+            _plots(rows, folder)
+        write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
+    _print_table(results.summarise([run]), f"{task.name}, {adapter}")
+    _console().print(f"Wrote {folder}/", soft_wrap=True)
+
+
+def predict(
+    adapter: Annotated[str, typer.Argument(help="Folder that train wrote.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text to classify; may be repeated.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL file (id, question, context, choices) or text, one a line."),
+    ] = None,
+    model: OtherBase = None,
+    n_samples: Samples = None,
+    batch_size: BatchExamples = None,
+    seed: DrawSeed = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")
+    ] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Class, probability, entropy and mutual information (nats) of texts.
+
+    Entropy is all uncertainty; mutual information the part that stems from the adapter's posterior.
+    """
+    if not text and data is None:
+        raise ValueError("predict: expected --text or --data, got neither")
+    from ..experiment import folders, scoring
+    from ..hf.config import METHODS
+
+    _start(threads)
+    saved = folders.read_record(adapter)
+    if saved is None:
+        raise ValueError(
+            f"adapter {adapter!r}: expected {folders.EXPERIMENT_FILE}, which names the classes, "
+            "found none; use `evaluate` with --data and --model"
+        )
+    examples = _examples(text or [], data, saved.task)
+    one = _recorded(adapter, saved, model, None)
+    task = dataclasses.replace(saved.task, test=examples)
+    loaded, encoder = folders.load_adapter(
+        adapter, one, task, max_length=saved.max_length, device=device
+    )
+    count = one.n_samples if n_samples is None else n_samples
+    if not METHODS[one.method].bayesian and n_samples is None:
+        count = 0
+    prediction, _ = scoring.predict_examples(
+        loaded,
+        encoder,
+        examples,
+        n_samples=count,
+        seed=one.seed if seed is None else seed,
+        batch_size=batch_size or one.recipe.eval_batch_size,
+    )
+    probs, classes = prediction.probs, prediction.classes
+    table = Table("label", "prob", "entropy", "MI", "text", box=None, pad_edge=False)
+    for i, example in enumerate(examples):
+        name = _answer(task, example, int(classes[i]))
+        found = {
+            "id": example.id,
+            "label": name,
+            "class": int(classes[i]),
+            "probability": float(probs[i].max()),
+            "entropy": float(prediction.entropy[i]),
+            "mutual_information": float(prediction.mutual_information[i]) if count else None,
+            "probabilities": [float(p) for p in probs[i]],
+        }
+        if json_lines:
+            print(json.dumps(found, ensure_ascii=not _writes_unicode(sys.stdout)))
+            continue
+        information = f"{found['mutual_information']:.3f}" if count else "–"
+        table.add_row(
+            name,
+            f"{found['probability']:.3f}",
+            f"{found['entropy']:.3f}",
+            information,
+            _shorten(example.question),
+        )
+    if not json_lines:
+        _console().print(table)
+
+
+def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
+    """The experiment of an adapter folder, with another base model where one is named."""
+    from ..experiment.folders import EXPERIMENT_FILE
+    from ..experiment.recipe import Experiment
+    from ..hf.checkpoints import stored_method
+    from ..hf.methods.laplace import laplace_method
+
+    if saved is not None:
+        one = saved.experiment
+    else:
+        if data is None:
+            raise ValueError(
+                f"adapter {adapter!r}: no {EXPERIMENT_FILE} in it says what it was trained on; "
+                "name the data with --data"
+            )
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        method = laplace_method(adapter) or stored_method(adapter)
+        base = model or config.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
+        one = Experiment(model=base, method=method)
+    return one if model is None else dataclasses.replace(one, model=model)
+
+
+def _source_of(one: Experiment, saved: Saved | None, data: str | None) -> Source:
+    """The recorded data, or other data with the recorded classes."""
+    from ..experiment.recipe import Source
+
+    if data is None:
+        return one.source
+    source = Source(data=data, train_size=0)
+    if saved is not None and saved.task.kind == "classification" and os.path.exists(data):
+        source = dataclasses.replace(source, label_names=saved.task.label_names)
+    return source
+
+
+def _check_classes(expected: Task, got: Task) -> None:
+    if expected.kind != got.kind or (
+        expected.kind == "classification" and expected.n_classes != got.n_classes
+    ):
+        raise ValueError(
+            f"data {got.name!r}: expected {expected.kind} with {expected.n_classes} classes as in "
+            f"training, got {got.kind} with {got.n_classes}; choose data of the same task"
+        )
+    if expected.kind == "classification" and expected.label_names != got.label_names:
+        raise ValueError(
+            f"data {got.name!r}: expected the classes {', '.join(expected.label_names)}, got "
+            f"{', '.join(got.label_names)}; name them in the order of training"
+        )
+
+
+def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Example]:
+    """What to predict, from the command line and a file."""
+    from ..experiment.data.jsonl import is_unicode, read_examples
+    from ..experiment.data.tasks import Example
+
+    found = []
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise ValueError("--text: expected text, got nothing")
+        if not is_unicode(text):
+            raise ValueError(f"--text: expected Unicode text, got {_shorten(repr(text))}")
+        found.append(Example(f"text-{number}", text, None))
+    if data is not None:
+        if not data.is_file():
+            raise ValueError(f"data {str(data)!r}: expected a file that exists, found none")
+        if data.suffix in (".jsonl", ".json", ".gz"):
+            found += read_examples(data)
+        else:
+            try:
+                lines = data.read_bytes().decode("utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"data {str(data)!r}: expected UTF-8 text, got {error.reason} at byte "
+                    f"{error.start}"
+                ) from None
+            found += [
+                Example(f"{data.name}:{number}", line, None)
+                for number, line in enumerate(lines, start=1)
+                if line.strip()
+            ]
+    if task.kind == "multiple_choice":
+        for example in found:
+            if not 2 <= len(example.choices) <= task.n_classes:
+                raise ValueError(
+                    f"{example.id}: expected 2 to {task.n_classes} choices, got "
+                    f"{len(example.choices)}; multiple choice needs --data with 'choices'"
+                )
+    else:
+        found = [dataclasses.replace(example, choices=()) for example in found]
+    if not found:
+        raise ValueError(f"data {str(data)!r}: expected at least one text, got none")
+    return found

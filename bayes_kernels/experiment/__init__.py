@@ -1,0 +1,1 @@
+"""Whole runs of the command line: data, recipe, training, scores, comparisons and their folders."""

@@ -1,0 +1,118 @@
+"""What happens at the steps of a training run: the bar, signals, the record beside a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .encoder import TaskEncoder
+from .folders import _write_record
+from .machine import progress_bar
+from .recipe import Experiment
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after it had written a checkpoint.
+
+    Attributes:
+        checkpoint: Folder of the checkpoint; None where checkpoints were off.
+        step: Number of steps done.
+        signal: Number of the signal.
+    """
+
+    def __init__(self, checkpoint: str | None, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number} after step {step}")
+        self.checkpoint, self.step, self.signal = checkpoint, step, signal_number
+
+
+# --- Callbacks -----------------------------------------------------------------------------------
+
+
+_finished_steps: Any = None  # in a worker process: the counter that it shares with its parent
+
+
+def count_steps_in(counter: Any) -> None:
+    """From now on, add every optimiser step of this process to a shared counter; None to stop.
+
+    Args:
+        counter: A `multiprocessing.Value` of an integer, which another process reads.
+    """
+    global _finished_steps
+    _finished_steps = counter
+
+
+class _Bar(TrainerCallback):
+    """One bar over the steps, with the last loss."""
+
+    def __init__(self, label: str, enabled: bool) -> None:
+        self.label, self.enabled = label, enabled
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = progress_bar(self.enabled, total=state.max_steps, desc=self.label, unit="step")
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+        if _finished_steps is not None:
+            with _finished_steps.get_lock():
+                _finished_steps.value += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+class _StopOnSignal(TrainerCallback):
+    """Turns SIGINT and SIGTERM into a checkpoint at the end of the running step."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def installed(self, enabled: bool) -> Iterator[None]:
+        """Handles the signals inside the context; only the main thread can."""
+        if not enabled or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class _RecordBesideCheckpoint(TrainerCallback):
+    """Puts `experiment.json` into every checkpoint, so that it can be evaluated by itself."""
+
+    def __init__(self, experiment: Experiment, encoder: TaskEncoder) -> None:
+        self.experiment, self.encoder = experiment, encoder
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _write_record(folder, self.experiment, self.encoder.task, self.encoder, place=folder)

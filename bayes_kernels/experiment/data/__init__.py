@@ -1,0 +1,1 @@
+"""Data sets: tasks, JSON lines, the hub, docstrings of the standard library."""

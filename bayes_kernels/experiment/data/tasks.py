@@ -1,0 +1,169 @@
+"""Tasks: real text with labels, in splits that never change.
+
+A :class:`Task` is what every experiment in this package runs on: training, validation and test
+examples, names of the classes, and out-of-distribution sets. It comes from one of three places.
+
+``stdlib_docs()``
+    Docstrings of the running interpreter's own standard library, sorted into eight areas. Needs no
+    download, so that a complete Bayesian fine-tuning run works on any machine that has Python.
+``load_jsonl(path)``
+    Files with one JSON object a line: ``id``, ``question``, optional ``context``, ``choices``
+    (multiple choice only) and ``label`` (an index from 0).
+``load_hub(name)``
+    The public data sets of the LoRA-uncertainty papers, through the ``datasets`` library.
+
+``load_task(name_or_path)`` takes any of them.
+
+Every split is decided by a hash of the example (never by its position), so it does not depend on
+the order of the files, on the platform or on a random number generator. A small training subset
+(``train_size``) is chosen by a hash of the example and the seed: what makes plain LoRA
+overconfident, and hence what uncertainty methods are compared on, is a few hundred rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["classification", "multiple_choice"]
+Template = Literal["winogrande", "arc", "obqa", "boolq", "mmlu"]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text.
+
+    Attributes:
+        id: Unique in its split.
+        question: The text to classify, or the question of a multiple-choice example.
+        label: Index of the class or of the right choice; None in out-of-distribution sets whose
+            examples belong to no class of the task.
+        context: A passage that the question refers to.
+        choices: The candidate answers, for multiple choice only; their number may vary.
+    """
+
+    id: str
+    question: str
+    label: int | None
+    context: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Context and question as one text."""
+        return self.question if self.context is None else f"{self.context}\n{self.question}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples in splits, and what their labels mean.
+
+    Attributes:
+        name: Short name, for reports and file names.
+        kind: ``"classification"``: every example has the same classes, ``label_names``;
+            ``"multiple_choice"``: every example brings its own ``choices``.
+        label_names: Class names; for multiple choice the letters A, B, ... up to the largest
+            number of choices.
+        train, validation, test: Disjoint lists of examples.
+        ood: Out-of-distribution sets by name. Labels may be None there.
+        template: Which published prompt fits the data; None for data of the user's own.
+    """
+
+    name: str
+    kind: Kind
+    label_names: tuple[str, ...]
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    ood: dict[str, list[Example]] = field(default_factory=dict)
+    template: Template | None = None
+
+    @property
+    def n_classes(self) -> int:
+        """C, the width of the logits."""
+        return len(self.label_names)
+
+    @property
+    def splits(self) -> dict[str, list[Example]]:
+        """Every list of examples by name: train, validation, test, then the ``ood`` sets."""
+        return {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            **self.ood,
+        }
+
+    def class_counts(self) -> dict[str, list[int]]:
+        """Examples per class, ``[count of label 0, ...]``, for every split (unlabelled: none)."""
+        counts = {}
+        for split, examples in self.splits.items():
+            counter = Counter(example.label for example in examples)
+            counts[split] = [counter[label] for label in range(self.n_classes)]
+        return counts
+
+    def warnings(self) -> list[str]:
+        """What training on this task would be told too late: classes without examples."""
+        if not self.train:
+            return []
+        trained = {example.label for example in self.train if example.label is not None}
+        tested = {example.label for example in self.test if example.label is not None}
+        found = []
+        if len(trained) == 1:
+            (only,) = trained
+            found.append(f"every training example has label {only}; a model learns nothing else")
+        if unseen := sorted(tested - trained):
+            names = ", ".join(self.label_names[label] for label in unseen[:5])
+            more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+            found.append(f"test examples of {names}{more} have no training example of their class")
+        if self.kind == "classification":
+            empty = [label for label in range(self.n_classes) if label not in trained | tested]
+            if empty:
+                names = ", ".join(self.label_names[label] for label in empty[:5])
+                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                found.append(f"no training or test example is of class {names}{more}")
+        return [f"{self.name}: {line}" for line in found]
+
+    def summary(self) -> str:
+        """One line per split: size and, for classification, the share of its largest class."""
+        lines = [f"{self.name}: {self.kind}, {self.n_classes} classes"]
+        for split, counts in self.class_counts().items():
+            labelled = sum(counts)
+            line = f"  {split}: {len(self.splits[split])} examples"
+            if labelled and self.kind == "classification":
+                largest = max(range(self.n_classes), key=counts.__getitem__)
+                share = counts[largest] / labelled
+                line += f", largest class {self.label_names[largest]!r} {share:.1%}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def _hash(text: str) -> int:
+    """A 64-bit integer that depends on the text alone (Python's own ``hash`` is salted)."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return _hash(text) / 2.0**64
+
+
+def choose_subset(examples: Sequence[Example], size: int | None, seed: int = 0) -> list[Example]:
+    """The ``size`` examples that come first in the order of a hash of the seed and the id.
+
+    Nested: with the same seed a smaller subset is part of a larger one. ``None`` keeps all, in
+    the same shuffled order.
+
+    Raises:
+        ValueError: ``size`` is not positive or there are fewer examples.
+    """
+    if size is not None and not 0 < size <= len(examples):
+        raise ValueError(
+            f"train_size: expected an integer from 1 to {len(examples)} (the training examples "
+            f"there are) or None for all, got {size!r}"
+        )
+    return sorted(examples, key=lambda example: _hash(f"{seed}\n{example.id}"))[:size]

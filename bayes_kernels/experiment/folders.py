@@ -1,0 +1,256 @@
+"""Folders of adapters: the adapter, its experiment.json, and what reads them again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+
+from ..files import write_json
+from ..hf.card import write_card
+from ..hf.checkpoints import read_lora
+from ..hf.checks import read_json
+from ..hf.methods.laplace import LAPLACE_FILE, laplace_posterior, load_laplace, save_laplace
+from ..hf.trainer import last_checkpoint
+from .build import _load_base, _placed
+from .data.tasks import Task
+from .encoder import TaskEncoder
+from .machine import versions
+from .output import stopped_run
+from .recipe import FORMAT, Experiment
+
+EXPERIMENT_FILE = "experiment.json"
+CHECKPOINTS = "checkpoints"
+
+
+# --- Folders -------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: PeftModel, experiment: Experiment, task: Task, encoder: TaskEncoder, folder: Path
+) -> None:
+    """Write the adapter and its `experiment.json` into a folder, each file whole or not at all.
+
+    `PeftModel.from_pretrained` and `load_adapter` read it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
+    try:
+        with _writing(folder, "the adapter"):
+            model.save_pretrained(str(temporary), save_embedding_layers=False)
+        if laplace_posterior(model) is None:
+            (folder / LAPLACE_FILE).unlink(missing_ok=True)
+        else:
+            save_laplace(model, temporary)
+        _write_record(temporary, experiment, task, encoder, place=folder)
+        write_card(temporary, place=folder)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
+        for path in files:  # the configuration last: without it there is no adapter
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, what: str) -> Iterator[None]:
+    """Errors of libraries that write in native code, as an OSError that says what is missing."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{folder}: expected room to write {what} to, got: {reason}; make room, or choose "
+            "another folder"
+        ) from error
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers the files of an adapter hold, those of its posterior included."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return count
+
+
+def _write_record(
+    folder: Path, experiment: Experiment, task: Task, encoder: TaskEncoder, place: Path
+) -> None:
+    """Write experiment.json into a folder that will be at a place."""
+    record = {
+        "format": FORMAT,
+        "experiment": experiment.to_dict(),
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "label_names": list(task.label_names),
+            "template": task.template,
+        },
+        "max_length": encoder.max_length,
+        # Where relative paths begin, as seen from the adapter.
+        "cwd": os.path.relpath(os.getcwd(), os.path.realpath(place)),
+        "versions": versions(),
+    }
+    write_json(folder / EXPERIMENT_FILE, record)
+
+
+class Saved(NamedTuple):
+    """What `read_record` finds in a folder: the experiment, its task without examples, a length."""
+
+    experiment: Experiment
+    task: Task
+    max_length: int | None
+
+
+def read_record(folder: str | Path) -> Saved | None:
+    """`experiment.json` of an adapter folder; None where there is none.
+
+    Raises:
+        ValueError: The folder has no adapter that can be read, or the file is damaged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"adapter {str(folder)!r}: expected a folder that exists, found none")
+    if not (path / "adapter_config.json").is_file():
+        last = last_checkpoint(path / CHECKPOINTS)
+        advice = [stopped_run(path), f"name its last checkpoint instead: {last}" if last else ""]
+        text = "".join(f"; {words}" for words in advice if words)
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected adapter_config.json in it, found none{text}"
+        )
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected adapter_model.safetensors in it, found none; "
+            "pickled weights (.bin) are not read"
+        )
+    if not (path / EXPERIMENT_FILE).is_file():
+        return None
+    record = read_json(path / EXPERIMENT_FILE)
+    try:
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']!r} is not {FORMAT}")
+        length = record["max_length"]
+        if not (length is None or (isinstance(length, int) and length > 0)):
+            raise ValueError(f"max_length {length!r} is no length")
+        experiment = Experiment.from_dict(record["experiment"])
+        begin = os.path.join(os.path.realpath(path), record.get("cwd", "."))
+        return Saved(
+            _with_paths_from(experiment, begin), _task_without_rows(record["task"]), length
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path / EXPERIMENT_FILE}: expected what `train` wrote, got {error!r}"
+        ) from None
+
+
+def _with_paths_from(experiment: Experiment, folder: str) -> Experiment:
+    """Relative paths that lead nowhere from the current folder, as seen from another, if they do there."""
+
+    def found(name: str) -> str:
+        there = os.path.normpath(os.path.join(folder, name))
+        return there if not os.path.lexists(name) and os.path.lexists(there) else name
+
+    source = experiment.source
+    source = replace(
+        source,
+        data=found(source.data),
+        test=source.test and found(source.test),
+        ood=source.ood and tuple(map(found, source.ood)),
+    )
+    return replace(experiment, model=found(experiment.model), source=source)
+
+
+def _task_without_rows(record: Mapping[str, Any]) -> Task:
+    names, kind = record["label_names"], record["kind"]
+    if kind not in ("classification", "multiple_choice"):
+        raise ValueError(f"kind {kind!r} of task")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"label_names {names!r}")
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise ValueError(f"label_names {names!r}, which are not two or more")
+    template = record["template"]
+    return Task(str(record["name"]), kind, tuple(names), [], [], [], template=template)
+
+
+def load_adapter(
+    folder: str | Path,
+    experiment: Experiment,
+    task: Task,
+    *,
+    max_length: int | None = None,
+    device: str | None = None,
+) -> tuple[PeftModel, TaskEncoder]:
+    """A trained adapter on its base model, in eval mode, and the encoder of its input.
+
+    Args:
+        folder: What `save_adapter` or PEFT wrote, or a checkpoint.
+        experiment: What was run: base model, kind, style, seed of the head.
+        task: Classes of the model, and examples that show how many choices there are.
+        max_length: That of training.
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        ValueError, ImportError, OSError: As `load_model`, or the adapter does not fit the model.
+    """
+    length = max_length or experiment.recipe.max_length
+    base, encoder = _load_base(experiment, task, length, device)
+    try:
+        model = read_lora(base, folder)
+    except RuntimeError as error:  # torch's message lists every tensor that differs
+        first = next((line for line in str(error).splitlines() if "mismatch" in line), str(error))
+        raise ValueError(
+            f"adapter {str(folder)!r}: expected tensors that fit {experiment.model!r} with "
+            f"{task.n_classes} classes, got {first.strip()}"
+        ) from None
+    model = _placed(model, device).eval()
+    if (Path(folder) / LAPLACE_FILE).is_file():
+        load_laplace(model, folder)
+    return model, encoder
+
+
+def check_resumable(folder: Path, experiment: Experiment) -> None:
+    """Whether the last checkpoint of a folder, if it has one, belongs to the same experiment.
+
+    Raises:
+        ValueError: Its experiment differs; the message says where.
+    """
+    last = last_checkpoint(folder / CHECKPOINTS)
+    saved = None if last is None else read_record(last)
+    if saved is None:
+        return
+    changed = changed_settings(saved.experiment, experiment)
+    if changed:
+        raise ValueError(
+            f"resume: expected the settings of {last}, got others: {', '.join(changed)}; give the "
+            "same options as before"
+        )
+
+
+def changed_settings(before: Experiment, now: Experiment) -> list[str]:
+    """What differs between two experiments, as ``recipe.lr 0.001 -> 0.002``."""
+    a, b = _flat(before.to_dict()), _flat(now.to_dict())
+    return [
+        f"{key} {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a | b)
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,115 @@
+"""The Bayesian layers of a model: finding them, their noise, their devices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .noise import NoiseState
+from .variants import BayesLayer, BayesVariant
+
+
+def _active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
+    """As `bayes_layers`, unsorted; empty where there is none."""
+    found = []
+    module: Any
+    for module in model.modules():
+        variants = getattr(module, "lora_variant", None)
+        if not variants:
+            continue
+        names = module.active_adapters if adapter is None else [adapter]
+        for name in names:
+            variant = variants.get(name)
+            if isinstance(variant, BayesVariant):
+                found.append(BayesLayer(variant.name, module, name, variant))
+    return found
+
+
+def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
+    """The Bayesian layers of a model, sorted by name.
+
+    Args:
+        model: any module that holds them, wrapped by PEFT, DDP or `torch.compile` or not.
+        adapter: name of the adapter, or None for the active ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = _active_layers(model, adapter)
+    if not found:
+        which = "an active Bayesian adapter" if adapter is None else f"the adapter {adapter!r}"
+        raise ValueError(
+            f"bayes_layers: the model must have {which}, got {type(model).__name__} without; make "
+            "one with get_peft_model(model, BlobConfig(...)) or name the right adapter"
+        )
+    return sorted(found, key=lambda item: (item.name, item.adapter))
+
+
+def _variants(model: nn.Module) -> Iterator[BayesVariant]:
+    """Those of all Bayesian adapters, active or not."""
+    for module in model.modules():
+        for variant in getattr(module, "lora_variant", {}).values():
+            if isinstance(variant, BayesVariant):
+                yield variant
+
+
+def noise_state(model: nn.Module) -> NoiseState:
+    """The noise state of a model with Bayesian adapters, active or not.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    for variant in _variants(model):
+        return variant.state
+    if any("laplace_posterior" in module.__dict__ for module in model.modules()):
+        raise ValueError(
+            "noise_state: the adapter must have noise, got a Laplace posterior, whose logits are "
+            "Gaussian; use predict, or drawn_weights for a draw of the weights"
+        )
+    raise ValueError(
+        f"noise_state: the model must have a Bayesian adapter, got {type(model).__name__} without; "
+        "make one with get_peft_model(model, BlobConfig(...))"
+    )
+
+
+def draws_weights(model: nn.Module) -> bool:
+    """Whether weights of a Bayesian adapter, active or not, have draws."""
+    return any(variant.samples for variant in _variants(model))
+
+
+def without_effect(model: nn.Module) -> str | None:
+    """Why no LoRA adapter of a model takes part in its passes, and what to do; None where one does."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    if not layers or any(not (layer.disable_adapters or layer.merged) for layer in layers):
+        return None
+    if any(layer.disable_adapters for layer in layers):
+        return "disabled; leave disable_adapter()"
+    return "merged; call unmerge_adapter()"
+
+
+def warn_uncalled(op: str, names: Sequence[str], layers: int) -> None:
+    """One line about adapted layers that a pass has gone round."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    warnings.warn(
+        f"{op}: {len(names)} of {layers} adapted layers were not called, so that their adapters do "
+        f"nothing: {shown}; leave them out of target_modules (a module such as MultiheadAttention "
+        "uses the weights of its out_proj without calling it)",
+        stacklevel=3,
+    )
+
+
+def adapter_devices(model: nn.Module) -> set[torch.device]:
+    """Devices of the layers that have Bayesian adapters, active or not."""
+    devices = set()
+    module: Any
+    for module in model.modules():
+        for name, variant in getattr(module, "lora_variant", {}).items():
+            if isinstance(variant, BayesVariant):
+                weight = module.lora_A[name].weight
+                devices.update([] if weight.is_meta else [weight.device])
+    return devices

@@ -1,0 +1,380 @@
+"""Class logits of a model's outputs, and predictive distributions from draws of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from .heads import ClassLogits
+
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class distributions of a batch, on the CPU.
+
+    Attributes:
+        log_probs: (B, C) log of the mean probability over the draws, fp64.
+        entropy: (B,) entropy of the mean, nats: total uncertainty.
+        expected_entropy: (B,) mean entropy of the draws, nats: noise in the data.
+        n_samples: number of draws; 0 for the posterior mean.
+        labels: (B,) labels of the batch, where it had them.
+        sample_log_probs: (S, B, C) of the single draws, where asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    n_samples: int
+    labels: Tensor | None = None
+    sample_log_probs: Tensor | None = None
+
+    @property
+    def probs(self) -> Tensor:
+        """(B, C) mean probabilities."""
+        return self.log_probs.exp()
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """(B,) entropy - expected_entropy, nats, at least 0: what more data could resolve."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @property
+    def classes(self) -> Tensor:
+        """(B,) most probable class."""
+        return self.log_probs.argmax(-1)
+
+    def __len__(self) -> int:
+        return self.log_probs.shape[0]
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, C) `log_probs`, whose softmax is `probs`."""
+        return self.log_probs
+
+    @staticmethod
+    def concatenate(parts: Sequence[Prediction]) -> Prediction:
+        """One prediction from those of successive batches.
+
+        Raises:
+            ValueError: there are none, or their numbers of classes or draws differ.
+        """
+        return _concatenated(parts, "classes")
+
+
+@dataclass(frozen=True)
+class LabelPrediction:
+    """Independent yes-or-no labels of a batch (multi-label classification), on the CPU, fp64.
+
+    Attributes:
+        probs: (B, L) mean probability of each label over the draws.
+        entropy: (B, L) entropy of the Bernoulli distribution with that probability, nats.
+        expected_entropy: (B, L) mean entropy of the draws, nats.
+        n_samples: number of draws; 0 for the posterior mean.
+        labels: (B, L) labels of the batch, where it had them.
+        sample_probs: (S, B, L) of the single draws, where asked for.
+    """
+
+    probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    n_samples: int
+    labels: Tensor | None = None
+    sample_probs: Tensor | None = None
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """(B, L) entropy - expected_entropy, nats, at least 0: what more data could resolve."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, L) log-odds of `probs`, whose sigmoid they are."""
+        return torch.logit(self.probs, eps=1e-15)
+
+    def __len__(self) -> int:
+        return self.probs.shape[0]
+
+    @staticmethod
+    def concatenate(parts: Sequence[LabelPrediction]) -> LabelPrediction:
+        """One prediction from those of successive batches; raises as `Prediction.concatenate`."""
+        return _concatenated(parts, "labels")
+
+
+@dataclass(frozen=True)
+class NumberPrediction:
+    """Numbers of a batch (regression, rewards), on the CPU, fp64: Gaussian with
+
+        mean = 1/S sum_s f_s(x),  variance = 1/(S - 1) sum_s (f_s(x) - mean)^2
+
+    The variance is what the posterior of the weights leaves open; noise of the targets, which a model
+    trained with squared errors does not estimate, comes on top.
+
+    Attributes:
+        mean: (B, D).
+        variance: (B, D); 0 for fewer than two draws.
+        n_samples: S; 0 for the posterior mean.
+        labels: targets of the batch, where it had them.
+        samples: (S, B, D) outputs of the single draws, where asked for.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    n_samples: int
+    labels: Tensor | None = None
+    samples: Tensor | None = None
+
+    @property
+    def std(self) -> Tensor:
+        """(B, D) root of the variance."""
+        return self.variance.sqrt()
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, D) `mean`."""
+        return self.mean
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("probs", "log_probs", "entropy", "expected_entropy", "mutual_information"):
+            raise AttributeError(
+                f"{name}: the model must have classes, got a head of numbers (num_labels=1, or "
+                "problem_type='regression'); use mean and variance"
+            )
+        raise AttributeError(f"NumberPrediction has no attribute {name!r}")
+
+    def __len__(self) -> int:
+        return self.mean.shape[0]
+
+    @staticmethod
+    def concatenate(parts: Sequence[NumberPrediction]) -> NumberPrediction:
+        """One prediction from those of successive batches; raises as `Prediction.concatenate`."""
+        return _concatenated(parts, "columns")
+
+
+def _concatenated(parts: Sequence[Any], what: str) -> Any:
+    """Parts of one kind as one: draws are the first dimension of "sample" tensors."""
+    names = [field.name for field in fields(parts[0])] if parts else []
+    shapes = {(getattr(part, names[0]).shape[1], part.n_samples) for part in parts}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"Prediction.concatenate: parts must have one number of {what} and draws, got "
+            f"{sorted(shapes)}"
+        )
+    joined: dict[str, Any] = {"n_samples": parts[0].n_samples}
+    for name in names:
+        tensors = [getattr(part, name) for part in parts]
+        if name == "n_samples" or any(t is None for t in tensors):
+            continue
+        joined[name] = torch.cat(tensors, 1 if name.startswith("sample") else 0)
+    return type(parts[0])(**joined)
+
+
+class _Classes:
+    """Sums over draws of softmax, as logs, and of entropies."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.kept: list[Tensor] = []
+        self.draws = 0
+        self.log_mean: Any = None
+        self.entropy: Any = None
+
+    def add(self, logits: Tensor) -> None:
+        """Logits (count, B, C) of further draws."""
+        log_probs = logits.log_softmax(-1)
+        part, entropy = torch.logsumexp(log_probs, 0), _entropy(log_probs).sum(0)
+        self.log_mean = part if self.draws == 0 else torch.logaddexp(self.log_mean, part)
+        self.entropy = entropy if self.draws == 0 else self.entropy + entropy
+        self.draws += len(logits)
+        if self.keep:
+            self.kept.append(log_probs.cpu())
+
+    def result(self, n_samples: int, labels: Tensor | None) -> Prediction:
+        """The mean over all draws."""
+        log_mean = self.log_mean - math.log(self.draws)
+        return Prediction(
+            log_probs=log_mean.cpu(),
+            entropy=_entropy(log_mean).cpu(),
+            expected_entropy=(self.entropy / self.draws).cpu(),
+            n_samples=n_samples,
+            labels=labels,
+            sample_log_probs=torch.cat(self.kept) if self.kept else None,
+        )
+
+
+class _Outputs:
+    """The outputs (S, B, L) of all draws: a few numbers for each example."""
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self.parts: list[Tensor] = []
+
+    def add(self, logits: Tensor) -> None:
+        """Outputs (count, B, L) of further draws."""
+        self.parts.append(logits.cpu())
+
+
+class _Labels(_Outputs):
+    def result(self, n_samples: int, labels: Tensor | None) -> LabelPrediction:
+        """Bernoulli distributions with the mean probabilities."""
+        logits = torch.cat(self.parts)
+        probs = logits.sigmoid()
+        of_draws = -(probs * logsigmoid(logits) + (1 - probs) * logsigmoid(-logits))
+        mean, rest = probs.mean(0), (-logits).sigmoid().mean(0)
+        return LabelPrediction(
+            probs=mean,
+            entropy=torch.special.entr(mean) + torch.special.entr(rest),
+            expected_entropy=of_draws.mean(0),
+            n_samples=n_samples,
+            labels=labels,
+            sample_probs=probs if self.keep else None,
+        )
+
+
+class _Numbers(_Outputs):
+    def result(self, n_samples: int, labels: Tensor | None) -> NumberPrediction:
+        """Mean and variance over the draws."""
+        values = torch.cat(self.parts)
+        single = len(values) < 2
+        return NumberPrediction(
+            mean=values.mean(0),
+            variance=torch.zeros_like(values[0]) if single else values.var(0),
+            n_samples=n_samples,
+            labels=labels,
+            samples=values if self.keep else None,
+        )
+
+
+_GATHERED = {"classes": _Classes, "labels": _Labels, "numbers": _Numbers}
+
+
+def _in_pairs(n_samples: int) -> bool:
+    """Whether logits are drawn in pairs mean + e, mean - e: where their number is even.
+
+    Noise that all examples share and whose sum is not zero favours the same class in all of them:
+    of two classes 1,000 draws without pairs took wide posteriors 5 points of accuracy below their
+    means, where the exact integral never changes which of two classes is likelier.
+    """
+    return n_samples % 2 == 0
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    probs = log_probs.exp()
+    return -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+
+
+class LogitRows:
+    """Takes the (B, C) class logits from the outputs of a model."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], choices: Sequence[int] | None
+    ) -> None:
+        self.choices = None if choices is None else [int(c) for c in choices]
+        self.last: Tensor | None = None
+        self.options: dict[str, Any] = {}
+        if self.choices is None:
+            return
+        if len(self.choices) < 2:
+            raise ValueError(f"predict: choices must be at least two token ids, got {self.choices}")
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        prefix = ""
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            prefix = "decoder_"  # whose tokens the logits belong to
+            if not any(inputs.get(f"decoder_{name}") is not None for name in _TOKENS):
+                raise ValueError(
+                    "predict: batch must have decoder_input_ids for choices of an encoder-decoder, "
+                    f"got {sorted(inputs)}; begin with the model's decoder_start_token_id"
+                )
+        mask = inputs.get(f"{prefix}attention_mask")
+        if mask is not None and mask.dim() == 2:
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            self.last = (mask.ne(0) * positions).argmax(-1)
+        at_the_end = mask is None or self.last is None
+        if mask is not None and self.last is not None:
+            at_the_end = bool((self.last == mask.shape[1] - 1).all())
+        if at_the_end and "logits_to_keep" in inspect.signature(base.forward).parameters:
+            self.options["logits_to_keep"] = 1
+            self.last = None
+
+    def of(self, outputs: Any, count: int) -> Tensor:
+        """Class logits (count * B, C)."""
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if logits.dim() == 2 and self.choices is None:
+            return logits
+        if logits.dim() != 3 or self.choices is None:
+            raise ValueError(
+                "predict: logits must be (B, C) without choices, or (B, T, V) with choices=[token "
+                f"ids], got {tuple(logits.shape)} and choices={self.choices}"
+            )
+        if not 0 <= min(self.choices) <= max(self.choices) < logits.shape[-1]:
+            raise ValueError(
+                f"predict: choices must be token ids below {logits.shape[-1]}, got {self.choices}"
+            )
+        if self.last is None:
+            logits = logits[:, -1]
+        else:
+            rows = torch.arange(len(logits), device=logits.device)
+            logits = logits[rows, _moved(self.last.repeat(count), logits)]
+        return logits.index_select(1, _moved(torch.tensor(self.choices), logits))
+
+
+def _moved(t: Tensor, like: Tensor) -> Tensor:
+    """t on the device of another; CUDA need not have finished its work for a small copy."""
+    return t.to(like.device, non_blocking=like.is_cuda)
+
+
+# --- What a head predicts ------------------------------------------------------------------------
+
+
+def target_kind(model: nn.Module, width: int, labels: Tensor | None = None) -> str:
+    """What a model's logits of that width stand for: "classes", "labels" or "numbers".
+
+    "labels": independent yes-or-no answers (`problem_type="multi_label_classification"`). "numbers":
+    regression, which one column without a problem_type also means, as for reward models. Without a
+    problem_type floating-point labels mean independent answers, as they do for transformers' loss.
+
+    Raises:
+        ValueError: one class only.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    choices = any("ForMultipleChoice" in cls.__name__ for cls in type(base).__mro__)
+    if choices or isinstance(base, ClassLogits):
+        return "classes"
+    problem = getattr(getattr(base, "config", None), "problem_type", None)
+    if problem == "multi_label_classification":
+        return "labels"
+    if problem == "regression" or (problem is None and width == 1):
+        return "numbers"
+    if problem is None and labels is not None and labels.is_floating_point():
+        return "labels"
+    if width == 1:
+        raise ValueError(
+            f"predict: num_labels must be at least 2 for problem_type={problem!r}, got 1; load the "
+            "model with problem_type='regression', or with two classes"
+        )
+    return "classes"
+
+
+def need_classes(op: str, model: nn.Module) -> None:
+    """Refuse a model whose head gives numbers or labels, for methods whose posterior is of classes.
+
+    Raises:
+        ValueError: as it says; the message names num_labels and problem_type.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(base, "config", None)
+    width, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
+    if target_kind(model, width) != "classes":
+        raise ValueError(
+            f"{op}: the head must have at least two classes, num_labels >= 2 and problem_type None or "
+            f"'single_label_classification', got num_labels={width}, problem_type={problem!r}; BLoB "
+            "and ScalaBL predict numbers (regression) and independent labels too"
+        )

@@ -1,0 +1,155 @@
+"""BLoB: a Gaussian posterior over the factor A, learned by backpropagation.
+
+Source: Wang et al., "BLoB: Bayesian Low-Rank Adaptation by Backpropagation", arXiv 2406.11675.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional, random, reference
+from ...optim import DecoupledKL, auto_target_std, flow_time
+
+if TYPE_CHECKING:
+    from ..config import BayesLoraConfig
+    from ..noise import NoiseState
+    from ..variants import BayesLayer
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
+
+RHO = "lora_A_rho"
+
+
+class BlobVariant(BayesVariant, method="blob"):
+    """BLoB: A Gaussian, mean `lora_A.weight`, deviation parameter `lora_A_rho` (r, in).
+
+    `deviation` is the name of that parameter; (r, 1) where it is one number for each row.
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = (RHO,)
+    fp32: ClassVar[tuple[str, ...]] = (RHO,)
+    deviation: ClassVar[str] = RHO
+
+    def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
+        super().__init__(config, name, in_features, state)
+        self.std = config.std
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """rho as the paper draws it."""
+        mean = module.lora_A[adapter].weight
+        eps = self.config.init_rho
+        low, high = eps / math.sqrt(2), eps
+        if self.std == "softplus":
+            low, high = eps - 1, eps
+        elif self.std == "direct":
+            low, high = low * low, high * high
+        return {RHO: uniform_like(mean, mean.shape, low, high, self.stream)}
+
+    def adapted(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
+    ) -> Tensor:
+        """result + scaling * (dropout(x) A^T) B^T, with A its mean or drawn."""
+        state = self.state
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        scaling = module.scaling[adapter]
+        if mode == "mean":
+            key = state.key_on(x.device) if dropout > 0.0 else None
+            return functional.lora(
+                x, a, b, result, scaling=scaling, dropout=dropout, key=key, stream=self.stream
+            )
+        draw: dict[str, Any] = {"scope": self.scope}
+        if mode == "sample":
+            draw = {"row0": state.first_sample, "rows_per_group": self.rows_per_draw(x)}
+        return functional.flipout_lora(
+            x,
+            a,
+            getattr(module, self.deviation)[adapter],
+            b,
+            result,
+            scaling=scaling,
+            key=state.key_on(x.device),
+            stream=self.stream,
+            std=self.std,
+            dropout=dropout,
+            **draw,
+        )
+
+    def draw_factors(
+        self, module: Any, adapter: str, key: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """A = M + out . Omega . eps . in, with the signs of row `number`."""
+        mean, b = self.mean_factors(module, adapter)
+        mean = mean.detach().float()
+        rho = getattr(module, self.deviation)[adapter].detach().float()
+        rank, columns = mean.shape
+        where: dict[str, Any] = {"stream": self.stream, "row0": number}
+        noise = random.normal(key, (rank, columns), stream=self.stream)
+        signs_in = random.sign_bits(key, 1, columns, **where).to(noise.dtype)
+        signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
+        deviation = reference.std_of(rho, self.std).expand_as(mean)
+        return mean + signs_out.T * (deviation * noise) * signs_in, b
+
+    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
+        """That of N(M, Omega^2) from N(0, sigma_p^2)."""
+        mean, rho = module.lora_A[adapter].weight, module.lora_A_rho[adapter]
+        return Divergence(_fp32(mean), _fp32(rho), self.prior_std, self.std)
+
+    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
+        """Means and deviations."""
+        return [module.lora_A[adapter].weight, module.lora_A_rho[adapter]]
+
+    @classmethod
+    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
+        """Mean deviation Omega of each layer: one read of rho and one synchronisation."""
+        found: list[Tensor] = []
+        with torch.no_grad():
+            for item in layers:
+                value: Any = reference.std_of(item.rho.detach(), item.variant.config.std).mean()
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                found.append(value.to(found[0].device) if found else value)
+        return torch.stack(found).tolist()
+
+    @classmethod
+    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
+        """Gradient step or exact gradient flow on all means and deviations."""
+        stds = sorted({item.variant.config.std for item in layers})
+        if len(stds) != 1:
+            raise ValueError(
+                f"decoupled_kl: active adapters must share one std parameterisation, got {stds}; "
+                "train one adapter at a time"
+            )
+        scales = [plan.weight] * len(layers)
+        if plan.schedule.kind == "auto" and not plan.given:
+            scales = [
+                plan.weight * cls._flow_time(item, plan, start)
+                for item, start in zip(layers, plan.starts, strict=True)
+            ]
+        return DecoupledKL(
+            [item.mean for item in layers],
+            [item.rho for item in layers],
+            [item.variant.prior_std for item in layers],
+            plan.schedule,
+            std=stds[0],
+            scales=scales,
+        )
+
+    @staticmethod
+    def _flow_time(item: BayesLayer, plan: KLPlan, start_std: float) -> float:
+        config, prior = item.variant.config, item.variant.prior_std
+        if config.kl_time is not None:
+            return config.kl_time
+        if config.std != "square":
+            raise ValueError(
+                f"decoupled_kl: the rule of kl_schedule='auto' is for std='square', got "
+                f"{config.std!r}; set kl_time, or kl_schedule='published'"
+            )
+        target = auto_target_std(item.layer.in_features, plan.lr_sum, plan.n_train, prior)
+        return flow_time(target, prior, start_std) if start_std < target else 0.0
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()

@@ -1,0 +1,84 @@
+"""MC dropout: an adapter that was trained with dropout, which stays on in prediction.
+
+Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ... import random
+from ..config import BayesLoraConfig
+
+# --- MC dropout ----------------------------------------------------------------------------------
+
+
+def dropout_layers(model: nn.Module) -> list[tuple[str, nn.Dropout]]:
+    """(name of the layer, dropout before its plain adapter), where the rate is above 0."""
+    if isinstance(model, PeftModel):
+        configs = model.peft_config.values()
+        if any(isinstance(config, BayesLoraConfig) for config in configs):
+            return []  # their dropout belongs to training
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                dropout = module.lora_dropout[adapter] if adapter in module.lora_dropout else None
+                if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+                    found.append((name, dropout))
+    return found
+
+
+@contextlib.contextmanager
+def dropout_draws(
+    model: nn.Module, *, n_samples: int, seed: int, first_sample: int = 0
+) -> Iterator[None]:
+    """Inside, dropout before the adapters is on, also in eval mode, with masks that a seed decides.
+
+    The batch holds ``n_samples`` copies of the examples, see `fold_samples`. Copy s has the mask of
+    (seed, first_sample + s, layer): it depends neither on the other copies nor on torch's
+    generator. Every token has a mask of its own, by its place in the batch, as in training.
+
+    Args:
+        model: Plain LoRA with dropout.
+        n_samples: Copies in the batch.
+        seed: Seed of the masks.
+        first_sample: Number of the first copy.
+
+    Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
+    """
+
+    made: dict[torch.device, list[Tensor]] = {}
+
+    def keys_on(device: torch.device) -> list[Tensor]:
+        if device not in made:
+            key = random.key(seed, device)
+            made[device] = [random.fold_in(key, first_sample + s) for s in range(n_samples)]
+        return made[device]
+
+    def hook(stream: int) -> Any:
+        def drop(module: nn.Dropout, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            width = x.shape[-1]
+            rows = x.numel() // width // n_samples
+            masks = [
+                random.dropout_mask(key, rows, width, module.p, stream=stream)
+                for key in keys_on(x.device)
+            ]
+            kept = torch.cat(masks).view(x.shape)
+            return torch.where(kept, x / (1 - module.p), 0.0)
+
+        return drop
+
+    with contextlib.ExitStack() as stack:
+        for name, dropout in dropout_layers(model):
+            handle = dropout.register_forward_hook(hook(random.layer_stream(name)))
+            stack.callback(handle.remove)
+        yield
