@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..progress import progress_bar
 from .encoder import TaskEncoder
 from .folders import _write_record
-from .machine import progress_bar
 from .recipe import Experiment
 
 # --- Training ------------------------------------------------------------------------------------

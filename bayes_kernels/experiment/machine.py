@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 
 def versions() -> dict[str, str]:
@@ -47,18 +46,6 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "peak_memory": memory_measure(),
     }
-
-
-def progress_bar(enabled: bool, items: Any = None, **options: Any) -> Any:
-    """A tqdm bar that appears after two seconds, and only on a terminal."""
-    return tqdm(
-        items,
-        delay=2,
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (enabled and sys.stderr.isatty()),
-        **options,
-    )
 
 
 def synchronise(model: nn.Module) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from ..progress import progress_bar
 from .callbacks import count_steps_in
-from .machine import progress_bar
 
 
 def side_by_side(

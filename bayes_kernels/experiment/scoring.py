@@ -26,9 +26,10 @@ from ..hf.methods.dropout import dropout_layers
 from ..hf.methods.ensemble import Ensemble
 from ..hf.methods.laplace import laplace_posterior
 from ..hf.predict import predict
+from ..progress import progress_bar
 from .data.tasks import Example, Task
 from .encoder import TaskEncoder
-from .machine import peak_memory, progress_bar, synchronise
+from .machine import peak_memory, synchronise
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...batches import as_batches, inputs_of, split
-from ...experiment.machine import progress_bar
 from ...laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
+from ...progress import progress_bar
 from .._compat import without_padding
 from ..config import default_options
 from ..logits import need_classes

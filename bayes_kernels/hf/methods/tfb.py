@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ...batches import as_batches
-from ...experiment.machine import progress_bar
+from ...progress import progress_bar
 from .._compat import unsupported_layer
 from ..config import TfbConfig, default_options
 from ..layers import bayes_layers
