@@ -102,7 +102,7 @@ app = typer.Typer(
 @app.command()
 def info(debug: Debug = False) -> None:
     """Versions, what was compiled, and which path runs on which device."""
-    from ..__main__ import diagnosis
+    from ..diagnosis import diagnosis
 
     print(diagnosis())
 

@@ -9,17 +9,12 @@ from grimp import Layer
 GRAPH = grimp.build_graph("bayes_kernels", cache_dir=None)
 # Arrows that still have to go: "importer -> imported" within bayes_kernels.
 KNOWN = """
-cli -> __main__
-cli.app -> __main__
 hf.bayesianize -> hf.methods.laplace
 hf.bayesianize -> hf.methods.tfb
 hf.checkpoints -> hf.methods.polar_vbll
 hf.config -> hf.checks
 hf.draws -> hf.methods.ensemble
 hf.kl -> hf.methods.polar_vbll
-hf.laplace_lora -> hf.predict
-hf.methods.laplace -> experiment.machine
-hf.methods.tfb -> experiment.machine
 hf.model -> hf.methods.polar_vbll
 hf.predict -> hf.methods.dropout
 hf.predict -> hf.methods.ensemble
@@ -27,8 +22,6 @@ hf.predict -> hf.methods.laplace
 hf.predict -> hf.methods.polar_vbll
 hf.trainer -> hf.methods.polar
 hf.trainer -> hf.methods.polar_vbll
-hf.variants -> hf.config
-hf.variants -> hf.posterior
 """
 for pair in KNOWN.split("\n")[1:-1]:
     importer, _, imported = (f"bayes_kernels.{name}" for name in pair.split())
