@@ -157,9 +157,9 @@ def has_kernels(t: Tensor) -> bool:
     Raises:
         ImportError, ValueError, TypeError: there is no kernel, and BAYES_KERNELS_STRICT=1.
     """
-    device = t.device
-    if device.type == "cpu" and problem is None:
+    if t.is_cpu and problem is None:
         return True
+    device = t.device
     return _served(device.type, device.index, t.dtype == torch.float64)
 
 

@@ -8,7 +8,6 @@
 namespace bayes_kernels {
 namespace {
 
-#if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
   static constexpr bool takes_draws = true;  // in place of E, for few tokens
   static constexpr auto shrink_workspace = shrink_workspace_cpu;
@@ -22,9 +21,6 @@ struct Cpu {
   static constexpr auto scaled_normal = scaled_normal_cpu;
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cpu;
 };
-#endif
-
-#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
   static constexpr bool takes_draws = false;
   static constexpr auto shrink_workspace = shrink_workspace_cuda;
@@ -38,7 +34,6 @@ struct Cuda {
   static constexpr auto scaled_normal = scaled_normal_cuda;
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cuda;
 };
-#endif
 
 // Rows of a matrix must be contiguous; any row stride is taken as it is.
 Tensor unit_column_stride(const Tensor& t) {
@@ -67,47 +62,83 @@ int rank_of(const char* op, const Tensor& a) {
   return static_cast<int>(r);
 }
 
-AdapterNoise noise_of(const char* op, const std::optional<Tensor>& key, int64_t stream,
-                      int64_t row0, int64_t rows_per_id, const std::optional<Tensor>& ids,
-                      double dropout, bool has_noise, const Tensor& x, int64_t tokens) {
-  BK_CHECK(dropout >= 0.0 && dropout < 1.0, op, ": dropout must be in [0, 1), got ", dropout);
-  BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
-  AdapterNoise noise{nullptr, stream, RowIds{nullptr, row0, rows_per_id}, dropout};
-  if (has_noise || dropout > 0.0) {
-    BK_CHECK(key.has_value(), op,
+// The noise arguments of an op, in the order of its schema.
+struct NoiseArguments {
+  const std::optional<Tensor>& key;
+  int64_t stream, row0, rows_per_id;
+  const std::optional<Tensor>& ids;
+  double dropout;
+};
+
+AdapterNoise noise_of(const char* op, const NoiseArguments& given, bool has_noise, const Tensor& x,
+                      int64_t tokens) {
+  BK_CHECK(given.dropout >= 0.0 && given.dropout < 1.0, op, ": dropout must be in [0, 1), got ",
+           given.dropout);
+  AdapterNoise noise{nullptr, given.stream,
+                     row_ids(op, given.row0, given.rows_per_id, given.ids, tokens, x),
+                     given.dropout};
+  if (has_noise || given.dropout > 0.0) {
+    BK_CHECK(given.key.has_value(), op,
              ": key is needed with noise or dropout; make it with random.key(seed)");
-    noise.key = key_pointer(op, *key, x);
-  }
-  if (ids.has_value()) {
-    BK_CHECK(ids->dim() == 1 && ids->size(0) == tokens && ids->scalar_type() == ScalarType::Long &&
-                 ids->is_contiguous(),
-             op, ": ids must be a contiguous int64 tensor of ", tokens, " elements");
-    check_device(op, "ids", *ids, x);
-    noise.rows.ids = ids->const_data_ptr<int64_t>();
+    noise.key = key_pointer(op, *given.key, x);
   }
   return noise;
 }
 
-// What the kernels make E from; rho is contiguous, and outlives the launch.
-AdapterDraw draw_of(const char* op, const Tensor& rho, const Tensor& a, const Tensor& key,
-                    int64_t stream, const std::string& std, const Tensor& x) {
-  BK_CHECK(rho.scalar_type() == accumulate_type(x), op,
+// The noise matrix of a call: E itself, or the draw that kernels make it from, or neither.
+struct NoiseMatrix {
+  std::optional<Tensor> e = {};
+  std::optional<Tensor> rho = {};          // contiguous, of the draw
+  std::shared_ptr<const float> kept = {};  // likewise, its normals where they are known
+  AdapterDraw draw = {};
+  bool exists() const { return e.has_value() || draw.rho != nullptr; }
+};
+
+// E = std(rho) . eps; as a draw where `drawn`.
+template <class Device>
+NoiseMatrix noise_matrix(const char* op, const std::optional<Tensor>& rho, const Tensor& a,
+                         const NoiseArguments& noise, const std::string& std, const Tensor& x,
+                         bool drawn) {
+  NoiseMatrix made;
+  if (!rho.has_value()) return made;
+  BK_CHECK(noise.key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
+  check_device(op, "rho", *rho, x);
+  if (!Device::takes_draws || !drawn) {
+    made.e = draw_scaled_normal(op, *rho, a.size(1), *noise.key, noise.stream, std,
+                                Device::scaled_normal);
+    return made;
+  }
+  made.rho = row_major(*rho);
+  BK_CHECK(made.rho->scalar_type() == accumulate_type(x), op,
            ": rho must be float32 (float64 beside float64 activations); convert it");
-  BK_CHECK(rho.dim() == 2 && rho.size(0) == a.size(0), op, ": rho must have the rows of a");
-  const ScaledNormalParams p = scaled_normal_params(op, rho, a.size(1), key, stream, std);
-  AdapterDraw draw;
-  draw.rho = p.rho;
-  draw.row_constant = p.row_constant;
-  draw.std = p.std;
-  return draw;
+  BK_CHECK(made.rho->dim() == 2 && made.rho->size(0) == a.size(0), op,
+           ": rho must have the rows of a");
+  const ScaledNormalParams p =
+      scaled_normal_params(op, *made.rho, a.size(1), *noise.key, noise.stream, std);
+  made.draw.rho = p.rho;
+  made.draw.row_constant = p.row_constant;
+  made.draw.std = p.std;
+  return made;
+}
+
+// Sets e, the draw and the noise of the params of shrink or of its derivatives.
+template <class Params>
+void set_noise(const char* op, Params& p, NoiseMatrix& matrix, const NoiseArguments& noise,
+               const Tensor& a, const Tensor& x) {
+  if (matrix.e.has_value()) {
+    matrix.e = factor(op, "e", *matrix.e, x);
+    BK_CHECK(matrix.e->size(0) == a.size(0) && matrix.e->size(1) == a.size(1), op,
+             ": e must have the shape of a");
+    p.e = matrix.e->data_ptr();
+  }
+  p.draw = matrix.draw;
+  p.noise = noise_of(op, noise, matrix.exists(), x, p.tokens);
 }
 
 // h of `tokens` rows, which lie in x (..., n) as `as_rows` leaves it.
 template <class Device>
 Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor& first,
-                   const std::optional<Tensor>& noise, const AdapterDraw& draw,
-                   const std::optional<Tensor>& key, int64_t stream, int64_t row0,
-                   int64_t rows_per_id, const std::optional<Tensor>& ids, double dropout) {
+                   NoiseMatrix matrix, const NoiseArguments& noise) {
   const Tensor a = factor(op, "a", first, x);
   ShrinkParams p{};
   p.dtype = dtype_of(op, x);
@@ -118,16 +149,7 @@ Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor
   p.x = x.data_ptr();
   p.x_stride = row_stride(x);
   p.a = a.data_ptr();
-  std::optional<Tensor> e;
-  if (noise.has_value()) {
-    e = factor(op, "e", *noise, x);
-    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op,
-             ": e must have the shape of a");
-    p.e = e->data_ptr();
-  }
-  p.draw = draw;
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout,
-                     e.has_value() || draw.rho != nullptr, x, tokens);
+  set_noise(op, p, matrix, noise, a, x);
   Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
   if (p.tokens == 0) return h;
   p.h = h.mutable_data_ptr();
@@ -144,16 +166,16 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
   BK_CHECK(x.dim() == 2, op, ": x must have two dimensions, got ", x.dim());
   OptionalDeviceGuard guard(x);
   x = unit_column_stride(x);
-  return shrink_rows<Device>(op, x, x.size(0), a, e, {}, key, stream, row0, rows_per_id, ids,
-                             dropout);
+  return shrink_rows<Device>(op, x, x.size(0), a, NoiseMatrix{e},
+                             {key, stream, row0, rows_per_id, ids, dropout});
 }
 
 // dx, da, de, or drho in place of de where there is a draw.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(
-    const char* op, Tensor dh, Tensor x, Tensor a, std::optional<Tensor> e, const AdapterDraw& draw,
-    const std::optional<Tensor>& key, int64_t stream, int64_t row0, int64_t rows_per_id,
-    const std::optional<Tensor>& ids, double dropout, bool need_dx, bool need_da, bool need_de) {
+std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor dh, Tensor x,
+                                                        Tensor a, NoiseMatrix matrix,
+                                                        const NoiseArguments& noise, bool need_dx,
+                                                        bool need_da, bool need_de) {
   BK_CHECK(x.dim() == 2 && dh.dim() == 2, op, ": x and dh must have two dimensions");
   x = unit_column_stride(x);
   a = factor(op, "a", a, x);
@@ -170,16 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(
   p.x = x.data_ptr();
   p.x_stride = row_stride(x);
   p.a = a.data_ptr();
-  if (e.has_value()) {
-    e = factor(op, "e", *e, x);
-    BK_CHECK(e->size(0) == a.size(0) && e->size(1) == a.size(1), op,
-             ": e must have the shape of a");
-    p.e = e->data_ptr();
-  }
-  p.draw = draw;
-  const bool noisy = e.has_value() || draw.rho != nullptr;
-  need_de = need_de && noisy;
-  p.noise = noise_of(op, key, stream, row0, rows_per_id, ids, dropout, noisy, x, p.tokens);
+  set_noise(op, p, matrix, noise, a, x);
+  need_de = need_de && matrix.exists();
   const ScalarType acc = accumulate_type(x);
   Tensor dx = empty_like_shape(x, {need_dx ? p.tokens : 0, need_dx ? p.n : 0}, x.scalar_type());
   Tensor da = empty_like_shape(x, {need_da ? p.r : 0, need_da ? p.n : 0}, acc);
@@ -207,8 +221,9 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
                                                    std::optional<Tensor> ids, double dropout,
                                                    bool need_dx, bool need_da, bool need_de) {
   OptionalDeviceGuard guard(x);
-  return shrink_backward_rows<Device>("adapter_shrink_backward", dh, x, a, e, {}, key, stream, row0,
-                                      rows_per_id, ids, dropout, need_dx, need_da, need_de);
+  return shrink_backward_rows<Device>("adapter_shrink_backward", dh, x, a, NoiseMatrix{e},
+                                      {key, stream, row0, rows_per_id, ids, dropout}, need_dx,
+                                      need_da, need_de);
 }
 
 // y of the rows of h; `shape` is its own, (..., m), and that of base.
@@ -311,12 +326,10 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
 // few tokens on the CPU, of shrink and expand; with keep_draw normals are kept from call to call.
 // Returns the output and h.
 template <class Device>
-std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b,
-                                   std::optional<Tensor> base, std::optional<Tensor> key,
-                                   int64_t stream, int64_t row0, int64_t rows_per_id,
-                                   std::optional<Tensor> ids, double dropout, std::string std,
-                                   double scaling, bool keep_draw) {
-  constexpr const char* op = "adapter_forward";
+std::tuple<Tensor, Tensor> whole(const char* op, Tensor x, const Tensor& a,
+                                 const std::optional<Tensor>& rho, const Tensor& b,
+                                 const std::optional<Tensor>& base, const NoiseArguments& noise,
+                                 const std::string& std, double scaling, bool keep_draw) {
   BK_CHECK(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2, op,
            ": x must have shape (..., n), a and b two dimensions");
   // Before the first launch: shrink would read what lies elsewhere.
@@ -331,25 +344,47 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho
   }
   shape.push_back(b.size(0));
   x = as_rows(x);
-  std::optional<Tensor> e;
-  AdapterDraw draw;
-  std::shared_ptr<const float> kept;
-  if (rho.has_value()) {
-    BK_CHECK(key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
-    check_device(op, "rho", *rho, x);
-    if (Device::takes_draws && tokens > 0 && tokens <= few_shrink_tokens(rank_of(op, a))) {
-      rho = row_major(*rho);
-      draw = draw_of(op, *rho, a, *key, stream, std, x);
-      if (keep_draw) kept = kept_normals(key->const_data_ptr<int64_t>(), stream, a.numel());
-      draw.eps = kept.get();
-    } else {
-      e = draw_scaled_normal(op, *rho, a.size(1), *key, stream, std, Device::scaled_normal);
-    }
+  const bool few = tokens > 0 && tokens <= few_shrink_tokens(rank_of(op, a));
+  NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
+  if (keep_draw && matrix.draw.rho != nullptr) {
+    matrix.kept = kept_normals(noise.key->const_data_ptr<int64_t>(), noise.stream, a.numel());
+    matrix.draw.eps = matrix.kept.get();
   }
-  const Tensor h =
-      shrink_rows<Device>(op, x, tokens, a, e, draw, key, stream, row0, rows_per_id, ids, dropout);
+  const Tensor h = shrink_rows<Device>(op, x, tokens, a, std::move(matrix), noise);
   const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
   return {expand_rows<Device>(op, h, b, base, scaling, dtype, shape), h};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b,
+                                   std::optional<Tensor> base, std::optional<Tensor> key,
+                                   int64_t stream, int64_t row0, int64_t rows_per_id,
+                                   std::optional<Tensor> ids, double dropout, std::string std,
+                                   double scaling) {
+  return whole<Device>("adapter_forward", x, a, rho, b, base,
+                       {key, stream, row0, rows_per_id, ids, dropout}, std, scaling,
+                       /*keep_draw=*/false);
+}
+
+// Stands for devices and layouts without kernels.
+struct NoDevice {};
+
+// The output alone, where no gradient is needed; nothing where an argument is not as the op takes
+// it.
+template <class Device>
+std::optional<Tensor> infer(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b,
+                            std::optional<Tensor> base, std::optional<Tensor> key, int64_t stream,
+                            int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids,
+                            double dropout, std::string std, double scaling) {
+  if constexpr (!std::is_same_v<Device, NoDevice>) {
+    try {
+      return std::get<0>(whole<Device>("adapter_infer", x, a, rho, b, base,
+                                       {key, stream, row0, rows_per_id, ids, dropout}, std, scaling,
+                                       /*keep_draw=*/true));
+    } catch (const ArgumentError&) {
+    }
+  }
+  return std::nullopt;
 }
 
 // Its derivatives in one call: the kernels of expand_backward, scaled_normal, shrink_backward and
@@ -375,47 +410,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     const ScalarType acc = accumulate_type(x);
     return {nothing(x.scalar_type()), nothing(acc), nothing(acc), db};
   }
-  std::optional<Tensor> e;
-  AdapterDraw draw;
-  if (rho.has_value()) {
-    BK_CHECK(key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
-    check_device(op, "rho", *rho, x);
-    rho = row_major(*rho);
-    const bool few = x.size(0) > 0 && x.size(0) <= kFewBackwardTokens && x.size(1) > 0;
-    if (Device::takes_draws && few && rho->dim() == 2 && rho->size(1) == a.size(1)) {
-      draw = draw_of(op, *rho, a, *key, stream, std, x);
-    } else {
-      e = draw_scaled_normal(op, *rho, a.size(1), *key, stream, std, Device::scaled_normal);
-    }
-  }
+  const NoiseArguments noise{key, stream, row0, rows_per_id, ids, dropout};
+  const bool few = x.size(0) > 0 && x.size(0) <= kFewBackwardTokens && x.size(1) > 0 &&
+                   rho.has_value() && rho->dim() == 2 && rho->size(1) == a.size(1);
+  const NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
   auto [dx, da, de] =
-      shrink_backward_rows<Device>(op, dh, x, a, e, draw, key, stream, row0, rows_per_id, ids,
-                                   dropout, need_dx, need_da, need_drho);
-  if (need_drho && e.has_value())
+      shrink_backward_rows<Device>(op, dh, x, a, matrix, noise, need_dx, need_da, need_drho);
+  if (need_drho && matrix.e.has_value())
     de = scaled_normal_gradient(op, de, *rho, *key, stream, std, Device::scaled_normal_backward);
   return {dx, da, de, db};
 }
 
+template <class Device>
+void adapter_ops(Library& m) {
+  m.impl("adapter_shrink", TORCH_BOX(&shrink<Device>));
+  m.impl("adapter_shrink_backward", TORCH_BOX(&shrink_backward<Device>));
+  m.impl("adapter_expand", TORCH_BOX(&expand<Device>));
+  m.impl("adapter_forward", TORCH_BOX(&forward<Device>));
+  m.impl("adapter_infer", TORCH_BOX(&infer<Device>));
+  m.impl("adapter_backward", TORCH_BOX(&backward<Device>));
+  m.impl("adapter_expand_backward", TORCH_BOX(&expand_backward<Device>));
+}
+BK_REGISTER(adapter_ops)
+STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("adapter_infer", TORCH_BOX(&infer<NoDevice>));
+}
+
 }  // namespace
 }  // namespace bayes_kernels
-
-#define BK_REGISTER_ADAPTER(key, Device)                                                    \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                           \
-    m.impl("adapter_shrink", TORCH_BOX(&bayes_kernels::shrink<bayes_kernels::Device>));     \
-    m.impl("adapter_shrink_backward",                                                       \
-           TORCH_BOX(&bayes_kernels::shrink_backward<bayes_kernels::Device>));              \
-    m.impl("adapter_expand", TORCH_BOX(&bayes_kernels::expand<bayes_kernels::Device>));     \
-    m.impl("adapter_forward", TORCH_BOX(&bayes_kernels::forward<bayes_kernels::Device>));   \
-    m.impl("adapter_backward", TORCH_BOX(&bayes_kernels::backward<bayes_kernels::Device>)); \
-    m.impl("adapter_expand_backward",                                                       \
-           TORCH_BOX(&bayes_kernels::expand_backward<bayes_kernels::Device>));              \
-  }
-
-#if defined(BAYES_KERNELS_SIM)
-BK_REGISTER_ADAPTER(CPU, Cuda)
-#else
-BK_REGISTER_ADAPTER(CPU, Cpu)
-#if defined(BAYES_KERNELS_CUDA)
-BK_REGISTER_ADAPTER(CUDA, Cuda)
-#endif
-#endif

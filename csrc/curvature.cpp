@@ -6,7 +6,6 @@
 namespace bayes_kernels {
 namespace {
 
-#if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
   static constexpr bool f64 = true;
   static constexpr auto workspace = low_rank_workspace_cpu;
@@ -14,8 +13,6 @@ struct Cpu {
   static constexpr auto kron_workspace = kron_workspace_cpu;
   static constexpr auto kron_launch = kron_accumulate_cpu;
 };
-#endif
-#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
   static constexpr bool f64 = false;
   static constexpr auto workspace = low_rank_workspace_cuda;
@@ -23,7 +20,6 @@ struct Cuda {
   static constexpr auto kron_workspace = kron_workspace_cuda;
   static constexpr auto kron_launch = kron_accumulate_cuda;
 };
-#endif
 
 template <class Device>
 void low_rank_update_(std::vector<Tensor> factors, std::vector<Tensor> rows) {
@@ -32,9 +28,7 @@ void low_rank_update_(std::vector<Tensor> factors, std::vector<Tensor> rows) {
            ": factors and rows must be lists of the same length, at least 1, got ", factors.size(),
            " and ", rows.size());
   const ScalarType type = factors[0].scalar_type();
-  BK_CHECK(type == ScalarType::Float || (Device::f64 && type == ScalarType::Double), op,
-           ": factors must be float32", Device::f64 ? " or float64" : " on a GPU",
-           "; convert them");
+  check_matrix_type(op, "factors", type, Device::f64);
   std::vector<LowRankItem> items;
   for (size_t i = 0; i < factors.size(); ++i) {
     const Tensor &factor = factors[i], &x = rows[i];
@@ -54,24 +48,13 @@ void low_rank_update_(std::vector<Tensor> factors, std::vector<Tensor> rows) {
     items.push_back(
         LowRankItem{factor.data_ptr(), x.data_ptr(), factor.size(0), factor.size(1), x.size(0)});
   }
-  std::vector<ByteRange> written, read;
-  const int64_t size = type == ScalarType::Double ? 8 : 4;
-  for (const Tensor& factor : factors) written.push_back(byte_range(factor, size));
-  for (const Tensor& x : rows) read.push_back(byte_range(x, size));
-  check_disjoint(op, written, read, /*same_ok=*/false);
+  check_disjoint(op, factors, rows, /*same_ok=*/false);
   LowRankParams params{items.data(), static_cast<int64_t>(items.size()), type == ScalarType::Double,
                        nullptr};
   if (items.empty()) return;
   OptionalDeviceGuard guard(factors[0]);
   Tensor workspace = workspace_for(factors[0], params, Device::workspace);
   raise_if(op, Device::launch(params, current_stream(factors[0])));
-}
-
-const double* number(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  BK_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Double, op, ": ", name,
-           " must be a float64 tensor of one element");
-  check_device(op, name, t, like);
-  return t.const_data_ptr<double>();
 }
 
 template <class Device>
@@ -83,12 +66,9 @@ void kron_accumulate_(std::vector<Tensor> factors, std::vector<Tensor> rows,
            op, ": factors and rows must be lists of the same length, at least 1, and masks too or ",
            "empty, got ", factors.size(), ", ", rows.size(), " and ", masks.size());
   const ScalarType type = factors[0].scalar_type();
-  BK_CHECK(type == ScalarType::Float || (Device::f64 && type == ScalarType::Double), op,
-           ": factors must be float32", Device::f64 ? " or float64" : " on a GPU",
-           "; convert them");
-  const int64_t size = type == ScalarType::Double ? 8 : 4;
+  check_matrix_type(op, "factors", type, Device::f64);
   std::vector<KronItem> items;
-  std::vector<ByteRange> written, read;
+  std::vector<Tensor> read = rows;
   for (size_t i = 0; i < factors.size(); ++i) {
     const Tensor &factor = factors[i], &x = rows[i];
     BK_CHECK(factor.dim() == 2 && factor.size(0) == factor.size(1) && factor.size(0) <= kMaxDense,
@@ -96,15 +76,13 @@ void kron_accumulate_(std::vector<Tensor> factors, std::vector<Tensor> rows,
     BK_CHECK(x.dim() == 2 && x.size(1) == factor.size(0) && x.size(0) < (int64_t{1} << 31), op,
              ": rows ", i, " must have shape (n, d = ", factor.size(0), ") with n below 2^31");
     const DType dtype = dtype_of(op, x);
-    BK_CHECK(factor.scalar_type() == type && (dtype == DType::kF64) == (size == 8), op, ": factor ",
-             i,
+    BK_CHECK(factor.scalar_type() == type && (dtype == DType::kF64) == (type == ScalarType::Double),
+             op, ": factor ", i,
              " must have the dtype of the first, and rows be float64 beside float64 factors only");
     BK_CHECK(factor.is_contiguous() && x.is_contiguous(), op, ": factor and rows ", i,
              " must be contiguous");
     check_device(op, "each factor", factor, factors[0]);
     check_device(op, "each rows tensor", x, factors[0]);
-    written.push_back(byte_range(factor, size));
-    read.push_back(byte_range(x, dtype == DType::kF64 || dtype == DType::kF32 ? size : 2));
     const void* weights = nullptr;
     if (!masks.empty() && masks[i].numel() > 0) {
       const Tensor& mask = masks[i];
@@ -113,19 +91,19 @@ void kron_accumulate_(std::vector<Tensor> factors, std::vector<Tensor> rows,
                op, ": mask ", i, " must be empty or have shape (", x.size(0),
                ",), contiguous, in the dtype of the factors");
       check_device(op, "each mask", mask, factors[0]);
-      read.push_back(byte_range(mask, size));
+      read.push_back(mask);
       weights = mask.data_ptr();
     }
     if (factor.size(0) == 0) continue;
     items.push_back(
         KronItem{factor.data_ptr(), x.data_ptr(), weights, factor.size(0), x.size(0), dtype});
   }
-  check_disjoint(op, written, read, /*same_ok=*/false);
+  check_disjoint(op, factors, read, /*same_ok=*/false);
   KronParams params{items.data(),
                     static_cast<int64_t>(items.size()),
                     type == ScalarType::Double,
-                    number(op, "beta", beta, factors[0]),
-                    number(op, "alpha", alpha, factors[0]),
+                    number_pointer(op, "beta", beta, factors[0]),
+                    number_pointer(op, "alpha", alpha, factors[0]),
                     nullptr};
   if (items.empty()) return;
   OptionalDeviceGuard guard(factors[0]);
@@ -133,22 +111,12 @@ void kron_accumulate_(std::vector<Tensor> factors, std::vector<Tensor> rows,
   raise_if(op, Device::kron_launch(params, current_stream(factors[0])));
 }
 
+template <class Device>
+void curvature_ops(Library& m) {
+  m.impl("low_rank_update_", TORCH_BOX(&low_rank_update_<Device>));
+  m.impl("kron_accumulate_", TORCH_BOX(&kron_accumulate_<Device>));
+}
+BK_REGISTER(curvature_ops)
+
 }  // namespace
 }  // namespace bayes_kernels
-
-#define BK_REGISTER_CURVATURE(key, Device)                                      \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                               \
-    m.impl("low_rank_update_",                                                  \
-           TORCH_BOX(&bayes_kernels::low_rank_update_<bayes_kernels::Device>)); \
-    m.impl("kron_accumulate_",                                                  \
-           TORCH_BOX(&bayes_kernels::kron_accumulate_<bayes_kernels::Device>)); \
-  }
-
-#if defined(BAYES_KERNELS_SIM)
-BK_REGISTER_CURVATURE(CPU, Cuda)
-#else
-BK_REGISTER_CURVATURE(CPU, Cpu)
-#if defined(BAYES_KERNELS_CUDA)
-BK_REGISTER_CURVATURE(CUDA, Cuda)
-#endif
-#endif

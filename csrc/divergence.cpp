@@ -6,38 +6,36 @@
 namespace bayes_kernels {
 namespace {
 
-#if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
   static constexpr auto workspace = divergence_workspace_cpu;
   static constexpr auto value = gaussian_kl_cpu;
   static constexpr auto gradient = gaussian_kl_gradient_cpu;
   static constexpr auto step = gaussian_kl_step_cpu;
 };
-#endif
-#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
   static constexpr auto workspace = divergence_workspace_cuda;
   static constexpr auto value = gaussian_kl_cuda;
   static constexpr auto gradient = gaussian_kl_gradient_cuda;
   static constexpr auto step = gaussian_kl_step_cuda;
 };
-#endif
 
 struct Lists {
   DivergenceParams params{};
   std::vector<DivergenceItem> items;
+  Lists(const char* op, const std::vector<Tensor>& means, const std::vector<Tensor>& rhos,
+        const std::vector<double>& prior_std, const std::string& std, const std::string& direction);
 };
 
 // In-place ops must write into the given storage: every tensor has to be contiguous as it is.
-void check_lists(const char* op, const std::vector<Tensor>& means, const std::vector<Tensor>& rhos,
-                 const std::vector<double>& prior_std, const std::string& std,
-                 const std::string& direction, Lists* out) {
+Lists::Lists(const char* op, const std::vector<Tensor>& means, const std::vector<Tensor>& rhos,
+             const std::vector<double>& prior_std, const std::string& std,
+             const std::string& direction) {
   BK_CHECK(!means.empty() && means.size() == rhos.size(), op,
            ": means and rhos must be lists of the same length, at least 1, got ", means.size(),
            " and ", rhos.size());
   BK_CHECK(prior_std.size() == 1 || prior_std.size() == means.size(), op,
            ": prior_std must hold one value, or one for each tensor");
-  out->items.resize(means.size());
+  items.resize(means.size());
   for (size_t i = 0; i < means.size(); ++i) {
     const Tensor &mean = means[i], &rho = rhos[i];
     BK_CHECK(mean.is_contiguous() && rho.is_contiguous(), op, ": tensor ", i,
@@ -57,19 +55,19 @@ void check_lists(const char* op, const std::vector<Tensor>& means, const std::ve
              op, ": rho ", i, " must have the shape of its mean, or (r, 1)");
     BK_CHECK(!row_constant || mean.size(1) > 0, op, ": mean ", i,
              " must not be empty beside a rho of shape (r, 1)");
-    out->items[i] = DivergenceItem{mean.data_ptr(),
-                                   rho.data_ptr(),
-                                   nullptr,
-                                   nullptr,
-                                   prior,
-                                   mean.numel(),
-                                   row_constant ? mean.size(1) : 1};
+    items[i] = DivergenceItem{mean.data_ptr(),
+                              rho.data_ptr(),
+                              nullptr,
+                              nullptr,
+                              prior,
+                              mean.numel(),
+                              row_constant ? mean.size(1) : 1};
   }
-  out->params.items = out->items.data();
-  out->params.n_items = static_cast<int64_t>(out->items.size());
-  out->params.f64 = means[0].scalar_type() == ScalarType::Double;
-  out->params.std = std_of_name(op, std);
-  out->params.direction = direction_of_name(op, direction);
+  params.items = items.data();
+  params.n_items = static_cast<int64_t>(items.size());
+  params.f64 = means[0].scalar_type() == ScalarType::Double;
+  params.std = std_of_name(op, std);
+  params.direction = direction_of_name(op, direction);
 }
 
 void check_weight(const char* op, const Tensor& weight, const Tensor& like) {
@@ -82,8 +80,7 @@ template <class Device>
 Tensor gaussian_kl(std::vector<Tensor> means, std::vector<Tensor> rhos,
                    std::vector<double> prior_std, std::string std, std::string direction) {
   constexpr const char* op = "gaussian_kl";
-  Lists lists;
-  check_lists(op, means, rhos, prior_std, std, direction, &lists);
+  Lists lists(op, means, rhos, prior_std, std, direction);
   OptionalDeviceGuard guard(means[0]);
   Tensor out = empty_like_shape(means[0], {}, ScalarType::Double);
   lists.params.out = out.mutable_data_ptr();
@@ -97,8 +94,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> gaussian_kl_backward(
     Tensor weight, std::vector<Tensor> means, std::vector<Tensor> rhos,
     std::vector<double> prior_std, std::string std, std::string direction) {
   constexpr const char* op = "gaussian_kl_backward";
-  Lists lists;
-  check_lists(op, means, rhos, prior_std, std, direction, &lists);
+  Lists lists(op, means, rhos, prior_std, std, direction);
   check_weight(op, weight, means[0]);
   OptionalDeviceGuard guard(means[0]);
   std::vector<Tensor> dmeans, drhos;
@@ -118,38 +114,26 @@ template <class Device>
 void gaussian_kl_step_(std::vector<Tensor> means, std::vector<Tensor> rhos, Tensor weight,
                        std::vector<double> prior_std, std::string std, std::string direction) {
   constexpr const char* op = "gaussian_kl_step_";
-  Lists lists;
-  check_lists(op, means, rhos, prior_std, std, direction, &lists);
+  Lists lists(op, means, rhos, prior_std, std, direction);
   check_weight(op, weight, means[0]);
-  std::vector<ByteRange> written;
-  const int64_t size = lists.params.f64 ? 8 : 4;
+  std::vector<Tensor> written;
   for (const std::vector<Tensor>* list : {&means, &rhos})
     for (const Tensor& t : *list)
-      if (t.numel() > 0) written.push_back(byte_range(t, size));
-  check_disjoint(op, written, {byte_range(weight, size)}, /*same_ok=*/false);
+      if (t.numel() > 0) written.push_back(t);
+  check_disjoint(op, written, {weight}, /*same_ok=*/false);
   OptionalDeviceGuard guard(means[0]);
   lists.params.weight = weight.data_ptr();
   Tensor workspace = workspace_for(means[0], lists.params, Device::workspace);
   raise_if(op, Device::step(lists.params, current_stream(means[0])));
 }
 
+template <class Device>
+void divergence_ops(Library& m) {
+  m.impl("gaussian_kl", TORCH_BOX(&gaussian_kl<Device>));
+  m.impl("gaussian_kl_backward", TORCH_BOX(&gaussian_kl_backward<Device>));
+  m.impl("gaussian_kl_step_", TORCH_BOX(&gaussian_kl_step_<Device>));
+}
+BK_REGISTER(divergence_ops)
+
 }  // namespace
 }  // namespace bayes_kernels
-
-#define BK_REGISTER_DIVERGENCE(key, Device)                                               \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                         \
-    m.impl("gaussian_kl", TORCH_BOX(&bayes_kernels::gaussian_kl<bayes_kernels::Device>)); \
-    m.impl("gaussian_kl_backward",                                                        \
-           TORCH_BOX(&bayes_kernels::gaussian_kl_backward<bayes_kernels::Device>));       \
-    m.impl("gaussian_kl_step_",                                                           \
-           TORCH_BOX(&bayes_kernels::gaussian_kl_step_<bayes_kernels::Device>));          \
-  }
-
-#if defined(BAYES_KERNELS_SIM)
-BK_REGISTER_DIVERGENCE(CPU, Cuda)
-#else
-BK_REGISTER_DIVERGENCE(CPU, Cpu)
-#if defined(BAYES_KERNELS_CUDA)
-BK_REGISTER_DIVERGENCE(CUDA, Cuda)
-#endif
-#endif

@@ -7,7 +7,6 @@
 namespace bayes_kernels {
 namespace {
 
-#if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
   static constexpr auto normal = normal_cpu;
   static constexpr auto sign_bits = sign_bits_cpu;
@@ -16,8 +15,6 @@ struct Cpu {
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cpu;
   static constexpr auto fold_in = fold_in_cpu;
 };
-#endif
-#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
   static constexpr auto normal = normal_cuda;
   static constexpr auto sign_bits = sign_bits_cuda;
@@ -26,7 +23,6 @@ struct Cuda {
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cuda;
   static constexpr auto fold_in = fold_in_cuda;
 };
-#endif
 
 template <class Device>
 Tensor fold_key(Tensor key, int64_t data) {
@@ -53,21 +49,13 @@ Tensor sign_bits(Tensor key, int64_t stream, bool output, int64_t rows, int64_t 
                  int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids) {
   constexpr const char* op = "sign_bits";
   BK_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative");
-  BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
   OptionalDeviceGuard guard(key);
   Tensor out = empty_like_shape(key, {rows, columns}, ScalarType::Char);
   SignParams p{};
   p.key = key_pointer(op, key, key);
   p.stream = stream;
   p.purpose = output ? kSignOut : kSignIn;
-  p.rows = RowIds{nullptr, row0, rows_per_id};
-  if (ids.has_value()) {
-    BK_CHECK(ids->dim() == 1 && ids->size(0) == rows && ids->scalar_type() == ScalarType::Long &&
-                 ids->is_contiguous(),
-             op, ": ids must be a contiguous int64 tensor of ", rows, " elements");
-    check_device(op, "ids", *ids, key);
-    p.rows.ids = ids->const_data_ptr<int64_t>();
-  }
+  p.rows = row_ids(op, row0, rows_per_id, ids, rows, key);
   p.out = out.mutable_data_ptr<int8_t>();
   p.count = rows;
   p.columns = columns;
@@ -110,25 +98,16 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
   return scaled_normal_gradient(op, de, rho, key, stream, std, Device::scaled_normal_backward);
 }
 
+template <class Device>
+void noise_ops(Library& m) {
+  m.impl("fold_in", TORCH_BOX(&fold_key<Device>));
+  m.impl("normal", TORCH_BOX(&normal<Device>));
+  m.impl("sign_bits", TORCH_BOX(&sign_bits<Device>));
+  m.impl("dropout_mask", TORCH_BOX(&dropout_mask<Device>));
+  m.impl("scaled_normal", TORCH_BOX(&scaled_normal<Device>));
+  m.impl("scaled_normal_backward", TORCH_BOX(&scaled_normal_backward<Device>));
+}
+BK_REGISTER(noise_ops)
+
 }  // namespace
 }  // namespace bayes_kernels
-
-#define BK_REGISTER_NOISE(key, Device)                                                        \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                             \
-    m.impl("fold_in", TORCH_BOX(&bayes_kernels::fold_key<bayes_kernels::Device>));            \
-    m.impl("normal", TORCH_BOX(&bayes_kernels::normal<bayes_kernels::Device>));               \
-    m.impl("sign_bits", TORCH_BOX(&bayes_kernels::sign_bits<bayes_kernels::Device>));         \
-    m.impl("dropout_mask", TORCH_BOX(&bayes_kernels::dropout_mask<bayes_kernels::Device>));   \
-    m.impl("scaled_normal", TORCH_BOX(&bayes_kernels::scaled_normal<bayes_kernels::Device>)); \
-    m.impl("scaled_normal_backward",                                                          \
-           TORCH_BOX(&bayes_kernels::scaled_normal_backward<bayes_kernels::Device>));         \
-  }
-
-#if defined(BAYES_KERNELS_SIM)
-BK_REGISTER_NOISE(CPU, Cuda)
-#else
-BK_REGISTER_NOISE(CPU, Cpu)
-#if defined(BAYES_KERNELS_CUDA)
-BK_REGISTER_NOISE(CUDA, Cuda)
-#endif
-#endif

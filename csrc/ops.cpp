@@ -32,7 +32,11 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
   m.def(
       "adapter_forward(Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor? base, Tensor? key, "
       "SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
-      "float scaling, bool keep_draw) -> (Tensor, Tensor)");
+      "float scaling) -> (Tensor, Tensor)");
+  m.def(
+      "adapter_infer(Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor? base, Tensor? key, SymInt "
+      "stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, float "
+      "scaling) -> Tensor?");
   m.def(
       "adapter_backward(Tensor dy, Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor h, Tensor? "
       "key, SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
@@ -56,7 +60,6 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
 
   // tall
   m.def("tall_gram(Tensor[] xs) -> Tensor[]");
-  m.def("tall_pair_gram(Tensor[] xs, Tensor[] gs) -> (Tensor[], Tensor[], Tensor[])");
   m.def("tall_retract_(Tensor(a!)[] xs, Tensor[] steps, str retraction) -> Tensor");
   m.def(
       "tall_stiefel_step_(Tensor(a!)[] xs, Tensor[] directions, Tensor lr, str retraction) -> "

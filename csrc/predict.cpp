@@ -6,20 +6,16 @@
 namespace bayes_kernels {
 namespace {
 
-#if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
   static constexpr int64_t most_full = int64_t{1} << 31;
   static constexpr auto workspace = predict_workspace_cpu;
   static constexpr auto predict = mc_predict_cpu;
 };
-#endif
-#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
   static constexpr int64_t most_full = kMaxFull;
   static constexpr auto workspace = predict_workspace_cuda;
   static constexpr auto predict = mc_predict_cuda;
 };
-#endif
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, Tensor key,
@@ -55,14 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, T
   PredictParams p{};
   p.key = key_pointer(op, key, mean);
   p.stream = stream;
-  p.row_ids = RowIds{nullptr, row0, 1};
-  if (ids.has_value()) {
-    BK_CHECK(ids->dim() == 1 && ids->size(0) == rows && ids->scalar_type() == ScalarType::Long &&
-                 ids->is_contiguous(),
-             op, ": ids must be a contiguous int64 tensor of ", rows, " elements");
-    check_device(op, "ids", *ids, mean);
-    p.row_ids.ids = ids->const_data_ptr<int64_t>();
-  }
+  p.row_ids = row_ids(op, row0, 1, ids, rows, mean);
   p.f64 = type == ScalarType::Double;
   p.full = full;
   p.antithetic = antithetic;
@@ -87,19 +76,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, T
   return {log_probs, entropy, expected_entropy, error};
 }
 
+template <class Device>
+void predict_ops(Library& m) {
+  m.impl("mc_predict", TORCH_BOX(&mc_predict<Device>));
+}
+BK_REGISTER(predict_ops)
+
 }  // namespace
 }  // namespace bayes_kernels
-
-#define BK_REGISTER_PREDICT(key, Device)                                                \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                       \
-    m.impl("mc_predict", TORCH_BOX(&bayes_kernels::mc_predict<bayes_kernels::Device>)); \
-  }
-
-#if defined(BAYES_KERNELS_SIM)
-BK_REGISTER_PREDICT(CPU, Cuda)
-#else
-BK_REGISTER_PREDICT(CPU, Cpu)
-#if defined(BAYES_KERNELS_CUDA)
-BK_REGISTER_PREDICT(CUDA, Cuda)
-#endif
-#endif

@@ -6,35 +6,32 @@
 namespace bayes_kernels {
 namespace {
 
-#if !defined(BAYES_KERNELS_SIM)
 struct Cpu {
   static constexpr bool f64 = true;
   static constexpr auto workspace = tall_workspace_cpu;
   static constexpr auto launch = tall_cpu;
 };
-#endif
-#if defined(BAYES_KERNELS_CUDA) || defined(BAYES_KERNELS_SIM)
 struct Cuda {
   static constexpr bool f64 = false;
   static constexpr auto workspace = tall_workspace_cuda;
   static constexpr auto launch = tall_cuda;
 };
-#endif
 
 struct List {
   TallParams params{};
   std::vector<TallItem> items;
+  List(const char* op, const std::vector<Tensor>& xs, const std::vector<Tensor>& ds, bool f64,
+       bool in_place);
 };
 
 // `ds` is empty, or holds one matrix for each of `xs`.
-void check_list(const char* op, const std::vector<Tensor>& xs, const std::vector<Tensor>& ds,
-                bool f64, bool in_place, List* out) {
+List::List(const char* op, const std::vector<Tensor>& xs, const std::vector<Tensor>& ds, bool f64,
+           bool in_place) {
   BK_CHECK(!xs.empty(), op, ": the list must hold at least one matrix");
   BK_CHECK(ds.empty() || ds.size() == xs.size(), op, ": lists must have the same length, got ",
            xs.size(), " and ", ds.size());
   const ScalarType type = xs[0].scalar_type();
-  BK_CHECK(type == ScalarType::Float || (f64 && type == ScalarType::Double), op,
-           ": matrices must be float32", f64 ? " or float64" : " on a GPU", "; convert them");
+  check_matrix_type(op, "matrices", type, f64);
   for (size_t i = 0; i < xs.size(); ++i) {
     const Tensor& x = xs[i];
     BK_CHECK(x.dim() == 2 && x.size(1) >= 1 && x.size(0) >= x.size(1), op, ": matrix ", i,
@@ -45,7 +42,7 @@ void check_list(const char* op, const std::vector<Tensor>& xs, const std::vector
     BK_CHECK(x.is_contiguous() && x.scalar_type() == type, op, ": matrix ", i,
              " must be contiguous and have the dtype of the first");
     check_device(op, "each matrix", x, xs[0]);
-    TallItem item{x.data_ptr(), nullptr, nullptr, nullptr, nullptr, x.size(0), x.size(1)};
+    TallItem item{x.data_ptr(), nullptr, nullptr, x.size(0), x.size(1)};
     if (!ds.empty()) {
       const Tensor& d = ds[i];
       BK_CHECK(d.dim() == 2 && d.size(0) == x.size(0) && d.size(1) == x.size(1) &&
@@ -55,31 +52,18 @@ void check_list(const char* op, const std::vector<Tensor>& xs, const std::vector
       check_device(op, "each tensor", d, xs[0]);
       item.d = d.data_ptr();
     }
-    out->items.push_back(item);
+    items.push_back(item);
   }
-  if (in_place) {
-    std::vector<ByteRange> written, read;
-    const int64_t size = type == ScalarType::Double ? 8 : 4;
-    for (const Tensor& x : xs) written.push_back(byte_range(x, size));
-    for (const Tensor& d : ds) read.push_back(byte_range(d, size));
-    check_disjoint(op, written, read, /*same_ok=*/true);
-  }
-  out->params.items = out->items.data();
-  out->params.n_items = static_cast<int64_t>(out->items.size());
-  out->params.f64 = type == ScalarType::Double;
-}
-
-const double* scalar(const char* op, const char* name, const Tensor& value, const Tensor& like) {
-  BK_CHECK(value.numel() == 1 && value.scalar_type() == ScalarType::Double, op, ": ", name,
-           " must be a float64 tensor of one element");
-  check_device(op, name, value, like);
-  return value.const_data_ptr<double>();
+  if (in_place) check_disjoint(op, xs, ds, /*same_ok=*/true);
+  params.items = items.data();
+  params.n_items = static_cast<int64_t>(items.size());
+  params.f64 = type == ScalarType::Double;
 }
 
 Retraction retraction_of_name(const char* op, const std::string& name) {
   if (name == "polar") return Retraction::kPolar;
   if (name == "qr") return Retraction::kQr;
-  throw std::runtime_error(message(op, ": retraction must be 'polar' or 'qr', got '", name, "'"));
+  throw ArgumentError(message(op, ": retraction must be 'polar' or 'qr', got '", name, "'"));
 }
 
 template <class Device>
@@ -88,50 +72,25 @@ void launch(const char* op, const Tensor& like, TallParams& params) {
   raise_if(op, Device::launch(params, current_stream(like)));
 }
 
-std::vector<Tensor> grams_of(const std::vector<Tensor>& xs) {
-  std::vector<Tensor> out;
-  for (const Tensor& x : xs)
-    out.push_back(empty_like_shape(x, {x.size(1), x.size(1)}, x.scalar_type()));
-  return out;
-}
-
 template <class Device>
 std::vector<Tensor> tall_gram(std::vector<Tensor> xs) {
   constexpr const char* op = "tall_gram";
-  List list;
-  check_list(op, xs, {}, Device::f64, false, &list);
+  List list(op, xs, {}, Device::f64, false);
   OptionalDeviceGuard guard(xs[0]);
-  std::vector<Tensor> out = grams_of(xs);
-  for (size_t i = 0; i < xs.size(); ++i) list.items[i].out = out[i].mutable_data_ptr();
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    out.push_back(empty_like_shape(xs[i], {xs[i].size(1), xs[i].size(1)}, xs[i].scalar_type()));
+    list.items[i].out = out[i].mutable_data_ptr();
+  }
   list.params.op = TallOp::kGram;
   launch<Device>(op, xs[0], list.params);
   return out;
 }
 
 template <class Device>
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> tall_pair_gram(
-    std::vector<Tensor> xs, std::vector<Tensor> gs) {
-  constexpr const char* op = "tall_pair_gram";
-  List list;
-  check_list(op, xs, gs, Device::f64, false, &list);
-  BK_CHECK(gs.size() == xs.size(), op, ": gs must hold one matrix for each of xs");
-  OptionalDeviceGuard guard(xs[0]);
-  std::vector<Tensor> xx = grams_of(xs), xg = grams_of(xs), gg = grams_of(xs);
-  for (size_t i = 0; i < xs.size(); ++i) {
-    list.items[i].out = xx[i].mutable_data_ptr();
-    list.items[i].out_xd = xg[i].mutable_data_ptr();
-    list.items[i].out_dd = gg[i].mutable_data_ptr();
-  }
-  list.params.op = TallOp::kPairGram;
-  launch<Device>(op, xs[0], list.params);
-  return {xx, xg, gg};
-}
-
-template <class Device>
 Tensor tall_retract_(std::vector<Tensor> xs, std::vector<Tensor> steps, std::string retraction) {
   constexpr const char* op = "tall_retract_";
-  List list;
-  check_list(op, xs, steps, Device::f64, true, &list);
+  List list(op, xs, steps, Device::f64, true);
   list.params.retraction = retraction_of_name(op, retraction);
   OptionalDeviceGuard guard(xs[0]);
   Tensor info = empty_like_shape(xs[0], {list.params.n_items}, ScalarType::Int);
@@ -145,11 +104,10 @@ template <class Device>
 Tensor tall_stiefel_step_(std::vector<Tensor> xs, std::vector<Tensor> directions, Tensor lr,
                           std::string retraction) {
   constexpr const char* op = "tall_stiefel_step_";
-  List list;
-  check_list(op, xs, directions, Device::f64, true, &list);
+  List list(op, xs, directions, Device::f64, true);
   BK_CHECK(directions.size() == xs.size(), op, ": directions must hold one matrix for each of xs");
   list.params.retraction = retraction_of_name(op, retraction);
-  list.params.lr = scalar(op, "lr", lr, xs[0]);
+  list.params.lr = number_pointer(op, "lr", lr, xs[0]);
   OptionalDeviceGuard guard(xs[0]);
   Tensor info = empty_like_shape(xs[0], {list.params.n_items}, ScalarType::Int);
   list.params.info = info.mutable_data_ptr<int32_t>();
@@ -162,10 +120,9 @@ template <class Device>
 std::vector<Tensor> tall_landing_field(std::vector<Tensor> xs, std::vector<Tensor> grads,
                                        Tensor lam) {
   constexpr const char* op = "tall_landing_field";
-  List list;
-  check_list(op, xs, grads, Device::f64, false, &list);
+  List list(op, xs, grads, Device::f64, false);
   BK_CHECK(grads.size() == xs.size(), op, ": grads must hold one matrix for each of xs");
-  list.params.lam = scalar(op, "lam", lam, xs[0]);
+  list.params.lam = number_pointer(op, "lam", lam, xs[0]);
   OptionalDeviceGuard guard(xs[0]);
   std::vector<Tensor> out;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -180,37 +137,24 @@ std::vector<Tensor> tall_landing_field(std::vector<Tensor> xs, std::vector<Tenso
 template <class Device>
 void tall_landing_step_(std::vector<Tensor> xs, std::vector<Tensor> grads, Tensor lr, Tensor lam) {
   constexpr const char* op = "tall_landing_step_";
-  List list;
-  check_list(op, xs, grads, Device::f64, true, &list);
+  List list(op, xs, grads, Device::f64, true);
   BK_CHECK(grads.size() == xs.size(), op, ": grads must hold one matrix for each of xs");
-  list.params.lr = scalar(op, "lr", lr, xs[0]);
-  list.params.lam = scalar(op, "lam", lam, xs[0]);
+  list.params.lr = number_pointer(op, "lr", lr, xs[0]);
+  list.params.lam = number_pointer(op, "lam", lam, xs[0]);
   OptionalDeviceGuard guard(xs[0]);
   list.params.op = TallOp::kLandingStep;
   launch<Device>(op, xs[0], list.params);
 }
 
+template <class Device>
+void tall_ops(Library& m) {
+  m.impl("tall_gram", TORCH_BOX(&tall_gram<Device>));
+  m.impl("tall_retract_", TORCH_BOX(&tall_retract_<Device>));
+  m.impl("tall_stiefel_step_", TORCH_BOX(&tall_stiefel_step_<Device>));
+  m.impl("tall_landing_field", TORCH_BOX(&tall_landing_field<Device>));
+  m.impl("tall_landing_step_", TORCH_BOX(&tall_landing_step_<Device>));
+}
+BK_REGISTER(tall_ops)
+
 }  // namespace
 }  // namespace bayes_kernels
-
-#define BK_REGISTER_TALL(key, Device)                                                           \
-  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) {                                               \
-    m.impl("tall_gram", TORCH_BOX(&bayes_kernels::tall_gram<bayes_kernels::Device>));           \
-    m.impl("tall_pair_gram", TORCH_BOX(&bayes_kernels::tall_pair_gram<bayes_kernels::Device>)); \
-    m.impl("tall_retract_", TORCH_BOX(&bayes_kernels::tall_retract_<bayes_kernels::Device>));   \
-    m.impl("tall_stiefel_step_",                                                                \
-           TORCH_BOX(&bayes_kernels::tall_stiefel_step_<bayes_kernels::Device>));               \
-    m.impl("tall_landing_field",                                                                \
-           TORCH_BOX(&bayes_kernels::tall_landing_field<bayes_kernels::Device>));               \
-    m.impl("tall_landing_step_",                                                                \
-           TORCH_BOX(&bayes_kernels::tall_landing_step_<bayes_kernels::Device>));               \
-  }
-
-#if defined(BAYES_KERNELS_SIM)
-BK_REGISTER_TALL(CPU, Cuda)
-#else
-BK_REGISTER_TALL(CPU, Cpu)
-#if defined(BAYES_KERNELS_CUDA)
-BK_REGISTER_TALL(CUDA, Cuda)
-#endif
-#endif

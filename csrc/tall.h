@@ -13,7 +13,6 @@ constexpr int kMaxTallRank = 64;
 
 enum class TallOp : int {
   kGram,          // out = x^T x
-  kPairGram,      // out, out_xd, out_dd = x^T x, x^T d, d^T d
   kRetract,       // x <- retraction of x + d (of x where d is null)
   kStiefelStep,   // x <- retraction of x - lr (d - x sym(x^T d))
   kLandingField,  // out = d (x^T x) - x (d^T x) + lam x (x^T x - I)
@@ -29,8 +28,6 @@ struct TallItem {
   void* x;
   const void* d;  // step, direction or gradient; may be null
   void* out;      // field (n, r), or Gram matrix (r, r)
-  void* out_xd;   // pair of Grams only
-  void* out_dd;
   int64_t n;
   int64_t r;
 };

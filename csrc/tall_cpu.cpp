@@ -485,7 +485,7 @@ void one_matrix(const TallParams& p, int64_t index, const Scratch& scratch) {
     p.info[index] = info;
     return;
   }
-  const Rows from{&item, false, p.op == TallOp::kGram ? 1 : 2, p.op == TallOp::kPairGram};
+  const Rows from{&item, false, p.op == TallOp::kGram ? 1 : 2, false};
   const int width = from.parts * ld;
   gram_of<T>(from, nullptr, scratch);
   take_block(scratch, width, 0, 0, r, ld, scratch.s);
@@ -494,13 +494,6 @@ void one_matrix(const TallParams& p, int64_t index, const Scratch& scratch) {
     return;
   }
   take_block(scratch, width, 0, ld, r, ld, scratch.k);
-  if (p.op == TallOp::kPairGram) {
-    take_block(scratch, width, ld, ld, r, ld, scratch.dd);
-    write_small<T>(scratch.s, r, ld, item.out);
-    write_small<T>(scratch.k, r, ld, item.out_xd);
-    write_small<T>(scratch.dd, r, ld, item.out_dd);
-    return;
-  }
   const bool step = p.op == TallOp::kLandingStep;
   double *a = scratch.a, *b = scratch.p;
   landing_coefficients<OneThread>(scratch.s, scratch.k, *p.lam, step ? *p.lr : 0.0, step, a, b, r,

@@ -30,15 +30,13 @@ struct Item {
   float* x;
   const float* d;
   float* out;
-  float* out_xd;
-  float* out_dd;
   double* region;  // partial sums, then small matrices: Region
   int32_t n;
   int32_t r;
   int32_t index;   // in the caller's list
   int32_t vector;  // all pointers and r allow vector accesses
 };
-static_assert(sizeof(Item) == 64, "room for 60 or 500 in the arguments");
+static_assert(sizeof(Item) == 48, "room for 60 or 500 in the arguments");
 
 template <int kItems>
 struct List {
@@ -60,7 +58,7 @@ BK_HD int splits_of(int64_t n) { return static_cast<int>(ceil_div(n, rows_of(n))
 // Gram matrices that an op needs: x^T x; x^T d; d^T d.
 BK_HD int kinds_of(TallOp op) {
   if (op == TallOp::kGram || op == TallOp::kRetract) return 1;
-  return op == TallOp::kPairGram || op == TallOp::kStiefelStep ? 3 : 2;
+  return op == TallOp::kStiefelStep ? 3 : 2;
 }
 
 BK_HD int pitch_of(int r) { return r | 1; }  // odd: columns lie in different banks
@@ -326,15 +324,8 @@ __global__ void __launch_bounds__(kThreads, 4) solve_kernel(SolveArguments s) {
   double* numbers = buffers + kSolveBuffers * matrix;
   double *gram = buffers, *free = buffers + matrix;
   add_partials(item, s.op, 0, true, gram, ld);
-  if (s.op == TallOp::kGram || s.op == TallOp::kPairGram) {
+  if (s.op == TallOp::kGram) {
     write_gram(gram, item.out, r, ld);
-    if (s.op == TallOp::kGram) return;
-    BlockTeam::sync();
-    add_partials(item, s.op, 1, false, gram, ld);
-    write_gram(gram, item.out_xd, r, ld);
-    BlockTeam::sync();
-    add_partials(item, s.op, 2, true, gram, ld);
-    write_gram(gram, item.out_dd, r, ld);
     return;
   }
   if (s.op == TallOp::kLandingField || s.op == TallOp::kLandingStep) {
@@ -619,8 +610,7 @@ const char* tall_cuda(const TallParams& p, void* stream) {
       const bool vector = r % unit == 0 && aligned(item.x, 4 * unit) && aligned(item.d, 4 * unit) &&
                           aligned(item.out, 4 * unit);
       items.push_back(Item{static_cast<float*>(item.x), static_cast<const float*>(item.d),
-                           static_cast<float*>(item.out), static_cast<float*>(item.out_xd),
-                           static_cast<float*>(item.out_dd), region, static_cast<int32_t>(item.n),
+                           static_cast<float*>(item.out), region, static_cast<int32_t>(item.n),
                            static_cast<int32_t>(r), static_cast<int32_t>(i), vector ? 1 : 0});
       region += region_of(p.op, item.n, r, r > shared_rank).end;
       classes[c].splits = std::max(classes[c].splits, splits_of(item.n));
@@ -640,7 +630,7 @@ const char* tall_cuda(const TallParams& p, void* stream) {
   if (bytes > 48 * 1024) bk_set_max_dynamic_smem(solve_kernel, bytes);
   BK_LAUNCH(solve_kernel, grid, kThreads, bytes, stream, arguments);
   error = bk_last_error();
-  if (error != nullptr || p.op == TallOp::kGram || p.op == TallOp::kPairGram) return error;
+  if (error != nullptr || p.op == TallOp::kGram) return error;
   if (p.info != nullptr) {
     // Beside the tile of its own; above 48 KiB in all it has to be asked for.
     if (bytes + 17 * 1024 > 48 * 1024) bk_set_max_dynamic_smem(refine_kernel, bytes);

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/philox.h"
 #include "core/portable.h"
 #include "core/posterior.h"
 
@@ -32,17 +33,36 @@
 #define BK_LIBRARY bayes_kernels
 #endif
 
+// A family's ops: `family<Device>(m)` calls m.impl for each, and Device is its struct Cpu or Cuda.
+#if defined(BAYES_KERNELS_SIM)
+#define BK_REGISTER(family) BK_REGISTER_DEVICE(family, CPU, Cuda)
+#elif defined(BAYES_KERNELS_CUDA)
+#define BK_REGISTER(family)            \
+  BK_REGISTER_DEVICE(family, CPU, Cpu) \
+  BK_REGISTER_DEVICE(family, CUDA, Cuda)
+#else
+#define BK_REGISTER(family) BK_REGISTER_DEVICE(family, CPU, Cpu)
+#endif
+#define BK_REGISTER_DEVICE(family, key, Device) \
+  STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, key, m) { family<Device>(m); }
+
 // Shape and type errors are raised by Python before an op is called (functional/); these checks
 // protect direct calls of torch.ops. `op: argument must be ..., got ...`.
-#define BK_CHECK(condition, ...)                                                       \
-  do {                                                                                 \
-    if (!(condition)) throw std::runtime_error(::bayes_kernels::message(__VA_ARGS__)); \
+#define BK_CHECK(condition, ...)                                                                   \
+  do {                                                                                             \
+    if (!(condition)) throw ::bayes_kernels::ArgumentError(::bayes_kernels::message(__VA_ARGS__)); \
   } while (0)
 
 namespace bayes_kernels {
 
 using Tensor = torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
+using Library = torch::stable::detail::StableLibrary;
+
+// An argument that an op does not take, as opposed to a failure of the machine.
+struct ArgumentError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 template <class... Args>
 std::string message(const Args&... args) {
@@ -63,7 +83,7 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     case ScalarType::Double:
       return DType::kF64;
     default:
-      throw std::runtime_error(
+      throw ArgumentError(
           message(op, ": dtype must be float32, bfloat16, float16 or float64; convert the tensor"));
   }
 }
@@ -115,14 +135,14 @@ inline Std std_of_name(const char* op, const std::string& name) {
   if (name == "square") return Std::kSquare;
   if (name == "softplus") return Std::kSoftplus;
   if (name == "direct") return Std::kDirect;
-  throw std::runtime_error(
+  throw ArgumentError(
       message(op, ": std must be 'square', 'softplus' or 'direct', got '", name, "'"));
 }
 
 inline Direction direction_of_name(const char* op, const std::string& name) {
   if (name == "elbo") return Direction::kElbo;
   if (name == "code") return Direction::kCode;
-  throw std::runtime_error(message(op, ": direction must be 'elbo' or 'code', got '", name, "'"));
+  throw ArgumentError(message(op, ": direction must be 'elbo' or 'code', got '", name, "'"));
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
@@ -139,9 +159,36 @@ inline const int64_t* key_pointer(const char* op, const Tensor& key, const Tenso
   return key.const_data_ptr<int64_t>();
 }
 
+// fp32, or fp64 where the device's kernels take it.
+inline void check_matrix_type(const char* op, const char* name, ScalarType type, bool f64) {
+  BK_CHECK(type == ScalarType::Float || (f64 && type == ScalarType::Double), op, ": ", name,
+           " must be float32", f64 ? " or float64" : " on a GPU", "; convert them");
+}
+
+// Where a one-element tensor on the device of the others keeps its number.
+inline const double* number_pointer(const char* op, const char* name, const Tensor& number,
+                                    const Tensor& like) {
+  BK_CHECK(number.numel() == 1 && number.scalar_type() == ScalarType::Double, op, ": ", name,
+           " must be a float64 tensor of one element");
+  check_device(op, name, number, like);
+  return number.const_data_ptr<double>();
+}
+
+// The rows' numbers: `ids`, one for each of `rows` rows, or counted ones.
+inline RowIds row_ids(const char* op, int64_t row0, int64_t rows_per_id,
+                      const std::optional<Tensor>& ids, int64_t rows, const Tensor& like) {
+  BK_CHECK(rows_per_id >= 1, op, ": rows_per_id must be at least 1, got ", rows_per_id);
+  if (!ids.has_value()) return RowIds{nullptr, row0, rows_per_id};
+  BK_CHECK(ids->dim() == 1 && ids->size(0) == rows && ids->scalar_type() == ScalarType::Long &&
+               ids->is_contiguous(),
+           op, ": ids must be a contiguous int64 tensor of ", rows, " elements");
+  check_device(op, "ids", *ids, like);
+  return RowIds{ids->const_data_ptr<int64_t>(), row0, rows_per_id};
+}
+
 // Launch functions return null or the text of an error.
 inline void raise_if(const char* op, const char* error) {
-  BK_CHECK(error == nullptr, op, ": ", error);
+  if (error != nullptr) throw std::runtime_error(message(op, ": ", error));
 }
 
 // Allocates size(p) bytes on the device of `like` and stores the address in p.workspace.
@@ -168,15 +215,23 @@ void parallel_for(int64_t end, int64_t grain, const F& body) {
 
 using ByteRange = std::pair<const char*, const char*>;
 
-inline ByteRange byte_range(const Tensor& t, int64_t item_size) {
-  const char* start = static_cast<const char*>(t.data_ptr());
-  return {start, start + t.numel() * item_size};
+// Of contiguous floating-point tensors.
+inline std::vector<ByteRange> byte_ranges(const std::vector<Tensor>& tensors) {
+  std::vector<ByteRange> ranges;
+  for (const Tensor& t : tensors) {
+    const ScalarType type = t.scalar_type();
+    const int64_t size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    const char* start = static_cast<const char*>(t.data_ptr());
+    ranges.emplace_back(start, start + t.numel() * size);
+  }
+  return ranges;
 }
 
-// No two of `written` may overlap, as two blocks would write them at once, and none of `read` may
+// No two of `changed` may overlap, as two blocks would write them at once, and none of `given` may
 // overlap one of them, except, where `same_ok`, its own one, exactly.
-inline void check_disjoint(const char* op, const std::vector<ByteRange>& written,
-                           const std::vector<ByteRange>& read, bool same_ok) {
+inline void check_disjoint(const char* op, const std::vector<Tensor>& changed,
+                           const std::vector<Tensor>& given, bool same_ok) {
+  const std::vector<ByteRange> written = byte_ranges(changed), read = byte_ranges(given);
   std::vector<ByteRange> sorted = written;
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 1; i < sorted.size(); ++i)

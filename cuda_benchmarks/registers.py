@@ -40,7 +40,7 @@ LOCAL_MEMORY = {
      "24 bytes, read once for 32 tokens; fp16 has a scale too)."),
     ("tall", "solve_kernel"): (40, "addresses of six matrices, kept while they are multiplied; a few reads "
      "for each matrix; hits in the first-level cache."),
-    ("tall", "refine_kernel"): (88, "as `solve_kernel`; most matrices need no refinement."),
+    ("tall", "refine_kernel"): (80, "as `solve_kernel`; most matrices need no refinement."),
 }  # fmt: skip
 
 # Kernels that stream activations or tall matrices, by what a thread must have in flight, in bytes: four

@@ -323,16 +323,20 @@ def _infer(
     """The output where the arguments are as the op takes them and nothing needs a gradient; else None.
 
     The checks of this module take longer than the kernels of one token, so the op's own come first.
-    What it refuses is looked at again by the caller, which converts it or says what does not fit.
+    What it does not take the caller converts, or says what does not fit.
     """
     key = noise.key
     if (
-        torch.compiler.is_compiling()
+        type(scaling) is not float
+        or type(noise.dropout) is not float
+        or type(noise.stream) is not int
+        or type(noise.row0) is not int
+        or type(std) is not str
+        or torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()
-        or type(x) is not Tensor
-        or x.is_meta
-        or (base is not None and (type(base) is not Tensor or base.is_meta))
-        or (key is not None and (type(key) is not Tensor or key.is_meta))
+        or not _is_plain(x)
+        or not (base is None or _is_plain(base))
+        or not (key is None or _is_plain(key))
         or not _is_stored_float(a)
         or not _is_stored_float(b)
         or not (rho is None or _is_stored_float(rho))
@@ -341,14 +345,20 @@ def _infer(
         or transformed()
     ):
         return None
-    try:
-        return _library.ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling, True)[0]
-    except RuntimeError:  # the caller says what does not fit, or meets the same error
-        return None
+    return _library.ops.adapter_infer(x, a, rho, b, base, *noise, std, scaling)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) is Tensor and not t.is_meta and not t.is_nested
 
 
 def _is_stored_float(factor: Tensor) -> bool:
-    return isinstance(factor, Tensor) and factor.dtype == torch.float32 and not factor.is_meta
+    return (
+        isinstance(factor, Tensor)
+        and factor.dtype == torch.float32
+        and not factor.is_meta
+        and not factor.is_nested
+    )
 
 
 def _adapter(
@@ -443,7 +453,7 @@ def _shrink_expand(
     """The output and the rank-space activations before the middle."""
     ops = _library.ops
     if kind in _WHOLE:
-        return ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling, False)
+        return ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling)
     h = ops.adapter_shrink(x, _drawn_factor(a, rho, noise, std, kind), None, *noise)
     dtype = x.dtype if base is None else base.dtype
     return ops.adapter_expand(_apply_middle(h, middle, kind), b, base, scaling, dtype), h
@@ -602,7 +612,6 @@ def _(
     dropout: float,
     std: str,
     scaling: float,
-    keep_draw: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if base is None else base.dtype
     tokens = math.prod(x.shape[:-1])
@@ -610,6 +619,19 @@ def _(
         x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype),
         x.new_empty((tokens, a.shape[0]), dtype=accumulate_dtype(x)),
     )
+
+
+@fake("adapter_infer")
+def _(
+    x: Tensor,
+    a: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    *options: object,
+) -> Tensor | None:
+    dtype = x.dtype if base is None else base.dtype
+    return x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
 
 
 @fake("adapter_backward")

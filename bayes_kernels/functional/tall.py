@@ -430,14 +430,6 @@ def _(xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
 
 
-@fake("tall_pair_gram")
-def _(xs: Sequence[Tensor], gs: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-    def grams() -> list[Tensor]:
-        return [x.new_empty((x.shape[1], x.shape[1])) for x in xs]
-
-    return grams(), grams(), grams()
-
-
 @fake("tall_retract_")
 def _(xs: Sequence[Tensor], steps: Sequence[Tensor], retraction: str) -> Tensor:
     return xs[0].new_empty((len(xs),), dtype=torch.int32)

@@ -195,9 +195,7 @@ const char* tall_op(Buffers& s, TallOp op, Retraction retraction) {
   std::vector<float> x(rows * columns, 0.0f), d = numbers(rows * columns, 9), out = x;
   for (int64_t i = 0; i < rows; ++i) x[static_cast<size_t>(i * columns + i % columns)] = 0.1767767f;
   for (float& v : d) v *= 0.01f;
-  TallItem item{
-      x.data(), op == TallOp::kGram ? nullptr : d.data(), out.data(), nullptr, nullptr, rows,
-      columns};
+  TallItem item{x.data(), op == TallOp::kGram ? nullptr : d.data(), out.data(), rows, columns};
   const double lambda = 0.5;
   int32_t info = -1;
   TallParams p{op, retraction, &item, 1, false, nullptr, &lambda, &info, nullptr};

@@ -13,6 +13,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accuracy import assert_no_worse_than_torch
@@ -571,9 +572,11 @@ def test_whole_ops_are_the_separate_ops_bit_for_bit(shape, dtype, std):
     dy = torch.randn_like(base)
     for deviation in (rho, rho[:, :1]):
         y, h = one_by_one(x, a, deviation, b, base, key, 5, where, std)
-        for keep in (False, True, True, True):
-            got = ops.adapter_forward(x, a, deviation, b, base, key, 5, *where, std, 1.0, keep)
-            assert torch.equal(got[0], y) and torch.equal(got[1], h)
+        whole = (x, a, deviation, b, base, key, 5, *where, std, 1.0)
+        got = ops.adapter_forward(*whole)
+        assert torch.equal(got[0], y) and torch.equal(got[1], h)
+        for _ in range(3):  # normals are kept from the second call on
+            assert torch.equal(ops.adapter_infer(*whole), y)
         dh, db = ops.adapter_expand_backward(dy, h, b, 1.0, True, True)
         e = ops.scaled_normal(deviation, x.shape[1], key, 5, std)
         dx, da, de = ops.adapter_shrink_backward(dh, x, a, e, key, 5, *where, True, True, True)
@@ -584,6 +587,43 @@ def test_whole_ops_are_the_separate_ops_bit_for_bit(shape, dtype, std):
             )
             for needed, got, expected in zip(needs, found, (dx, da, drho, db), strict=True):
                 assert torch.equal(got, expected) if needed else got.numel() == 0
+
+
+def test_inference_returns_nothing_for_arguments_that_it_does_not_take(device):
+    x, a, rho, b, base = (t.to(device.torch) for t in few_tokens())
+    arguments = {
+        "x": x, "a": a, "rho": rho, "b": b, "base": base, "key": random.key(7, device.torch),
+        "stream": 0, "row0": 0, "rows_per_id": 1, "ids": None, "dropout": 0.0, "std": "square",
+        "scaling": 1.0,
+    }  # fmt: skip
+    infer = _library.ops.adapter_infer
+    assert torch.equal(infer(**arguments), _library.ops.adapter_forward(**arguments)[0])
+    for change in [
+        {"x": x[:, 1:]}, {"x": x.long()}, {"x": x.to_sparse()}, {"x": x[0, 0]},
+        {"a": a.half()}, {"a": a[:1]},
+        {"a": a.to_sparse()}, {"b": b[:, 1:]}, {"b": b.double()},
+        {"rho": rho[1:]}, {"rho": rho[:, 1:]}, {"rho": rho.half()},
+        {"base": base[1:]}, {"base": base.double()},
+        {"key": None}, {"key": arguments["key"][:1]}, {"key": arguments["key"].float()},
+        {"rows_per_id": 0}, {"ids": torch.zeros(1, dtype=torch.int64)},
+        {"dropout": 1.0}, {"std": "cube"},
+    ]:  # fmt: skip
+        assert infer(**(arguments | change)) is None, change
+    too_wide = {"a": torch.ones(65, 96), "b": torch.ones(24, 65), "rho": torch.ones(65, 1)}
+    assert infer(**(arguments | {k: t.to(device.torch) for k, t in too_wide.items()})) is None
+    endless = torch.ones(1, 1, device=device.torch).expand(1 << 50, 96)
+    with pytest.raises(RuntimeError, match="use fewer rows at a time"):
+        infer(**(arguments | {"x": endless, "base": None}))
+
+
+@pytest.mark.parametrize("stream", [3, np.int64(3)], ids=type)
+@pytest.mark.parametrize("scaling", [2.0, 2, np.float32(2.0)], ids=type)
+def test_numbers_of_any_type(scaling, stream):
+    x, a, rho, b, base = few_tokens()
+    key = random.key(7)
+    expected = F.flipout_lora(x, a, rho, b, base, scaling=2.0, key=key, stream=3)
+    got = F.flipout_lora(x, a, rho, b, base, scaling=scaling, key=key, stream=stream)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -69,10 +69,14 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (h[:0], b, None, 1.0, dtype),
         ],
         "adapter_forward": [
-            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0, True),
-            (x, a, e, b, None, key, 4, 2, 3, None, 0.25, "square", 1.0, False),
-            (x[None, :0], a, e[:, :1], b, base[None, :0], key, *counted, 0.0, "direct", 1.0, True),
-            (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.0, "softplus", 1.0, True),
+            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0),
+            (x, a, e, b, None, key, 4, 2, 3, None, 0.25, "square", 1.0),
+            (x[None, :0], a, e[:, :1], b, base[None, :0], key, *counted, 0.0, "direct", 1.0),
+            (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.0, "softplus", 1.0),
+        ],
+        "adapter_infer": [
+            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0),
+            (x[None], a, e, b, base[None], key, 4, 0, 1, ids, 0.25, "square", 1.0),
         ],
         "adapter_backward": [
             (dy, x, a, None, b, h, None, 0, 0, 1, None, 0.0, "", 2.0, True, True, False, True),
@@ -90,7 +94,6 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (grams[:1], [samples_of[0][:0]], [], scalar, scalar),
         ],
         "tall_gram": [(talls,)],
-        "tall_pair_gram": [(talls, beside)],
         "tall_retract_": [(talls, [], "polar"), (talls, beside, "qr")],
         "tall_stiefel_step_": [(talls, beside, scalar, "polar")],
         "tall_landing_field": [(talls, beside, scalar)],

@@ -74,9 +74,6 @@ def test_gram_matrices_are_symmetric_to_the_bit(device, r: int, dtype):
     x = torch.randn(3 * r + 50, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64)
     x = x.to(device.torch, dtype)
     grams = F.gram([x, x[: r + 1]])
-    if r <= 64:
-        xx, _, gg = _library.ops.tall_pair_gram([x], [x.flip(0)])
-        grams += [*xx, *gg]
     for g in grams:
         assert torch.equal(g, g.mT) and g.dtype == dtype
     scale = 4 * torch.finfo(dtype).eps * float(grams[0].diagonal().max())
@@ -90,16 +87,6 @@ def test_partial_sums_of_long_matrices_are_all_added(r: int):
     assert_no_worse_than_torch(F.gram(x)[0], x.mT @ x, x.double().mT @ x.double(), what="gram")
     F.polar_retract_([x])
     assert defect(x) < 1e-6 * math.sqrt(r)
-
-
-def test_pair_of_grams(device):
-    xs = randoms(talls(device))
-    gs = randoms(xs, seed=3)
-    for ours, left, right in zip(
-        _library.ops.tall_pair_gram(xs, gs), (xs, xs, gs), (xs, gs, gs), strict=True
-    ):
-        for i, (a, x, g) in enumerate(zip(ours, left, right, strict=True)):
-            assert_no_worse_than_torch(a, x.mT @ g, x.double().mT @ g.double(), what=f"matrix {i}")
 
 
 # --- retractions -------------------------------------------------------------------------------

@@ -134,9 +134,11 @@ def test_whole_ops_are_the_separate_ops_in_every_segment(shape, dtype):
     e = ops.scaled_normal(rho, n, key, 5, "square")
     h = ops.adapter_shrink(x, a, e, key, 5, *where)
     y = ops.adapter_expand(h, b, base, 1.0, x.dtype)
-    for keep in (False, True, True):
-        got = ops.adapter_forward(x, a, rho, b, base, key, 5, *where, "square", 1.0, keep)
-        assert torch.equal(got[0], y) and torch.equal(got[1], h)
+    whole = (x, a, rho, b, base, key, 5, *where, "square", 1.0)
+    got = ops.adapter_forward(*whole)
+    assert torch.equal(got[0], y) and torch.equal(got[1], h)
+    for _ in range(2):
+        assert torch.equal(ops.adapter_infer(*whole), y)
     dh, db = ops.adapter_expand_backward(dy, h, b, 1.0, True, True)
     dx, da, de = ops.adapter_shrink_backward(dh, x, a, e, key, 5, *where, True, True, True)
     drho = ops.scaled_normal_backward(de, rho, key, 5, "square")
@@ -312,7 +314,7 @@ def close(ours: Tensor, truth: Tensor, what: str, units: float = 6.0) -> None:
 
 
 @pytest.mark.parametrize("name", ["tall", "very tall"])
-def test_gram_matrices_are_exact(device, name: str):
+def test_gram_matrices_and_landing_fields_are_exact(device, name: str):
     shapes = tall_shapes(device, name)
     xs = [whole(n, r, seed=i) for i, (n, r) in enumerate(shapes)]
     gs = [whole(n, r, seed=100 + i) for i, (n, r) in enumerate(shapes)]
@@ -322,11 +324,9 @@ def test_gram_matrices_are_exact(device, name: str):
         beside = [x.to(device.torch, dtype) for x in gs]
         for shape, ours, x in zip(shapes, F.gram(given), xs, strict=True):
             same(ours, x.mT @ x, f"gram of {shape}")
-        for shape, x, g, *ours in zip(
-            shapes, xs, gs, *_library.ops.tall_pair_gram(given, beside), strict=True
-        ):
-            for m, left, right in zip(ours, (x, x, g), (x, g, g), strict=True):
-                same(m, left.mT @ right, f"pair of {shape}")
+        fields = F.landing_field(given, beside, 2.0)  # from x^T x and g^T x
+        for shape, ours, x, g in zip(shapes, fields, xs, gs, strict=True):
+            same(ours, reference.landing_field(x, g, 2.0), f"landing field of {shape}")
 
 
 @pytest.mark.parametrize("kind", ["polar", "qr"])
