@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(SumArgs p) {
   p.out[p.transpose ? (index - row * p.columns) * p.rows + row : index] = p.scale * sum;
 }
 
-// ---- host-side helpers
-// ----------------------------------------------------------------------------
+// ---- host-side helpers --------------------------------------------------------------------------
 
 dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
@@ -122,8 +121,7 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// ---- pack
-// -----------------------------------------------------------------------------------------
+// ---- pack ---------------------------------------------------------------------------------------
 
 class PackList {
  public:
@@ -196,8 +194,7 @@ class PackList {
   int64_t most_ = 0;
 };
 
-// ---- the three products, each as a plan that sizes and then launches
-// ------------------------------
+// ---- the three products, each as a plan that sizes and then launches ----------------------------
 
 struct Rows {  // a matrix of activations
   const void* data;
@@ -255,19 +252,12 @@ struct Down {
     if constexpr (sizeof(T) == 2) {
       if (mma)
         error = with_rank(r, flip, [&](auto rank, auto flips) {
-          const DownArgs args{rows.data,
-                              rows.stride,
-                              rows.tokens,
-                              rows.columns,
-                              packed,
-                              packed_e,
-                              amax,
-                              noise,
-                              first_scale * keep_scale(noise),
-                              first_out,
-                              r,
-                              per_split,
-                              vector_access(rows.data, rows.stride * 2, 16)};
+          // clang-format off
+          const DownArgs args{
+              rows.data, rows.stride, rows.tokens, rows.columns, packed, packed_e, amax, noise,
+              first_scale * keep_scale(noise), first_out, r, per_split,
+              vector_access(rows.data, rows.stride * 2, 16)};
+          // clang-format on
           BK_LAUNCH((down_mma_kernel<T, decltype(rank)::value, decltype(flips)::value>),
                     grid_of(ceil_div(rows.tokens, kDownTokens * (kMmaThreads / 32)), splits),
                     kMmaThreads, 0, stream, args);
@@ -279,23 +269,14 @@ struct Down {
       const int64_t blocks = at_least_one(kFullGrid / (splits * groups));
       const int64_t tokens_per_block =
           ceil_div(ceil_div(rows.tokens, blocks), kFmaTokens) * kFmaTokens;
-      const DownFmaArgs args{dtype,
-                             rows.data,
-                             rows.stride,
-                             rows.tokens,
-                             rows.columns,
-                             factor.data,
-                             factor.e,
-                             factor.rank_stride,
-                             factor.column_stride,
-                             noise,
-                             first_scale,
-                             keep_scale(noise),
-                             first_out,
-                             r,
-                             tokens_per_block,
-                             vector_access(rows.data, rows.stride * static_cast<int64_t>(sizeof(T)),
-                                           4 * static_cast<int>(sizeof(T)))};
+      // clang-format off
+      const DownFmaArgs args{
+          dtype, rows.data, rows.stride, rows.tokens, rows.columns, factor.data, factor.e,
+          factor.rank_stride, factor.column_stride, noise, first_scale, keep_scale(noise),
+          first_out, r, tokens_per_block,
+          vector_access(rows.data, rows.stride * static_cast<int64_t>(sizeof(T)),
+                        4 * static_cast<int>(sizeof(T)))};
+      // clang-format on
       const dim3 grid = grid_of(splits, ceil_div(rows.tokens, tokens_per_block), groups);
       if (flip)
         BK_LAUNCH((down_fma_kernel<true>), grid, kFmaThreads, 0, stream, args);
@@ -354,24 +335,12 @@ struct Up {
           const bool vector =
               vector_access(out, base.columns * 2, 16) &&
               (base.data == nullptr || vector_access(base.data, base.stride * 2, 16));
-          const UpArgs args{base.data,
-                            base.stride,
-                            out,
-                            base.tokens,
-                            base.columns,
-                            factor.data,
-                            factor.e,
-                            factor.rank_stride,
-                            factor.column_stride,
-                            packed,
-                            packed_e,
-                            amax_low,
-                            amax,
-                            noise,
-                            scale * keep_scale(noise),
-                            r,
-                            tokens,
-                            vector};
+          // clang-format off
+          const UpArgs args{
+              base.data, base.stride, out, base.tokens, base.columns, factor.data, factor.e,
+              factor.rank_stride, factor.column_stride, packed, packed_e, amax_low, amax, noise,
+              scale * keep_scale(noise), r, tokens, vector};
+          // clang-format on
           BK_LAUNCH((up_mma_kernel<T, (kRank + 15) / 16, kFlip>),
                     grid_of(column_blocks, ceil_div(base.tokens, tokens)), kMmaThreads, 0, stream,
                     args);
@@ -380,21 +349,12 @@ struct Up {
       }
       const int64_t column_blocks = ceil_div(base.columns, fma_columns<kRank>() * kFmaThreads);
       const int64_t tokens = tokens_per_block(column_blocks);
-      const UpFmaArgs args{dtype,
-                           base.data,
-                           base.stride,
-                           out,
-                           base.tokens,
-                           base.columns,
-                           factor.data,
-                           factor.e,
-                           factor.rank_stride,
-                           factor.column_stride,
-                           low,
-                           noise,
-                           scale * keep_scale(noise),
-                           r,
-                           tokens};
+      // clang-format off
+      const UpFmaArgs args{
+          dtype, base.data, base.stride, out, base.tokens, base.columns, factor.data, factor.e,
+          factor.rank_stride, factor.column_stride, low, noise, scale * keep_scale(noise), r,
+          tokens};
+      // clang-format on
       BK_LAUNCH((up_fma_kernel<kRank, kFlip>),
                 grid_of(column_blocks, ceil_div(base.tokens, tokens)), kFmaThreads, 0, stream,
                 args);
@@ -425,11 +385,8 @@ struct Outer {
   void plan(PackList& packs, Workspace& workspace) {
     mma = uses_mma(dtype, rows.tokens);
     const int rank = padded_rank(r);
-    const int64_t columns_per_block = mma ? kSlab
-                                          : (rank <= 16   ? 4
-                                             : rank == 32 ? 2
-                                                          : 1) *
-                                                kFmaThreads;
+    const int columns_per_thread = rank <= 16 ? 4 : rank == 32 ? 2 : 1;
+    const int64_t columns_per_block = mma ? kSlab : columns_per_thread * kFmaThreads;
     // Three blocks of the tensor-core kernel fit a multiprocessor.
     const int64_t full = mma ? kFullGrid * 3 / 4 : kFullGrid;
     const int64_t quantum = mma ? 128 : kFmaTokens;
@@ -455,28 +412,23 @@ struct Outer {
         if (mma) {
           constexpr int kSteps = kRank <= 16 ? 1 : 2;
           const int steps = (kRank + 15) / 16;
-          const OuterArgs args{rows.data,
-                               rows.stride,
-                               rows.tokens,
-                               rows.columns,
-                               packed,
-                               packed_e,
-                               amax_low,
-                               steps,
-                               noise,
-                               partial,
-                               partial_e,
-                               r,
-                               tokens_per_block,
-                               vector_access(rows.data, rows.stride * 2, 16)};
+          // clang-format off
+          const OuterArgs args{
+              rows.data, rows.stride, rows.tokens, rows.columns, packed, packed_e, amax_low, steps,
+              noise, partial, partial_e, r, tokens_per_block,
+              vector_access(rows.data, rows.stride * 2, 16)};
+          // clang-format on
           BK_LAUNCH((outer_mma_kernel<T, kSteps, kFlip>),
                     grid_of(ceil_div(rows.columns, kSlab), splits, steps / kSteps), kMmaThreads, 0,
                     stream, args);
           return bk_last_error();
         }
       }
-      const OuterFmaArgs args{dtype, rows.data, rows.stride, rows.tokens, rows.columns,    low,
-                              noise, partial,   partial_e,   r,           tokens_per_block};
+      // clang-format off
+      const OuterFmaArgs args{
+          dtype, rows.data, rows.stride, rows.tokens, rows.columns, low, noise, partial, partial_e,
+          r, tokens_per_block};
+      // clang-format on
       BK_LAUNCH((outer_fma_kernel<kRank, kFlip>),
                 grid_of(ceil_div(rows.columns, fma_columns<kRank>() * kFmaThreads), splits),
                 kFmaThreads, 0, stream, args);
@@ -497,8 +449,7 @@ struct Outer {
   }
 };
 
-// ---- the four ops
-// ---------------------------------------------------------------------------------
+// ---- the four ops -------------------------------------------------------------------------------
 
 struct ShrinkPlan {
   PackList packs;

@@ -18,8 +18,7 @@ namespace {
 constexpr int kFmaThreads = 128;
 constexpr int kFmaTokens = 32;  // worked on between two barriers
 
-// ---- down
-// -----------------------------------------------------------------------------------------
+// ---- down ---------------------------------------------------------------------------------------
 
 // Calls f(zero of the element type). Around a batch of loads, so that they are issued together.
 template <class F>
@@ -215,8 +214,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
   }
 }
 
-// ---- up and outer
-// ---------------------------------------------------------------------------------
+// ---- up and outer -------------------------------------------------------------------------------
 
 // Columns per thread: as many as keep factors or sums in registers, 64 a matrix.
 template <int R>

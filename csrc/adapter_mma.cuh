@@ -21,14 +21,13 @@
 namespace bayes_kernels {
 namespace {
 
-// ---- small operands in fragment order
-// -------------------------------------------------------------
+// ---- small operands in fragment order -----------------------------------------------------------
 
-// With g = lane / 4, t = lane % 4, what 16 bytes of a lane hold:
-//   kDown   F[8 q + g][32 c + 8 t + 0..7]                                at (c Q + q) 32 + lane, Q
-//   = R / 8 kUp     h[16 i + g + 8 (w / 2)][16 k + 2 t + 8 (w % 2) + 0..1]       at (i K + k) 32 +
-//   lane, K = R / 16 kOuter  h[16 i + 2 t + 8 (w / 2) + 0..1][16 k + g + 8 (w % 2)]       likewise;
-//   w: word 0..3
+// What the 16 bytes of a lane hold, with g = lane / 4, t = lane % 4, word w = 0..3, and where they
+// are, with Q = R / 8, K = R / 16:
+//   kDown   F[8 q + g][32 c + 8 t + 0..7]                           at (c Q + q) 32 + lane
+//   kUp     h[16 i + g + 8 (w / 2)][16 k + 2 t + 8 (w % 2) + 0..1]  at (i K + k) 32 + lane
+//   kOuter  h[16 i + 2 t + 8 (w / 2) + 0..1][16 k + g + 8 (w % 2)]  at (i K + k) 32 + lane
 enum class Fragment : int { kDown, kUp, kOuter };
 
 struct PackJob {
@@ -139,8 +138,7 @@ __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const __grid_constan
   job.parts[blockIdx.x] = most;
 }
 
-// ---- down
-// -----------------------------------------------------------------------------------------
+// ---- down ---------------------------------------------------------------------------------------
 
 struct DownArgs {
   const void* x;
@@ -335,8 +333,7 @@ __device__ __forceinline__ void load_pairs(const T* rows, int64_t stride, int64_
   }
 }
 
-// ---- up
-// -------------------------------------------------------------------------------------------
+// ---- up -----------------------------------------------------------------------------------------
 
 struct UpArgs {
   const void* base;  // (tokens, columns) or null
@@ -486,8 +483,7 @@ __global__ void __launch_bounds__(kMmaThreads, kSteps == 1 ? 4 : 2)
   }
 }
 
-// ---- outer
-// ----------------------------------------------------------------------------------------
+// ---- outer --------------------------------------------------------------------------------------
 
 struct OuterArgs {
   const void* x;

@@ -27,8 +27,7 @@ struct Item {
   int32_t d, k, b;
   int32_t gram_block, apply_block;  // first of this item in its launch
   int32_t wide;                     // factor and rows can be read 16 bytes at a time
-  int64_t
-      at;  // of this item in the workspace, in doubles: partial sums, coefficients, eigenproblem
+  int64_t at;  // doubles before its partial sums, coefficients and eigenproblem in the workspace
 };
 
 constexpr int kFew = 60, kMany = 500;  // items to a launch, by what arguments take

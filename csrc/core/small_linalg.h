@@ -2,10 +2,10 @@
 // host, a block of threads on the GPU. The same source for g++, nvcc and the emulator.
 //
 // A team is a class with static functions
-//   thread() threads()             index in the team, and its size
-//   group() groups() lane() lanes()   threads of a group can add up numbers among themselves
-//   sum(v)                         of the group's lanes, in a fixed order; the same bits in each
-//   lane sync()                         barrier of the team, which orders its memory accesses
+//   thread() threads()               index in the team, and its size
+//   group() groups() lane() lanes()  threads of a group can add up numbers among themselves
+//   sum(v)                           of the group's lanes in a fixed order, the same bits in each
+//   sync()                           barrier of the team, which orders its memory accesses
 // Every thread calls each function below, with the same arguments, and gets the same result. A
 // function leaves its outputs visible to the whole team. Numbers that decide a branch are computed
 // by each group anew in the same order, so that all threads take it. Matrices are row-major with

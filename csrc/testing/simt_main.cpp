@@ -1,6 +1,6 @@
 // Test program of the emulator: `simt_test CASE` runs one case; a fault goes to stderr and the exit
-// status is 1. python_tests/csrc/test_simt.py says which cases must pass and which must be caught, and
-// in which builds.
+// status is 1. python_tests/csrc/test_simt.py says which cases must pass and which must be caught,
+// and in which builds.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
