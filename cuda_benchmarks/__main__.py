@@ -1,8 +1,8 @@
-"""`python cuda_benchmarks [FAMILY ...]`: all families of benchmarks, see harness.py."""
+"""`python cuda_benchmarks [FAMILY ...]`: see command.py."""
 
 import sys
 
-import harness
+from command import main
 
 if __name__ == "__main__":
-    sys.exit(harness.main())
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Low-rank adapter with flipped-sign noise (BLoB): forward and backward, without the base layer.
 
-    python cuda_benchmarks/bench_adapter.py --device cpu [--quick] [--vs PROVIDERS] [--save]
+    python cuda_benchmarks adapter --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers
     published      bayesian-peft's formula: two paths through b, dense sign tensors, fp32 adapters
@@ -21,12 +21,10 @@ is the same call with a key of its own each time, so that every call draws.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, cycle
 
-import harness
 import torch
 import torch.nn.functional as F
 from harness import (
@@ -388,6 +386,3 @@ def run(options: Options) -> Iterator[Row]:
 
 
 FAMILY = Family("adapter", "one adapted layer of BLoB without its base layer", OURS, PEERS, run)
-
-if __name__ == "__main__":
-    sys.exit(harness.main("adapter"))

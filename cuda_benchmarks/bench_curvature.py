@@ -1,6 +1,6 @@
 """Growing sums of outer products: one update of a list of layers.
 
-    python cuda_benchmarks/bench_curvature.py --device cpu [--quick] [--vs PROVIDERS] [--save]
+    python cuda_benchmarks curvature --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers of `low_rank`, factors of rank k
     svd_fp64       bayesian_lora's update: for each layer an fp64 singular value decomposition of
@@ -17,11 +17,9 @@ Every provider updates factors of its own again and again with the same rows.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import harness
 import torch
 from harness import (
     Agreement,
@@ -215,6 +213,3 @@ def run(options: Options) -> Iterator[Row]:
 OURS = ("bayes_kernels",)
 PEERS = ("svd_fp64", "gram_torch", "addmm")
 FAMILY = Family("curvature", "growing sums of outer products", OURS, PEERS, run)
-
-if __name__ == "__main__":
-    sys.exit(harness.main("curvature"))

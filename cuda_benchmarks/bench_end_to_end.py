@@ -1,6 +1,6 @@
 """Whole training steps and predictions of methods, on models of random weights.
 
-    python cuda_benchmarks/bench_end_to_end.py --device cpu [--quick] [--vs PROVIDERS] [--save]
+    python cuda_benchmarks end_to_end --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Nothing is downloaded: a model is a configuration of transformers and random numbers, which cost what
 trained weights cost. Adapters of rank 8 sit on the query and value projections. One training step is
@@ -37,7 +37,6 @@ import copy
 import dataclasses
 import importlib.util
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -775,6 +774,3 @@ def missing(options: Options) -> str | None:
 FAMILY = Family(
     "end_to_end", "training steps and predictions of whole models", OURS, PEERS, run, missing
 )
-
-if __name__ == "__main__":
-    sys.exit(harness.main("end_to_end"))

@@ -1,6 +1,6 @@
 """Mean softmax of Gaussian logits: Monte Carlo in registers against a materialised tensor of samples.
 
-    python cuda_benchmarks/bench_predict.py --device cpu [--quick] [--vs PROVIDERS] [--save]
+    python cuda_benchmarks predict --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers
     materialised   softmax over a (samples, B, C) tensor, means of p and of -p log p, entropy of the mean
@@ -15,11 +15,9 @@ All give log-probabilities, entropy and expected entropy. Noise is drawn within 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import harness
 import torch
 from harness import (
     Agreement,
@@ -182,6 +180,3 @@ def run(options: Options) -> Iterator[Row]:
 
 
 FAMILY = Family("predict", "mean softmax of Gaussian logits", OURS, PEERS, run)
-
-if __name__ == "__main__":
-    sys.exit(harness.main("predict"))

@@ -1,6 +1,6 @@
 """Tall matrices: retractions to the Stiefel manifold and the landing field, for lists of matrices.
 
-    python cuda_benchmarks/bench_tall.py --device cpu [--quick] [--vs PROVIDERS] [--save]
+    python cuda_benchmarks tall --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers of a retraction of `count` matrices (n, r) with condition number about 1.2
     svd            torch.linalg.svd of each matrix, U V^T
@@ -22,11 +22,9 @@ repetition before with steps of alternating sign; the others make new matrices f
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import harness
 import torch
 from harness import (
     Agreement,
@@ -252,6 +250,3 @@ def run(options: Options) -> Iterator[Row]:
 STEP = Case(16, 4096, 16)
 LANDING = [(4096, 16), (4096, 64), (2048, 8)]
 FAMILY = Family("tall", "retractions and landing field of tall matrices", OURS, PEERS, run)
-
-if __name__ == "__main__":
-    sys.exit(harness.main("tall"))

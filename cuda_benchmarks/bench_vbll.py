@@ -1,6 +1,6 @@
 """Loss and backward of a variational Bayesian last layer against the `vbll` package.
 
-    python cuda_benchmarks/bench_vbll.py --device cpu [--quick] [--save]
+    python cuda_benchmarks vbll --device cpu [--quick] [--save]
 
 The package is a peer, not a dependency: `pip install --no-deps --target somewhere vbll`, and put that
 folder on PYTHONPATH. Both have the same parameters, and must agree with the package in fp64 first.
@@ -11,12 +11,10 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
 from harness import (
     Agreement,
@@ -152,6 +150,3 @@ def missing(options: Options) -> str | None:
 OURS = ("bayes_kernels",)
 PEERS = ("vbll",)
 FAMILY = Family("vbll", "variational last layer against vbll", OURS, PEERS, run, missing)
-
-if __name__ == "__main__":
-    sys.exit(harness.main("vbll"))

@@ -38,10 +38,9 @@ def test_one_family_from_its_options_to_its_rows(tmp_path: Path) -> None:
     """A measured case has every provider that was asked for, with time, memory and environment."""
     harness = load("harness")
     path = tmp_path / "rows.jsonl"
-    code = harness.main(
-        "curvature",
-        arguments=["--quick", "--seconds", "0.01", "--vs", "gram_torch", "--case", "1 X (4096",
-                   "--json", str(path)],
+    code = load("command").main(
+        ["curvature", "--quick", "--seconds", "0.01", "--vs", "gram_torch", "--case", "1 X (4096",
+         "--json", str(path)],
     )  # fmt: skip
     rows = harness.read_rows(path)
     assert code == 0
@@ -73,7 +72,7 @@ def test_mistakes_are_one_line(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        load("harness").main(arguments=arguments)
+        load("command").main(arguments)
     assert stop.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
 
@@ -213,12 +212,12 @@ def test_a_miss_never_ends_the_run(
 
     runs = {"adapter": wrong, "predict": broken, "curvature": fine}
     monkeypatch.setattr(
-        harness,
+        load("command"),
         "load_family",
         lambda name: harness.Family(name, name, ("bayes_kernels",), ("svd_fp64",), runs[name]),
     )
     path = tmp_path / "rows.jsonl"
-    assert harness.main(arguments=[*runs, "--json", str(path)]) == 1
+    assert load("command").main([*runs, "--json", str(path)]) == 1
     found = capsys.readouterr()
     assert [row.op for row in harness.read_rows(path)] == ["first", "low_rank", "low_rank"]
     assert [row.miss for row in harness.read_rows(path)] == [None, None, "is wrong"]
@@ -228,7 +227,7 @@ def test_a_miss_never_ends_the_run(
     last = found.err.splitlines()[-2:]
     assert last[0].startswith("stopped: adapter: ours: result 0 differs")
     assert last[1] == "stopped: predict: RuntimeError, see above"
-    assert harness.main(arguments=["curvature"]) == 0
+    assert load("command").main(["curvature"]) == 0
 
 
 def made_row(**changes: Any) -> Any:
@@ -269,9 +268,9 @@ def test_a_run_that_is_stopped_keeps_the_cases_before(
         raise Killed
 
     made = harness.Family("adapter", "made", ("ours",), ("other",), run)
-    monkeypatch.setattr(harness, "load_family", lambda name: made)
+    monkeypatch.setattr(load("command"), "load_family", lambda name: made)
     with pytest.raises(Killed):
-        harness.main(arguments=["adapter", "--json", str(path)])
+        load("command").main(["adapter", "--json", str(path)])
     assert seen == [[], ["first"] * 2]
     assert [r.case for r in harness.read_rows(path)] == ["first"] * 2 + ["second"] * 2
 
