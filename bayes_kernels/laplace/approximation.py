@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import functional, random, reference
 from ..batches import eval_mode, is_empty
-from .contraction import linearised
+from .contraction import Contraction
 from .evidence import Evidence, best_of_grid
 from .factors import STATE, Accumulator, Block, sampled_errors, softmax_root
 from .layers import Layer, MemoryEstimate, Sites, estimate_memory, linear_layers
@@ -533,8 +533,8 @@ class Laplace:
 
     def _linearised(self, batch: Any, deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits and their covariance for several prior precisions, in one pass."""
-        blocks = self._fitted()
-        found = linearised(self._reader, self._sites, batch, blocks, deltas, self.jacobian)
+        collect = Contraction(self._sites, self._fitted(), deltas)
+        found = collect.linearised(self._reader, batch, self.jacobian)
         if found is None:
             self.jacobian = "repeat"
             warnings.warn(

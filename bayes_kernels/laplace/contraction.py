@@ -32,20 +32,35 @@ class Contraction(Collector):
         self.batch = self.classes = 0
         self.sums: list[Tensor | None] = [None] * len(deltas)
 
-    def complete(self) -> bool:
-        """Whether the backward pass has reached every module."""
-        return len(self.seen) == len(self.sites.numbers)
+    def linearised(
+        self, reader: Reader, batch: Any, jacobian: str
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """Logits (B, C) and their covariance (B, C, C) for each prior, fp32 or wider, in one pass.
 
-    def covariances(self) -> list[Tensor]:
-        """(B, C, C) for each prior.
+        Args:
+            reader: of the model.
+            batch: a prepared batch.
+            jacobian: "vmap" or "repeat", as for `Laplace`.
+
+        Returns:
+            None where "vmap" meets a reentrant checkpoint.
 
         Raises:
-            ValueError: the backward pass has not reached every module.
+            ValueError: the backward pass does not reach every module.
         """
+        with watched(reader.model, self) as anchor:
+            if jacobian == "vmap":
+                mean = self._vectorised(reader, batch, anchor)
+                if mean is None:
+                    return None
+            else:
+                mean = self._with_copies(reader, batch)
         missing = [m for m in self.sites.numbers if m not in self.seen]
         if missing:
             raise ValueError(f"Laplace: {self.sites.idle(missing[0], self.called)}")
-        return [s for s in self.sums if s is not None]
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        covs = [cov.to(mean.device, wide) for cov in self.sums if cov is not None]
+        return mean.to(wide), covs
 
     def collect(self, numbers: list[int], x: Tensor, dy: Tensor) -> None:
         """Add one module's layers; dy is (C, B, ..., m), or (1, C B, ..., m) for C copies of x."""
@@ -71,6 +86,48 @@ class Contraction(Collector):
                     part = part + rest / delta[i]
                 before = self.sums[number]
                 self.sums[number] = part if before is None else before + part.to(before.device)
+
+    def _vectorised(self, reader: Reader, batch: Any, anchor: Tensor) -> Tensor | None:
+        """Logits, after C backward passes as one; None where they meet a reentrant checkpoint."""
+        logits = reader.logits(batch)
+        self.require_gradient(logits)
+        b, c = self.batch, self.classes = logits.shape
+        basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            torch.autograd.grad(logits, anchor, cotangent.expand(b, c), allow_unused=True)
+            return cotangent.sum()
+
+        with warnings.catch_warnings():
+            # Attention kernels whose backward runs once for each class instead.
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            try:
+                torch.func.vmap(pull)(basis)
+            except RuntimeError:
+                if not checkpointed_reentrantly(logits):
+                    raise
+                return None
+        # A reentrant checkpoint with no gradient of a leaf behind it is left out without an error.
+        if len(self.seen) < len(self.sites.numbers) and checkpointed_reentrantly(logits):
+            return None
+        return logits.detach()
+
+    def _with_copies(self, reader: Reader, batch: Any) -> Tensor:
+        """Logits, after one backward pass over C copies of the batch."""
+        with torch.no_grad():
+            mean = reader.logits(batch)
+        b, c = self.batch, self.classes = mean.shape
+        logits = reader.logits(repeated(batch, b, c))
+        self.require_gradient(logits)
+        if logits.shape[0] != b * c:
+            raise ValueError(
+                f"Laplace: jacobian='repeat' must be able to repeat the batch, got "
+                f"{logits.shape[0]} rows of logits instead of {b * c}; use 'vmap'"
+            )
+        # Copy c of the batch gets the gradient of logit c.
+        basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
+        logits.backward(basis.repeat_interleave(b, 0))
+        return mean
 
 
 def project(a: Tensor, g: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
@@ -106,81 +163,3 @@ def project(a: Tensor, g: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
         return inner.flatten(2), None
     gradient = gradient.sub_(block.q @ inner @ block.u.T).flatten(2)
     return inner.flatten(2), gradient @ gradient.mT
-
-
-def linearised(
-    reader: Reader,
-    sites: Sites,
-    batch: Any,
-    blocks: Sequence[Block],
-    deltas: Sequence[Tensor],
-    jacobian: str,
-) -> tuple[Tensor, list[Tensor]] | None:
-    """Logits (B, C) and their covariances (B, C, C) for several prior precisions, in one pass.
-
-    Args:
-        reader: of the model.
-        sites: the layers.
-        batch: a prepared batch.
-        blocks: the posteriors of the layers.
-        deltas: prior precisions, 0-dim or (layers,).
-        jacobian: "vmap" or "repeat", as for `Laplace`.
-
-    Returns:
-        Mean and covariances, fp32 or wider; None where "vmap" meets a reentrant checkpoint.
-    """
-    collect = Contraction(sites, blocks, deltas)
-    with watched(reader.model, collect) as anchor:
-        if jacobian == "vmap":
-            mean = _vectorised(reader, batch, collect, anchor)
-            if mean is None:
-                return None
-        else:
-            mean = _with_copies(reader, batch, collect)
-    wide = torch.promote_types(mean.dtype, torch.float32)
-    covs = [cov.to(device=mean.device, dtype=wide) for cov in collect.covariances()]
-    return mean.to(wide), covs
-
-
-def _vectorised(reader: Reader, batch: Any, collect: Contraction, anchor: Tensor) -> Tensor | None:
-    """Logits, after C backward passes as one; None where they meet a reentrant checkpoint."""
-    logits = reader.logits(batch)
-    collect.require_gradient(logits)
-    b, c = collect.batch, collect.classes = logits.shape
-    basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
-
-    def pull(cotangent: Tensor) -> Tensor:
-        torch.autograd.grad(logits, anchor, cotangent.expand(b, c), allow_unused=True)
-        return cotangent.sum()
-
-    with warnings.catch_warnings():
-        # Attention kernels whose backward runs once for each class instead.
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        try:
-            torch.func.vmap(pull)(basis)
-        except RuntimeError:
-            if not checkpointed_reentrantly(logits):
-                raise
-            return None
-    # A reentrant checkpoint with no gradient of a leaf behind it is left out without an error.
-    if not collect.complete() and checkpointed_reentrantly(logits):
-        return None
-    return logits.detach()
-
-
-def _with_copies(reader: Reader, batch: Any, collect: Contraction) -> Tensor:
-    """Logits, after one backward pass over C copies of the batch."""
-    with torch.no_grad():
-        mean = reader.logits(batch)
-    b, c = collect.batch, collect.classes = mean.shape
-    logits = reader.logits(repeated(batch, b, c))
-    collect.require_gradient(logits)
-    if logits.shape[0] != b * c:
-        raise ValueError(
-            f"Laplace: jacobian='repeat' must be able to repeat the batch, got "
-            f"{logits.shape[0]} rows of logits instead of {b * c}; use 'vmap'"
-        )
-    # Copy c of the batch gets the gradient of logit c.
-    basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
-    logits.backward(basis.repeat_interleave(b, 0))
-    return mean

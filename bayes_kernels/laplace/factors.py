@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -270,16 +271,15 @@ class Accumulator(Collector):
 
     def finish(self) -> None:
         """Compress what the buffers hold, and free them."""
-        flush(side for pair in self.sides for side in pair)
-        for pair in self.sides:
-            for side in pair:
-                side.buffer = None
+        sides = list(chain.from_iterable(self.sides))
+        flush(sides)
+        for side in sides:
+            side.buffer = None
 
     def merge(self) -> None:
         """Sum over the processes of the default group."""
-        for pair in self.sides:
-            for side in pair:
-                side.merge()
+        for side in chain.from_iterable(self.sides):
+            side.merge()
 
     def collect(self, numbers: list[int], x: Tensor, dy: Tensor) -> None:
         """Rows of one module's layers into their factors."""
