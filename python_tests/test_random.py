@@ -150,6 +150,13 @@ def test_keys_are_the_same_on_every_device(device, seed: int):
     assert made.tolist() == [wrapped - 2**64 if wrapped >= 2**63 else wrapped, 0]
 
 
+def test_the_stream_of_a_layer_never_changes():
+    """Adapters are stored with their names: other numbers would be other draws."""
+    assert random.layer_stream("model.layers.0.self_attn.q_proj") == 362493369735
+    names = [f"model.layers.{i}.{part}" for i in range(64) for part in ("q", "k", "v", "o")]
+    assert len({random.layer_stream(name) for name in names}) == 256
+
+
 def test_split_gives_distinct_keys():
     keys = {tuple(k.tolist()) for k in random.split(random.key(0), 100)}
     assert len(keys) == 100

@@ -27,13 +27,7 @@ al., "Kronecker-Factored Approximate Curvature for Modern Neural Network Archite
 """
 
 from .approximation import FISHERS, METHODS, TOKENS, Laplace, Prediction
-from .layers import (
-    Layer,
-    MemoryEstimate,
-    estimate_memory,
-    linear_layers,
-    lora_layers,
-)
+from .layers import Layer, MemoryEstimate, estimate_memory, linear_layers, lora_layers
 
 __all__ = [
     "FISHERS",

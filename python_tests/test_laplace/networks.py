@@ -7,11 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bayes_kernels import functional
-from bayes_kernels.laplace import (
-    Laplace,
-    Layer,
-    lora_layers,
-)
+from bayes_kernels.laplace import Laplace, Layer, lora_layers
 
 D = torch.float64
 
@@ -106,7 +102,7 @@ def jacobians(model, layers, *inputs) -> list[torch.Tensor]:
     return [full[names[id(layer.weight)]].detach().flatten(2) for layer in layers]
 
 
-def low_rank_posterior():
-    model, x, y = sequences(n=20, r=3, examples=9)
+def low_rank_posterior(dtype=D):
+    model, x, y = sequences(n=20, r=3, examples=9, dtype=dtype)
     la = Laplace(model, adapters(model), rank=4, dense_below=8).fit([(x, y)])
     return model, x, y, la

@@ -9,18 +9,8 @@ import torch
 from torch import nn
 
 from bayes_kernels import random
-from bayes_kernels.laplace import (
-    Laplace,
-    linear_layers,
-)
-from test_laplace.networks import (
-    D,
-    adapters,
-    kronecker,
-    low_rank_posterior,
-    mlp,
-    sequences,
-)
+from bayes_kernels.laplace import Laplace, linear_layers
+from test_laplace.networks import D, adapters, kronecker, low_rank_posterior, mlp, sequences
 
 
 def test_predictions_of_all_methods():
@@ -89,16 +79,24 @@ def test_weight_samples_are_functions_of_seed_and_index():
     assert bool((small.mutual_information > 0).all())
 
 
-def test_state_through_safetensors(tmp_path):
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+def test_state_through_safetensors(dtype: torch.dtype, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    model, x, _y, la = low_rank_posterior()
+    model, x, _y, la = low_rank_posterior(dtype)
     la.optimize_prior_precision(structure="layer")
     safetensors.save_file(la.state_dict(), tmp_path / "posterior.safetensors")
     other = Laplace(model, adapters(model), rank=4, dense_below=8)
     other.load_state_dict(safetensors.load_file(tmp_path / "posterior.safetensors"))
+    for name, value in other.state_dict().items():
+        assert value.dtype == la.state_dict()[name].dtype, name
     assert torch.equal(other.logits((x,))[1], la.logits((x,))[1])
     assert torch.equal(other.log_marginal_likelihood(), la.log_marginal_likelihood())
     state = la.state_dict()
+    wrong = {**state, "first.lora_A.input_vectors": state["first.lora_A.input_vectors"][:-1]}
+    with pytest.raises(
+        ValueError, match=r"first\.lora_A must have vectors \(20, k\) and \(3, k'\)"
+    ):
+        other.load_state_dict(wrong)
     del state["first.lora_A.input_values"]
     with pytest.raises(
         ValueError, match=r"missing or unknown, such as 'first\.lora_A\.input_values'"

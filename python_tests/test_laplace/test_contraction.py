@@ -6,19 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayes_kernels.laplace import (
-    Laplace,
-    contraction,
-    factors,
-)
-from test_laplace.networks import (
-    D,
-    adapters,
-    jacobians,
-    kronecker,
-    low_rank_posterior,
-    sequences,
-)
+from bayes_kernels.laplace import Laplace, contraction, factors
+from test_laplace.networks import D, adapters, jacobians, kronecker, low_rank_posterior, sequences
 
 
 def test_evidence_and_covariance_against_dense_matrices():

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 
-from bayes_kernels.laplace import (
-    Laplace,
-    linear_layers,
-)
-from test_laplace.networks import (
-    D,
-    low_rank_posterior,
-    mlp,
-)
+from bayes_kernels.laplace import Laplace, linear_layers
+from bayes_kernels.laplace.evidence import best_of_grid
+from test_laplace.networks import D, low_rank_posterior, mlp
 
 
 @pytest.mark.parametrize("structure", ["scalar", "layer"])
@@ -63,3 +60,27 @@ def test_a_prior_is_not_chosen_without_held_out_examples():
     with pytest.raises(ValueError, match="must give held-out examples"):
         la.optimize_prior_precision("validation", loader=[])
     assert torch.equal(la.prior_precision, before)
+
+
+@pytest.mark.parametrize("top", [0.0, 1.3, -2.0, 5.0])
+def test_further_grids_close_in_on_the_best_value(top: float):
+    """Each grid has the neighbours of the best value at its ends; a NaN is never the best."""
+    seen = []
+
+    def score(grid):
+        scores = -(grid.log10() - top).square()
+        scores[3] = math.nan
+        seen.append((grid, int(scores.nan_to_num(nan=-math.inf).argmax())))
+        return scores, 7
+
+    found = best_of_grid(score, torch.logspace(-2, 2, 9, dtype=D), 3)
+    assert len(seen) == 4 and abs(math.log10(found) - min(max(top, -2.0), 2.0)) < 0.05
+    for (grid, best), (finer, _) in pairwise(seen):
+        torch.testing.assert_close(finer[0], grid[max(best - 1, 0)])
+        torch.testing.assert_close(finer[-1], grid[min(best + 1, 8)])
+
+
+@pytest.mark.parametrize("answer", [(torch.zeros(3), 0), (torch.full((3,), math.nan), 5)])
+def test_a_grid_needs_examples_of_finite_likelihood(answer):
+    with pytest.raises(ValueError, match="must give held-out examples of finite"):
+        best_of_grid(lambda grid: answer, torch.ones(3), 1)

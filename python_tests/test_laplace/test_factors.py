@@ -13,20 +13,8 @@ import torch
 from torch import nn
 
 from bayes_kernels import random, reference
-from bayes_kernels.laplace import (
-    Laplace,
-    Layer,
-    factors,
-    linear_layers,
-)
-from test_laplace.networks import (
-    D,
-    adapters,
-    jacobians,
-    kronecker,
-    mlp,
-    sequences,
-)
+from bayes_kernels.laplace import Laplace, Layer, factors, linear_layers
+from test_laplace.networks import D, adapters, jacobians, kronecker, mlp, sequences
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -11,20 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from bayes_kernels.laplace import (
-    Laplace,
-    Layer,
-    estimate_memory,
-    factors,
-    linear_layers,
-)
+from bayes_kernels.laplace import Laplace, Layer, estimate_memory, factors, linear_layers
 from bayes_kernels.laplace.layers import Sites
-from test_laplace.networks import (
-    adapters,
-    kronecker,
-    mlp,
-    sequences,
-)
+from test_laplace.networks import adapters, kronecker, mlp, sequences
 
 
 @pytest.mark.parametrize("fused", [False, True])

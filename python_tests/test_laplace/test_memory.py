@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayes_kernels.laplace import (
-    Laplace,
-)
+from bayes_kernels.laplace import Laplace
 
 
 class LiveBytes(TorchDispatchMode):

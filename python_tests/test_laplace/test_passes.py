@@ -14,17 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bayes_kernels.laplace import (
-    Laplace,
-    linear_layers,
-)
-from test_laplace.networks import (
-    D,
-    adapters,
-    kronecker,
-    mlp,
-    sequences,
-)
+from bayes_kernels.laplace import Laplace, linear_layers
+from test_laplace.networks import D, adapters, kronecker, mlp, sequences
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

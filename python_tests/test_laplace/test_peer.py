@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bayes_kernels.laplace import (
-    Laplace,
-)
-from test_laplace.networks import (
-    D,
-    kronecker,
-    mlp,
-)
+from bayes_kernels.laplace import Laplace
+from test_laplace.networks import D, kronecker, mlp
 
 
 def test_equals_laplace_torch():
