@@ -97,7 +97,7 @@ def demo(
     from ..experiment import run as experiments
     from ..experiment.recipe import DEMO, Experiment, Source
     from ..files import write_json
-    from ..hf.config import METHODS
+    from ..hf.method import METHODS
 
     cores = threads or _all_cores()
     methods = (_BASELINE, method)
@@ -525,7 +525,7 @@ def _experiments(
             uses it.
     """
     from ..experiment.recipe import Experiment, Recipe
-    from ..hf.config import METHODS
+    from ..hf.method import METHODS
 
     own: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
     fields = {field.name for field in dataclasses.fields(Recipe)}

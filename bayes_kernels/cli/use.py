@@ -108,7 +108,7 @@ def bayesianize(
     from ..experiment.convert import conversion_options, convert_model
     from ..experiment.run import Run
     from ..files import write_json
-    from ..hf.config import METHODS
+    from ..hf.method import METHODS
 
     _start(threads)
     allowed = [name for name, row in METHODS.items() if row.made == "convert"]
@@ -292,7 +292,7 @@ def predict(
     if not text and data is None:
         raise ValueError("predict: expected --text or --data, got neither")
     from ..experiment import folders, scoring
-    from ..hf.config import METHODS
+    from ..hf.method import METHODS
 
     _start(threads)
     saved = folders.read_record(adapter)

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from ..hf.config import METHODS, BayesLoraConfig
+from ..hf.config import BayesLoraConfig
+from ..hf.method import METHODS
 from .convert import conversion_options
 from .data.tasks import Task
 from .encoder import TaskEncoder

@@ -25,7 +25,7 @@ from bayes_kernels import metrics
 
 from ..files import write_json
 from ..hf.checks import read_json
-from ..hf.config import METHODS
+from ..hf.method import METHODS
 from ..hf.methods.ensemble import join_adapters
 from .data.tasks import Task
 from .folders import changed_settings, load_adapter, stored_numbers

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..hf.config import METHODS
+from ..hf.method import METHODS
 from .data.hub import HUB_DATASETS
 from .data.load import load_task
 from .data.tasks import Example, Task, choose_subset
@@ -274,7 +274,7 @@ class Experiment:
         kind, style: Kind of model and style of prompt, see `load_model`.
         dtype: "float32", "bfloat16" or "float16": type of the base model's weights.
         quantization: "8bit" or "4bit" for a base quantised by bitsandbytes, else None.
-        method: A name of `bayes_kernels.hf.config.METHODS`: "map" (plain LoRA), "blob", ...
+        method: A name of `bayes_kernels.hf.method.METHODS`: "map" (plain LoRA), "blob", ...
         recipe: How it is trained.
         seed: Seed of the training subset, head, factors, order of examples, and noise.
     """

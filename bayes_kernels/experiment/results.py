@@ -40,7 +40,7 @@ class Summary:
         per_seed: Values by metric, in the order of the seeds.
         ood: By set, the mean of its scores.
         ood_std: By set, their standard deviation; empty for a single seed.
-        method: A name of `bayes_kernels.hf.config.METHODS`.
+        method: A name of `bayes_kernels.hf.method.METHODS`.
         temperature: Whether a temperature was fitted.
     """
 

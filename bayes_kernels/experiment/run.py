@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from ..hf.bayesianize import CONVERSIONS
 from ..hf.card import write_card
-from ..hf.config import METHODS
+from ..hf.method import METHODS
 from .build import build
 from .convert import conversion_options, convert_model
 from .data.tasks import Task

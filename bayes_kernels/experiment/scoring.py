@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from bayes_kernels import metrics
 
-from ..hf.config import METHODS, BayesLoraConfig
+from ..hf.config import BayesLoraConfig
 from ..hf.logits import Prediction
+from ..hf.method import METHODS
 from ..hf.methods.dropout import dropout_layers
 from ..hf.methods.ensemble import Ensemble
 from ..hf.methods.laplace import laplace_posterior
@@ -38,7 +39,7 @@ class Row:
 
     Attributes:
         name: What the table calls it.
-        method: A name of `bayes_kernels.hf.config.METHODS`.
+        method: A name of `bayes_kernels.hf.method.METHODS`.
         n_samples: Posterior draws; 0 for one set of weights.
         temperature: Temperature fitted on the validation split; None for none.
         report: Every metric on the test examples, with out-of-distribution detection over all sets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..hf.config import METHODS
+from ..hf.method import METHODS
 from .results import Summary
 
 # The row of plain LoRA with a temperature, which is no run of its own.

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainingArguments as Arguments
 
-from ..hf.config import BAYES_FIELDS, METHODS
+from ..hf.config import BAYES_FIELDS
+from ..hf.method import METHODS
 from ..hf.methods.polar_vbll import calibrate_head, find_head, laplace_refine
 from ..hf.trainer import BayesTrainer, last_checkpoint
 from .callbacks import Interrupted, _Bar, _RecordBesideCheckpoint, _StopOnSignal

@@ -26,7 +26,7 @@ from .kl import (  # noqa: E402
     kl_divergence,
 )
 from .logits import LabelPrediction, NumberPrediction, Prediction  # noqa: E402
-from .methods import scalabl  # noqa: E402, F401
+from .methods import table  # noqa: E402, F401
 from .methods.dropout import dropout_draws  # noqa: E402
 from .methods.ensemble import Ensemble, join_adapters  # noqa: E402
 from .methods.laplace import (  # noqa: E402

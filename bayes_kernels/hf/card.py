@@ -11,7 +11,8 @@ from torch import nn
 
 from ..files import write_text
 from .checks import CONFIG_NAME, LAPLACE_NAME, RECORD_NAME, read_json
-from .config import METHODS, PEFT_TYPE_NAME, Method
+from .config import PEFT_TYPE_NAME
+from .method import METHODS, Method
 
 CARD_NAME = "README.md"
 _CLASSES = {

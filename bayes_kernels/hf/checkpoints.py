@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .. import random
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
-from .config import BAYES_FIELDS, METHODS, PEFT_TYPE_NAME, BayesLoraConfig
+from .config import BAYES_FIELDS, PEFT_TYPE_NAME, BayesLoraConfig
 from .layers import bayes_layers
+from .method import METHODS
 from .methods.polar_vbll import (
     POSTERIOR_TENSORS,
     bayesian_head_tensors,

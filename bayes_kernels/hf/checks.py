@@ -18,7 +18,8 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .config import METHODS, PEFT_TYPE_NAME
+from .config import PEFT_TYPE_NAME
+from .method import METHODS
 from .variants import VARIANTS, extra_names
 
 CONFIG_NAME = "adapter_config.json"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ..stiefel import METHODS as STIEFEL_METHODS
 from ..vbll import COVARIANCES as HEAD_COVARIANCES
 from ._compat import BAYES_LORA, PEFT_TYPE_NAME
 
+BAYESIAN_METHODS = ("blob", "tfb", "scalabl", "polar", "polar-vbll")
 PRIOR_RULES = ("constant", "fan_in")
 COVARIANCES = ("diagonal", "full")
 DIRECTIONS = ("elbo", "code")
@@ -349,93 +348,14 @@ def PolarVbllConfig(**options: Any) -> BayesLoraConfig:
     return BayesLoraConfig(method="polar-vbll", **{**defaults, **options})
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to fine-tune: a row of the table that every command and check reads.
-
-    Attributes:
-        name: word for it in configurations and on the command line.
-        title: what tables of results call it.
-        config: makes the PEFT configuration from options.
-        bayesian: whether it has a posterior to draw from.
-        made: "train": an adapter of its own type is trained; "convert": plain LoRA is trained, and
-            `bayes_kernels.hf.bayesianize` makes the adapter Bayesian afterwards; "join": plain LoRA
-            of several seeds, which predict together.
-        n_samples: posterior draws of a prediction, where nothing else is asked for; of an ensemble
-            its members.
-        lr: peak learning rate, likewise.
-        dropout: dropout before the adapter, likewise.
-        options: fields of `BayesLoraConfig` that recipes and the command line set for it.
-    """
-
-    name: str
-    title: str
-    config: Callable[..., LoraConfig]
-    bayesian: bool = True
-    made: str = "train"
-    n_samples: int = 10
-    lr: float = 1e-3
-    dropout: float = 0.0
-    options: tuple[str, ...] = ()
-
-    @property
-    def plain(self) -> bool:
-        """Whether what is trained is an adapter of stock PEFT."""
-        return self.config is LoraConfig
-
-
-_NOISE = ("prior_std", "init_rho", "scope", "kl_schedule", "kl_lr", "kl_time", "kl_gamma")
-_STIEFEL = ("stiefel", "stiefel_penalty")
-_HEAD = ("head_covariance", "head_prior_scale", "head_lr", "kl_weight", "alternation")
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("map", "LoRA (MAP)", LoraConfig, bayesian=False),
-        # Dropout in training and in prediction, at the rate of BLoB's published baseline.
-        Method("dropout", "MC dropout", LoraConfig, dropout=0.1),
-        Method("ensemble", "Ensemble", LoraConfig, made="join", n_samples=3),
-        Method("blob", "BLoB", BlobConfig, options=_NOISE),
-        Method("tfb", "TFB", TfbConfig, made="convert"),
-        Method("laplace", "Laplace-LoRA", LoraConfig, made="convert", n_samples=1000),
-        Method(
-            "laplace-last", "Laplace-LoRA, last layer", LoraConfig, made="convert", n_samples=1000
-        ),
-        Method(
-            "scalabl", "ScalaBL", ScalablConfig, options=(*_NOISE, "kl_direction", "covariance")
-        ),
-        Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3, options=_STIEFEL),
-        Method(
-            "polar-vbll",
-            "PoLAR-VBLL",
-            PolarVbllConfig,
-            n_samples=1000,
-            lr=2e-3,
-            options=(*_STIEFEL, *_HEAD),
-        ),
-    )
-}
-# Values of BayesLoraConfig.method.
-BAYESIAN_METHODS = tuple(name for name, method in METHODS.items() if not method.plain)
-
-
-def default_options(function: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword-only arguments of a function with their defaults."""
-    found = inspect.signature(function).parameters.values()
-    return {option.name: option.default for option in found if option.kind is option.KEYWORD_ONLY}
-
-
 __all__ = [
     "BAYESIAN_METHODS",
     "BAYES_FIELDS",
-    "METHODS",
     "PEFT_TYPE_NAME",
     "BayesLoraConfig",
     "BlobConfig",
-    "Method",
     "PolarConfig",
     "PolarVbllConfig",
     "ScalablConfig",
     "TfbConfig",
-    "default_options",
 ]

@@ -1,7 +1,7 @@
 """The maths of Bayesian adapters inside PEFT's LoRA layers.
 
 A method is one subclass of :class:`BayesVariant`, which names it and so enters :data:`VARIANTS`, and
-one row of `bayes_kernels.hf.config.METHODS`. What is common to all is here: names and noise streams, which
+one row of `bayes_kernels.hf.method.METHODS`. What is common to all is here: names and noise streams, which
 weights a pass uses, rows of a draw, parameters beside the factors, merging the posterior mean.
 """
 

@@ -29,7 +29,7 @@ import typer
 from typer.testing import CliRunner
 
 from bayes_kernels.cli import app, output
-from bayes_kernels.hf.config import METHODS
+from bayes_kernels.hf.method import METHODS
 
 pytestmark = pytest.mark.cpu_only
 

@@ -37,8 +37,8 @@ from ...batches import as_batches, inputs_of, split
 from ...laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
 from ...progress import progress_bar
 from .._compat import without_padding
-from ..config import default_options
 from ..logits import need_classes
+from ..method import default_options
 from ..model import BayesLoraModel
 from ..swap import the_adapter
 from ..undo import as_before_if_stopped

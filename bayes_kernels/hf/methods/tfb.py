@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from ...batches import as_batches
 from ...progress import progress_bar
 from .._compat import unsupported_layer
-from ..config import TfbConfig, default_options
+from ..config import TfbConfig
 from ..layers import bayes_layers
 from ..logits import Prediction, need_classes
+from ..method import default_options
 from ..model import BayesLoraModel
 from ..predict import predict
 from ..swap import the_adapter
