@@ -7,12 +7,12 @@ first dimension of its tensors, unless all examples share a tensor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 LABELS = ("labels", "label")
 
@@ -169,9 +169,16 @@ def split(batch: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
 
 
 def as_batches(
-    data: Any, batch_size: int = 16, collate_fn: Callable[[list[Any]], Any] | None = None
+    data: Iterable[Any] | Dataset[Any],
+    batch_size: int = 16,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> Iterable[Mapping[str, Any]]:
     """Batches of a loader, an iterable of batches, or a data set, which is batched in order.
+
+    Args:
+        data: a `DataLoader`, another iterable of mappings of tensors, or a data set of examples.
+        batch_size: examples of one batch, for a data set.
+        collate_fn: makes a batch of a list of examples; None for the loader's default.
 
     Raises:
         ValueError: data is one batch.
@@ -180,16 +187,17 @@ def as_batches(
         return data
     if isinstance(data, Mapping):
         raise ValueError("data must be batches or a data set, got one batch; pass [batch]")
+    rows: Any = data
     if isinstance(data, IterableDataset):
         first = next(iter(data), None)
         if collate_fn is None and (first is None or are_batches([first])):
             return data
-    elif not hasattr(data, "__getitem__") or (collate_fn is None and are_batches(data)):
-        return data
-    return DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
+    elif not hasattr(rows, "__getitem__") or (collate_fn is None and are_batches(rows)):
+        return rows
+    return DataLoader(rows, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
 
 
-def are_batches(data: Any) -> bool:
+def are_batches(data: Sequence[Any]) -> bool:
     """Whether a sequence holds batches (tensors of token ids with two dimensions), not examples."""
     if not len(data) or not isinstance(data[0], Mapping):
         return False

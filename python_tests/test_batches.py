@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from bayes_kernels.batches import (
     as_batches,
@@ -130,6 +131,14 @@ def test_batches_go_to_a_device_in_their_own_type() -> None:
     assert to_device(IDS, meta).device == meta
 
 
+class Stream(IterableDataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+
 def test_batches_of_loaders_batches_and_data_sets() -> None:
     batches = [{"input_ids": IDS}, {"input_ids": IDS[:2]}]
     loader = DataLoader(IDS, batch_size=2)
@@ -138,6 +147,10 @@ def test_batches_of_loaders_batches_and_data_sets() -> None:
     made: Any = as_batches([{"input_ids": row} for row in IDS], 2)
     assert torch.equal(torch.cat([b["input_ids"] for b in made]), IDS)
     assert [len(b["input_ids"]) for b in made] == [2, 2, 1]
+    # Streams of batches, and of examples.
+    assert as_batches(stream := Stream(batches)) is stream
+    streamed = as_batches(Stream([{"input_ids": row} for row in IDS]), 2)
+    assert [len(b["input_ids"]) for b in streamed] == [2, 2, 1]
     with pytest.raises(ValueError, match=r"got one batch; pass \[batch\]"):
         as_batches(batches[0])
 

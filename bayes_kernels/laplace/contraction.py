@@ -38,7 +38,7 @@ class Contraction(Collector):
         """Logits (B, C) and their covariance (B, C, C) for each prior, fp32 or wider, in one pass.
 
         Args:
-            reader: of the model.
+            reader: reads the logits from the model.
             batch: a prepared batch.
             jacobian: "vmap" or "repeat", as for `Laplace`.
 

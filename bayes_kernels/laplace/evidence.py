@@ -28,7 +28,7 @@ class Evidence(NamedTuple):
 
     @classmethod
     def of(cls, layers: Sequence[Layer], blocks: Sequence[Block]) -> Evidence:
-        """That of layers and their posteriors."""
+        """The evidence of layers with these posteriors."""
         products = [block.products.reshape(-1).cpu() for block in blocks]
         segment = torch.repeat_interleave(
             torch.arange(len(products)), torch.tensor([p.numel() for p in products])

@@ -186,7 +186,7 @@ class Block:
         return self.nu[:, None] * self.mu[None, :]
 
     def to(self, device: torch.device) -> Block:
-        """The same on a device."""
+        """This block on a device."""
         return Block(*(t.to(device) for t in (self.u, self.mu, self.q, self.nu)))
 
     def complete(self, side: str) -> bool:
