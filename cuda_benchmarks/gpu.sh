@@ -120,7 +120,7 @@ tests_of() {
 graphs() { tests_of graphs 8 python_tests/functional/test_cuda_graphs.py; }
 
 tests() {
-  local files=(adapter tiles derivatives curvature divergence predict registration tall)
+  local files=(adapter adapter_gradients few_tokens tiles derivatives curvature divergence predict registration tall)
   [[ $DRY == 1 ]] && files=()
   files=(test_random "${files[@]/#/functional/test_}")
   has transformers peft && [[ $DRY != 1 ]] && files+=(hf/test_cuda)

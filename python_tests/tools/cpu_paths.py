@@ -19,7 +19,17 @@ FILES = [
     TESTS / "test_random.py",
     *(
         TESTS / "functional" / f"test_{name}.py"
-        for name in ("adapter", "tall", "predict", "curvature", "divergence", "tiles", "fuzz")
+        for name in (
+            "adapter",
+            "adapter_gradients",
+            "few_tokens",
+            "tall",
+            "predict",
+            "curvature",
+            "divergence",
+            "tiles",
+            "fuzz",
+        )
     ),
 ]
 
