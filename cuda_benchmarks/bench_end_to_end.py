@@ -37,7 +37,6 @@ import copy
 import dataclasses
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +60,7 @@ from harness import (
     tolerance,
 )
 from memory_model import RANK, Shape
+from published_laplace import exact_covariance, published_jacobian, published_last_layer
 from torch import Tensor, nn
 
 LR = 1e-4
@@ -588,94 +588,6 @@ def fit_laplace(case: Case, base: nn.Module, device: str, layers: str) -> Any:
     options = {"layers": layers, "prior": "fixed", "prior_precision": 10.0, "dense_below": 32}
     hf.bayesianize(model, "laplace", data=[make_batch(case, device)], progress=False, **options)
     return model
-
-
-def _kronecker(posterior: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Weight, eigenvectors U (in, k), Q (out, k'), their products (k', k), of each layer."""
-    laplace = posterior.laplace
-    state = laplace.state_dict()
-    for layer in laplace.layers:
-        u, mu, q, nu = (
-            state[f"{layer.name}.{kind}"]
-            for kind in ("input_vectors", "input_values", "output_vectors", "output_values")
-        )
-        yield layer.weight, u, q, nu[:, None] * mu, laplace.prior_precision
-
-
-def _variance(g: Tensor, u: Tensor, q: Tensor, products: Tensor, delta: Tensor) -> Tensor:
-    """J Sigma J' (B, C, C) of one layer from its Jacobian (B, C, out, in), by Woodbury's identity."""
-    shrunk = (products / (products + delta)).to(g.dtype).to(g.device)
-    inner = (q.T.to(g.dtype) @ g @ u.to(g.dtype)).flatten(2)
-    flat = g.flatten(2)
-    return (flat @ flat.mT - (inner * shrunk.flatten()) @ inner.mT) / float(delta)
-
-
-def published_jacobian(
-    model: Any, posterior: Any, inputs: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the logits; the Jacobian of the whole batch, all at once."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    blocks = list(_kronecker(posterior))
-    parameters = {names[id(block[0])]: block[0].detach() for block in blocks}
-
-    def logits(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        found = torch.func.functional_call(model, values, (), inputs).logits
-        return found, found
-
-    with warnings.catch_warnings():
-        # Attention kernels whose backward runs once for each row instead.
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        jacobian, mean = torch.func.jacrev(logits, has_aux=True)(parameters)
-    cov: Any = 0.0
-    for g, (_, *factors) in zip(jacobian.values(), blocks, strict=True):
-        cov = cov + _variance(g, *factors)
-    return mean.detach(), cov
-
-
-def published_last_layer(
-    model: Any, posterior: Any, inputs: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The same for the weight of the last layer, from its inputs."""
-    laplace = posterior.laplace
-    seen: list[Tensor] = []
-    hook = laplace.layers[0].module.register_forward_hook(lambda _, args, y: seen.append(args[0]))
-    with torch.no_grad():
-        mean = model(**inputs).logits
-    hook.remove()
-    x = seen[0]
-    if x.dim() == 3:  # a causal model's head sees all tokens, and counts the last one
-        x = x[:, -1]
-    cov: Any = 0.0
-    identity = torch.eye(mean.shape[1], dtype=x.dtype, device=x.device)
-    for layer, (_, *factors) in zip(laplace.layers, _kronecker(posterior), strict=True):
-        a = x if layer.weight.dim() == 2 else torch.ones_like(x[:, :1])
-        cov = cov + _variance(torch.einsum("bd,ce->bced", a, identity), *factors)
-    return mean, cov
-
-
-def exact_covariance(
-    model: Any, posterior: Any, inputs: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """In fp64: a backward pass for each example and class, and the dense inverse of each precision."""
-    exact = copy.deepcopy(model).double()
-    places = {id(p): i for i, p in enumerate(model.parameters())}
-    parameters = list(exact.parameters())
-    blocks = list(_kronecker(posterior))
-    weights = [parameters[places[id(block[0])]].requires_grad_() for block in blocks]
-    logits = exact(**inputs).logits
-    rows, classes = logits.shape
-    grads = [
-        [torch.autograd.grad(logits[b, c], weights, retain_graph=True) for c in range(classes)]
-        for b in range(rows)
-    ]
-    cov = logits.new_zeros(rows, classes, classes)
-    for i, (_, u, q, products, delta) in enumerate(blocks):
-        vectors = torch.kron(q.double(), u.double())  # of weights (out, in), flattened
-        precision = vectors * products.flatten() @ vectors.T
-        precision.diagonal().add_(float(delta))
-        g = torch.stack([torch.stack([row[i].flatten() for row in example]) for example in grads])
-        cov += g @ torch.linalg.solve(precision, g.mT)
-    return logits.detach(), cov
 
 
 def run_laplace(case: Case, options: Options, _: Agreement) -> list[Row]:

@@ -426,14 +426,14 @@ def test_linearised_predictions_agree(layers: str) -> None:
     pytest.importorskip("peft")
     from bayes_kernels.hf.methods.laplace import laplace_posterior
 
-    bench, harness = load("bench_end_to_end"), load("harness")
-    formula = {"adapters": bench.published_jacobian, "last": bench.published_last_layer}[layers]
+    bench, harness, peer = load("bench_end_to_end"), load("harness"), load("published_laplace")
+    formula = {"adapters": peer.published_jacobian, "last": peer.published_last_layer}[layers]
     case = bench.Case("tiny", 3, 6)
     model = bench.fit_laplace(case, bench.build_base(bench.SHAPES["tiny"], "cpu"), "cpu", layers)
     posterior = laplace_posterior(model)
     assert posterior is not None
     inputs = {k: v for k, v in bench.make_batch(case, "cpu").items() if k != "labels"}
-    truth = bench.exact_covariance(model, posterior, inputs)
+    truth = peer.exact_covariance(model, posterior, inputs)
     ours = posterior.laplace.logits(inputs)
     harness.assert_agrees("ours", ours, truth, 1e-3)
     harness.assert_agrees("published", formula(model, posterior, inputs), truth, 1e-3)
