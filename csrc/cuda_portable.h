@@ -14,7 +14,6 @@
 //     bk_set_max_dynamic_smem(kernel, bytes)
 //                                  needed once per kernel and device for more than 48 KiB
 //     bk_max_shared_memory_per_block()   opt-in limit of the current device, in bytes
-//     bk_multiprocessor_count()          of the current device
 //     bk_large_arguments()               whether kernels may take kLargeArguments bytes of arguments
 //   Shared memory (plain `__shared__` is not available in the emulator, on purpose)
 //     BK_SHARED(T, name, [d0][d1]...)  static array; empty third argument: one T; 16-byte aligned
@@ -82,7 +81,6 @@ inline void bk_set_max_dynamic_smem(void (*kernel)(Parameters...), std::size_t b
 inline int bk_max_shared_memory_per_block() {
   return static_cast<int>(::simt::settings().max_shared_bytes);
 }
-inline int bk_multiprocessor_count() { return ::simt::multiprocessor_count; }
 inline bool bk_large_arguments() { return true; }
 
 inline void bk_cp_async_16(void* dst_smem, const void* src, int bytes_valid = 16,
@@ -137,16 +135,13 @@ inline void bk_set_max_dynamic_smem(void (*kernel)(Parameters...), std::size_t b
                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
-inline int bk_device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
 inline int bk_max_shared_memory_per_block() {
-  return bk_device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int device = 0;
+  int bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
-inline int bk_multiprocessor_count() { return bk_device_attribute(cudaDevAttrMultiProcessorCount); }
 
 inline bool bk_large_arguments() {
 #if CUDART_VERSION >= 12010

@@ -115,8 +115,6 @@ struct Settings {
 // runs.
 Settings& settings();
 
-constexpr int multiprocessor_count = 4;  // small, so that persistent kernels loop
-
 // ---- what the macros and intrinsics stand on
 
 void* static_shared(const void* site, const char* name, std::size_t bytes);

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "../core/philox.h"
-#include "../core/posterior.h"
 #include "../core/small_linalg.h"
 
 namespace py = pybind11;
@@ -51,15 +50,6 @@ PYBIND11_MODULE(_core_tests, m) {
     cos_sin_turn(u, &c, &s);
     return std::pair<float, float>{c, s};
   });
-  m.def("normal_pair", [](uint32_t a, uint32_t b) {
-    float n0, n1;
-    normal_pair(a, b, &n0, &n1);
-    return std::pair<float, float>{n0, n1};
-  });
-  m.def("sign_row", [](int64_t row0, int64_t rows_per_id, int64_t row) {
-    return sign_row(RowIds{nullptr, row0, rows_per_id}, row);
-  });
-  m.def("dropout_threshold", [](double p) { return dropout_threshold(p); });
   m.def("small_multiply", [](const Numbers& a, const Numbers& b, int r) {
     Numbers out(padded(a, r).size());
     multiply<OneThread>(padded(a, r).data(), padded(b, r).data(), out.data(), r, pitch_of(r));
@@ -93,8 +83,5 @@ PYBIND11_MODULE(_core_tests, m) {
     Numbers out(padded(v, r).size());
     compose<OneThread>(padded(v, r).data(), weights.data(), out.data(), r, pitch_of(r));
     return packed(out, r);
-  });
-  m.def("gaussian_kl_term", [](bool elbo, double mean, double std, double prior) {
-    return gaussian_kl_term(elbo ? Direction::kElbo : Direction::kCode, mean, std, prior);
   });
 }
