@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from .diagnosis import diagnosis
-
 
 def main() -> None:
     """Diagnosis without arguments, the command line with some."""
     if len(sys.argv) == 1:
-        print(diagnosis())
-        return
-    from .cli.app import main as cli
+        from .diagnosis import diagnosis
 
-    cli()
+        print(diagnosis())
+    else:
+        from .cli.app import main as command_line
+
+        command_line()
 
 
 if __name__ == "__main__":

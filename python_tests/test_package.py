@@ -40,13 +40,31 @@ def library() -> str:
     return str(path)
 
 
-def test_import_loads_neither_transformers_nor_peft_nor_plots():
+def test_importing_the_package_imports_nothing_else():
     code = (
         "import sys, bayes_kernels\n"
-        "heavy = ['transformers', 'peft', 'accelerate', 'matplotlib', 'torchmetrics', 'datasets', 'typer']\n"
+        "heavy = ['torch', 'numpy', 'transformers', 'peft', 'matplotlib', 'torchmetrics', 'typer']\n"
         "print([m for m in heavy if m in sys.modules])"
     )
     assert python(code).stdout.strip() == "[]"
+
+
+def test_modules_and_names_are_there_at_first_use():
+    """As attributes of the package; the ops of torch are registered with the first of them."""
+    code = (
+        "import sys, torch, bayes_kernels as bk\n"
+        "assert not hasattr(torch.ops.bayes_kernels, 'tall_gram')\n"
+        "import bayes_kernels.functional\n"
+        "assert torch.ops.bayes_kernels.tall_gram\n"
+        "assert not {'transformers', 'peft', 'matplotlib', 'torchmetrics'} & {*sys.modules}\n"
+        "assert {*bk.__all__} <= {*dir(bk)} and bk.functional.lora and bk.build_info()\n"
+        "from bayes_kernels import *\n"
+        "print([bk.optim, bk.random, optim, random][2:] == [bk.optim, bk.random], predict)"
+    )
+    ended = python(code)
+    assert ended.stdout.startswith("True <function predict"), ended.stderr
+    with pytest.raises(AttributeError, match="has no attribute 'functionals'"):
+        _ = bk.functionals
 
 
 def test_binary_uses_the_stable_abi_only():

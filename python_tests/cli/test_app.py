@@ -30,6 +30,7 @@ pytest.importorskip("transformers")
 
 import safetensors.torch  # noqa: E402
 import tiny_task  # noqa: E402
+import typer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from bayes_kernels import _library  # noqa: E402
@@ -42,6 +43,7 @@ from bayes_kernels.hf.trainer import last_checkpoint  # noqa: E402
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
 
+COMMANDS = list(typer.main.get_command(app.app).commands)
 SETTINGS = ["--steps", "8", "--lr", "0.005", "--rank", "4", "--n-samples", "3"]
 
 
@@ -120,6 +122,18 @@ def test_info_is_the_diagnosis() -> None:
     result = call("info")
     assert result.exit_code == 0
     assert result.stdout.startswith("bayes_kernels ") and "compiled ops" in result.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
+    code = (
+        "import sys; from bayes_kernels.__main__ import main; sys.argv[1:] = sys.argv[1:] + ['--help']\n"
+        "try: main()\n"
+        "finally: print({'torch', 'numpy', 'transformers', 'peft'} & {*sys.modules})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.endswith("set()\n"), ended.stdout + ended.stderr
+    assert "Usage: bayes-kernels" in ended.stdout
 
 
 def test_options_that_commands_share_are_written_once() -> None:
