@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny_task
 import torch
 from kept_draws import KeptDraws
 
@@ -179,6 +180,18 @@ def data_dir() -> Path:
 def models_dir() -> Path:
     """Folder of small real causal language models."""
     return _folder("BAYES_KERNELS_MODELS", "models")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the two-class task: train.jsonl, test.jsonl and ood.jsonl. Tests only read it."""
+    return tiny_task.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the small BERT that learns that task. Tests only read it."""
+    return tiny_task.write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
