@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-import bayes_kernels.functional  # registers the ops and their fakes
+import bayes_kernels.functional  # noqa: F401, registers the ops and their fakes
 from bayes_kernels import _library, random
 
 OPS = torch.ops.bayes_kernels
