@@ -55,8 +55,7 @@ Tensor factor(const char* op, const char* name, const Tensor& t, const Tensor& l
   return row_major(t);
 }
 
-int rank_of(const char* op, const Tensor& a) {
-  const int64_t r = a.size(0);
+int checked_rank(const char* op, int64_t r) {
   BK_CHECK(r >= 1 && r <= kMaxFusedRank, op, ": rank must be 1 to ", kMaxFusedRank, ", got ", r,
            "; use bayes_kernels.functional, which has a slower path for larger ranks");
   return static_cast<int>(r);
@@ -69,21 +68,6 @@ struct NoiseArguments {
   const std::optional<Tensor>& ids;
   double dropout;
 };
-
-AdapterNoise noise_of(const char* op, const NoiseArguments& given, bool has_noise, const Tensor& x,
-                      int64_t tokens) {
-  BK_CHECK(given.dropout >= 0.0 && given.dropout < 1.0, op, ": dropout must be in [0, 1), got ",
-           given.dropout);
-  AdapterNoise noise{nullptr, given.stream,
-                     row_ids(op, given.row0, given.rows_per_id, given.ids, tokens, x),
-                     given.dropout};
-  if (has_noise || given.dropout > 0.0) {
-    BK_CHECK(given.key.has_value(), op,
-             ": key is needed with noise or dropout; make it with random.key(seed)");
-    noise.key = key_pointer(op, *given.key, x);
-  }
-  return noise;
-}
 
 // The noise matrix of a call: E itself, or the draw that kernels make it from, or neither.
 struct NoiseMatrix {
@@ -132,7 +116,14 @@ void set_noise(const char* op, Params& p, NoiseMatrix& matrix, const NoiseArgume
     p.e = matrix.e->data_ptr();
   }
   p.draw = matrix.draw;
-  p.noise = noise_of(op, noise, matrix.exists(), x, p.tokens);
+  BK_CHECK(noise.dropout >= 0.0 && noise.dropout < 1.0, op, ": dropout must be in [0, 1), got ",
+           noise.dropout);
+  const bool needs_key = matrix.exists() || noise.dropout > 0.0;
+  BK_CHECK(!needs_key || noise.key.has_value(), op,
+           ": key is needed with noise or dropout; make it with random.key(seed)");
+  const RowIds rows = row_ids(op, noise.row0, noise.rows_per_id, noise.ids, p.tokens, x);
+  p.noise = AdapterNoise{needs_key ? key_pointer(op, *noise.key, x) : nullptr, noise.stream, rows,
+                         noise.dropout};
 }
 
 // h of `tokens` rows, which lie in x (..., n) as `as_rows` leaves it.
@@ -145,7 +136,7 @@ Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor
   p.tokens = tokens;
   p.n = x.size(-1);
   BK_CHECK(a.size(1) == p.n, op, ": a must have ", p.n, " columns, got ", a.size(1));
-  p.r = rank_of(op, a);
+  p.r = checked_rank(op, a.size(0));
   p.x = x.data_ptr();
   p.x_stride = row_stride(x);
   p.a = a.data_ptr();
@@ -187,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor d
   p.dtype = dtype_of(op, x);
   p.tokens = x.size(0);
   p.n = x.size(1);
-  p.r = rank_of(op, a);
+  p.r = checked_rank(op, a.size(0));
   p.dh = dh.data_ptr();
   p.x = x.data_ptr();
   p.x_stride = row_stride(x);
@@ -239,9 +230,7 @@ Tensor expand_rows(const char* op, const Tensor& given, const Tensor& second,
   ExpandParams p{};
   p.tokens = h.size(0);
   p.m = b.size(0);
-  BK_CHECK(h.size(1) >= 1 && h.size(1) <= kMaxFusedRank, op, ": rank must be 1 to ", kMaxFusedRank,
-           ", got ", h.size(1));
-  p.r = static_cast<int>(h.size(1));
+  p.r = checked_rank(op, h.size(1));
   p.h = h.data_ptr();
   p.b = b.data_ptr();
   p.scaling = scaling;
@@ -289,9 +278,7 @@ std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tenso
   p.dtype = dtype_of(op, dy);
   p.tokens = dy.size(0);
   p.m = dy.size(1);
-  BK_CHECK(h.size(1) >= 1 && h.size(1) <= kMaxFusedRank, op, ": rank must be 1 to ", kMaxFusedRank,
-           ", got ", h.size(1));
-  p.r = static_cast<int>(h.size(1));
+  p.r = checked_rank(op, h.size(1));
   p.dy = dy.data_ptr();
   p.dy_stride = row_stride(dy);
   p.h = h.data_ptr();
@@ -344,7 +331,7 @@ std::tuple<Tensor, Tensor> whole(const char* op, Tensor x, const Tensor& a,
   }
   shape.push_back(b.size(0));
   x = as_rows(x);
-  const bool few = tokens > 0 && tokens <= few_shrink_tokens(rank_of(op, a));
+  const bool few = tokens > 0 && tokens <= few_shrink_tokens(checked_rank(op, a.size(0)));
   NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
   if (keep_draw && matrix.draw.rho != nullptr) {
     matrix.kept = kept_normals(noise.key->const_data_ptr<int64_t>(), noise.stream, a.numel());
@@ -369,8 +356,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho
 // Stands for devices and layouts without kernels.
 struct NoDevice {};
 
-// The output alone, where no gradient is needed; nothing where an argument is not as the op takes
-// it.
+// The output alone, for passes without gradients; nothing where the op does not take an argument.
 template <class Device>
 std::optional<Tensor> infer(Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b,
                             std::optional<Tensor> base, std::optional<Tensor> key, int64_t stream,
@@ -387,9 +373,9 @@ std::optional<Tensor> infer(Tensor x, Tensor a, std::optional<Tensor> rho, Tenso
   return std::nullopt;
 }
 
-// Its derivatives in one call: the kernels of expand_backward, scaled_normal, shrink_backward and
-// scaled_normal_backward in turn; for few tokens on the CPU shrink_backward does the work of the
-// other two of the latter three, and draws the noise once.
+// The derivatives of forward in one call: the kernels of expand_backward, scaled_normal,
+// shrink_backward and scaled_normal_backward in turn; for few tokens on the CPU shrink_backward
+// does the work of the other two of the latter three, and draws the noise once.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor a,
                                                     std::optional<Tensor> rho, Tensor b, Tensor h,
