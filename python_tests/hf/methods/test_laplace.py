@@ -15,14 +15,21 @@ from accuracy import assert_same_but_rounding
 from cli.test_app import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from tiny_models import (
+    BASES,
+    BATCHES,
+    IDS,
+    LABELS,
+    adapted,
+    bert,
+    choices,
+    fill,
+    llama,
+    logits,
+    trained,
+)
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from bayes_kernels import laplace
 from bayes_kernels.hf import (
@@ -37,8 +44,6 @@ from bayes_kernels.hf import (
     save_laplace,
 )
 from bayes_kernels.hf.methods.laplace import ClassLogits
-from hf.methods.test_scalabl import BASES, IDS, TYPES, logits
-from hf.methods.test_tfb import BATCHES, LABELS, adapter, choices
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -71,7 +76,7 @@ def class_logits(model: nn.Module, kind: str, ids: Tensor = IDS) -> Tensor:
 @KINDS
 def test_equals_the_general_laplace(kind: str) -> None:
     """The same numbers as `bayes_kernels.laplace` with layers and logits named by hand."""
-    model = adapter(kind)
+    model = trained(kind)
     before = state(model)
     report = fit(model, kind, layers="adapters")
     assert same(before, state(model)) and type(model.peft_config["default"]) is LoraConfig
@@ -109,7 +114,7 @@ def test_equals_the_general_laplace(kind: str) -> None:
 
 @KINDS
 def test_train_and_eval_mode_with_draws_and_without(kind: str) -> None:
-    model = adapter(kind, lora_dropout=0.3)
+    model = trained(kind, lora_dropout=0.3)
     model.train()
     modes = {name: m.training for name, m in model.named_modules()}
     fit(model, kind)
@@ -137,7 +142,7 @@ def test_train_and_eval_mode_with_draws_and_without(kind: str) -> None:
 
 
 def test_pairs_of_draws_keep_the_likelier_of_two_classes() -> None:
-    model = adapter("llama")
+    model = trained("llama")
     two = [{**batch, "labels": batch["labels"] % 2} for batch in BATCHES]
     wide = {"choices": [5, 6], "prior": "fixed", "prior_precision": 1e-4}
     fit(model, "llama", two, **wide)
@@ -155,7 +160,7 @@ def test_pairs_of_draws_keep_the_likelier_of_two_classes() -> None:
 def test_padding_and_its_side_do_not_matter() -> None:
     found = []
     for side in ("none", "left", "right"):
-        model = adapter("llama")
+        model = trained("llama")
         ids, mask = IDS, torch.ones_like(IDS)
         if side != "none":
             pad = torch.zeros(4, 3, dtype=torch.int64)
@@ -173,7 +178,7 @@ def test_padding_and_its_side_do_not_matter() -> None:
 
 def test_which_layers_have_a_posterior() -> None:
     names = lambda m: [layer.name for layer in laplace_posterior(m).laplace.layers]  # type: ignore[union-attr]  # noqa: E731
-    bert, llama = adapter(), adapter("llama")
+    bert, llama = trained(), trained("llama")
     everything = fit(bert)
     assert (everything.matrices, everything.layers) == (10, "all")
     assert names(bert)[-2:] == ["classifier.weight", "classifier.bias"]
@@ -184,7 +189,7 @@ def test_which_layers_have_a_posterior() -> None:
     fit(llama, "llama", method="laplace-last")
     assert {name.split(".self_attn")[0] for name in names(llama)} == {"model.layers.1"}
     # An adapter on the output layer is what the paper's last-layer variant means.
-    head = adapter("llama", target_modules=["q_proj", "lm_head"])
+    head = trained("llama", target_modules=["q_proj", "lm_head"])
     fit(head, "llama", method="laplace-last")
     assert names(head) == ["lm_head.lora_A", "lm_head.lora_B"]
     with pytest.raises(ValueError, match="layers must not be given for method 'laplace-last'"):
@@ -220,7 +225,7 @@ def test_multiple_choice_sees_several_sequences_an_example() -> None:
 
 @pytest.mark.parametrize("prediction", laplace.METHODS)
 def test_every_way_to_probabilities(prediction: str) -> None:
-    model = adapter()
+    model = trained()
     if prediction == "quadrature":
         fit(model, prediction=prediction)
         with pytest.raises(ValueError, match="quadrature"):
@@ -239,18 +244,18 @@ def test_priors() -> None:
     deltas = {}
     for prior in ("mackay", "gradient", "fixed"):
         options = {"prior": prior, "prior_precision": 2.0}
-        deltas[prior] = fit(adapter(), **options).prior_precision
+        deltas[prior] = fit(trained(), **options).prior_precision
     assert deltas["fixed"] == 2.0 != deltas["mackay"]
     assert deltas["gradient"] == pytest.approx(deltas["mackay"], rel=0.05)
-    layered = fit(adapter(), structure="layer", layers="adapters")
+    layered = fit(trained(), structure="layer", layers="adapters")
     assert len(layered.prior_precision) == 8
-    assert layered.evidence_after > fit(adapter(), layers="adapters").evidence_after
+    assert layered.evidence_after > fit(trained(), layers="adapters").evidence_after
     with pytest.raises(ValueError, match="use structure='scalar'"):  # a bias that was not trained
-        fit(adapter(), structure="layer")
+        fit(trained(), structure="layer")
     assert ".." in str(layered)
-    model = adapter()
+    model = trained()
     report = fit(model, validation=BATCHES, n_samples=100, prediction="probit")
-    assert report.prior == "validation" and fit(adapter()).prior == "mackay"
+    assert report.prior == "validation" and fit(trained()).prior == "mackay"
     found = laplace_posterior(model)
     assert found is not None
     scores = []
@@ -270,19 +275,19 @@ def test_data_in_all_its_forms() -> None:
             return iter(self.items)
 
     examples = [{"input_ids": i, "labels": int(y)} for i, y in zip(IDS, LABELS, strict=True)]
-    expected = fit(adapter()).evidence_after
+    expected = fit(trained()).evidence_after
     for data in (iter(BATCHES), Stream(BATCHES), Stream(examples), examples):
-        report = fit(adapter(), data=data, batch_size=3)
+        report = fit(trained(), data=data, batch_size=3)
         assert report.examples == 4
         assert report.evidence_after == pytest.approx(expected, rel=1e-4)
     unlabelled = [{"input_ids": IDS}]
-    report = fit(adapter(), data=unlabelled)
+    report = fit(trained(), data=unlabelled)
     assert report.evidence_after is None and report.prior_precision > 0
     assert "log evidence" not in str(report)
 
 
 def test_a_cache_keeps_the_batch_whole() -> None:
-    model = adapter("llama").eval()
+    model = trained("llama").eval()
     past, rest = IDS[:, :3], IDS[:, 3:]
 
     def batches(cached: bool) -> list[dict[str, Any]]:
@@ -299,7 +304,7 @@ def test_a_cache_keeps_the_batch_whole() -> None:
 
 
 def test_the_report_renders_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    report = fit(adapter(), progress=True)
+    report = fit(trained(), progress=True)
     assert "MiB through the pass" in capsys.readouterr().err
     assert "\n" not in str(report) and "prior precision" in str(report)
     content = json.loads(json.dumps(report.to_dict()))
@@ -310,7 +315,7 @@ def test_the_report_renders_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_mean_of_a_bayesian_adapter(kind: str, tmp_path: Path) -> None:
-    model = adapter(kind, BlobConfig)
+    model = trained(kind, BlobConfig)
     mean = logits(model)
     fit(model, kind)
     assert type(model.peft_config["default"]) is LoraConfig
@@ -331,7 +336,7 @@ def test_the_mean_of_a_bayesian_adapter(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_a_bayesian_adapter_as_it_was() -> None:
-    model = adapter(config=BlobConfig)
+    model = trained(config=BlobConfig)
     before, config = state(model), model.peft_config["default"]
     with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
         fit(model, data=[{"input_ids": IDS, "labels": LABELS + 7}])
@@ -341,7 +346,7 @@ def test_an_error_leaves_a_bayesian_adapter_as_it_was() -> None:
 
 
 def test_draws_of_the_weights() -> None:
-    model = adapter()
+    model = trained()
     with pytest.raises(ValueError, match="must have a Laplace posterior, got none"):
         drawn_weights(model).__enter__()
     fit(model)
@@ -360,7 +365,7 @@ def test_draws_of_the_weights() -> None:
 
 @KINDS
 def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
-    model = adapter(kind)
+    model = trained(kind)
     options = {"structure": "layer", "layers": "adapters", "prediction": "mc_independent"}
     fit(model, kind, **options)
     expected = predict(model, BATCH, n_samples=30, seed=2)
@@ -394,7 +399,7 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", ["adapters", "last"])
 def test_training_on_makes_the_posterior_invalid(part: str, layers: str, tmp_path: Path) -> None:
     """Whatever was trained with the adapter counts, whether or not it has a posterior."""
-    model = adapter()
+    model = trained()
     fit(model, layers=layers)
     model.save_pretrained(tmp_path / "old")
     save_laplace(model, tmp_path / "old")
@@ -422,7 +427,7 @@ def test_training_on_makes_the_posterior_invalid(part: str, layers: str, tmp_pat
 
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
-    model = adapter()
+    model = trained()
     with pytest.raises(ValueError, match="must have a Laplace posterior, got none"):
         save_laplace(model, tmp_path)
     with pytest.raises(ValueError, match=r"expected laplace\.safetensors in"):
@@ -435,7 +440,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must be what save_laplace wrote"):
             load_laplace(model, tmp_path)
     path.write_bytes(whole)
-    other = adapter(target_modules=["query"])
+    other = trained(target_modules=["query"])
     with pytest.raises(ValueError, match="does not belong to this adapter"):
         load_laplace(other, tmp_path)
     with pytest.raises(ValueError, match=r"^load_laplace: model must be a PeftModel"):
@@ -446,7 +451,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_bad_input() -> None:
-    model = adapter()
+    model = trained()
     for options, message in (
         ({"layers": "top"}, "layers must be one of"),
         ({"fisher": "exact"}, "fisher must be one of"),
@@ -468,12 +473,12 @@ def test_bad_input() -> None:
     untrained = get_peft_model(BASES["bert"](), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="train the adapter first"):
         fit(untrained)
-    dora = LoraConfig(target_modules=["query"], use_dora=True, task_type=TYPES["bert"])
+    dora = LoraConfig(target_modules=["query"], use_dora=True, task_type="SEQ_CLS")
     with pytest.raises(ValueError, match="cannot have a posterior"):
         fit(get_peft_model(BASES["bert"](), dora))
     with pytest.raises(ValueError, match=r"choices=None"):
-        bayesianize(adapter("llama"), "laplace", BATCHES, progress=False)
-    llama = adapter("llama")
+        bayesianize(trained("llama"), "laplace", BATCHES, progress=False)
+    llama = trained("llama")
     fit(llama, "llama")
     with pytest.raises(ValueError, match=r"choices must be those of the Laplace posterior"):
         predict(llama, BATCH, choices=[1, 2])
@@ -523,7 +528,7 @@ class Saved:
 
 
 def test_the_pass_keeps_no_more_than_a_training_step() -> None:
-    model = adapter()
+    model = trained()
     for p in model.parameters():
         p.requires_grad_(False)
     for name, p in model.named_parameters():
@@ -543,25 +548,15 @@ def model_with_padding(kind: str) -> tuple[Any, list[dict[str, Tensor]], dict[st
         "hidden_size": 96,
         "intermediate_size": 256,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
         "vocab_size": 200,
     }
-    torch.manual_seed(0)
     if kind == "bert":
-        base: Any = BertForSequenceClassification(
-            BertConfig(**common, num_labels=6, hidden_dropout_prob=0.0,
-                       attention_probs_dropout_prob=0.0)
-        )  # fmt: skip
+        model = adapted(bert(**common, num_labels=6), LoraConfig, lora_alpha=8)
     else:
-        base = LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, use_cache=False))
-    targets = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj", "lm_head"]}[kind]
-    model = get_peft_model(
-        base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type=TYPES[kind])
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
+        targets = ["q_proj", "v_proj", "lm_head"]
+        base = llama(**common, use_cache=False)
+        model = adapted(base, LoraConfig, lora_alpha=8, target_modules=targets)
+    fill(model, scale=0.1)
     batches = []
     for _ in range(2):
         lengths = torch.randint(10, 21, (6, 1)).clamp(max=20)
@@ -676,7 +671,7 @@ def test_commands(tmp_path: Path) -> None:
 def test_factors_that_are_computed_and_numbers_that_are_none_are_named(
     kind: str, layers: str
 ) -> None:
-    model = adapter(kind)
+    model = trained(kind)
     factor = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
     nn.utils.parametrizations.weight_norm(factor)
     with pytest.raises(ValueError, match=r"lora_A must be a parameter of the model"):
@@ -693,7 +688,7 @@ def test_empty_batches_change_nothing(kind: str) -> None:
     empty = {name: value[:0] for name, value in BATCH.items()}
     found = []
     for data in (BATCHES, [empty, *BATCHES, empty]):
-        model = adapter(kind)
+        model = trained(kind)
         fit(model, kind, data=data, prior="validation", validation=data)
         la = laplace_posterior(model).laplace
         found.append((la.n_examples, la.log_likelihood, la.prior_precision, *la.logits(BATCH)))

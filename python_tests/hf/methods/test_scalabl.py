@@ -10,14 +10,8 @@ import pytest
 import torch
 from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import BASES, IDS, adapted, arguments, logits
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    TrainingArguments,
-)
 
 from bayes_kernels import random, reference
 from bayes_kernels.hf import (
@@ -37,51 +31,13 @@ from bayes_kernels.hf.methods.scalabl import AUTO_RATIO, ScaleKL, ratio_time, th
 from bayes_kernels.hf.variants import BayesLayer
 from bayes_kernels.optim import KLSchedule, kl_cycle_length, linear_lr_factor
 
-IDS = torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(1))
 CLASSES = [{"input_ids": ids, "labels": int(ids[0]) % 3} for ids in IDS.repeat(4, 1)]
 DIAGONAL_AND_FULL = pytest.mark.parametrize("covariance", ["diagonal", "full"])
 
 
-def bert_base() -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-        num_labels=3,
-        initializer_range=0.2,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config).eval()
-
-
-def llama_base() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-BASES = {"bert": bert_base, "llama": llama_base}
-TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
-TYPES = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
-
-
 def new(kind: str = "bert", config: Any = ScalablConfig, **options: Any) -> PeftModel:
     """An adapter as it starts."""
-    base = BASES[kind]()
-    options = {"r": 4, "target_modules": TARGETS[kind], "task_type": TYPES[kind], **options}
-    return get_peft_model(base, config(**options))
+    return adapted(BASES[kind](), config, **options)
 
 
 def scalabl(kind: str = "bert", **options: Any) -> PeftModel:
@@ -97,11 +53,6 @@ def scalabl(kind: str = "bert", **options: Any) -> PeftModel:
             elif "eigenvectors" in name:
                 p.copy_(torch.randn(p.shape, generator=generator))
     return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: Tensor = IDS, **inputs: Any) -> Tensor:
-    return model(input_ids=ids, **inputs).logits
 
 
 def spread(item: BayesLayer) -> Tensor:
@@ -136,14 +87,14 @@ def test_parameters_and_their_first_values(covariance: str) -> None:
         sigma = (spread(item) @ spread(item).T).diag().sqrt()
         assert 0.05 / 2**0.5 <= float(sigma.min()) <= float(sigma.max()) <= 0.05
         assert all(item.tensor(n).dtype == torch.float32 for n in ("lora_log_s",))
-    assert_same_but_rounding(logits(model), logits(bert_base()))
+    assert_same_but_rounding(logits(model), logits(BASES["bert"]()))
     model.half()
     assert layers[0].tensor("lora_log_s").dtype == torch.float32
 
 
 def test_rows_are_orthonormal_on_a_half_precision_base() -> None:
-    base = bert_base().to(torch.bfloat16)
-    model = get_peft_model(base, ScalablConfig(r=4, target_modules=TARGETS["bert"]))
+    base = BASES["bert"]().to(torch.bfloat16)
+    model = get_peft_model(base, ScalablConfig(r=4, target_modules=["query", "value"]))
     for item in bayes_layers(model):
         assert item.mean.dtype == item.layer.lora_B["default"].weight.dtype == torch.float32
         torch.testing.assert_close(item.mean @ item.mean.T, torch.eye(4), rtol=0, atol=1e-6)
@@ -157,7 +108,7 @@ def test_plain_lora_becomes_the_mean(tmp_path: Path) -> None:
             if "lora_B" in name:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
     plain.save_pretrained(tmp_path)
-    model = import_lora(bert_base(), tmp_path, method="scalabl", init_rho=0.1).eval()
+    model = import_lora(BASES["bert"](), tmp_path, method="scalabl", init_rho=0.1).eval()
     config = model.peft_config["default"]
     assert (config.method, config.prior_std, config.init_rho) == ("scalabl", 1.0, 0.1)
     torch.testing.assert_close(logits(model), logits(plain.eval()), rtol=1e-4, atol=1e-5)
@@ -248,9 +199,9 @@ def test_draws_depend_on_seed_and_number_only(covariance: str, tmp_path: Path) -
             torch.testing.assert_close(alone, folded[s, 1], rtol=1e-4, atol=1e-5)
     assert (folded[0] - folded[1]).abs().max() > 1e-2
     folder = export_lora(model, tmp_path / "draw", 3, seed=9)
-    plain = PeftModel.from_pretrained(bert_base(), folder)
+    plain = PeftModel.from_pretrained(BASES["bert"](), folder)
     torch.testing.assert_close(logits(plain), folded[3], rtol=1e-4, atol=1e-5)
-    plain = PeftModel.from_pretrained(bert_base(), export_lora(model, tmp_path / "mean"))
+    plain = PeftModel.from_pretrained(BASES["bert"](), export_lora(model, tmp_path / "mean"))
     assert type(plain.peft_config["default"]) is LoraConfig
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
 
@@ -446,27 +397,17 @@ def test_auto_reaches_its_ratio() -> None:
 # --- training and files --------------------------------------------------------------------------
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 6,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-    }
-    return TrainingArguments(str(folder), **{**defaults, **options})
-
-
 @DIAGONAL_AND_FULL
 def test_a_resumed_run_equals_the_whole_one(covariance: str, tmp_path: Path) -> None:
     def run(folder: Path, steps: int, resume: bool = False) -> dict[str, Tensor]:
         model = new(covariance=covariance)
         args = arguments(
-            folder, max_steps=6, save_strategy="steps", save_steps=3, lr_scheduler_type="constant"
+            folder,
+            weight_decay=0.1,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+            lr_scheduler_type="constant",
         )
         trainer = BayesTrainer(model=model, args=args, train_dataset=CLASSES)
         if steps < 6:

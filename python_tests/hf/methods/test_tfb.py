@@ -12,6 +12,7 @@ import pytest
 import torch
 from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import BASES, BATCHES, IDS, LABELS, adapted, arguments, choices, logits, trained
 from torch import Tensor, nn
 
 from bayes_kernels.hf import (
@@ -31,34 +32,8 @@ from bayes_kernels.hf import (
 from bayes_kernels.hf.checkpoints import coherent_draw
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.methods.tfb import Trial, bisect, regroup
-from hf.methods.test_scalabl import BASES, IDS, TARGETS, TYPES, arguments, logits
 
-LABELS = torch.tensor([0, 2, 1, 0])
-BATCHES = [
-    {"input_ids": IDS[:2], "labels": LABELS[:2]},
-    {"input_ids": IDS[2:], "labels": LABELS[2:]},
-]
 QUICK: dict[str, Any] = {"metric": "nll", "n_samples": 3, "max_trials": 4, "progress": False}
-
-
-def adapter(kind: str = "bert", config: Any = LoraConfig, **options: Any) -> Any:
-    """A trained adapter: factors that are not zero, one layer's B of rank 3."""
-    options = {"r": 4, "target_modules": TARGETS[kind], "task_type": TYPES[kind], **options}
-    model = get_peft_model(BASES[kind](), config(**options))
-    generator = torch.Generator().manual_seed(2)
-    first = True
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-                if first:
-                    p[:, 3] = p[:, 0] - 2 * p[:, 1]
-                    first = False
-    return model.eval()
-
-
-def choices(kind: str) -> dict[str, Any]:
-    return {} if kind == "bert" else {"choices": [5, 6, 7]}
 
 
 def convert(model: nn.Module, kind: str = "bert", **options: Any) -> Any:
@@ -139,7 +114,7 @@ def test_bisection_stops_early() -> None:
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("metric", ["nll", "accuracy", "flips"])
 def test_search_keeps_its_tolerance(kind: str, metric: str) -> None:
-    model = adapter(kind)
+    model = trained(kind)
     mean = logits(model)
     tolerance = {"nll": 0.01, "accuracy": 0.3, "flips": 0.3}[metric]
     report = convert(model, kind, metric=metric, tolerance=tolerance, high=2.0, max_trials=6)
@@ -158,7 +133,7 @@ def test_search_keeps_its_tolerance(kind: str, metric: str) -> None:
     if metric != "nll":
         return
     # Common random numbers: a second search of the same adapter takes the same way.
-    again = adapter(kind)
+    again = trained(kind)
     other = convert(again, kind, metric=metric, tolerance=tolerance, high=2.0, max_trials=6)
     assert [t.sigma for t in other.trace] == [t.sigma for t in report.trace]
     for a, b in zip(other.trace, report.trace, strict=True):
@@ -169,17 +144,17 @@ def test_pseudo_labels_need_no_labels() -> None:
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in BATCHES]
     reports = []
     for metric in ("accuracy", "flips"):
-        model = adapter()
+        model = trained()
         options = {**QUICK, "metric": metric, "high": 3.0, "tolerance": 0.25}
         report = bayesianize(model, "tfb", unlabelled, labels="auto", **options)
         assert report.labels == "pseudo" and report.before.accuracy == 1.0
         reports.append(report)
     assert [t.change for t in reports[0].trace] == [t.change for t in reports[1].trace]
     with pytest.raises(ValueError, match="anchors must have labels for labels='true'"):
-        bayesianize(adapter(), "tfb", unlabelled, labels="true", **QUICK)
+        bayesianize(trained(), "tfb", unlabelled, labels="true", **QUICK)
     # The published code divides the change by the number of anchors.
-    one = convert(adapter(), high=2.0, per_anchor=True)
-    two = convert(adapter(), high=2.0)
+    one = convert(trained(), high=2.0, per_anchor=True)
+    two = convert(trained(), high=2.0)
     assert one.trace[0].change == pytest.approx(two.trace[0].change / 4)
 
 
@@ -188,7 +163,7 @@ def test_labels_are_class_indices() -> None:
     ragged = [
         {**batch, "labels": batch["input_ids"][:, : 3 + i]} for i, batch in enumerate(BATCHES)
     ]
-    model = adapter()
+    model = trained()
     for labels in ("auto", "true"):
         with pytest.raises(ValueError, match=r"class indices \(B,\), got shape \(2, 3\) .*pseudo"):
             bayesianize(model, "tfb", ragged, labels=labels, **QUICK)
@@ -205,20 +180,20 @@ def test_labels_are_class_indices() -> None:
 
 def test_grid_interpolates_between_its_points() -> None:
     tolerance = 0.02
-    report = convert(adapter(), search="grid", low=0.1, high=6.4, max_trials=4, tolerance=tolerance)
+    report = convert(trained(), search="grid", low=0.1, high=6.4, max_trials=4, tolerance=tolerance)
     assert [t.sigma for t in report.trace] == pytest.approx([0.1, 0.4, 1.6, 6.4])
     points = [(0.0, 0.0), *((t.sigma, t.change) for t in report.trace)]
     first = next(i for i, (_, change) in enumerate(points) if change > tolerance)
     (x0, y0), (x1, y1) = points[first - 1], points[first]
     assert x0 <= report.sigma < x1 and report.after is None
     assert y0 + (y1 - y0) * (report.sigma - x0) / (x1 - x0) == pytest.approx(tolerance)
-    everything = convert(adapter(), search="grid", low=1e-4, high=2e-4, tolerance=1.0)
+    everything = convert(trained(), search="grid", low=1e-4, high=2e-4, tolerance=1.0)
     assert everything.sigma == 2e-4 and everything.at_range_end
     assert "raise high" in str(everything)
 
 
 def test_nothing_feasible_leaves_no_noise() -> None:
-    model = adapter()
+    model = trained()
     with pytest.warns(UserWarning, match="no sigma_q in"):
         report = convert(model, low=50.0, high=100.0, tolerance=1e-9)
     assert report.sigma == 0.0 and report.after is None
@@ -232,7 +207,7 @@ def test_nothing_feasible_leaves_no_noise() -> None:
 
 def test_noise_is_isotropic_in_the_column_space() -> None:
     """In the basis U the perturbation of B A has deviation sigma_q, in every direction of B."""
-    plain = adapter()
+    plain = trained()
     old = {name: p.detach().double() for name, p in plain.named_parameters() if "lora_" in name}
     report = convert(plain, low=0.05, high=0.0500001, tolerance=100.0)
     assert report.sigma == pytest.approx(0.05, rel=1e-3)
@@ -259,17 +234,17 @@ def test_noise_is_isotropic_in_the_column_space() -> None:
 def test_a_change_of_exactly_the_tolerance_is_within_it() -> None:
     """Shares of four anchors are exact numbers, so that a change can lie on the bound."""
     options = {"metric": "flips", "low": 1.0, "high": 1.000001, "max_trials": 1, "resolution": 1e-9}
-    found = convert(adapter(), tolerance=1.0, **options).trace[0]
+    found = convert(trained(), tolerance=1.0, **options).trace[0]
     assert 0 < found.change < 1 and (4 * found.change).is_integer()
-    report = convert(adapter(), tolerance=found.change, **options)
+    report = convert(trained(), tolerance=found.change, **options)
     assert report.trace[0].change == found.change and report.trace[0].feasible and report.sigma > 0
-    less = convert(adapter(), tolerance=math.nextafter(found.change, 0.0), **options)
+    less = convert(trained(), tolerance=math.nextafter(found.change, 0.0), **options)
     assert not less.trace[0].feasible
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_train_and_eval_mode_with_sampling_on_and_off(kind: str, tmp_path: Path) -> None:
-    model = adapter(kind)
+    model = trained(kind)
     convert(model, kind, low=0.5, high=0.500001, tolerance=100.0)
     mean = logits(model)
     assert torch.equal(mean, logits(model))
@@ -308,7 +283,7 @@ def test_train_and_eval_mode_with_sampling_on_and_off(kind: str, tmp_path: Path)
 
 
 def test_noise_in_chosen_layers_only(tmp_path: Path) -> None:
-    model = adapter()
+    model = trained()
     chosen = ["encoder.layer.1.attention.self.value"]
     report = convert(model, layers=chosen, low=0.5, high=0.500001, tolerance=100.0)
     assert report.layers == 1
@@ -322,11 +297,11 @@ def test_noise_in_chosen_layers_only(tmp_path: Path) -> None:
     assert loaded.peft_config["default"].noise_layers == chosen
     with posterior(loaded, "sample", seed=1):
         assert_same_but_rounding(logits(loaded), draw)
-    by_kind = adapter()
+    by_kind = trained()
     assert convert(by_kind, layers=["value"]).layers == 2
     with pytest.raises(ValueError, match=r"layers must name adapted layers, got \['dense'\]"):
-        convert(adapter(), layers=["dense"])
-    typo = adapter()
+        convert(trained(), layers=["dense"])
+    typo = trained()
     with pytest.raises(ValueError, match=r"got \['valeu'\], and there are \['query', 'value'\]"):
         convert(typo, layers=["query", "valeu"])
     assert type(typo.peft_config["default"]) is LoraConfig
@@ -337,7 +312,7 @@ def test_noise_in_chosen_layers_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [BlobConfig, ScalablConfig])
 def test_the_mean_of_a_bayesian_adapter(config: Any, tmp_path: Path) -> None:
-    model = adapter(config=config)
+    model = trained(config=config)
     mean = logits(model)
     assert kl_divergence(model) > 0
     convert(model, low=0.5, high=0.500001, tolerance=100.0)
@@ -351,7 +326,7 @@ def test_the_mean_of_a_bayesian_adapter(config: Any, tmp_path: Path) -> None:
 
 
 def test_a_tfb_adapter_can_be_searched_again() -> None:
-    model = adapter()
+    model = trained()
     convert(model, low=0.05, high=0.0500001, tolerance=100.0)
     shares = [item.rho.detach() / 0.05 for item in bayes_layers(model)]
     convert(model, low=0.2, high=0.2000001, tolerance=100.0)
@@ -360,7 +335,7 @@ def test_a_tfb_adapter_can_be_searched_again() -> None:
 
 
 def test_it_is_not_trained(tmp_path: Path) -> None:
-    model = adapter()
+    model = trained()
     convert(model)
     with pytest.raises(ValueError, match="method that is trained, got 'tfb'"):
         BayesTrainer(model=model, args=arguments(tmp_path), train_dataset=[{"input_ids": IDS[0]}])
@@ -372,7 +347,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("config", [LoraConfig, BlobConfig])
 def test_an_error_leaves_the_adapter_as_it_was(config: Any) -> None:
-    model = adapter(config=config)
+    model = trained(config=config)
     before, mean, types = state(model), logits(model), type(model.base_model)
     with pytest.raises(ValueError, match=r"choices=\[1, 2\]"):
         convert(model, choices=[1, 2])
@@ -388,22 +363,18 @@ def test_an_error_leaves_the_adapter_as_it_was(config: Any) -> None:
 
 
 def test_untrained_adapters_and_bad_options() -> None:
-    untrained = adapter()
-    with torch.no_grad():
-        for name, p in untrained.named_parameters():
-            if "lora_B" in name:
-                p.zero_()
+    untrained = adapted(BASES["bert"](), LoraConfig).eval()
     with pytest.raises(ValueError, match="must be trained, got B = 0 in all layers"):
         convert(untrained)
     assert type(untrained.peft_config["default"]) is LoraConfig
-    broken = copy.deepcopy(adapter())
+    broken = copy.deepcopy(trained())
     with torch.no_grad():
         broken.base_model.model.bert.encoder.layer[0].attention.self.query.lora_A["default"].weight[
             0, 0
         ] = float("nan")
     with pytest.raises(ValueError, match="must be finite"):
         convert(broken)
-    two = adapter()
+    two = trained()
     two.add_adapter("other", LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match=r"must have one adapter, got \['default', 'other'\]"):
         convert(two)
@@ -412,7 +383,7 @@ def test_untrained_adapters_and_bad_options() -> None:
     dora = get_peft_model(BASES["bert"](), LoraConfig(target_modules=["query"], use_dora=True))
     with pytest.raises(ValueError, match="use_dora"):
         convert(dora)
-    merged = adapter()
+    merged = trained()
     merged.merge_adapter()
     with pytest.raises(ValueError, match="must not be merged"):
         convert(merged)
@@ -428,19 +399,19 @@ def test_untrained_adapters_and_bad_options() -> None:
         ({"layers": []}, r"layers must name adapted layers, got \[\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert(adapter(), **options)
+            convert(trained(), **options)
     with pytest.raises(ValueError, match="at least one example"):
-        bayesianize(adapter(), "tfb", [])
+        bayesianize(trained(), "tfb", [])
     with pytest.raises(ValueError, match="data must be the anchor examples"):
-        bayesianize(adapter(), "tfb")
+        bayesianize(trained(), "tfb")
     with pytest.raises(ValueError, match="method must be one of"):
-        bayesianize(adapter(), "swag", BATCHES)
+        bayesianize(trained(), "swag", BATCHES)
 
 
 def test_anchors_may_be_a_data_set() -> None:
     data = [{"input_ids": ids, "labels": int(y)} for ids, y in zip(IDS, LABELS, strict=True)]
-    one = convert(adapter(), high=2.0)
+    one = convert(trained(), high=2.0)
     options = {**QUICK, "high": 2.0, "batch_size": 3}
-    two = bayesianize(adapter(), "tfb", data, **options)
+    two = bayesianize(trained(), "tfb", data, **options)
     assert two.anchors == 4 and two.metric == "nll"
     assert [t.nll for t in two.trace] == pytest.approx([t.nll for t in one.trace], rel=1e-4)
