@@ -13,8 +13,9 @@ respect to its output, the precision of vec(W) for N examples is
 
     N E_b[(1 / T_b) sum_t a a^T] (x) E_b[sum_t g g^T] + delta I
 
-one block for each layer, with the prior N(0, 1 / delta). A factor of a side with at least `dense_below`
-entries is kept as a (d, k) matrix, which makes the factors of a LoRA adapter as small as the adapter.
+one block for each layer, with the prior N(0, 1 / delta); `tokens` has other rules for sequences. A
+factor of a side with at least `dense_below` entries is kept as a (d, k) matrix, which makes the factors of
+a LoRA adapter as small as the adapter.
 With eigenpairs (mu_i, u_i) of the input factor and (nu_j, q_j) of the output factor everything else is
 diagonal: precisions mu_i nu_j + delta on q_j u_i^T, and delta on the rest. Nothing is ever inverted, and
 the prior can change without another pass.

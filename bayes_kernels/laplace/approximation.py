@@ -23,7 +23,7 @@ from .layers import Layer, MemoryEstimate, Sites, estimate_memory, linear_layers
 from .passes import Reader, watched, where_not_finite
 
 FISHERS = ("ggn", "mc", "empirical")
-TOKENS = ("expand", "reduce", "last")
+TOKENS = ("expand", "sum", "sum_padded", "reduce", "last")
 METHODS = ("mc", "mc_independent", "quadrature", "probit", "bridge", "weights")
 
 
@@ -74,8 +74,11 @@ class Laplace:
             backward passes for each batch); "mc", labels drawn from the model (`mc_samples` backward
             passes); "empirical", the labels of the data (one; a worse approximation).
         tokens: what a sequence contributes. "expand": every token, a's factor divided by their number;
-            "reduce": outer products of the mean of a and the sum of g; "last": the last token only,
-            which is exact for a head that sees nothing else. The same for one token.
+            "sum": every token, not divided, which is the law of the paper's code without padding;
+            "sum_padded": that code's law to the letter, every position, padding and tokens that do
+            not act on the logits included: it depends on how the data is padded; "reduce": outer
+            products of the mean of a and the sum of g; "last": the last token only, which is exact
+            for a head that sees nothing else. The same for one token.
         prior_precision: delta, one number, or a tensor with one for each layer.
         forward: (model, batch) -> logits (B, C). None: model(x) for batches (x, y), and
             model(**batch without labels).logits for mappings.

@@ -125,7 +125,7 @@ def token_rows(
         total = rows.sum(1, dtype=wide)
         return (total if gradient else total / count[:, None]), None
     flat = rows.reshape(-1, d)
-    if gradient:
+    if gradient or kind in ("sum", "sum_padded"):
         return flat, None if valid is None else valid.reshape(-1).to(wide)
     weights = (1 / count)[:, None].expand(batch, tokens)
     if valid is not None:
@@ -296,8 +296,11 @@ class Accumulator(Collector):
     def _acting(self, dy: Tensor) -> Tensor | None:
         """The mask without tokens that do not act on the logits, as all but one below a pooled head.
 
-        Their inputs would enter the mean of a a^T, and make it depend on the padding.
+        Their inputs would enter the mean of a a^T, and make it depend on the padding; "sum_padded"
+        takes them nevertheless.
         """
+        if self.tokens == "sum_padded":
+            return None if self._valid is None else torch.ones_like(self._valid)
         if dy.dim() != 3 or dy.shape[0] != self._batch or dy.shape[1] == 1:
             return self._valid
         acting = dy.ne(0).any(-1)
@@ -315,8 +318,8 @@ class Accumulator(Collector):
         if valid is not None and valid.dim() == 3:  # K sequences for each example
             if self.tokens == "last":
                 raise ValueError(
-                    "Laplace: tokens must be 'expand' or 'reduce' for several sequences an example, "
-                    "got 'last'"
+                    "Laplace: tokens must be 'expand', 'sum' or 'reduce' for several sequences an "
+                    "example, got 'last'"
                 )
             parts, length = valid.shape[1:]
             if rows.shape[:-1] == (self._batch * parts, length):

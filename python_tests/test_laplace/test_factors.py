@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bayes_kernels import random, reference
-from bayes_kernels.laplace import Laplace, Layer, factors, linear_layers
+from bayes_kernels.laplace import TOKENS, Laplace, Layer, factors, linear_layers
 from test_laplace.networks import D, adapters, jacobians, kronecker, mlp, sequences
 
 
@@ -48,6 +48,10 @@ def explicit_factors(model, module, x, y, *, tokens, mask=None, fisher="ggn"):
             g = g[0].reshape(-1, g.shape[-1])
             if tokens == "expand":
                 rows_a, rows_g = a[valid] / valid.sum().to(D).sqrt(), g[valid]
+            elif tokens == "sum":
+                rows_a, rows_g = a[valid], g[valid]
+            elif tokens == "sum_padded":
+                rows_a, rows_g = a, g
             elif tokens == "reduce":
                 rows_a, rows_g = a[valid].mean(0)[None], g[valid].sum(0)[None]
             else:
@@ -62,7 +66,7 @@ def explicit_factors(model, module, x, y, *, tokens, mask=None, fisher="ggn"):
 
 @pytest.mark.parametrize("fisher", ["ggn", "empirical"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("tokens", ["expand", "reduce", "last"])
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_factors_against_explicit_sums(tokens: str, padded: bool, fisher: str):
     model, x, y = sequences()
     mask = None
@@ -90,7 +94,7 @@ def test_factors_against_explicit_sums(tokens: str, padded: bool, fisher: str):
         torch.testing.assert_close((block.q * block.nu) @ block.q.T, g, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("tokens", ["expand", "reduce", "last"])
+@pytest.mark.parametrize("tokens", sorted({*TOKENS} - {"sum_padded"}))
 def test_padding_changes_nothing(tokens: str):
     """Examples of one length: padded with garbage or not, in any batch."""
     model, x, y = sequences()
@@ -109,6 +113,44 @@ def test_padding_changes_nothing(tokens: str):
     assert plain.log_likelihood == pytest.approx(masked.log_likelihood, rel=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_the_sum_over_tokens_is_their_number_times_the_mean(length: int):
+    """Examples of T tokens: precisions are T times larger, so that delta T is the same posterior."""
+    model, x, y = sequences(tokens=length)
+    mean = Laplace(model, adapters(model), rank=None, prior_precision=2.0).fit([(x, y)])
+    for tokens in ("sum", "sum_padded"):
+        total = Laplace(model, adapters(model), rank=None, tokens=tokens).fit([(x, y)])
+        for a, b in zip(kronecker(mean), kronecker(total), strict=True):
+            torch.testing.assert_close(length * a, b, rtol=1e-10, atol=1e-13)
+        total.prior_precision = 2.0 * length
+        ours, theirs = total.logits((x, y))[1] * length, mean.logits((x, y))[1]
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_padded_sums_have_every_position():
+    """Garbage behind the mask enters the factor of inputs, and only that: no gradient flows there."""
+    model, x, y = sequences()
+    garbage = torch.cat([x, torch.full_like(x[:, :2], 3.0)], 1)
+    mask = (torch.arange(7) < 5).to(D).expand(9, 7)
+    batch = {"x": garbage, "attention_mask": mask, "labels": y}
+    found = {
+        tokens: Laplace(
+            model,
+            linear_layers(model, "first.lora_A"),
+            rank=None,
+            tokens=tokens,
+            forward=lambda m, b: m(b["x"], b["attention_mask"]),
+        )
+        .fit([batch])
+        ._fitted()[0]
+        for tokens in ("sum", "sum_padded")
+    }
+    inputs = {name: (b.u * b.mu) @ b.u.T for name, b in found.items()}
+    extra = torch.full_like(inputs["sum"], 2 * 3.0**2)
+    torch.testing.assert_close(inputs["sum_padded"], inputs["sum"] + extra, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found["sum"].nu, found["sum_padded"].nu, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("rank", [None, 60])
 @pytest.mark.parametrize("fisher", ["ggn", "mc"])
 def test_factors_do_not_depend_on_the_batches(fisher: str, rank):
@@ -125,7 +167,7 @@ def test_factors_do_not_depend_on_the_batches(fisher: str, rank):
 
 
 @pytest.mark.parametrize("buffer", [4, 32])
-@pytest.mark.parametrize("tokens", ["expand", "last"])
+@pytest.mark.parametrize("tokens", ["expand", "sum", "last"])
 def test_low_rank_factors_are_the_dense_ones_while_rows_are_few(tokens: str, buffer: int):
     """At most 60 rows: those of two masked sequences, three columns each; waiting or not."""
     model, x, y = sequences(n=70, examples=2)
@@ -250,8 +292,8 @@ def test_tokens_that_do_not_act_on_the_logits_are_left_out(padding: int):
     x = torch.randn(8, 5 + padding, 6, dtype=D)
     y = torch.arange(8) % 3
     found = {}
-    for tokens in ("expand", "last"):
-        inputs = x if tokens == "expand" else x[:, :5]
+    for tokens in ("expand", "sum", "last"):
+        inputs = x[:, :5] if tokens == "last" else x
         if tokens == "last":
             layer = Layer("score", model.score, model.score.weight)
         else:
@@ -260,6 +302,7 @@ def test_tokens_that_do_not_act_on_the_logits_are_left_out(padding: int):
         la.fit([(inputs, y)], verbose=False)
         found[tokens] = la.logits((inputs, y))[1]
     torch.testing.assert_close(found["expand"], found["last"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(found["sum"], found["last"], rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -251,7 +251,8 @@ def laplace_(
             block.
         fisher, mc_samples: "ggn", exact with C - 1 backward passes for each batch; "mc", labels drawn
             from the model; "empirical".
-        tokens: what a sequence contributes: "expand", "reduce" or "last".
+        tokens: what a sequence contributes: "expand", "sum", "sum_padded" (both as the paper's code,
+            without padding and with it), "reduce" or "last", see `Laplace`.
         rank, dense_below: columns of low-rank factors; sides with fewer entries have dense ones.
             rank=None: dense factors everywhere.
         prior_precision: delta at the start, and the one that is kept for prior "fixed".

@@ -219,8 +219,9 @@ def test_multiple_choice_sees_several_sequences_an_example() -> None:
     both = predict(model, batch, n_samples=200)
     half = predict(model, {k: v[:2] for k, v in batch.items()}, n_samples=200)
     torch.testing.assert_close(both.log_probs[:2], half.log_probs, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="tokens must be 'expand' or 'reduce'"):
+    with pytest.raises(ValueError, match="tokens must be 'expand', 'sum' or 'reduce'"):
         fit(model, data=[batch], tokens="last")
+    assert fit(model, data=[batch], tokens="sum_padded").tokens == "sum_padded"
 
 
 @pytest.mark.parametrize("prediction", laplace.METHODS)
