@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from bayes_kernels.hf import BlobConfig
+from bayes_kernels.hf.heads import trim_head
 
-IDS = torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(1))
+ROWS = torch.randint(3, 64, (32, 6), generator=torch.Generator().manual_seed(1))
+# Examples of three classes, to train on.
+CLASSES = [
+    {"input_ids": row, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(row[0]) % 3}
+    for row in ROWS
+]
+IDS = ROWS[:4]
 LABELS = torch.tensor([0, 2, 1, 0])
 BATCHES = [
     {"input_ids": IDS[:2], "labels": LABELS[:2]},
@@ -63,6 +70,11 @@ def llama(kind: Any = transformers.LlamaForCausalLM, **options: Any) -> Any:
         "vocab_size": 64,
     }
     return kind(transformers.LlamaConfig(**{**sizes, **options})).eval()
+
+
+def answering_llama(dtype: torch.dtype = torch.float32) -> Any:
+    """A causal model with the head of three answers."""
+    return trim_head(llama().to(dtype), [7, 11, 13])
 
 
 def gpt2(kind: Any = transformers.GPT2ForSequenceClassification, **options: Any) -> Any:

@@ -247,7 +247,7 @@ def test_laplace(
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from hf.methods.test_polar import bert_base, llama_base, wrap  # noqa: E402
+from tiny_models import adapted, answering_llama, bert  # noqa: E402
 
 from bayes_kernels import hf  # noqa: E402
 from bayes_kernels.hf.config import TfbConfig  # noqa: E402
@@ -300,7 +300,7 @@ def train_step(model: Any) -> Tensor:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_training_step_and_predictions(waits: list[Wait], name: str) -> None:
     config, options = ADAPTERS[name]
-    model = wrap(bert_base(num_hidden_layers=1), config, **options)
+    model = adapted(bert(num_hidden_layers=1), config, **options)
     model.to(CUDA)
     if name == "polar-vbll-dense":
         hf.calibrate_head(model, batch())  # on the host, as data comes
@@ -354,7 +354,7 @@ def test_training_step_and_predictions(waits: list[Wait], name: str) -> None:
 @pytest.mark.parametrize("name", ["blob", "polar-vbll"])
 def test_causal_models(waits: list[Wait], name: str) -> None:
     config, options = ADAPTERS[name]
-    model = wrap(llama_base(), config, **options).to(CUDA)
+    model = adapted(answering_llama(), config, **options).to(CUDA)
     waits.clear()
     train_step(model)
     check_gradients(p for p in model.parameters() if p.requires_grad)
