@@ -18,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 
 from bayes_kernels import metrics
-from bayes_kernels.metrics import ArrayLike, ReliabilityBins, RiskCoverageCurve
+from bayes_kernels.metrics import ReliabilityBins, RiskCoverageCurve
+from bayes_kernels.metrics.inputs import ArrayLike, as_scores, check_positive_int
 
 try:
     from matplotlib.axes import Axes
@@ -267,9 +268,9 @@ def entropy_histogram(
     """
     auroc = metrics.ood_auroc(score_in, score_out)
     fpr = metrics.fpr95(score_in, score_out)
-    metrics._check_positive_int("entropy_histogram", "n_bins", n_bins)
+    check_positive_int("entropy_histogram", "n_bins", n_bins)
     groups = [
-        metrics._as_scores("entropy_histogram", side, scores).cpu().numpy()
+        as_scores("entropy_histogram", side, scores).cpu().numpy()
         for side, scores in (("score_in", score_in), ("score_out", score_out))
     ]
     everything = np.concatenate(groups)
