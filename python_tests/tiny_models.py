@@ -128,6 +128,17 @@ def fill(model: nn.Module, rho: float | None = 0.5, scale: float = 0.3) -> Any:
     return model
 
 
+def blob(
+    kind: str = "llama",
+    *,
+    rho: float | None = 0.4,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """A BLoB adapter that does something, on a base of that dtype."""
+    return fill(adapted(BASES[kind]().to(dtype), **options), rho)
+
+
 def trained(kind: str = "bert", config: Any = LoraConfig, **options: Any) -> Any:
     """An adapter that does something, in eval mode; the first B has rank 3."""
     model = fill(adapted(BASES[kind](), config, **options), rho=None)
@@ -145,6 +156,13 @@ def choices(kind: str) -> dict[str, Any]:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor = IDS, **inputs: Any) -> Tensor:
     return model(input_ids=ids, **inputs).logits
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients by name; the model has none after it."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
 def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
