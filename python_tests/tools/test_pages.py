@@ -1,41 +1,73 @@
-"""Code blocks of README.md and docs/ run as they stand; links, paths and names in pages exist.
+"""Code blocks of README.md and docs/ run as they stand; what pages name exists.
 
-Blocks run in a folder that has what they load: `my-model` and `my-lora` (a classifier, a plain adapter),
-`my_data/` and `reviews.jsonl`. A page's Python blocks share their names, as a reader would type them one after
-the other; a comment `# prints X` is compared with what the block prints.
+Blocks run in a folder that has what they read: `my-model`, `my-llama`, `my-lora` (a base, another, an
+adapter), `my_data/`, `reviews.jsonl` and a few more. The Python blocks of a page share their names, and what
+they print is compared with their comments `# prints X`. Commands of the package run with a small model and
+few steps; a block after `<!-- test: hub -->` needs a download, and its commands are only read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
+import pkgutil
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import tiny_task  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
-# Models stay on the CPU, and a page's figures do not depend on the machine.
+from bayes_kernels.cli.app import app  # noqa: E402
+from bayes_kernels.experiment import compare  # noqa: E402
+
+# Models stay on the CPU: what is shown does not depend on the machine.
 pytestmark = pytest.mark.cpu_only
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(<!-- test: hub -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
+FOLDERS = ("bayes_kernels", "csrc", "cuda_benchmarks", "python_tests")
+FILES = [str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
+SCRIPTS = [
+    ROOT / "Makefile",
+    *(ROOT / "cuda_benchmarks").glob("*.py"),
+    *(ROOT / "python_tests").rglob("*.py"),
+]
+COMMANDS = typer.main.get_command(app).commands
+# Added to commands: a few examples and steps in place of a page's.
+FEW = "--train-size 16 --test-size 16 --ood-size 8 --steps 4 --overwrite"
+SMALL = {
+    "train": FEW,
+    "compare": FEW + " --threads 1",
+    "demo": FEW + " --threads 1",
+    "bayesianize": "--anchors 16 --test-size 16 --ood-size 8",
+    "evaluate": "--test-size 16 --ood-size 8",
+}
 
 
-def blocks(page: str, language: str) -> list[tuple[int, str]]:
-    """Line and text of a page's blocks."""
-    found = [one for one in BLOCK.finditer(TEXTS[page]) if one[1] == language]
-    return [(TEXTS[page].count("\n", 0, one.start(2)), one[2]) for one in found]
+class Block(NamedTuple):
+    line: int
+    text: str
+    runs: bool
+
+
+def blocks(page: str, language: str) -> list[Block]:
+    text = TEXTS[page]
+    found = [one for one in BLOCK.finditer(text) if one[2] == language]
+    return [Block(text.count("\n", 0, one.start(3)), one[3], not one[1]) for one in found]
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +76,139 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     tiny_task.write_data(home / "my_data")
     tiny_task.write_rows(home / "reviews.jsonl", tiny_task.rows(80, "review", 3))
+    for name in ("other.jsonl", "texts.jsonl"):
+        (home / "my_data" / "ood.jsonl").rename(home / name)
+        shutil.copy(home / name, home / "my_data" / "ood.jsonl")
     tiny_task.write_model(home / "my-model")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(home / "my-model")
+    auto = transformers.AutoModelForSequenceClassification
     config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    shape = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = peft.get_peft_model(base, config)
+        model = peft.get_peft_model(auto.from_pretrained(home / "my-model"), config)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
-    model.save_pretrained(home / "my-lora")
-    (home / "cuda_benchmarks").symlink_to(ROOT / "cuda_benchmarks")
+        model.save_pretrained(home / "my-lora")
+        transformers.LlamaForCausalLM(shape).save_pretrained(home / "my-llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "my-model")
+    tokenizer.add_tokens(["A", "B"])  # the answers of a causal model
+    tokenizer.save_pretrained(home / "my-llama")
     return home
 
 
 @pytest.fixture
-def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    copy = shutil.copytree(home, tmp_path / "home", symlinks=True)
-    monkeypatch.chdir(copy)
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(shutil.copytree(home, tmp_path / "home"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        yield copy
+        yield
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
-def test_python_blocks_run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend("cuda_benchmarks")
+def test_python_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "cuda_benchmarks")
     names: dict[str, object] = {"__name__": "__main__"}
-    for line, code in blocks(page, "python"):
+    for line, code, _ in blocks(page, "python"):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             exec(compile("\n" * line + code, page, "exec"), names)
-        for promise in re.findall(r"# prints (.*)", code):
-            assert promise in said.getvalue()
+        promised = re.findall(r"# prints (.*)", code)
+        assert not promised or said.getvalue().splitlines()[-len(promised) :] == promised
+
+
+class _Checked(Exception):
+    """A comparison has been read and checked, and would begin."""
+
+
+def run(words: list[str]) -> None:
+    """A command of the package, in small."""
+    small = SMALL.get(words[0], "").split()
+    if words[0] in ("train", "compare", "demo") and "--model" not in words:
+        small += ["--model", "my-model"]
+    result = CliRunner().invoke(app, [*words, *small])
+    assert result.exit_code == 0 or isinstance(result.exception, _Checked), result.output
+
+
+def look_up(command: str, words: list[str]) -> None:
+    """A command of others: its targets, extras, files and options exist."""
+    environment = {word.partition("=")[0] for word in words if re.match(r"[A-Z]\w+=", word)}
+    first, *rest = [word for word in words if not re.match(r"[A-Z]\w+=", word)]
+    options = {word for word in rest if word.startswith("--")}
+    if first == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        targets = {target for target in rest if not re.search(rf"^{target}:", makefile, re.M)}
+        assert not targets | {name for name in environment if name not in makefile}, command
+    elif first == "pip":
+        extras = importlib.metadata.metadata("bayes-kernels").get_all("Provides-Extra")
+        named = {e for found in re.findall(r"\[(.+?)\]", command) for e in found.split(",")}
+        assert named <= set(extras), command
+    else:
+        file = ROOT / (rest[0] if first == "python" else first)
+        assert file.exists(), command
+        sources = [file] if file.is_file() else [*file.glob("*.py")]
+        text = "".join(source.read_text() for source in sources)
+        assert not {name for name in options | environment if name not in text}, command
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "bash")])
+def test_commands_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begins(*args: object, **options: object) -> None:
+        raise _Checked
+
+    monkeypatch.setattr(compare, "compare", begins)
+    for _, block, runs in blocks(page, "bash"):
+        for command in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(command, comments=True)
+            if words[:3] == ["python", "-m", "bayes_kernels"]:
+                words = ["bayes-kernels", *(words[3:] or ["info"])]
+            if words and words[0] == "bayes-kernels":
+                COMMANDS[words[1]].make_context(words[1], words[2:])
+                if runs and words[1] != "bench":
+                    run(words[1:])
+            elif words:
+                look_up(command, words)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_a_page_names_exists(page: str) -> None:
+    """Links; between the lines also commands, options, files of the tree and names of the package."""
+    text = BLOCK.sub("", TEXTS[page])
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists() and (not anchor or anchor in anchors(path)), target
+    for command in re.findall(r"`bayes-kernels ([a-z][^`]*)`", text):
+        name, *words = shlex.split(command)
+        assert name in COMMANDS
+        if words:
+            COMMANDS[name].make_context(name, words)
+    for command in re.findall(r"`(make [^`]*)`", text):
+        look_up(command, shlex.split(command))
+    known = {name for one in COMMANDS.values() for option in one.params for name in option.opts}
+    known |= set(re.findall(r"--[\w-]+", "".join(path.read_text() for path in SCRIPTS)))
+    assert not set(re.findall(r"`(--[\w-]+)", text)) - known
+    names = set(re.findall(r"(?<![\w./])bayes_kernels(?:\.\w+)+", TEXTS[page]))
+    for module, options in re.findall(r"^::: (\S+)((?:\n .*)*)", text, re.M):
+        for members in re.findall(r"^ +members: \[(.*)\]", options, re.M):
+            names |= {f"{module}.{member}" for member in members.split(", ")}
+    for name in names:
+        pkgutil.resolve_name(name)
+    for file in re.findall(r"[\w./]+\.(?:py|cpp|h|cuh?|sh)\b", text):
+        family = re.search(r"(^|[/_])x(_\w+)?\.", file)  # x is any
+        assert family or any(path.endswith(f"/{file}") for path in FILES), file
+
+
+def test_commands_are_listed() -> None:
+    listed = re.findall(r"^\| `([a-z]+)[^`]*` \|", TEXTS["docs/cli.md"].partition("## ")[0], re.M)
+    assert listed == list(COMMANDS)
