@@ -11,20 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import adapted, arguments, fill
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
     DynamicCache,
     EncoderDecoderCache,
-    LlamaConfig,
-    LlamaForCausalLM,
     StaticCache,
-    T5Config,
-    T5ForConditionalGeneration,
     TrainingArguments,
 )
 
@@ -48,74 +44,29 @@ from bayes_kernels.hf.posterior import advance_before_forward
 
 pytestmark = pytest.mark.cpu_only
 
-IDS = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(1))
+IDS = tiny_models.IDS[:2, :5]
 CPU = torch.device("cpu")
-LLAMA = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    initializer_range=0.2,
-    eos_token_id=None,
-    pad_token_id=0,
-)
 DRAWING = {"blob": BlobConfig, "scalabl": ScalablConfig}
 
 
-def filled(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-            elif "rho" in name:
-                p.fill_(0.5)
-            elif "log_s_sigma" in name:
-                p.fill_(0.0)
-    return model.eval()
+def tuned(base: Any, config: Any, **options: Any) -> Any:
+    return fill(adapted(base, config, **options)).eval()
+
+
+def llama_base() -> Any:
+    return tiny_models.llama(initializer_range=0.2, eos_token_id=None, pad_token_id=0)
 
 
 def llama(config: Any = BlobConfig, targets: tuple[str, ...] = ("q_proj",), **options: Any) -> Any:
-    torch.manual_seed(0)
-    net = LlamaForCausalLM(copy.deepcopy(LLAMA))
-    options = {"r": 4, "target_modules": list(targets), "task_type": "CAUSAL_LM", **options}
-    return filled(get_peft_model(net, config(**options)))
+    return tuned(llama_base(), config, target_modules=list(targets), **options)
 
 
 def t5(config: Any = BlobConfig, **options: Any) -> Any:
-    torch.manual_seed(0)
-    net = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=64,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=1,
-            num_heads=4,
-            decoder_start_token_id=0,
-            eos_token_id=None,
-        )
-    )
-    options = {"r": 4, "target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM", **options}
-    return filled(get_peft_model(net, config(**options)))
+    return tuned(tiny_models.t5(), config, **options)
 
 
 def bert(config: Any = BlobConfig, **options: Any) -> Any:
-    torch.manual_seed(0)
-    net = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_labels=3,
-            initializer_range=0.2,
-        )
-    )
-    options = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **options}
-    return filled(get_peft_model(net, config(**options)))
+    return tuned(tiny_models.bert(initializer_range=0.2, num_hidden_layers=1), config, **options)
 
 
 class Keys:
@@ -204,9 +155,11 @@ def test_generation_ends_well() -> None:
     "make",
     [
         DynamicCache,
-        lambda: DynamicCache(config=LLAMA),
-        lambda: EncoderDecoderCache(DynamicCache(config=LLAMA), DynamicCache(config=LLAMA)),
-        lambda: StaticCache(config=LLAMA, max_cache_len=8),
+        lambda: DynamicCache(config=llama_base().config),
+        lambda: EncoderDecoderCache(
+            DynamicCache(config=llama_base().config), DynamicCache(config=llama_base().config)
+        ),
+        lambda: StaticCache(config=llama_base().config, max_cache_len=8),
     ],
     ids=["bare", "layers", "encoder-decoder", "static"],
 )
@@ -224,7 +177,7 @@ def test_a_full_cache_keeps_the_key_and_an_empty_one_does_not(name: str, make: A
     advance_before_forward(base, (), {name: None})
     assert not torch.equal(first, noise_state(model).keys[CPU])
     first = noise_state(model).keys[CPU]
-    states = torch.zeros(1, 4, 3, 8)
+    states = torch.zeros(1, 2, 3, 8)
     getattr(cache, "self_attention_cache", cache).update(states, states, 0)
     advance_before_forward(base, (), {name: cache})
     assert noise_state(model).keys[CPU] is first
@@ -275,7 +228,7 @@ def test_the_first_key_of_a_model_has_the_rank(monkeypatch: pytest.MonkeyPatch) 
 def test_the_trainer_takes_the_global_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(TrainingArguments, "process_index", 3)
     monkeypatch.setattr(TrainingArguments, "local_process_index", 1)
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], seed=5)
+    args = arguments(tmp_path)
     data = [{"input_ids": IDS[0], "labels": torch.tensor(1)}]
     model = bert()
     trainer = BayesTrainer(model=model, args=args, train_dataset=data)
@@ -354,7 +307,7 @@ def test_draws_of_a_last_layer_outlive_merging() -> None:
 @pytest.mark.parametrize("config", [BlobConfig, ScalablConfig, PolarConfig, PolarVbllConfig])
 def test_training_of_adapters_that_take_no_part(config: Any, tmp_path: Path) -> None:
     model = bert(config)
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    args = arguments(tmp_path, max_steps=1)
     data = [{"input_ids": IDS[0], "labels": torch.tensor(1)}] * 2
     trainer = BayesTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -406,15 +359,13 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("method", DRAWING)
 def test_adapters_that_are_never_called(method: str, said: Any, tmp_path: Path) -> None:
     targets = ["out_proj", "classifier"]
-    model = filled(get_peft_model(Attention(), DRAWING[method](r=2, target_modules=targets)))
+    model = fill(get_peft_model(Attention(), DRAWING[method](r=2, target_modules=targets))).eval()
     for _ in range(2):
         predict(model, {"input_ids": IDS}, n_samples=2)
     (message,) = said("were not called")
     assert "predict: 1 of 2" in message and "mha.out_proj" in message
-    model = filled(get_peft_model(Attention(), DRAWING[method](r=2, target_modules=targets)))
-    args = TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to=[], max_steps=2, save_strategy="no"
-    )
+    model = fill(get_peft_model(Attention(), DRAWING[method](r=2, target_modules=targets))).eval()
+    args = arguments(tmp_path, max_steps=2)
     data = [{"input_ids": IDS[0], "labels": torch.tensor(1)}] * 2
     BayesTrainer(model=model, args=args, train_dataset=data).train()
     assert len(said("BayesTrainer: 1 of 2 adapted layers")) == 1
@@ -427,7 +378,7 @@ def test_adapters_that_are_never_called(method: str, said: Any, tmp_path: Path) 
 
 def test_layers_that_are_left_out_now_and_then(said: Any, tmp_path: Path) -> None:
     """As with layer drop: each step goes round a layer, and none goes round the same."""
-    model = filled(bert())
+    model = bert()
     layers = [item.layer for item in bayes_layers(model)]
     passes = 0
 
@@ -441,9 +392,7 @@ def test_layers_that_are_left_out_now_and_then(said: Any, tmp_path: Path) -> Non
     for layer in layers:
         layer.register_forward_pre_hook(skip)
     model.register_forward_hook(count)
-    args = TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to=[], max_steps=3, save_strategy="no"
-    )
+    args = arguments(tmp_path, max_steps=3)
     data = [{"input_ids": IDS[0], "labels": torch.tensor(1)}] * 2
     BayesTrainer(model=model, args=args, train_dataset=data).train()
     assert len(layers) > 1 and passes == 3 and not said("were not called")
@@ -452,8 +401,7 @@ def test_layers_that_are_left_out_now_and_then(said: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", DRAWING)
 def test_a_loop_in_eval_mode(method: str, said: Any, tmp_path: Path) -> None:
     llama(DRAWING[method]).save_pretrained(tmp_path)
-    base = LlamaForCausalLM(copy.deepcopy(LLAMA))
-    model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    model = PeftModel.from_pretrained(llama_base(), tmp_path, is_trainable=True)
     model.eval()
     model(input_ids=IDS).logits.sum().item()  # a look at the loss is no training
     with posterior(model, "sample"):
@@ -465,7 +413,7 @@ def test_a_loop_in_eval_mode(method: str, said: Any, tmp_path: Path) -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
     (message,) = said("eval mode")
     assert "model.train()" in message
-    other = PeftModel.from_pretrained(LlamaForCausalLM(copy.deepcopy(LLAMA)), tmp_path)
+    other = PeftModel.from_pretrained(llama_base(), tmp_path)
     hidden = other(inputs_embeds=torch.zeros(1, 3, 32, requires_grad=True)).logits
     hidden.sum().backward()  # of the inputs: the adapter is not trained
     model.train()
@@ -491,7 +439,7 @@ def test_outputs_of_any_kind_in_eval_mode(kind: str, said: Any) -> None:
             y = self.query(x)
             return {"tensor": y, "tuple": (None, y), "object": SimpleNamespace(y=y)}[kind]
 
-    model = filled(get_peft_model(Net(), BlobConfig(r=2, target_modules=["query"])))
+    model = fill(get_peft_model(Net(), BlobConfig(r=2, target_modules=["query"]))).eval()
     out = model(torch.ones(2, 4))
     y = {"tensor": out, "tuple": out[1:] if kind == "tuple" else None, "object": out}[kind]
     y = y[0] if kind == "tuple" else getattr(y, "y", y)

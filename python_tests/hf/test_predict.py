@@ -6,19 +6,13 @@ import math
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
-from peft import get_peft_model
+from tiny_models import adapted, fill
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from bayes_kernels.hf import (
-    BlobConfig,
     Prediction,
     posterior,
     predict,
@@ -30,47 +24,14 @@ IDS = torch.randint(3, 128, (5, 7), generator=torch.Generator().manual_seed(1))
 CHOICES = [10, 20, 30]
 
 
-def _noisy(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
-            elif "lora_A_rho" in name:
-                p.fill_(0.6)
-    return model
-
-
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=128,
-        initializer_range=0.2,
-    )
-    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    return _noisy(get_peft_model(LlamaForCausalLM(config), BlobConfig(**options)))
+    return fill(adapted(tiny_models.llama(initializer_range=0.2, vocab_size=128)), 0.6, 0.5)
 
 
 def bert(dropout: float = 0.0) -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=128,
-        num_labels=4,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.3,
-    )
-    options = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
-    return _noisy(get_peft_model(BertForSequenceClassification(config), BlobConfig(**options)))
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    base = tiny_models.bert(num_labels=4, initializer_range=0.3, vocab_size=128, **rates)
+    return fill(adapted(base), 0.6, 0.5)
 
 
 def test_matches_one_pass_for_each_draw() -> None:

@@ -13,24 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from accuracy import assert_same_but_rounding
-from peft import get_peft_model
+from tiny_models import CLASSES, ROWS, adapted, arguments
 from torch import Tensor
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from bayes_kernels import random
 from bayes_kernels.hf import (
     BayesTrainer,
-    BlobConfig,
     decoupled_kl,
     kl_divergence,
     predict_dataset,
@@ -39,65 +35,20 @@ from bayes_kernels.hf.layers import bayes_layers, noise_state
 from bayes_kernels.hf.trainer import last_checkpoint
 from bayes_kernels.optim import KLSchedule, flow_time, kl_cycle_length, kl_step_
 
-N_TRAIN = 32
-_IDS = torch.randint(3, 64, (N_TRAIN, 6), generator=torch.Generator().manual_seed(1))
-CLASSES = [
-    {"input_ids": ids, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(ids[0]) % 3}
-    for ids in _IDS
-]
+N_TRAIN = len(CLASSES)
 # Rows of a causal model differ in how many tokens count, so that token and row means differ.
 TOKENS = [
     {"input_ids": ids, "labels": torch.where(torch.arange(6) < 2 + i % 5, ids, -100)}
-    for i, ids in enumerate(_IDS)
+    for i, ids in enumerate(ROWS)
 ]
 
 
 def bert(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-        num_labels=3,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    options = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **options}
-    return get_peft_model(BertForSequenceClassification(config), BlobConfig(**options))
+    return adapted(tiny_models.bert(), **options)
 
 
 def llama(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=64,
-    )
-    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
-    return get_peft_model(LlamaForCausalLM(config), BlobConfig(**options))
-
-
-def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-        "learning_rate": 1e-2,
-        "seed": 5,
-    }
-    return TrainingArguments(str(folder), **{**defaults, **options})
+    return adapted(tiny_models.llama(), **options)
 
 
 class Gradients(TrainerCallback):
@@ -511,7 +462,7 @@ def test_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             BayesTrainer(model=bert(), args=args, train_dataset=CLASSES, **options)
-    plain = BertForSequenceClassification(bert().get_base_model().config)
+    plain = tiny_models.bert()
     with pytest.raises(ValueError, match="must have an active Bayesian adapter"):
         BayesTrainer(model=plain, args=args, train_dataset=CLASSES)
 
