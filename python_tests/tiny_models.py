@@ -78,14 +78,15 @@ def answering_llama(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def gpt2(kind: Any = transformers.GPT2ForSequenceClassification, **options: Any) -> Any:
-    """A GPT-2 in eval mode; its layers keep their weights transposed."""
+    """A GPT-2 without dropout, in eval mode; its layers keep their weights transposed."""
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "num_labels": 3}
+    sizes |= dict.fromkeys(["embd_pdrop", "attn_pdrop", "resid_pdrop", "classifier_dropout"], 0.0)
     return kind(transformers.GPT2Config(**{**sizes, **options})).eval()
 
 
 def t5(**options: Any) -> Any:
-    """An encoder and a decoder, in eval mode."""
+    """An encoder and a decoder without dropout, in eval mode."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 64,
@@ -95,6 +96,8 @@ def t5(**options: Any) -> Any:
         "num_layers": 1,
         "num_heads": 4,
         "decoder_start_token_id": 0,
+        "eos_token_id": None,
+        "dropout_rate": 0.0,
     }
     config = transformers.T5Config(**{**sizes, **options})
     return transformers.T5ForConditionalGeneration(config).eval()
@@ -110,7 +113,7 @@ BASES: dict[str, Callable[[], Any]] = {
 def adapted(base: Any, config: Any = BlobConfig, **options: Any) -> PeftModel:
     """An adapter as it starts: of rank 4, on queries and values."""
     kind = base.config.model_type
-    given = {"r": 4, "target_modules": TARGETS[kind], "task_type": TASKS.get(kind, "SEQ_CLS")}
+    given = {"r": 4, "target_modules": TARGETS.get(kind), "task_type": TASKS.get(kind, "SEQ_CLS")}
     return get_peft_model(base, config(**{**given, **options}))
 
 

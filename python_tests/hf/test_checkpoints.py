@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from accuracy import assert_same_but_rounding
 from cli.test_app import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from tiny_models import IDS, LABELS, adapted, bert, fill, llama, logits
 
 from bayes_kernels.hf import (
     BayesLoraConfig,
@@ -32,42 +32,17 @@ from bayes_kernels.hf.layers import bayes_layers
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
 
-IDS = torch.randint(0, 128, (3, 5), generator=torch.Generator().manual_seed(1))
 TARGETS = ["q_proj", "v_proj"]
 
 
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=128,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def fill(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-            elif "lora_A_rho" in name:
-                p.copy_(torch.rand(p.shape, generator=generator) * 0.5)
-    return model
-
-
 def blob(**options: Any) -> PeftModel:
-    options = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
-    return fill(get_peft_model(base(), BlobConfig(**options)))
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS).logits
+    """An adapter whose deviations differ from each other."""
+    model = fill(adapted(llama(), **options), rho=None)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for item in bayes_layers(model):
+            item.rho.copy_(torch.rand(item.rho.shape, generator=generator) * 0.5)
+    return model
 
 
 def test_export_mean(tmp_path: Path) -> None:
@@ -76,7 +51,7 @@ def test_export_mean(tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and "prior_std" not in config
     assert not any("rho" in key for key in load_file(folder / "adapter_model.safetensors"))
-    plain = PeftModel.from_pretrained(base(), folder)
+    plain = PeftModel.from_pretrained(llama(), folder)
     assert type(plain.peft_config["default"]) is LoraConfig
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mean"]
@@ -86,7 +61,7 @@ def test_export_mean(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sample", [0, 5])
 def test_exported_draw_is_the_draw_of_the_posterior(tmp_path: Path, sample: int, std: str) -> None:
     model = blob(std=std)
-    plain = PeftModel.from_pretrained(base(), export_lora(model, tmp_path / "s", sample, seed=3))
+    plain = PeftModel.from_pretrained(llama(), export_lora(model, tmp_path / "s", sample, seed=3))
     with posterior(model, "sample", seed=3, first_sample=sample):
         draw = logits(model)
     torch.testing.assert_close(logits(plain), draw, rtol=1e-4, atol=1e-5)
@@ -98,7 +73,7 @@ def test_exported_draws_average_to_the_prediction(tmp_path: Path) -> None:
     result = predict(model, {"input_ids": IDS}, n_samples=3, seed=8, choices=[1, 2, 3])
     probs = []
     for s in range(3):
-        plain = PeftModel.from_pretrained(base(), export_lora(model, tmp_path / "s", s, seed=8))
+        plain = PeftModel.from_pretrained(llama(), export_lora(model, tmp_path / "s", s, seed=8))
         probs.append(logits(plain)[:, -1, [1, 2, 3]].double().softmax(-1))
     torch.testing.assert_close(torch.stack(probs).mean(0), result.probs, rtol=1e-4, atol=1e-6)
 
@@ -176,9 +151,9 @@ def test_export_one_of_several_adapters(tmp_path: Path) -> None:
 
 def test_import_plain_lora(tmp_path: Path) -> None:
     options = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    plain = fill(get_peft_model(base(), LoraConfig(**options)))
+    plain = fill(get_peft_model(llama(), LoraConfig(**options)))
     plain.save_pretrained(tmp_path)
-    model = import_lora(base(), tmp_path, prior_std=0.1)
+    model = import_lora(llama(), tmp_path, prior_std=0.1)
     config = model.peft_config["default"]
     assert isinstance(config, BayesLoraConfig) and (config.prior_std, config.lora_alpha) == (
         0.1,
@@ -189,29 +164,19 @@ def test_import_plain_lora(tmp_path: Path) -> None:
         assert item.rho.requires_grad and 0.035 < float(item.rho.detach().mean()) < 0.05
     more = import_lora(model, tmp_path / "adapter_model.safetensors", adapter_name="again")
     assert more is model and set(model.peft_config) == {"default", "again"}
-    frozen = import_lora(base(), tmp_path, is_trainable=False)
+    frozen = import_lora(llama(), tmp_path, is_trainable=False)
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_round_trip_through_plain_lora(tmp_path: Path) -> None:
     model = blob()
-    again = import_lora(base(), export_lora(model, tmp_path / "mean")).eval()
+    again = import_lora(llama(), export_lora(model, tmp_path / "mean")).eval()
     assert_same_but_rounding(logits(again), logits(model))
 
 
 def test_import_classifier_head(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=128,
-        num_labels=3,
-    )
-    make = lambda: (torch.manual_seed(0), BertForSequenceClassification(config).eval())[1]  # noqa: E731
-    options = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
-    plain = fill(get_peft_model(make(), LoraConfig(**options)))
+    make = partial(bert, num_hidden_layers=1)
+    plain = fill(adapted(make(), LoraConfig, r=2))
     with torch.no_grad():
         for name, p in plain.named_parameters():
             if "classifier" in name and "modules_to_save" in name:
@@ -234,7 +199,7 @@ def test_import_doubled_prefix(tmp_path: Path) -> None:
     save_file(doubled, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": None}))
-    loaded = import_lora(base(), folder).eval()
+    loaded = import_lora(llama(), folder).eval()
     assert_same_but_rounding(logits(loaded), logits(model))
     for a, b in zip(bayes_layers(model), bayes_layers(loaded), strict=True):
         assert torch.equal(a.rho, b.rho)
@@ -244,7 +209,7 @@ def test_import_doubled_prefix(tmp_path: Path) -> None:
 
 def nested(folder: Path, config: LoraConfig) -> PeftModel:
     """A folder as bayesian-peft writes those of MLE, MAP and Laplace: a PeftModel in a PeftModel."""
-    model = fill(PeftModel(get_peft_model(base(), config), config, "default"))  # type: ignore[arg-type]
+    model = fill(PeftModel(get_peft_model(llama(), config), config, "default"))  # type: ignore[arg-type]
     model.eval().save_pretrained(folder)
     return model
 
@@ -256,16 +221,16 @@ def test_plain_folders_of_bayesian_peft(tmp_path: Path) -> None:
     assert len(keys) == 8 and all(k.startswith("base_model.model.base_model.model.") for k in keys)
     expected = logits(written)
     assert stored_method(tmp_path) == "map"
-    loaded = read_lora(base(), tmp_path).eval()
+    loaded = read_lora(llama(), tmp_path).eval()
     assert type(loaded.peft_config["default"]) is LoraConfig
     assert_same_but_rounding(logits(loaded), expected)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert (logits(base()) - expected).abs().max() > 1e-3  # what PEFT by itself would give
+    assert (logits(llama()) - expected).abs().max() > 1e-3  # what PEFT by itself would give
     # As a Bayesian adapter that goes on training, and as plain LoRA that a method converts.
     torch.testing.assert_close(
-        logits(import_lora(base(), tmp_path).eval()), expected, rtol=1e-4, atol=1e-5
+        logits(import_lora(llama(), tmp_path).eval()), expected, rtol=1e-4, atol=1e-5
     )
-    batch = {"input_ids": IDS, "labels": torch.tensor([0, 1, 2])}
+    batch = {"input_ids": IDS, "labels": LABELS}
     bayesianize(loaded, "laplace", [batch], choices=[1, 2, 3], progress=False)
     found = predict(loaded, batch, n_samples=0).log_probs
     torch.testing.assert_close(found, expected[:, -1, [1, 2, 3]].double().log_softmax(-1))
@@ -274,7 +239,7 @@ def test_plain_folders_of_bayesian_peft(tmp_path: Path) -> None:
         tmp_path / "adapter_model.safetensors",
     )
     with pytest.raises(ValueError, match="the checkpoint must fit the model, got 0 unexpected"):
-        read_lora(base(), tmp_path)
+        read_lora(llama(), tmp_path)
 
 
 def test_folders_of_bayesian_peft_with_deviations(tmp_path: Path) -> None:
@@ -291,7 +256,7 @@ def test_folders_of_bayesian_peft_with_deviations(tmp_path: Path) -> None:
         tensors[key.replace("lora_A.weight", "lora_A_rho")] = rho.contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     assert stored_method(tmp_path) == "blob"
-    loaded = read_lora(base(), tmp_path).eval()
+    loaded = read_lora(llama(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(written), rtol=1e-4, atol=1e-5)
     for item in bayes_layers(loaded):
         b = item.layer.lora_B["default"].weight.detach()
@@ -302,21 +267,12 @@ def test_folders_of_bayesian_peft_with_deviations(tmp_path: Path) -> None:
 
 
 def test_classifiers_of_bayesian_peft_come_without_their_head(tmp_path: Path) -> None:
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=128,
-    )
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(config)
     lora = LoraConfig(r=2, target_modules=["query"])  # no task, hence no modules_to_save
-    PeftModel(get_peft_model(model, lora), lora, "default").save_pretrained(tmp_path)  # type: ignore[arg-type]
+    PeftModel(get_peft_model(bert(), lora), lora, "default").save_pretrained(tmp_path)  # type: ignore[arg-type]
     with pytest.warns(
         UserWarning, match="has no classification head, which bayesian-peft does not"
     ):
-        read_lora(BertForSequenceClassification(config), tmp_path)
+        read_lora(bert(), tmp_path)
 
 
 def test_commands_take_a_folder_of_bayesian_peft(tmp_path: Path) -> None:
@@ -350,24 +306,24 @@ def test_commands_take_a_folder_of_bayesian_peft(tmp_path: Path) -> None:
 
 def test_import_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json must exist"):
-        import_lora(base(), tmp_path)
+        import_lora(llama(), tmp_path)
     config = {"peft_type": "LORA", "r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors must exist"):
-        import_lora(base(), tmp_path)
+        import_lora(llama(), tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="weights must be safetensors, got a pickled file"):
-        import_lora(base(), tmp_path)
+        import_lora(llama(), tmp_path)
     odd = {f"base_model.model.x.q_proj.lora_{f}.weight": torch.ones(1) for f in "AB"}
     save_file(odd, tmp_path / "adapter_model.safetensors")
-    model = base()
+    model = llama()
     with pytest.raises(ValueError, match=r"2 unexpected tensors .* 8 missing"):
         import_lora(model, tmp_path)
     assert not any("lora_" in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match=r"options must be among .* got \['r'\]"):
-        import_lora(base(), tmp_path, r=2)
+        import_lora(llama(), tmp_path, r=2)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(ValueError, match="must describe a LoRA adapter, got peft_type 'IA3'"):
-        import_lora(base(), tmp_path)
+        import_lora(llama(), tmp_path)
     with pytest.raises(ValueError, match=r"must be a PeftModel|must have an active"):
-        export_lora(base(), tmp_path / "x")
+        export_lora(llama(), tmp_path / "x")

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
+from tiny_models import IDS, arguments, fill, gpt2, llama, t5
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
     BertForSequenceClassification,
     BertForTokenClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from bayes_kernels.hf import (
@@ -49,43 +44,13 @@ from bayes_kernels.hf import (
 
 pytestmark = pytest.mark.cpu_only
 
-_GENERATOR = torch.Generator().manual_seed(1)
-IDS = torch.randint(3, 64, (4, 6), generator=_GENERATOR)
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0], [1] * 6])
 BATCH = {"input_ids": IDS, "attention_mask": MASK}
-_BERT: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.3,
-}
+SMALL: dict[str, Any] = {"num_hidden_layers": 1, "initializer_range": 0.3}
 
 
 def bert(problem: str | None, width: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(**_BERT, num_labels=width, problem_type=problem)
-    return BertForSequenceClassification(config)
-
-
-def t5() -> nn.Module:
-    torch.manual_seed(0)
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=64,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=1,
-            num_heads=4,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        )
-    )
+    return tiny_models.bert(num_labels=width, problem_type=problem, **SMALL)
 
 
 def bart() -> nn.Module:
@@ -108,18 +73,8 @@ def bart() -> nn.Module:
 
 
 def adapted(net: nn.Module, config: type[LoraConfig], targets: list[str], **options: Any) -> Any:
-    torch.manual_seed(0)
-    model = get_peft_model(net, config(r=4, target_modules=targets, **options))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-            elif "rho" in name:
-                p.fill_(0.6)
-            elif "log_s_sigma" in name:
-                p.fill_(0.0)
-    return model.eval()
+    options = {"target_modules": targets, "task_type": None, **options}
+    return fill(tiny_models.adapted(net, config, **options), 0.6).eval()
 
 
 def draws(model: Any, count: int, batch: dict[str, Tensor] = BATCH) -> Tensor:
@@ -276,8 +231,8 @@ def test_one_class_and_a_posterior_of_another_head() -> None:
 
 
 def test_choices_are_classes_whatever_their_number() -> None:
-    config = BertConfig(**_BERT, num_labels=1)
-    model = adapted(BertForMultipleChoice(config), BlobConfig, ["query"])
+    base = tiny_models.bert(BertForMultipleChoice, num_labels=1, **SMALL)
+    model = adapted(base, BlobConfig, ["query"])
     batch = {k: v[:, None] for k, v in BATCH.items()}
     assert isinstance(predict(model, batch, n_samples=2), Prediction)
 
@@ -301,7 +256,7 @@ def test_trainer_evaluates_with_draws(
 ) -> None:
     model = adapted(bert(problem, width), config, ["query"], task_type="SEQ_CLS")
     data = [{"input_ids": IDS[i], "attention_mask": MASK[i], "labels": labels[i]} for i in range(4)]
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    args = arguments(tmp_path)
     trainer = BayesTrainer(
         model=model, args=args, train_dataset=data, eval_dataset=data, eval_samples=3
     )
@@ -351,22 +306,10 @@ def test_encoder_decoders_need_decoder_tokens() -> None:
 
 
 def _decoder(kind: str, pad: int | None) -> nn.Module:
-    torch.manual_seed(0)
     if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=64, n_embd=32, n_layer=1, n_head=4, num_labels=3, pad_token_id=pad
-        )
-        return GPT2ForSequenceClassification(config)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_labels=3,
-        pad_token_id=pad,
-    )
-    return LlamaForSequenceClassification(config)
+        return gpt2(pad_token_id=pad)
+    options = {"num_hidden_layers": 1, "num_labels": 3, "pad_token_id": pad}
+    return llama(LlamaForSequenceClassification, **options)
 
 
 ONE = {"input_ids": IDS[:1], "attention_mask": MASK[:1], "labels": torch.tensor([1])}
@@ -414,37 +357,11 @@ def test_several_examples_still_need_a_pad_token() -> None:
 
 # Rows differ in how many targets count, so that the mean over micro-batches is not the right one.
 TOKENS = torch.where(torch.arange(6) < 1 + torch.arange(8)[:, None] % 5, 1, -100)
-ROWS = torch.randint(3, 64, (8, 6), generator=_GENERATOR)
+ROWS = tiny_models.ROWS[:8]
 
 
-def _llama_lm() -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        )
-    )
-
-
-def _bert(cls: Any, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return cls(BertConfig(**_BERT, num_labels=3, **options))
-
-    return make
-
-
-def _gpt2_tokens() -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=4, num_labels=3, classifier_dropout=0.0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return GPT2ForTokenClassification(config)
+def _bert(kind: Any, **options: Any) -> Callable[[], nn.Module]:
+    return partial(tiny_models.bert, kind, **SMALL, **options)
 
 
 def _in_one_row(labels: Tensor) -> Tensor:
@@ -469,12 +386,12 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], list[str], Tensor]] = {
         torch.rand(8, 3).round(),
     ),
     "tokens": (_bert(BertForTokenClassification), ["query"], _TOKEN_CLASS),
-    "gpt2 tokens": (_gpt2_tokens, ["c_attn"], _TOKEN_CLASS),
+    "gpt2 tokens": (partial(gpt2, GPT2ForTokenClassification), ["c_attn"], _TOKEN_CLASS),
     "few tokens": (_bert(BertForTokenClassification), ["query"], _in_one_row(_TOKEN_CLASS)),
     "masked": (_bert(BertForMaskedLM), ["query"], _TOKEN_IDS),
     "few masked": (_bert(BertForMaskedLM), ["query"], _in_one_row(_TOKEN_IDS)),
     "next sentence": (_bert(BertForNextSentencePrediction), ["query"], _CLASS),
-    "causal": (_llama_lm, ["q_proj"], _TOKEN_IDS),
+    "causal": (llama, ["q_proj"], _TOKEN_IDS),
     "t5": (t5, ["q"], _TOKEN_IDS),
     "bart": (bart, ["q_proj"], _TOKEN_IDS),
 }
@@ -486,18 +403,12 @@ def _one_step(
     make, targets, labels = HEADS[head]
     config, task = (PolarConfig, None) if head != "variational" else (PolarVbllConfig, "SEQ_CLS")
     model = adapted(make(), config, targets, task_type=task)
-    args = TrainingArguments(
-        str(folder),
+    args = arguments(
+        folder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=steps,
         max_steps=1,
-        logging_steps=1,
         learning_rate=0.0,
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
         **options,
     )
     data = [{"input_ids": row, "labels": label} for row, label in zip(ROWS, labels, strict=True)]
