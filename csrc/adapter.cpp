@@ -144,8 +144,7 @@ Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor
   Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
   if (p.tokens == 0) return h;
   p.h = h.mutable_data_ptr();
-  Tensor workspace = workspace_for(x, p, Device::shrink_workspace);
-  raise_if(op, Device::shrink(p, current_stream(x)));
+  launch(op, x, p, Device::shrink_workspace, Device::shrink);
   return h;
 }
 
@@ -198,8 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor d
   p.da = need_da ? da.mutable_data_ptr() : nullptr;
   p.de = need_de ? de.mutable_data_ptr() : nullptr;
   if ((need_dx || need_da || need_de) && p.n > 0) {
-    Tensor workspace = workspace_for(x, p, Device::shrink_backward_workspace);
-    raise_if(op, Device::shrink_backward(p, current_stream(x)));
+    launch(op, x, p, Device::shrink_backward_workspace, Device::shrink_backward);
   }
   return {dx, da, de};
 }
@@ -252,8 +250,7 @@ Tensor expand_rows(const char* op, const Tensor& given, const Tensor& second,
   }
   if (p.tokens == 0 || p.m == 0) return y;
   p.y = y.mutable_data_ptr();
-  Tensor workspace = workspace_for(h, p, Device::expand_workspace);
-  raise_if(op, Device::expand(p, current_stream(h)));
+  launch(op, h, p, Device::expand_workspace, Device::expand);
   return y;
 }
 
@@ -295,8 +292,7 @@ std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tenso
   p.dh = need_dh ? dh.mutable_data_ptr() : nullptr;
   p.db = need_db ? db.mutable_data_ptr() : nullptr;
   if (need_dh || need_db) {
-    Tensor workspace = workspace_for(dy, p, Device::expand_backward_workspace);
-    raise_if(op, Device::expand_backward(p, current_stream(dy)));
+    launch(op, dy, p, Device::expand_backward_workspace, Device::expand_backward);
   }
   return {dh, db};
 }

@@ -53,8 +53,7 @@ void low_rank_update_(std::vector<Tensor> factors, std::vector<Tensor> rows) {
                        nullptr};
   if (items.empty()) return;
   OptionalDeviceGuard guard(factors[0]);
-  Tensor workspace = workspace_for(factors[0], params, Device::workspace);
-  raise_if(op, Device::launch(params, current_stream(factors[0])));
+  launch(op, factors[0], params, Device::workspace, Device::launch);
 }
 
 template <class Device>
@@ -107,8 +106,7 @@ void kron_accumulate_(std::vector<Tensor> factors, std::vector<Tensor> rows,
                     nullptr};
   if (items.empty()) return;
   OptionalDeviceGuard guard(factors[0]);
-  Tensor workspace = workspace_for(factors[0], params, Device::kron_workspace);
-  raise_if(op, Device::kron_launch(params, current_stream(factors[0])));
+  launch(op, factors[0], params, Device::kron_workspace, Device::kron_launch);
 }
 
 template <class Device>

@@ -84,8 +84,7 @@ Tensor gaussian_kl(std::vector<Tensor> means, std::vector<Tensor> rhos,
   OptionalDeviceGuard guard(means[0]);
   Tensor out = empty_like_shape(means[0], {}, ScalarType::Double);
   lists.params.out = out.mutable_data_ptr();
-  Tensor workspace = workspace_for(means[0], lists.params, Device::workspace);
-  raise_if(op, Device::value(lists.params, current_stream(means[0])));
+  launch(op, means[0], lists.params, Device::workspace, Device::value);
   return out;
 }
 
@@ -105,8 +104,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> gaussian_kl_backward(
     lists.items[i].drho = drhos[i].mutable_data_ptr();
   }
   lists.params.weight = weight.data_ptr();
-  Tensor workspace = workspace_for(means[0], lists.params, Device::workspace);
-  raise_if(op, Device::gradient(lists.params, current_stream(means[0])));
+  launch(op, means[0], lists.params, Device::workspace, Device::gradient);
   return {dmeans, drhos};
 }
 
@@ -123,8 +121,7 @@ void gaussian_kl_step_(std::vector<Tensor> means, std::vector<Tensor> rhos, Tens
   check_disjoint(op, written, {weight}, /*same_ok=*/false);
   OptionalDeviceGuard guard(means[0]);
   lists.params.weight = weight.data_ptr();
-  Tensor workspace = workspace_for(means[0], lists.params, Device::workspace);
-  raise_if(op, Device::step(lists.params, current_stream(means[0])));
+  launch(op, means[0], lists.params, Device::workspace, Device::step);
 }
 
 template <class Device>

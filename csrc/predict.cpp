@@ -70,8 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mc_predict(Tensor mean, Tensor cov, T
   p.expected_entropy = expected_entropy.mutable_data_ptr();
   p.standard_error = standard_error ? error.mutable_data_ptr() : nullptr;
   if (rows > 0) {
-    Tensor workspace = workspace_for(mean, p, Device::workspace);
-    raise_if(op, Device::predict(p, current_stream(mean)));
+    launch(op, mean, p, Device::workspace, Device::predict);
   }
   return {log_probs, entropy, expected_entropy, error};
 }

@@ -67,12 +67,6 @@ Retraction retraction_of_name(const char* op, const std::string& name) {
 }
 
 template <class Device>
-void launch(const char* op, const Tensor& like, TallParams& params) {
-  Tensor workspace = workspace_for(like, params, Device::workspace);
-  raise_if(op, Device::launch(params, current_stream(like)));
-}
-
-template <class Device>
 std::vector<Tensor> tall_gram(std::vector<Tensor> xs) {
   constexpr const char* op = "tall_gram";
   List list(op, xs, {}, Device::f64, false);
@@ -83,7 +77,7 @@ std::vector<Tensor> tall_gram(std::vector<Tensor> xs) {
     list.items[i].out = out[i].mutable_data_ptr();
   }
   list.params.op = TallOp::kGram;
-  launch<Device>(op, xs[0], list.params);
+  launch(op, xs[0], list.params, Device::workspace, Device::launch);
   return out;
 }
 
@@ -96,7 +90,7 @@ Tensor tall_retract_(std::vector<Tensor> xs, std::vector<Tensor> steps, std::str
   Tensor info = empty_like_shape(xs[0], {list.params.n_items}, ScalarType::Int);
   list.params.info = info.mutable_data_ptr<int32_t>();
   list.params.op = TallOp::kRetract;
-  launch<Device>(op, xs[0], list.params);
+  launch(op, xs[0], list.params, Device::workspace, Device::launch);
   return info;
 }
 
@@ -112,7 +106,7 @@ Tensor tall_stiefel_step_(std::vector<Tensor> xs, std::vector<Tensor> directions
   Tensor info = empty_like_shape(xs[0], {list.params.n_items}, ScalarType::Int);
   list.params.info = info.mutable_data_ptr<int32_t>();
   list.params.op = TallOp::kStiefelStep;
-  launch<Device>(op, xs[0], list.params);
+  launch(op, xs[0], list.params, Device::workspace, Device::launch);
   return info;
 }
 
@@ -130,7 +124,7 @@ std::vector<Tensor> tall_landing_field(std::vector<Tensor> xs, std::vector<Tenso
     list.items[i].out = out[i].mutable_data_ptr();
   }
   list.params.op = TallOp::kLandingField;
-  launch<Device>(op, xs[0], list.params);
+  launch(op, xs[0], list.params, Device::workspace, Device::launch);
   return out;
 }
 
@@ -143,7 +137,7 @@ void tall_landing_step_(std::vector<Tensor> xs, std::vector<Tensor> grads, Tenso
   list.params.lam = number_pointer(op, "lam", lam, xs[0]);
   OptionalDeviceGuard guard(xs[0]);
   list.params.op = TallOp::kLandingStep;
-  launch<Device>(op, xs[0], list.params);
+  launch(op, xs[0], list.params, Device::workspace, Device::launch);
 }
 
 template <class Device>

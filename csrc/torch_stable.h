@@ -186,22 +186,22 @@ inline RowIds row_ids(const char* op, int64_t row0, int64_t rows_per_id,
   return RowIds{ids->const_data_ptr<int64_t>(), row0, rows_per_id};
 }
 
+// The current stream of the device, or null on the host (and in the emulator).
+void* current_stream(const Tensor& t);
+
 // Launch functions return null or the text of an error.
 inline void raise_if(const char* op, const char* error) {
   if (error != nullptr) throw std::runtime_error(message(op, ": ", error));
 }
 
-// Allocates size(p) bytes on the device of `like` and stores the address in p.workspace.
-template <class Params, class Size>
-Tensor workspace_for(const Tensor& like, Params& p, Size size) {
+// Runs a launch function on the device of `like`, with a workspace of size(p) bytes in p.workspace.
+template <class Params, class Size, class Launch>
+void launch(const char* op, const Tensor& like, Params& p, Size size, Launch function) {
   const int64_t bytes = size(p);
   Tensor workspace = empty_like_shape(like, {bytes}, ScalarType::Byte);
   p.workspace = bytes == 0 ? nullptr : workspace.mutable_data_ptr();
-  return workspace;
+  raise_if(op, function(p, current_stream(like)));
 }
-
-// The current stream of the device, or null on the host (and in the emulator).
-void* current_stream(const Tensor& t);
 
 // Runs body(begin, end) over chunks of [0, end) on torch's intra-op threads.
 template <class F>
