@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from ..hf.config import BayesLoraConfig
 from ..hf.method import METHODS
 from .convert import conversion_options
 from .data.tasks import Task
@@ -110,12 +109,11 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     """
     recipe = experiment.recipe
     method = METHODS[trained_method(experiment)]
-    config_class = LoraConfig if method.plain else BayesLoraConfig
-    fields = config_class.__dataclass_fields__
+    fields = method.config.__dataclass_fields__
     unknown = sorted(set(recipe.lora) - (set(fields) - _SET_BY_PEFT))
     if unknown:
         raise ValueError(
-            f"lora: expected options of peft.{config_class.__name__}, got {', '.join(unknown)}"
+            f"lora: expected options of {method.config.__name__}, got {', '.join(unknown)}"
         )
     for name, value in recipe.lora.items():
         if fields[name].type in (bool, "bool") and not isinstance(value, bool):
@@ -131,7 +129,7 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     if method.plain:
         return options
     for name in _POSTERIOR_FIELDS:
-        if getattr(recipe, name) is not None:
+        if name in fields and getattr(recipe, name) is not None:
             options.setdefault(name, getattr(recipe, name))
     options.setdefault("seed", experiment.seed)
     return options

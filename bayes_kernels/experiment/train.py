@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainingArguments as Arguments
 
-from ..hf.config import BAYES_FIELDS
+from ..hf.config import own_fields
 from ..hf.method import METHODS
 from ..hf.methods.polar_vbll import calibrate_head, find_head, laplace_refine
 from ..hf.trainer import BayesTrainer, last_checkpoint
@@ -160,9 +160,11 @@ def train_model(
 
 def _resolved(model: PeftModel) -> dict[str, Any]:
     """Rank, scaling, targets, and for a Bayesian adapter everything about its posterior."""
-    config = model.peft_config["default"].to_dict()
-    names = {"r", "lora_alpha", "target_modules", *(BAYES_FIELDS & set(config))}
-    found = {name: config[name] for name in sorted(names)}
+    config = model.peft_config["default"]
+    own = (one.name for one in own_fields(type(config)))
+    found = {
+        name: getattr(config, name) for name in sorted(["r", "lora_alpha", "target_modules", *own])
+    }
     targets = found["target_modules"]
     return {**found, "target_modules": sorted(targets) if isinstance(targets, set) else targets}
 

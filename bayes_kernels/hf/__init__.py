@@ -13,20 +13,14 @@ check_versions()
 from ..batches import fold_samples  # noqa: E402
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_lora, import_lora  # noqa: E402
-from .config import (  # noqa: E402
-    BayesLoraConfig,
-    BlobConfig,
-    PolarConfig,
-    PolarVbllConfig,
-    ScalablConfig,
-    TfbConfig,
-)
+from .config import BayesLoraConfig  # noqa: E402
 from .kl import (  # noqa: E402
     decoupled_kl,
     kl_divergence,
 )
 from .logits import LabelPrediction, NumberPrediction, Prediction  # noqa: E402
 from .methods import table  # noqa: E402, F401
+from .methods.blob import BlobConfig  # noqa: E402
 from .methods.dropout import dropout_draws  # noqa: E402
 from .methods.ensemble import Ensemble, join_adapters  # noqa: E402
 from .methods.laplace import (  # noqa: E402
@@ -38,8 +32,9 @@ from .methods.laplace import (  # noqa: E402
     load_laplace,
     save_laplace,
 )
-from .methods.polar import parameter_groups, stiefel_error  # noqa: E402
+from .methods.polar import PolarConfig, parameter_groups, stiefel_error  # noqa: E402
 from .methods.polar_vbll import (  # noqa: E402
+    PolarVbllConfig,
     VariationalLoss,
     calibrate_head,
     class_features,
@@ -48,7 +43,8 @@ from .methods.polar_vbll import (  # noqa: E402
     laplace_refine,
     variational_loss,
 )
-from .methods.tfb import TfbReport  # noqa: E402
+from .methods.scalabl import ScalablConfig  # noqa: E402
+from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_dataset  # noqa: E402

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..files import write_text
+from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, LAPLACE_NAME, RECORD_NAME, read_json
-from .config import PEFT_TYPE_NAME
 from .method import METHODS, Method
 
 CARD_NAME = "README.md"

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import random
+from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
-from .config import BAYES_FIELDS, PEFT_TYPE_NAME, BayesLoraConfig
+from .config import CONFIGS, BayesLoraConfig, own_fields
 from .layers import bayes_layers
-from .method import METHODS
 from .methods.polar_vbll import (
     POSTERIOR_TENSORS,
     bayesian_head_tensors,
@@ -273,7 +273,8 @@ def _adapter_state(model: PeftModel, adapter: str, **options: Any) -> dict[str, 
 
 def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:
     """The configuration as that of a LoraConfig, as PEFT writes it."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in BAYES_FIELDS}
+    own = {one.name for one in own_fields(type(config))}
+    fields = {k: v for k, v in config.to_dict().items() if k not in own}
     fields["peft_type"] = "LORA"
     fields["inference_mode"] = True
     for name, value in fields.items():
@@ -335,21 +336,21 @@ def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:
             f"import_lora: {path} must describe a LoRA adapter, got peft_type {kind!r}"
         )
     check_folder(folder)
-    known = set(BayesLoraConfig.__dataclass_fields__)
-    fields = {k: v for k, v in fields.items() if k in known and k != "auto_mapping"}
-    unknown = sorted(set(options) - BAYES_FIELDS)
+    method = options.get("method", fields.get("method", "blob"))
+    if method not in CONFIGS:
+        raise ValueError(f"import_lora: method must be one of {tuple(CONFIGS)}, got {method!r}")
+    kind = CONFIGS[method]
+    known = {one.name for config in CONFIGS.values() for one in own_fields(config)}
+    unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(
-            f"import_lora: options must be among {sorted(BAYES_FIELDS)}, got {unknown}; the rest "
-            "comes from the checkpoint"
+            f"import_lora: options must be among {sorted(known)}, got {unknown}; the rest comes from "
+            "the checkpoint"
         )
-    method = {**fields, **options}.get("method", "blob")
-    if method not in METHODS or METHODS[method].plain:
-        names = [name for name, row in METHODS.items() if not row.plain]
-        raise ValueError(f"import_lora: method must be one of {names}, got {method!r}")
-    fields = {k: v for k, v in {**fields, **options}.items() if k != "method"}
-    config: Any = METHODS[method].config(**fields)
-    return config
+    # What the file says for another method does not count.
+    kept = kind.__dataclass_fields__.keys() - {"method", "auto_mapping"}
+    found = {k: v for k, v in fields.items() if k in kept}
+    return kind(**{**found, **options, "method": method})
 
 
 def _weights(folder: Path, path: Path) -> Path:

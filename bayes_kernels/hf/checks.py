@@ -18,7 +18,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .config import PEFT_TYPE_NAME
+from ._compat import PEFT_TYPE_NAME
 from .method import METHODS
 from .variants import VARIANTS, extra_names
 

@@ -1,43 +1,23 @@
-"""Configuration of Bayesian LoRA adapters."""
+"""Configuration of Bayesian LoRA adapters: what all methods share.
+
+A method's own configuration is a subclass in the method's file, which enters :data:`CONFIGS`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
-from ..functional import SCOPES, STDS
 from ..optim import KINDS
-from ..stiefel import METHODS as STIEFEL_METHODS
-from ..vbll import COVARIANCES as HEAD_COVARIANCES
-from ._compat import BAYES_LORA, PEFT_TYPE_NAME
+from ._compat import BAYES_LORA
 
-BAYESIAN_METHODS = ("blob", "tfb", "scalabl", "polar", "polar-vbll")
-PRIOR_RULES = ("constant", "fan_in")
-COVARIANCES = ("diagonal", "full")
-DIRECTIONS = ("elbo", "code")
-
-CORES = ("full", "diagonal")
-HEAD_INITS = ("rows", "vbll")
-ALTERNATIONS = ("jacobi", "gauss-seidel", "periodic")
-
-_NUMBERS = (
-    "init_rho",
-    "prior_std",
-    "kl_lr",
-    "kl_time",
-    "kl_gamma",
-    "stiefel_penalty",
-    "head_init_variance",
-    "head_prior_scale",
-    "head_lr",
-    "kl_weight",
-)
-_MAY_BE_NONE = ("kl_time", "head_init_variance", "head_prior_scale", "head_lr")
-_MAY_BE_ZERO = ("kl_lr", "kl_time", "stiefel_penalty", "kl_weight")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # LoRA options that change the forward formula or the kind of the adapted parameters.
 _REJECTED = (
@@ -54,12 +34,40 @@ _REJECTED = (
     "megatron_config",
 )
 
+# By method; a class enters itself. `bayes_kernels.hf` imports the modules of all methods.
+CONFIGS: dict[str, type[BayesLoraConfig]] = {}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] = (),
+    above: float | None = None,
+    least: float | None = None,
+    set_by: str = "",
+) -> Any:
+    """A field of a configuration, with what is checked and listed about it.
+
+    Args:
+        default: its value where none is given.
+        help: one or two sentences; commands list it.
+        choices: the values that it may have, where they are words.
+        above: a number must be larger.
+        least: a number must not be smaller.
+        set_by: the function that sets it, for fields that are not for users to choose.
+    """
+    known = {"help": help, "choices": tuple(choices), "above": above, "least": least}
+    return field(default=default, metadata={**known, "set_by": set_by})
+
 
 @dataclass
 class BayesLoraConfig(LoraConfig):
     """LoRA with a posterior: over the factor A, or what the method makes random instead.
 
-    For BLoB A ~ N(lora_A.weight, Omega^2) for each element, Omega = std(rho).
+    `BayesLoraConfig(method="blob", ...)` is `BlobConfig(...)`: the class of the method, which has the
+    method's own options. Each says in its field's metadata what it means, and
+    `bayes-kernels methods blob` lists them.
 
     All options of `peft.LoraConfig` that keep the adapter a plain product of two factors work as
     there. The additional fields are plain numbers and words, so that the configuration is JSON.
@@ -68,294 +76,163 @@ class BayesLoraConfig(LoraConfig):
     `KeyError: 'BAYES_LORA'`, and the README.md in the folder says so. `export_lora` writes a folder
     that stock PEFT loads.
 
+    A method is a dataclass `class XConfig(BayesLoraConfig, method="x")`, whose fields `option` makes.
+
     Args:
-        method: "blob", "scalabl", ...: the method. Defaults below are BLoB's; the other methods'
-            factories (`ScalablConfig`, ...) know theirs.
-        std: how the deviation is parameterised: "square" (rho^2), "softplus" or "direct".
-        init_rho: eps of the paper; rho ~ U(eps / sqrt 2, eps), so that Omega starts in
-            [eps^2 / 2, eps^2] with "square". (softplus: rho ~ U(eps - 1, eps); direct: the
-            deviations of "square".) ScalaBL: deviations of s start in U(eps / sqrt 2, eps).
-        prior_std: standard deviation sigma_p of the prior N(0, sigma_p^2) on each element of A, for
-            ScalaBL on each singular value.
-        prior_rule: "constant" (sigma_p = prior_std), or "fan_in" (sigma_p = prior_std / sqrt(in)).
-        scope: which rows share noise in training: "token" (BLoB's published code), "example" (its
-            paper) or "none" (one draw for the whole batch).
+        method: name of the method: "blob", "scalabl", ...
         sample_at_inference: what a plain forward pass in eval mode does. False: the mean. True: one
             draw of the weights for the batch, a new one for each call; calls that continue a
             key-value cache keep the draw. `posterior` and `predict` decide for themselves.
-        seed: seed of the noise in training loops of one's own; `BayesTrainer` takes its noise from
+        seed: seed of the noise in training loops without `BayesTrainer`, which takes its noise from
             `TrainingArguments.seed`. A model has one noise state: the seed of its first adapter
             counts, and those of adapters added later are not used.
-        kl_schedule: step sizes of the decoupled KL step of `BayesTrainer`: "auto", "published" or
-            "constant"; see `bayes_kernels.optim.KLSchedule`. "auto"
-            is a scaling argument with one constant: see `bayes_kernels.optim.auto_target_std`.
-        kl_lr: learning rate of the KL step for "published" and "constant".
-        kl_time: for "auto", how long the gradient flow of the divergence acts on each weight: the
-            sum of its step sizes over the run. None for the time in which each layer gets from its
-            deviation at the start to `bayes_kernels.optim.auto_target_std`; none if it is above.
-        kl_gamma: gamma of the cycle length 100 N^(pi / gamma) / batch for "published", "constant".
-        kl_direction: ScalaBL: "elbo", the divergence of the posterior from the prior, or "code",
-            the reverse, which its published code computes.
-        covariance: ScalaBL: "diagonal", or "full" between the singular values of a layer.
-        noise_layers: TFB: names, or last parts of names, of the adapted layers that have noise; None
-            for all.
-        sigma_q: TFB: the deviation that was found; None before.
-        core: PoLAR: r x r matrix between its factors: "full", or "diagonal".
-        stiefel: PoLAR: how `BayesTrainer` keeps its factors orthonormal: "landing", or by "polar" or
-            "qr" retraction; see `bayes_kernels.stiefel`.
-        stiefel_penalty: PoLAR: weight of landing's pull to orthonormal factors.
-        head_covariance: PoLAR-VBLL: of each class in the last layer: "diagonal", "dense" (C D^2 / 2
-            numbers) or "low_rank".
-        head_rank: PoLAR-VBLL: rank beside the diagonal for "low_rank".
-        head_init: PoLAR-VBLL: mean rows at the start: "rows" of the layer that is replaced (the first
-            predictions are the base model's), or "vbll", random as published.
-        head_init_variance: PoLAR-VBLL: variance of a weight at the start, for "rows"; None: a
-            tenth of the prior's.
-        head_prior_scale: PoLAR-VBLL: the prior of a weight is N(0, 2 head_prior_scale / D); None: 1
-            until `bayes_kernels.hf.calibrate_head` has set it, as the command line does.
-        head_noise: PoLAR-VBLL: learn Gaussian noise on the logits.
-        head_lr: PoLAR-VBLL: learning rate of the last layer; None: that of the adapters.
-        kl_weight: PoLAR-VBLL: factor of the divergence, which the loss divides by n_train.
-        alternation: PoLAR-VBLL: "jacobi" (one backward pass for adapters and last layer),
-            "gauss-seidel" (adapters see the last layer of the same step) or "periodic" (one of the
-            two at a time, in turns of `alternation_period` steps).
-        alternation_period: PoLAR-VBLL: length of a turn.
-        laplace: PoLAR-VBLL: set by `bayes_kernels.hf.laplace_refine`: how the covariances were
-            refined, "cholesky" or "subspace"; None where they are the trained ones.
-        laplace_rank: PoLAR-VBLL: set with `laplace`: dimension in which they are stored.
 
     Raises:
-        ValueError: an option is out of range, or a LoRA option does not go with a posterior.
-
-    Source: Wang et al., "BLoB: Bayesian Low-Rank Adaptation by Backpropagation", arXiv 2406.11675.
+        ValueError: an option is out of range or one of another method, or a LoRA option does not go
+            with a posterior.
     """
 
-    method: str = field(default="blob", metadata={"help": "Bayesian method of the adapter"})
-    std: str = field(default="square", metadata={"help": "'square', 'softplus' or 'direct'"})
-    init_rho: float = field(default=0.05, metadata={"help": "upper end of rho at the start"})
-    prior_std: float = field(default=0.2, metadata={"help": "standard deviation of the prior"})
-    prior_rule: str = field(default="constant", metadata={"help": "'constant' or 'fan_in'"})
-    scope: str = field(default="token", metadata={"help": "'token', 'example' or 'none'"})
-    sample_at_inference: bool = field(
-        default=False, metadata={"help": "whether a plain forward pass in eval mode samples"}
+    method: str = option("", "Bayesian method of the adapter.", set_by="the class")
+    sample_at_inference: bool = option(
+        False, "Whether a plain forward pass in eval mode draws weights; else it uses the mean."
     )
-    seed: int = field(default=0, metadata={"help": "seed of the training noise"})
-    kl_schedule: str = field(default="auto", metadata={"help": "'auto', 'published', 'constant'"})
-    kl_lr: float = field(default=0.01, metadata={"help": "learning rate of the KL step"})
-    kl_time: float | None = field(
-        default=None, metadata={"help": "total step size with 'auto'; None for the rule"}
-    )
-    kl_gamma: float = field(default=8.0, metadata={"help": "gamma of the KL cycle length"})
-    kl_direction: str = field(default="elbo", metadata={"help": "'elbo' or 'code'"})
-    covariance: str = field(default="diagonal", metadata={"help": "'diagonal' or 'full'"})
-    noise_layers: list[str] | None = field(
-        default=None, metadata={"help": "TFB: layers with noise; None for all"}
-    )
-    sigma_q: float | None = field(default=None, metadata={"help": "TFB: the deviation found"})
-    core: str = field(default="full", metadata={"help": "PoLAR: 'full' or 'diagonal'"})
-    stiefel: str = field(default="landing", metadata={"help": "PoLAR: 'landing', 'polar', 'qr'"})
-    stiefel_penalty: float = field(
-        default=1.0, metadata={"help": "PoLAR: weight of landing's pull to the manifold"}
-    )
-    head_covariance: str = field(
-        default="diagonal", metadata={"help": "VBLL: 'diagonal', 'dense' or 'low_rank'"}
-    )
-    head_rank: int = field(default=3, metadata={"help": "VBLL: rank for 'low_rank'"})
-    head_init: str = field(default="rows", metadata={"help": "VBLL: 'rows' or 'vbll'"})
-    head_init_variance: float | None = field(
-        default=None, metadata={"help": "VBLL: variance of a weight at the start"}
-    )
-    head_prior_scale: float | None = field(
-        default=None, metadata={"help": "VBLL: prior variance times D / 2; None: calibrate_head"}
-    )
-    head_noise: bool = field(default=False, metadata={"help": "VBLL: noise on the logits"})
-    head_lr: float | None = field(default=None, metadata={"help": "VBLL: its learning rate"})
-    kl_weight: float = field(default=1.0, metadata={"help": "VBLL: factor of the divergence"})
-    alternation: str = field(
-        default="jacobi", metadata={"help": "VBLL: 'jacobi', 'gauss-seidel' or 'periodic'"}
-    )
-    alternation_period: int = field(default=1, metadata={"help": "VBLL: steps of a turn"})
-    laplace: str | None = field(default=None, metadata={"help": "VBLL: set by laplace_refine"})
-    laplace_rank: int = field(default=0, metadata={"help": "VBLL: set by laplace_refine"})
+    seed: int = option(0, "Seed of the training noise.")
+
+    _method: ClassVar[str] = ""
+
+    def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if method is not None:
+            cls._method = method
+            CONFIGS[method] = cls
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """An instance of the method's class."""
+        made: Any = cls
+        if cls is BayesLoraConfig:
+            method = options.get("method") or "blob"
+            if method not in CONFIGS:
+                raise ValueError(
+                    f"BayesLoraConfig: method must be one of {tuple(CONFIGS)}, got {method!r}; "
+                    "choose one"
+                )
+            made = CONFIGS[method]
+            _show_all_options()
+        known = made.__dataclass_fields__
+        for name in sorted(options.keys() - known):
+            methods = [m for m, config in CONFIGS.items() if name in config.__dataclass_fields__]
+            if methods:
+                raise ValueError(
+                    f"{made.__name__}: {name} must be left out, as it is an option of "
+                    f"{', '.join(methods)}, got {options[name]!r}"
+                )
+        return super().__new__(made)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BAYES_LORA
-        for name, allowed in (
-            ("method", BAYESIAN_METHODS),
-            ("std", STDS),
-            ("prior_rule", PRIOR_RULES),
-            ("scope", SCOPES),
-            ("kl_schedule", KINDS),
-            ("kl_direction", DIRECTIONS),
-            ("covariance", COVARIANCES),
-            ("core", CORES),
-            ("stiefel", STIEFEL_METHODS),
-            ("head_covariance", HEAD_COVARIANCES),
-            ("head_init", HEAD_INITS),
-            ("alternation", ALTERNATIONS),
-            ("laplace", (None, "cholesky", "subspace")),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"BayesLoraConfig: {name} must be one of {allowed}, got {value!r}; choose one"
-                )
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            if name in _MAY_BE_NONE and value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            lowest_ok = number and (value >= 0 if name in _MAY_BE_ZERO else value > 0)
-            if not lowest_ok or not math.isfinite(value):
-                raise ValueError(
-                    f"BayesLoraConfig: {name} must be a positive number, got {value!r}"
-                )
-        self._check_method()
-        for name, least in (("head_rank", 1), ("alternation_period", 1), ("laplace_rank", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"BayesLoraConfig: {name} must be an integer >= {least}, got {value!r}"
-                )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"BayesLoraConfig: seed must be an int, got {self.seed!r}")
+        kind = type(self).__name__
+        self.method = self.method or self._method
+        if self.method != self._method:
+            raise ValueError(f"{kind}: method must be {self._method!r}, got {self.method!r}")
+        for one in own_fields(type(self)):
+            _check_option(kind, one, getattr(self, one.name))
         for name in _REJECTED:
             if getattr(self, name, None):
                 raise ValueError(
-                    f"BayesLoraConfig: {name} cannot be combined with a posterior over A, got "
+                    f"{kind}: {name} cannot be combined with a posterior over A, got "
                     f"{getattr(self, name)!r}; leave it out, or use peft.LoraConfig"
                 )
         if self.init_lora_weights == "mica":
             raise ValueError(
-                "BayesLoraConfig: init_lora_weights='mica' freezes a factor; use True or 'gaussian'"
+                f"{kind}: init_lora_weights='mica' freezes a factor; use True or 'gaussian'"
             )
         scales = {"lora_alpha": self.lora_alpha, **(self.alpha_pattern or {})}
         for name, value in scales.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"BayesLoraConfig: {name} must be a finite number, got {value!r}")
+                raise ValueError(f"{kind}: {name} must be a finite number, got {value!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"{kind}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
+
+
+@dataclass
+class VariationalConfig(BayesLoraConfig):
+    """Options of methods whose posterior is trained, with a decoupled step on its divergence."""
+
+    init_rho: float = option(
+        0.05, "The deviation's parameter starts in U(init_rho / sqrt 2, init_rho).", above=0
+    )
+    kl_schedule: str = option(
+        "auto",
+        "Step sizes of the decoupled KL step; bayes_kernels.optim.KLSchedule has the formulas.",
+        choices=KINDS,
+    )
+    kl_lr: float = option(
+        0.01, "Learning rate of the KL step for 'published' and 'constant'.", least=0
+    )
+    kl_time: float | None = option(
+        None,
+        "For 'auto': how long the gradient flow of the divergence acts on each weight, as the sum of "
+        "its step sizes over the run. None for the method's rule.",
+        least=0,
+    )
+    kl_gamma: float = option(
+        8.0,
+        "gamma of the cycle length 100 N^(pi / gamma) / batch for 'published' and 'constant'.",
+        above=0,
+    )
+
+
+def own_fields(config: type[PeftConfig]) -> list[Field[Any]]:
+    """Fields of a configuration that `peft.LoraConfig` does not have."""
+    return [one for one in fields(config) if one.name not in LoraConfig.__dataclass_fields__]
+
+
+def _check_option(kind: str, one: Field[Any], value: Any) -> None:
+    """Whether the value of a field is of its type and in its range."""
+    words = str(one.type)
+    if value is None and "None" in words:
+        return
+    what = one.metadata
+    if what.get("choices"):
+        if value not in what["choices"]:
             raise ValueError(
-                f"BayesLoraConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}"
+                f"{kind}: {one.name} must be one of {what['choices']}, got {value!r}; choose one"
             )
-
-    def _check_method(self) -> None:
-        """Options that the method does not have."""
-        allowed: dict[str, tuple[str, ...]] = {
-            "kl_direction": ("elbo",),
-            "covariance": ("diagonal",),
-        }
-        if self.method == "scalabl":
-            allowed = {"scope": ("none", "example"), "prior_rule": ("constant",)}
-        if self.method == "tfb":
-            allowed["std"] = ("direct",)
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"BayesLoraConfig: {name} must be one of {values} for method {self.method!r}, "
-                    f"got {getattr(self, name)!r}; choose one"
-                )
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        """As PEFT's; a folder on this machine is looked through first.
-
-        Raises:
-            ValueError: the folder is damaged; the message names the file and the key.
-        """
-        from .checks import CONFIG_NAME, check_folder
-
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / CONFIG_NAME).is_file():
-            check_folder(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
-    def prior_std_of(self, in_features: int) -> float:
-        """Standard deviation of the prior for a layer with that many input features."""
-        if self.prior_rule == "fan_in":
-            return self.prior_std / math.sqrt(in_features)
-        return self.prior_std
+        return
+    above, least = what.get("above"), what.get("least")
+    expected = ""
+    if words.startswith("bool"):
+        expected = "" if isinstance(value, bool) else "true or false"
+    elif words.startswith(("int", "float")):
+        whole = words.startswith("int")
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        fits = fits and math.isfinite(value)
+        if (
+            not fits
+            or (above is not None and value <= above)
+            or (least is not None and value < least)
+        ):
+            expected = "an integer" if whole else "a number"
+            if above == 0:
+                expected = f"a positive {expected.split()[-1]}"
+            elif above is not None or least is not None:
+                expected += f" > {above}" if above is not None else f" >= {least}"
+    if expected:
+        raise ValueError(f"{kind}: {one.name} must be {expected}, got {value!r}")
 
 
-# Options that only a BayesLoraConfig has; what is left is a LoraConfig.
-BAYES_FIELDS = frozenset(BayesLoraConfig.__dataclass_fields__) - frozenset(
-    LoraConfig.__dataclass_fields__
-)
+def _show_all_options() -> None:
+    """Give `BayesLoraConfig` the options of all methods for a signature.
 
-
-def BlobConfig(**options: Any) -> BayesLoraConfig:
-    """Configuration of a BLoB adapter: `BayesLoraConfig(method="blob", ...)`.
-
-    The published setting is r=8, lora_alpha=16, target_modules q_proj, v_proj and lm_head,
-    prior_std=0.2, kl_schedule="published", kl_lr=0.01.
-
-    Source: Wang et al., arXiv 2406.11675.
+    PEFT reads it where a file has a name that no class knows, written by a newer version, and then
+    drops what is not in the signature.
     """
-    return BayesLoraConfig(method="blob", **options)
+    shown: dict[str, inspect.Parameter] = {}
+    for config in CONFIGS.values():
+        shown.update(inspect.signature(config.__init__).parameters)
+    init: Any = BayesLoraConfig.__init__
+    init.__signature__ = inspect.Signature(list(shown.values()))
 
 
-def TfbConfig(**options: Any) -> BayesLoraConfig:
-    """Configuration of a TFB adapter: `BayesLoraConfig(method="tfb", ...)`.
-
-    Adapters of this type are made from trained ones by `bayes_kernels.hf.bayesianize`, which writes
-    the configuration; a new one has no noise.
-
-    Source: Shi et al., "Training-Free Bayesianization", arXiv 2412.05723.
-    """
-    return BayesLoraConfig(method="tfb", **{"std": "direct", **options})
-
-
-def ScalablConfig(**options: Any) -> BayesLoraConfig:
-    """Configuration of a ScalaBL adapter: `BayesLoraConfig(method="scalabl", ...)`.
-
-    Defaults that differ from BLoB's: prior_std=1, scope="none" (one draw for each forward pass, as
-    published; "example" draws for each example), kl_lr=0.2. The published setting is r=8,
-    lora_alpha=16, target_modules q_proj, v_proj and lm_head, kl_schedule="published",
-    kl_direction="code" with the code's reverse divergence. kl_schedule="auto" ("elbo" only) follows
-    the gradient flow of the divergence until the deviation of the singular values is a fixed share
-    of their mean; see `bayes_kernels.hf.methods.scalabl.AUTO_RATIO`.
-
-    Source: "ScalaBL", arXiv 2506.21408.
-    """
-    defaults: dict[str, Any] = {"prior_std": 1.0, "scope": "none", "kl_lr": 0.2}
-    return BayesLoraConfig(method="scalabl", **{**defaults, **options})
-
-
-def PolarConfig(**options: Any) -> BayesLoraConfig:
-    """Configuration of a PoLAR adapter: `BayesLoraConfig(method="polar", ...)`.
-
-    A point estimate: orthonormal factors and a free r x r core. Published for Llama-2-7B: lr 4e-3,
-    stiefel_penalty=5e-3, lora_alpha=32, r of 4 to 32; for GLUE stiefel_penalty=1, lr 4e-4 to 1e-3.
-
-    Source: Lion et al., "PoLAR", arXiv 2506.03133.
-    """
-    return BayesLoraConfig(method="polar", **options)
-
-
-def PolarVbllConfig(**options: Any) -> BayesLoraConfig:
-    """Configuration of PoLAR-VBLL: `BayesLoraConfig(method="polar-vbll", ...)`.
-
-    PoLAR adapters below a variational Bayesian last layer. The published setting is r=8 on query and
-    value projections of LLaMA-3.1-8B, 5,000 steps of batch 4, a dense covariance for each class;
-    learning rates, penalty and prior are not published. Defaults that differ: kl_weight=0.3 and
-    head_lr=5e-3, chosen on validation rows: docs/polar_vbll.md.
-
-    Source: Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
-    """
-    defaults: dict[str, Any] = {"kl_weight": 0.3, "head_lr": 5e-3}
-    return BayesLoraConfig(method="polar-vbll", **{**defaults, **options})
-
-
-__all__ = [
-    "BAYESIAN_METHODS",
-    "BAYES_FIELDS",
-    "PEFT_TYPE_NAME",
-    "BayesLoraConfig",
-    "BlobConfig",
-    "PolarConfig",
-    "PolarVbllConfig",
-    "ScalablConfig",
-    "TfbConfig",
-]
+__all__ = ["CONFIGS", "BayesLoraConfig", "VariationalConfig", "option", "own_fields"]

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 
 from .card import class_names, write_card
-from .checks import check_folder, is_bayesian_folder
+from .checks import CONFIG_NAME, check_folder, is_bayesian_folder
 from .config import BayesLoraConfig
 from .variants import VARIANTS, BayesVariant, extra_names
 
@@ -139,8 +139,18 @@ def _whole(peft_model_id: Any = None, **_: Any) -> None:
         check_folder(peft_model_id)
 
 
+def _whole_of_config(
+    pretrained_model_name_or_path: Any, subfolder: str | None = None, **_: Any
+) -> None:
+    """Before a configuration is read, as PEFT does first: a folder on this machine is not damaged."""
+    folder = Path(pretrained_model_name_or_path, subfolder or "")
+    if (folder / CONFIG_NAME).is_file():
+        check_folder(folder)
+
+
 _GUARDS: list[tuple[str, str, Callable[..., None] | None, Callable[..., None] | None]] = [
     # (module and class, function, before, after)
+    ("bayes_kernels.hf.config:BayesLoraConfig", "from_pretrained", _whole_of_config, None),
     ("peft.peft_model:PeftModel", "save_pretrained", _no_conversion, _write_cards),
     ("peft.peft_model:PeftModel", "load_adapter", None, _complete),
     ("transformers.integrations.peft:PeftAdapterMixin", "load_adapter", _whole, _complete),
@@ -157,8 +167,11 @@ def install() -> None:
         module, _, inside = place.partition(":")
         owner: Any = importlib.import_module(module)
         owner = getattr(owner, inside) if inside else owner
-        if not hasattr(getattr(owner, name), "bayes_kernels_guard"):
-            setattr(owner, name, _guarded(getattr(owner, name), before, after))
+        found: Any = inspect.getattr_static(owner, name)
+        original = getattr(found, "__func__", found)  # of a class method
+        if not hasattr(original, "bayes_kernels_guard"):
+            guarded = _guarded(original, before, after)
+            setattr(owner, name, guarded if found is original else classmethod(guarded))
 
 
 def _guarded(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..optim import KLSchedule, kl_cycle_length
+from .config import VariationalConfig
 from .layers import bayes_layers
 from .methods.polar_vbll import find_head
 from .variants import BayesLayer, Divergence, KLPlan, KLStep
@@ -106,6 +107,8 @@ def decoupled_kl(
     """
     layers = _of_one_method(model)
     config = layers[0].variant.config
+    if not isinstance(config, VariationalConfig):
+        return None
     given = schedule is not None
     if schedule is None:
         schedule = KLSchedule(

@@ -17,7 +17,7 @@ class Method:
     Attributes:
         name: word for it in configurations and on the command line.
         title: what tables of results call it.
-        config: makes the PEFT configuration from options.
+        config: class of the PEFT configuration.
         bayesian: whether it has a posterior to draw from.
         made: "train": an adapter of its own type is trained; "convert": plain LoRA is trained, and
             `bayes_kernels.hf.bayesianize` makes the adapter Bayesian afterwards; "join": plain LoRA
@@ -31,7 +31,7 @@ class Method:
 
     name: str
     title: str
-    config: Callable[..., LoraConfig]
+    config: type[LoraConfig]
     bayesian: bool = True
     made: str = "train"
     n_samples: int = 10

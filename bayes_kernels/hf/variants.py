@@ -109,6 +109,11 @@ class BayesVariant(LoraVariant):
         trained: whether `BayesTrainer` makes such an adapter (False: it is made from a trained one).
         samples: whether the adapter's weights have draws (False: every mode is the mean).
         deviation: name of the parameter of the deviation of A, where A is random.
+        scope: which rows share noise in training: "token", "example" or "none".
+
+    Attributes:
+        config: of the method's class.
+        prior_std: deviation of the prior of the layer's weights, where there is one.
     """
 
     parameters: ClassVar[tuple[str, ...]] = ()
@@ -117,6 +122,9 @@ class BayesVariant(LoraVariant):
     trained: ClassVar[bool] = True
     samples: ClassVar[bool] = True
     deviation: ClassVar[str] = ""
+    scope: str = "none"
+    config: Any
+    prior_std: float
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,9 +133,7 @@ class BayesVariant(LoraVariant):
 
     def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
         self.config = config
-        self.scope = config.scope
         self.sample_at_inference = config.sample_at_inference
-        self.prior_std = config.prior_std_of(in_features)
         self.name = name
         self.stream = random.layer_stream(name)
         # Mixture-of-experts layers see a routed selection of rows, which hides whose row is whose.
@@ -184,6 +190,11 @@ class BayesVariant(LoraVariant):
             for name in self.parameters
             if adapter in getattr(module, name, ())
         ]
+
+    @classmethod
+    def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
+        """Trained modules of an adapter that the method has put into the base model."""
+        return []
 
     @classmethod
     def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:

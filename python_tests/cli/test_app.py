@@ -374,7 +374,7 @@ def test_an_interrupted_demo_leaves_nothing(
         ),
         (["--lora", "use_dora=true"], "use_dora cannot be combined with a posterior over A"),
         (["--lora", "rslora"], "expected name=value, got 'rslora'"),
-        (["--lora", "speed=3"], "expected options of peft.BayesLoraConfig, got speed"),
+        (["--lora", "speed=3"], "expected options of BlobConfig, got speed"),
         (["--prior-std", "-1"], "prior_std must be a positive number, got -1"),
         (["--kl-schedule", "linear"], "kl_schedule must be one of"),
         (["--steps", "0"], "steps must be an integer >= 1, got 0"),

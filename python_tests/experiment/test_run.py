@@ -31,7 +31,7 @@ from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source 
 from bayes_kernels.experiment.scoring import Row  # noqa: E402
 from bayes_kernels.experiment.train import Training  # noqa: E402
 from bayes_kernels.files import write_json  # noqa: E402
-from bayes_kernels.hf.config import BlobConfig  # noqa: E402
+from bayes_kernels.hf.methods.blob import BlobConfig  # noqa: E402
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -150,7 +150,7 @@ def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
     default = BlobConfig()
     assert config.init_rho == default.init_rho and config.kl_schedule == default.kl_schedule
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    with pytest.raises(ValueError, match=r"expected options of peft\.BayesLoraConfig, got speed"):
+    with pytest.raises(ValueError, match=r"expected options of BlobConfig, got speed"):
         build.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
     with pytest.raises(ValueError, match="use_dora"):
         build.build(with_recipe(tiny, lora={"use_dora": True}), task)

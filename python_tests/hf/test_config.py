@@ -1,14 +1,104 @@
-"""Options that cannot be."""
+"""Configurations: one PEFT type, and a class with its own options for each method."""
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bayes_kernels.hf import (
-    BlobConfig,
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftConfig
+
+from bayes_kernels.hf import BayesLoraConfig, BlobConfig, PolarConfig, ScalablConfig
+from bayes_kernels.hf.config import CONFIGS, own_fields
+
+METHODS = sorted(CONFIGS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_general_class_makes_that_of_the_method(method: str) -> None:
+    config = BayesLoraConfig(method=method, r=3, target_modules=["q"], seed=5)
+    assert type(config) is CONFIGS[method] and config == CONFIGS[method](
+        r=3, target_modules=["q"], seed=5
+    )
+    assert config.method == method and config.seed == 5
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(again) is type(config) and again == config
+
+
+def test_the_general_class_is_blob_by_default() -> None:
+    assert BayesLoraConfig() == BlobConfig()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_hold_the_options_of_the_method_only(method: str, tmp_path: Path) -> None:
+    config = CONFIGS[method](r=3, target_modules=["q"])
+    config.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    lora = set(LoraConfig.__dataclass_fields__)
+    assert stored.keys() - lora == {one.name for one in own_fields(type(config))}
+    for reader in (PeftConfig, BayesLoraConfig, type(config)):
+        again = reader.from_pretrained(str(tmp_path))
+        assert type(again) is type(config) and again == config
+
+
+def test_a_name_of_a_later_version_is_dropped_and_the_options_stay(tmp_path: Path) -> None:
+    ScalablConfig(prior_std=0.7, kl_direction="code", target_modules=["q"]).save_pretrained(
+        str(tmp_path)
+    )
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": 1}))
+    with pytest.warns(UserWarning, match="of_a_later_version"):
+        config = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(config, ScalablConfig)
+    assert (config.prior_std, config.kl_direction) == (0.7, "code")
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_options_of_other_methods_are_refused_with_their_names(general: bool) -> None:
+    def make(**options: object) -> object:
+        return BayesLoraConfig(method="polar", **options) if general else PolarConfig(**options)
+
+    with pytest.raises(
+        ValueError, match=r"PolarConfig: prior_std must be left out.* blob, scalabl"
+    ):
+        make(prior_std=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
+        make(no_such_option=1)
+
+
+def test_unknown_methods_and_those_of_another_class_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"BayesLoraConfig: method must be one of .* got 'vi'"):
+        BayesLoraConfig(method="vi")
+    with pytest.raises(ValueError, match="BlobConfig: method must be 'blob', got 'polar'"):
+        BlobConfig(method="polar")
+
+
+FIELDS = [
+    (method, one)
+    for method in METHODS
+    for one in own_fields(CONFIGS[method])
+    if one.name not in ("method", "noise_layers")
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "field"), FIELDS, ids=[f"{method}-{one.name}" for method, one in FIELDS]
 )
+def test_each_option_says_what_it_is_and_refuses_another_type(method: str, field) -> None:
+    assert field.metadata["help"].strip()
+    wrong = object()
+    with pytest.raises(ValueError, match=f"{CONFIGS[method].__name__}: {field.name} must be "):
+        CONFIGS[method](**{field.name: wrong})
+    if "bool" not in str(field.type) and not field.metadata["choices"]:
+        with pytest.raises(ValueError, match=f"{field.name} must be "):
+            CONFIGS[method](**{field.name: float("nan")})
 
 
 @pytest.mark.parametrize(

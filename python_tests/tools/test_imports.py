@@ -12,7 +12,6 @@ KNOWN = """
 hf.bayesianize -> hf.methods.laplace
 hf.bayesianize -> hf.methods.tfb
 hf.checkpoints -> hf.methods.polar_vbll
-hf.config -> hf.checks
 hf.draws -> hf.methods.ensemble
 hf.kl -> hf.methods.polar_vbll
 hf.model -> hf.methods.polar_vbll

@@ -7,47 +7,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import functional, random, reference
+from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
+from ..config import VariationalConfig, option
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 if TYPE_CHECKING:
-    from ..config import BayesLoraConfig
     from ..noise import NoiseState
     from ..variants import BayesLayer
-from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 RHO = "lora_A_rho"
 
 
-class BlobVariant(BayesVariant, method="blob"):
-    """BLoB: A Gaussian, mean `lora_A.weight`, deviation parameter `lora_A_rho` (r, in).
+@dataclass
+class BlobConfig(VariationalConfig, method="blob"):
+    """Configuration of a BLoB adapter: A ~ N(lora_A.weight, Omega^2) for each element.
 
-    `deviation` is the name of that parameter; (r, 1) where it is one number for each row.
+    The published setting is r=8, lora_alpha=16, target_modules q_proj, v_proj and lm_head,
+    prior_std=0.2, kl_schedule="published", kl_lr=0.01. "auto" step sizes are a scaling argument with
+    one constant: `bayes_kernels.optim.auto_target_std`.
+
+    Source: Wang et al., "BLoB: Bayesian Low-Rank Adaptation by Backpropagation", arXiv 2406.11675.
     """
 
-    parameters: ClassVar[tuple[str, ...]] = (RHO,)
-    fp32: ClassVar[tuple[str, ...]] = (RHO,)
-    deviation: ClassVar[str] = RHO
+    prior_std: float = option(
+        0.2, "Deviation sigma_p of the prior N(0, sigma_p^2) on each element of A.", above=0
+    )
+    prior_rule: str = option(
+        "constant",
+        "'constant': sigma_p = prior_std; 'fan_in': sigma_p = prior_std / sqrt(input features).",
+        choices=("constant", "fan_in"),
+    )
+    std: str = option(
+        "square",
+        "The deviation: 'square' (rho^2, starting in [init_rho^2 / 2, init_rho^2]), 'softplus' (of rho "
+        "from U(init_rho - 1, init_rho)), or 'direct' (rho, starting as the deviations of 'square').",
+        choices=STDS,
+    )
+    scope: str = option(
+        "token",
+        "Rows that share noise in training: 'token' (each has its own, as in the published code), "
+        "'example' (those of an example, as in the paper) or 'none' (all of the batch).",
+        choices=SCOPES,
+    )
 
-    def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
-        super().__init__(config, name, in_features, state)
-        self.std = config.std
+    def prior_std_of(self, in_features: int) -> float:
+        """Deviation of the prior for a layer with that many input features."""
+        if self.prior_rule == "fan_in":
+            return self.prior_std / math.sqrt(in_features)
+        return self.prior_std
 
-    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
-        """rho as the paper draws it."""
-        mean = module.lora_A[adapter].weight
-        eps = self.config.init_rho
-        low, high = eps / math.sqrt(2), eps
-        if self.std == "softplus":
-            low, high = eps - 1, eps
-        elif self.std == "direct":
-            low, high = low * low, high * high
-        return {RHO: uniform_like(mean, mean.shape, low, high, self.stream)}
+
+class GaussianFactor(BayesVariant):
+    """A Gaussian over the factor A, with mean `lora_A.weight`.
+
+    A subclass has the parameter of the deviation, whose name is `deviation`: (r, in), or (r, 1) for
+    one number for each row. `std` says what the deviation is of it: see `functional.flipout_lora`.
+    """
+
+    std = "direct"
+    scope = "token"
 
     def adapted(
         self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
@@ -92,6 +118,30 @@ class BlobVariant(BayesVariant, method="blob"):
         signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
         deviation = reference.std_of(rho, self.std).expand_as(mean)
         return mean + signs_out.T * (deviation * noise) * signs_in, b
+
+
+class BlobVariant(GaussianFactor, method="blob"):
+    """BLoB: deviation parameter `lora_A_rho` (r, in)."""
+
+    parameters = (RHO,)
+    fp32 = (RHO,)
+    deviation = RHO
+
+    def __init__(self, config: BlobConfig, name: str, in_features: int, state: NoiseState):
+        super().__init__(config, name, in_features, state)
+        self.std, self.scope = config.std, config.scope
+        self.prior_std = config.prior_std_of(in_features)
+
+    def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
+        """rho as the paper draws it."""
+        mean = module.lora_A[adapter].weight
+        eps = self.config.init_rho
+        low, high = eps / math.sqrt(2), eps
+        if self.std == "softplus":
+            low, high = eps - 1, eps
+        elif self.std == "direct":
+            low, high = low * low, high * high
+        return {RHO: uniform_like(mean, mean.shape, low, high, self.stream)}
 
     def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
         """That of N(M, Omega^2) from N(0, sigma_p^2)."""

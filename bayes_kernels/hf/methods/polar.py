@@ -16,17 +16,44 @@ and its code; Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import functional
-from ...stiefel import orthogonality
+from ...stiefel import METHODS, orthogonality
+from ..config import BayesLoraConfig, option
 from ..variants import BayesVariant
-from .polar_vbll import find_head
 
 CORE = "lora_core"
+
+
+@dataclass
+class PolarConfig(BayesLoraConfig, method="polar"):
+    """Configuration of a PoLAR adapter: orthonormal factors and a free r x r core between them.
+
+    A point estimate. Published for Llama-2-7B: lr 4e-3, stiefel_penalty=5e-3, lora_alpha=32, r of 4
+    to 32; for GLUE stiefel_penalty=1, lr 4e-4 to 1e-3.
+
+    Source: Lion et al., "PoLAR", arXiv 2506.03133.
+    """
+
+    core: str = option(
+        "full",
+        "The matrix between the factors: 'full' (r, r), or 'diagonal'.",
+        choices=("full", "diagonal"),
+    )
+    stiefel: str = option(
+        "landing",
+        "How the factors stay orthonormal: 'landing', or by 'polar' or 'qr' retraction; "
+        "bayes_kernels.stiefel has the formulas.",
+        choices=METHODS,
+    )
+    stiefel_penalty: float = option(
+        1.0, "Weight of landing's pull to orthonormal factors.", least=0
+    )
 
 
 class PolarVariant(BayesVariant, method="polar"):
@@ -94,10 +121,6 @@ class PolarVariant(BayesVariant, method="polar"):
         return [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
 
 
-class PolarVbllVariant(PolarVariant, method="polar-vbll"):
-    """PoLAR below a variational Bayesian last layer, which has the posterior: see `last_layer`."""
-
-
 def stiefel_factors(model: nn.Module) -> list[nn.Parameter]:
     """X and Y^T of all active PoLAR adapters; empty where there is none."""
     return [p for layer, name in _polar_layers(model) for p in _factors(layer, name)]
@@ -132,24 +155,24 @@ def parameter_groups(
             f"parameter_groups: the model must have an active PoLAR adapter, got "
             f"{type(model).__name__} without; make one with get_peft_model(model, PolarConfig(...))"
         )
-    config = layers[0][0].lora_variant[layers[0][1]].config
+    variant = layers[0][0].lora_variant[layers[0][1]]
+    config = variant.config
     factors = {id(p) for layer, name in layers for p in _factors(layer, name)}
-    head = find_head(model)
-    head_ids = set() if head is None else {id(p) for p in head.parameters()}
+    head = {id(p) for module in variant.modules(model) for p in module.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"stiefel": [], "head": [], "decay": [], "rest": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in factors:
             kind = "stiefel"
-        elif id(parameter) in head_ids:
+        elif id(parameter) in head:
             kind = "head"
         else:
             kind = "decay" if weight_decay and name not in no_decay else "rest"
         groups[kind].append(parameter)
     options: dict[str, dict[str, Any]] = {
         "stiefel": {"stiefel": True, "method": config.stiefel, "penalty": config.stiefel_penalty},
-        "head": {} if config.head_lr is None else {"lr": config.head_lr},
+        "head": {} if getattr(config, "head_lr", None) is None else {"lr": config.head_lr},
         "decay": {"weight_decay": weight_decay},
     }
     if config.stiefel == "landing":
@@ -187,4 +210,4 @@ def _factors(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
 
-__all__ = ["PolarVariant", "PolarVbllVariant", "parameter_groups", "stiefel_error"]
+__all__ = ["PolarConfig", "PolarVariant", "parameter_groups", "stiefel_error"]

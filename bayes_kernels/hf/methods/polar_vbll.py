@@ -17,28 +17,98 @@ and Lu, "PoLAR-VBLL", arXiv 2604.03388.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...batches import eval_mode, to_device
-from ...vbll import LaplaceReport, VBLLClassification
+from ...vbll import COVARIANCES, LaplaceReport, VBLLClassification
 from ...vbll.bounds import counted_labels, jensen_bound
+from ..config import option
 from ..heads import MASKED_LOGIT
-
-if TYPE_CHECKING:
-    from ..config import BayesLoraConfig
 from ..logits import need_classes
+from .polar import PolarConfig, PolarVariant
 
 _NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
+
+
+@dataclass
+class PolarVbllConfig(PolarConfig, method="polar-vbll"):
+    """Configuration of PoLAR-VBLL: PoLAR adapters below a variational Bayesian last layer.
+
+    The published setting is r=8 on query and value projections of LLaMA-3.1-8B, 5,000 steps of batch
+    4, a dense covariance for each class; learning rates, penalty and prior are not published.
+    kl_weight=0.3 and head_lr=5e-3 were chosen on validation rows: docs/polar_vbll.md.
+
+    Source: Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
+    """
+
+    head_covariance: str = option(
+        "diagonal",
+        "Covariance of each class in the last layer: 'diagonal', 'dense' (C D^2 / 2 numbers) or "
+        "'low_rank'.",
+        choices=COVARIANCES,
+    )
+    head_rank: int = option(3, "Rank beside the diagonal for 'low_rank'.", least=1)
+    head_init: str = option(
+        "rows",
+        "Mean rows at the start: 'rows' of the layer that is replaced (the first predictions are the "
+        "base model's), or 'vbll', random as published.",
+        choices=("rows", "vbll"),
+    )
+    head_init_variance: float | None = option(
+        None,
+        "Variance of a weight at the start, for 'rows'; None: a tenth of the prior's.",
+        above=0,
+    )
+    head_prior_scale: float | None = option(
+        None,
+        "The prior of a weight is N(0, 2 head_prior_scale / D); None: 1 until calibrate_head has set "
+        "it, as the command line does.",
+        above=0,
+    )
+    head_noise: bool = option(False, "Learn Gaussian noise on the logits.")
+    head_lr: float | None = option(
+        5e-3, "Learning rate of the last layer; None: that of the adapters.", above=0
+    )
+    kl_weight: float = option(
+        0.3, "Factor of the divergence, which the loss divides by n_train.", least=0
+    )
+    alternation: str = option(
+        "jacobi",
+        "'jacobi' (one backward pass for adapters and last layer), 'gauss-seidel' (adapters see the "
+        "last layer of the same step) or 'periodic' (one of the two at a time, in turns).",
+        choices=("jacobi", "gauss-seidel", "periodic"),
+    )
+    alternation_period: int = option(1, "Steps of a turn for 'periodic'.", least=1)
+    refine: str | None = option(
+        None,
+        "How the covariances were refined after training.",
+        choices=("cholesky", "subspace"),
+        set_by="laplace_refine",
+    )
+    refine_rank: int = option(
+        0, "Dimension in which they are stored.", least=0, set_by="laplace_refine"
+    )
+
+
+class PolarVbllVariant(PolarVariant, method="polar-vbll"):
+    """PoLAR below a variational Bayesian last layer, which has the posterior."""
+
+    @classmethod
+    def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
+        """The last layer."""
+        head = find_head(model, adapter)
+        return [] if head is None else [head]
 
 
 # --- Placing the head ----------------------------------------------------------------------------
 
 
-def install_head(model: Any, config: BayesLoraConfig) -> None:
+def install_head(model: Any, config: PolarVbllConfig) -> None:
     """Put a VBLL head where the model's last linear layer is, in place, and have PEFT train it.
 
     Once a head is there it serves further adapters, which get a copy of their own.
@@ -92,7 +162,7 @@ def install_head(model: Any, config: BayesLoraConfig) -> None:
     setattr(owner, name, head.to(layer.weight.device))
 
 
-def _prepare_template(head: VBLLClassification, config: BayesLoraConfig) -> None:
+def _prepare_template(head: VBLLClassification, config: PolarVbllConfig) -> None:
     """Bring the head that a further adapter copies to that adapter's prior and start."""
     scale = 1.0 if config.head_prior_scale is None else config.head_prior_scale
     head.prior_variance = 2.0 * scale / head.in_features
@@ -104,19 +174,19 @@ def _prepare_template(head: VBLLClassification, config: BayesLoraConfig) -> None
     _make_room(head, config)
 
 
-def _make_room(head: VBLLClassification, config: BayesLoraConfig) -> None:
+def _make_room(head: VBLLClassification, config: PolarVbllConfig) -> None:
     """Buffers for the Laplace covariances that are loaded next; none for a head without."""
     head.laplace_tril = head.laplace_basis = head.laplace_variance = None
-    if config.laplace is None:
+    if config.refine is None:
         return
-    rank, like = config.laplace_rank, head.weight_mean.detach()
+    rank, like = config.refine_rank, head.weight_mean.detach()
     head.laplace_tril = like.new_zeros(head.n_classes, rank * (rank + 1) // 2)
-    if config.laplace == "subspace":
+    if config.refine == "subspace":
         head.laplace_basis = like.new_zeros(rank, head.in_features)
         head.laplace_variance = like.new_ones(())
 
 
-def _options(config: BayesLoraConfig) -> dict[str, Any]:
+def _options(config: PolarVbllConfig) -> dict[str, Any]:
     low_rank = config.head_covariance == "low_rank"
     return {
         "covariance": config.head_covariance,
@@ -502,10 +572,10 @@ def discard_laplace(model: nn.Module) -> None:
 def _record(model: Any, method: str | None, rank: int) -> None:
     """Into the configuration, from which a loaded adapter knows the shapes."""
     config = _config(model)
-    config.laplace, config.laplace_rank = method, rank
+    config.refine, config.refine_rank = method, rank
 
 
-def _config(model: Any) -> Any:
+def _config(model: Any) -> PolarVbllConfig:
     return model.peft_config[model.active_adapter]
 
 

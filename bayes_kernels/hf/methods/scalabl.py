@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from ... import functional, random
 from ...optim import KLSchedule
+from ..config import VariationalConfig, option
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 if TYPE_CHECKING:
+    from ..noise import NoiseState
     from ..variants import BayesLayer
 
 LOG_S, LOG_SIGMA = "lora_log_s", "lora_log_s_sigma"
@@ -35,11 +38,51 @@ _JITTER = 1e-8
 _SMALLEST_STEP = 2.0**-64
 
 
+@dataclass
+class ScalablConfig(VariationalConfig, method="scalabl"):
+    """Configuration of a ScalaBL adapter: a Gaussian over the r singular values of each layer.
+
+    The published setting is r=8, lora_alpha=16, target_modules q_proj, v_proj and lm_head,
+    kl_schedule="published", kl_direction="code" with the code's reverse divergence.
+    kl_schedule="auto" ("elbo" only) follows the gradient flow of the divergence until the deviation
+    of the singular values is a fixed share of their mean: `AUTO_RATIO`.
+
+    Source: "ScalaBL", arXiv 2506.21408.
+    """
+
+    prior_std: float = option(
+        1.0, "Deviation sigma_p of the prior N(0, sigma_p^2) on each singular value.", above=0
+    )
+    scope: str = option(
+        "none",
+        "Rows that share a draw in training: 'none' (all of the batch, as published) or 'example'.",
+        choices=("none", "example"),
+    )
+    kl_lr: float = option(
+        0.2, "Learning rate of the KL step for 'published' and 'constant'.", least=0
+    )
+    kl_direction: str = option(
+        "elbo",
+        "'elbo': divergence of the posterior from the prior; 'code': the reverse, as the published "
+        "code has it.",
+        choices=("elbo", "code"),
+    )
+    covariance: str = option(
+        "diagonal",
+        "'diagonal', or 'full' between the singular values of a layer.",
+        choices=("diagonal", "full"),
+    )
+
+
 class ScalablVariant(BayesVariant, method="scalabl"):
     """ScalaBL in one LoRA layer: 2 r numbers beside the factors, r^2 more with covariance "full"."""
 
     parameters = (LOG_S, LOG_SIGMA, EIGENVALUES, EIGENVECTORS)
     fp32 = parameters
+
+    def __init__(self, config: ScalablConfig, name: str, in_features: int, state: NoiseState):
+        super().__init__(config, name, in_features, state)
+        self.scope, self.prior_std = config.scope, config.prior_std
 
     @classmethod
     def tensors(cls, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from ..config import BlobConfig, PolarConfig, PolarVbllConfig, ScalablConfig, TfbConfig
 from ..method import Method, register
-from . import scalabl  # noqa: F401
+from .blob import BlobConfig
+from .polar import PolarConfig
+from .polar_vbll import PolarVbllConfig
+from .scalabl import ScalablConfig
+from .tfb import TfbConfig
 
 _NOISE = ("prior_std", "init_rho", "scope", "kl_schedule", "kl_lr", "kl_time", "kl_gamma")
 _STIEFEL = ("stiefel", "stiefel_penalty")

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -30,16 +30,17 @@ from torch import Tensor, nn
 from ...batches import as_batches
 from ...progress import progress_bar
 from .._compat import unsupported_layer
-from ..config import TfbConfig
+from ..config import BayesLoraConfig, option
 from ..layers import bayes_layers
 from ..logits import Prediction, need_classes
 from ..method import default_options
 from ..model import BayesLoraModel
+from ..noise import NoiseState
 from ..predict import predict
 from ..swap import the_adapter
 from ..undo import as_before_if_stopped
-from ..variants import BayesLayer, BayesVariant, Divergence, KLPlan, KLStep, attach
-from .blob import BlobVariant
+from ..variants import BayesLayer, BayesVariant, attach
+from .blob import GaussianFactor
 
 SIGMA = "lora_A_sigma"
 
@@ -54,18 +55,36 @@ LABELS = ("auto", "true", "pseudo")
 _SMALL = 1e-6
 
 
-class TfbVariant(BlobVariant, method="tfb"):
-    """TFB in one LoRA layer: mean `lora_A.weight`, one deviation for each row, B orthonormal."""
+@dataclass
+class TfbConfig(BayesLoraConfig, method="tfb"):
+    """Configuration of a TFB adapter.
 
-    parameters = ()
+    Adapters of this type are made from trained ones by `bayes_kernels.hf.bayesianize`, which writes
+    the configuration; a new one has no noise.
+
+    Source: Shi et al., "Training-Free Bayesianization", arXiv 2412.05723.
+    """
+
+    noise_layers: list[str] | None = option(
+        None,
+        "Names, or last parts of names, of the layers with noise; None for all.",
+        set_by="tfb_",
+    )
+    sigma_q: float | None = option(
+        None, "The deviation that was found; None before.", least=0, set_by="tfb_"
+    )
+
+
+class TfbVariant(GaussianFactor, method="tfb"):
+    """TFB in one LoRA layer: one deviation for each row of A, B orthonormal; no prior."""
+
     constants = (SIGMA,)
     fp32 = (SIGMA,)
     trained = False
-    deviation: ClassVar[str] = SIGMA
+    deviation = SIGMA
 
-    def __init__(self, config: Any, name: str, in_features: int, state: Any) -> None:
+    def __init__(self, config: TfbConfig, name: str, in_features: int, state: NoiseState):
         super().__init__(config, name, in_features, state)
-        self.std = "direct"
         chosen = config.noise_layers
         self.noisy = chosen is None or any(f".{name}".endswith(f".{part}") for part in chosen)
 
@@ -78,26 +97,8 @@ class TfbVariant(BlobVariant, method="tfb"):
     def adapted(
         self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
     ) -> Tensor:
-        """As BLoB; the mean in layers without noise."""
+        """As for any Gaussian factor; the mean in layers without noise."""
         return super().adapted(module, adapter, x, result, mode if self.noisy else "mean", dropout)
-
-    def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
-        """None: there is no prior."""
-        return None
-
-    def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
-        """None: the adapter is not trained."""
-        return []
-
-    @classmethod
-    def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
-        """Nothing to know."""
-        return [0.0] * len(layers)
-
-    @classmethod
-    def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
-        """None: there is no prior."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -360,26 +361,26 @@ def check_options(**options: Any) -> None:
     """
     options = {**default_options(tfb_), **options}
     words = {"metric": METRICS, "labels": LABELS, "rule": RULES, "search": SEARCHES}
-    for option, allowed in words.items():
-        word = options[option]
+    for name, allowed in words.items():
+        word = options[name]
         if word not in allowed:
-            raise ValueError(f"tfb_: {option} must be one of {allowed}, got {word!r}; choose one")
+            raise ValueError(f"tfb_: {name} must be one of {allowed}, got {word!r}; choose one")
     tolerance, low, high = options["tolerance"] or 0, options["low"], options["high"]
-    for option in ("low", "high", "resolution", "max_trials", "n_samples", "tolerance"):
-        value = tolerance if option == "tolerance" else options[option]
-        whole = option in ("max_trials", "n_samples")
+    for name in ("low", "high", "resolution", "max_trials", "n_samples", "tolerance"):
+        value = tolerance if name == "tolerance" else options[name]
+        whole = name in ("max_trials", "n_samples")
         wanted = numbers.Integral if whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, wanted):
             kind = "an integer" if whole else "a number"
-            raise ValueError(f"tfb_: {option} must be {kind}, got {value!r}")
+            raise ValueError(f"tfb_: {name} must be {kind}, got {value!r}")
     if not 0 < low < high < math.inf:
         raise ValueError(f"tfb_: range must be 0 < low < high, got low={low} and high={high}")
-    for option, number in (("tolerance", tolerance), ("resolution", options["resolution"])):
+    for name, number in (("tolerance", tolerance), ("resolution", options["resolution"])):
         if not 0 <= number < math.inf:
-            raise ValueError(f"tfb_: {option} must not be negative, got {number}")
-    for option in ("max_trials", "n_samples"):
-        if options[option] < 1:
-            raise ValueError(f"tfb_: {option} must be at least 1, got {options[option]}")
+            raise ValueError(f"tfb_: {name} must not be negative, got {number}")
+    for name in ("max_trials", "n_samples"):
+        if options[name] < 1:
+            raise ValueError(f"tfb_: {name} must be at least 1, got {options[name]}")
     if isinstance(options["layers"], str):
         raise ValueError(f"tfb_: layers must be a list of names, got {options['layers']!r}")
 

@@ -227,7 +227,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least two classes"):
         adapted(bert(num_labels=1), PolarVbllConfig)
     for name, value in (("stiefel", "cayley"), ("head_lr", -1), ("alternation_period", 0)):
-        with pytest.raises(ValueError, match=f"BayesLoraConfig: {name} must be"):
+        with pytest.raises(ValueError, match=f"PolarVbllConfig: {name} must be"):
             PolarVbllConfig(**{name: value})
     model = adapted(bert(), PolarVbllConfig, alternation="gauss-seidel")
     with pytest.raises(ValueError, match="needs one process"):
@@ -288,7 +288,7 @@ def test_command_line(method: str, tmp_path: Path) -> None:
     assert ("PoLAR-VBLL N=1000" if method == "polar-vbll" else "PoLAR (MAP)") in shown.stdout
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["method"] == method
-    assert config["laplace"] == (None if method == "polar" else "cholesky")
+    assert config.get("refine") == (None if method == "polar" else "cholesky")
     if method == "polar":
         return
     call("evaluate", out)

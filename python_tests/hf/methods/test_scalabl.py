@@ -127,8 +127,8 @@ def test_thin_svd() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scope": "token"}, r"scope must be one of \('none', 'example'\) for method 'scalabl'"),
-        ({"prior_rule": "fan_in"}, "prior_rule must be one of"),
+        ({"scope": "token"}, r"scope must be one of \('none', 'example'\)"),
+        ({"prior_rule": "fan_in"}, "prior_rule must be left out, as it is an option of blob"),
         ({"covariance": "banded"}, "covariance must be one of"),
         ({"kl_direction": "both"}, "kl_direction must be one of"),
     ],
