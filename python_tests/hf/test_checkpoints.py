@@ -12,7 +12,7 @@ import pytest
 import tiny_task
 import torch
 from accuracy import assert_same_but_rounding
-from cli.test_app import call, refuse, results
+from cli.commands import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import IDS, LABELS, adapted, bert, fill, llama, logits

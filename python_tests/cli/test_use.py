@@ -1,0 +1,181 @@
+"""The commands that use an adapter: evaluate, predict, bayesianize."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny_task
+
+from cli.commands import SETTINGS, call, refuse, results
+
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
+
+def test_relative_paths_hold_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is read from itself, as its README.md has it, and after all has moved together."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    tiny_task.write_data(home / "data")
+    tiny_task.write_model(home / "model")
+    monkeypatch.chdir(home)
+    words = ["--model", "model", "--test", "data/test.jsonl", "--ood", "data/ood.jsonl"]
+    result = call("train", "data/train.jsonl", *words, *SETTINGS, "--out", "runs/blob")
+    assert result.exit_code == 0, result.output
+    text = Path("runs/blob/README.md").read_text()
+    base = text.partition('from_pretrained("')[2].partition('"')[0]
+    # Reading an adapter asks nobody on the network about its base.
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", pytest.fail)
+    monkeypatch.chdir("runs/blob")
+    assert os.path.samefile(base, home / "model")
+    first = call("predict", ".", "--json", "--text", "a bright day")
+    assert first.exit_code == 0, first.output
+    monkeypatch.chdir(tmp_path)
+    shutil.move(home, moved)
+    again = call("predict", moved / "runs/blob", "--json", "--text", "a bright day")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["class"] == json.loads(first.stdout)["class"]
+    scores = call("evaluate", moved / "runs/blob", "--n-samples", 2)
+    assert scores.exit_code == 0, scores.output
+
+
+def test_evaluation_gives_the_numbers_of_training(trained: Path) -> None:
+    result = call("evaluate", trained)
+    assert result.exit_code == 0, result.output
+    before, after = results(trained), results(trained / "evaluation")
+    assert len(after["methods"]) == 3
+    for old, new in zip(before["methods"], after["methods"], strict=True):
+        for key in ("metrics", "ood", "temperature"):
+            assert old["per_seed"][0][key] == new["per_seed"][0][key]
+    assert "use --overwrite" in refuse("evaluate", trained)
+    result = call("evaluate", trained, "--overwrite", "--n-samples", "0", "--test-size", "10")
+    assert result.exit_code == 0, result.output
+    again = results(trained / "evaluation")
+    assert [m["name"] for m in again["methods"]] == ["BLoB mean", "BLoB mean + temperature"]
+    assert again["methods"][0]["per_seed"][0]["metrics"]["n"] == 10
+
+
+def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tfb"
+    options = ["--anchors", 16, "--metric", "flips", "--convert", "max_trials=3"]
+    result = call("bayesianize", trained, *options, "--convert", "low=0.01", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "TFB: 4 layers, sigma_q=" in result.stdout and "change (flips)" in result.stdout
+    assert "BLoB mean" in result.stdout and "TFB N=3" in result.stdout
+    content = results(out)
+    assert [m["name"] for m in content["methods"]] == ["BLoB mean", "TFB N=3"]
+    conversion = content["conversion"]
+    assert (conversion["anchors"], conversion["metric"]) == (16, "flips")
+    assert len(conversion["trace"]) in (3, 4) and conversion["sigma"] >= 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["method"] == "tfb" and config["sigma_q"] == conversion["sigma"]
+    result = call("evaluate", out)
+    assert result.exit_code == 0, result.output
+    again = results(out / "evaluation")["methods"]
+    assert [m["name"] for m in again] == ["TFB mean", "TFB mean + temperature", "TFB N=3"]
+    before, after = (m["per_seed"][0]["metrics"] for m in (content["methods"][1], again[2]))
+    assert before == after
+    assert "use --overwrite" in refuse("bayesianize", trained, "--out", out)
+    error = refuse("bayesianize", trained, "--out", tmp_path / "x", "--convert", "speed=2")
+    assert "expected options among anchors, metric" in error and "got speed" in error
+    assert not (tmp_path / "x").exists()
+    assert "expected one of tfb" in refuse("bayesianize", trained, "--method", "blob")
+    result = call("bayesianize", trained, *options, "--n-samples", 0, "--out", tmp_path / "mean")
+    assert result.exit_code == 0, result.output
+    found = results(tmp_path / "mean")["methods"]
+    assert [m["name"] for m in found] == ["BLoB mean", "TFB mean"]
+
+
+def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) -> None:
+    file = data / "test.jsonl"
+    result = call("predict", trained, "--data", file, "--text", "bright warm day", "--json")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [entry["id"] for entry in found[:2]] == ["text-1", "test-0"] and len(found) == 41
+    truth = [json.loads(line)["label"] for line in file.read_text().splitlines()]
+    right = [entry["class"] == label for entry, label in zip(found[1:], truth, strict=True)]
+    expected = results(trained)["methods"][2]["per_seed"][0]["metrics"]
+    assert sum(right) / len(right) == expected["accuracy"]
+    entropy = sum(entry["entropy"] for entry in found[1:]) / 40
+    assert entropy == pytest.approx(expected["entropy"], abs=1e-5)
+    for entry in found:
+        assert entry["label"] in ("0", "1")
+        assert sum(entry["probabilities"]) == pytest.approx(1)
+        assert entry["probability"] == max(entry["probabilities"])
+        assert 0 <= entry["mutual_information"] <= entry["entropy"]
+    lines = tmp_path / "texts.txt"
+    lines.write_text("the road was sour\n\nthe song is kind\n")
+    table = call("predict", trained, "--data", lines, "--n-samples", "0")
+    assert table.exit_code == 0, table.output
+    assert "the song is kind" in table.stdout and "entropy" in table.stdout
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Files cannot grow beyond that: what a full disk looks like to Python, Rust and C++."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_results(data: Path, model: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    common = ["train", data, "--model", model, "--method", "map", "--steps", "2", "--out", out]
+    with files_of_at_most(9_000):
+        error = refuse(*common)
+    assert "expected room to write a checkpoint to, got" in error and "checkpoints" in error
+    new = tmp_path / "new"
+    common = ["bayesianize", trained, "--n-samples", "1", "--anchors", "8", "--test-size", "4"]
+    with files_of_at_most(3_000):
+        error = refuse(*common, "--convert", "max_trials=2", "--out", new)
+    assert f"{new}: expected room to write the adapter to, got" in error
+    assert not (new / "adapter_config.json").exists()
+    with files_of_at_most(900):
+        error = refuse("evaluate", trained, "--n-samples", "0", "--out", tmp_path / "scores")
+    assert "expected room to write to, got: File too large; make room" in error
+    assert not (tmp_path / "scores" / "metrics.json").exists()
+
+
+def test_weights_that_are_not_finite_predict_nothing(
+    data: Path, model: Path, trained: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "model"
+    shutil.copytree(model, damaged)
+    tensors = safetensors.torch.load_file(damaged / "model.safetensors")
+    tensors["embeddings.LayerNorm.weight"].fill_(math.nan)
+    safetensors.torch.save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    for words in (
+        ["evaluate", trained, "--out", tmp_path / "new"],
+        ["predict", trained, "--text", "a"],
+    ):
+        error = refuse(*words, "--model", damaged, "--n-samples", "0")
+        assert "expected finite logits, got nan for" in error
+        assert "nan" in refuse(*words, "--model", damaged, "--n-samples", "2")
+    error = refuse("train", data, "--model", damaged, "--out", tmp_path / "new", "--steps", "2")
+    assert "expected a finite loss at step 1 of 2" in error
+
+
+def test_adapters_and_data_that_do_not_fit(trained: Path, data: Path, tmp_path: Path) -> None:
+    assert "folder that exists" in refuse("predict", tmp_path / "nothing", "--text", "a")
+    assert "adapter_config.json" in refuse("evaluate", tmp_path)
+    assert "got neither" in refuse("predict", trained)
+    three = [{**row, "label": i % 3} for i, row in enumerate(tiny_task.rows(30, "row", 0))]
+    file = tiny_task.write_rows(tmp_path / "three.jsonl", three)
+    assert "'label' must be below 2" in refuse(
+        "evaluate", trained, "--data", file, "--out", tmp_path / "evaluation"
+    )
+    file.write_text("")
+    assert "empty file" in refuse("predict", trained, "--data", file)

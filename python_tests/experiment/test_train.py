@@ -1,0 +1,65 @@
+"""The loss and the weights of training are finite, or it stops."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayes_kernels.experiment import train
+
+
+def test_what_was_trained_is_finite() -> None:
+    class Trainer:
+        model = torch.nn.Linear(2, 2)
+        args = type("Arguments", (), {"learning_rate": 0.5})()
+
+        def train(self, resume_from_checkpoint: Any) -> None:
+            with torch.no_grad():
+                self.model.weight[0, 0] *= self.factor
+
+        def check_finite(self) -> None:
+            pass
+
+    one = Trainer()
+    one.factor = 2.0
+    train._train(one, None, "nowhere")
+    one.factor = math.inf
+    with pytest.raises(ValueError, match=r"finite adapter after the last step.* rate 0\.5"):
+        train._train(one, None, "nowhere")  # no step follows whose loss could tell
+
+
+def test_a_loss_is_looked_at_whenever_the_trainer_logs(tmp_path: Path) -> None:
+    class Loop:
+        state = type("State", (), {"global_step": 4, "max_steps": 10})()
+        lr_scheduler = type("Schedule", (), {"get_last_lr": lambda self: [self.rate]})()
+        logged = 0
+
+        def training_step(self, model: Any, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs
+
+        def log(self, logs: Any) -> None:
+            self.logged += 1
+
+    class Watched(train._WatchedMixin, Loop):
+        pass
+
+    class OnDevice(torch.Tensor):  # a loss that the host has no copy of
+        device = torch.device("meta")
+
+    one = Watched()
+    one._first_bad, one._rates, one._first_step = torch.tensor(-1), [], 4
+    for step, loss in enumerate((1.0, 2.0, math.nan, 1.0, math.inf), start=4):
+        one.state.global_step, one.lr_scheduler.rate = step, step / 10
+        for _ in range(2):  # micro-batches
+            one.training_step(None, torch.tensor(loss).as_subclass(OnDevice))
+    with pytest.raises(ValueError, match=r"loss at step 7 of 10, got nan or inf, at .* rate 0\.6;"):
+        one.log({})
+    assert one.logged == 0
+    fine = Watched()
+    fine.training_step(None, torch.tensor(1.0))
+    fine.log({})
+    assert fine.logged == 1
