@@ -320,13 +320,13 @@ def _infer(
     std: str,
     scaling: float,
 ) -> Tensor | None:
-    """The output where the arguments are as the op takes them and nothing needs a gradient; else None.
+    """The output where nothing needs a gradient and the op takes the arguments as they are; else None.
 
-    The checks of this module take longer than the kernels of one token, so the op's own come first.
-    What it does not take the caller converts, or says what does not fit.
+    The checks of this module take longer than the kernels of one token. So the op checks first, and
+    returns None where the caller has to convert an argument or to raise an error.
     """
     key = noise.key
-    if (
+    if (  # first what torch would refuse before the op sees it
         type(scaling) is not float
         or type(noise.dropout) is not float
         or type(noise.stream) is not int
