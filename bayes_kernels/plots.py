@@ -19,7 +19,7 @@ import numpy as np
 
 from bayes_kernels import metrics
 from bayes_kernels.metrics import ReliabilityBins, RiskCoverageCurve
-from bayes_kernels.metrics.inputs import ArrayLike, as_scores, check_positive_int
+from bayes_kernels.metrics.inputs import ArrayLike, as_scores, check_int
 
 try:
     from matplotlib.axes import Axes
@@ -268,7 +268,7 @@ def entropy_histogram(
     """
     auroc = metrics.ood_auroc(score_in, score_out)
     fpr = metrics.fpr95(score_in, score_out)
-    check_positive_int("entropy_histogram", "n_bins", n_bins)
+    check_int("entropy_histogram", "n_bins", n_bins)
     groups = [
         as_scores("entropy_histogram", side, scores).cpu().numpy()
         for side, scores in (("score_in", score_in), ("score_out", score_out))

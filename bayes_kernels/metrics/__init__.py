@@ -9,6 +9,10 @@ probability that underflows to zero costs an infinite log loss, its logarithm do
 |---|---|
 | `accuracy nll brier` | share of right answers, mean log loss, multi-class Brier score |
 | `ece adaptive_ece` | top-label calibration error, equal-width and equal-mass bins |
+| `ece_floor` | what `ece` would be by chance alone, were the predictor perfectly calibrated |
+| `debiased_ece` | `ece` less an estimate of what chance adds |
+| `signed_calibration_error` | above zero overconfident, below zero underconfident |
+| `paired_bootstrap` | differences of two predictors' scores on the same rows, with intervals |
 | `aurc augrc` | area under the (generalised) risk-coverage curve |
 | `coverage_at_risk` | largest coverage whose selective risk stays below a bound |
 | `ood_auroc fpr95` | detection of out-of-distribution inputs from an uncertainty score |
@@ -20,10 +24,20 @@ probability that underflows to zero costs an infinite log loss, its logarithm do
 Every function raises `ValueError` for input of the wrong shape, without rows, with NaN, with
 labels outside `[0, C)` or with rows that do not sum to one. Values are scored as they are given:
 never clamped away from zero, never renormalised. Cost is O(n C), plus O(n log n) where a sort is
-needed, on the device of the input.
+needed, on the device of the input, where nothing else is said.
 """
 
-from .calibration import ReliabilityBins, adaptive_ece, ece, reliability_bins
+from .bootstrap import Difference, paired_bootstrap
+from .calibration import (
+    EceFloor,
+    ReliabilityBins,
+    adaptive_ece,
+    debiased_ece,
+    ece,
+    ece_floor,
+    reliability_bins,
+    signed_calibration_error,
+)
 from .detection import fpr95, fpr_at_tpr, ood_auroc
 from .report import Report, evaluate
 from .scores import accuracy, brier, confidence_and_correct, nll
@@ -42,6 +56,8 @@ from .uncertainty import (
 )
 
 __all__ = [
+    "Difference",
+    "EceFloor",
     "ReliabilityBins",
     "Report",
     "RiskCoverageCurve",
@@ -52,7 +68,9 @@ __all__ = [
     "brier",
     "confidence_and_correct",
     "coverage_at_risk",
+    "debiased_ece",
     "ece",
+    "ece_floor",
     "evaluate",
     "expected_entropy",
     "fpr95",
@@ -61,7 +79,9 @@ __all__ = [
     "mutual_information",
     "nll",
     "ood_auroc",
+    "paired_bootstrap",
     "predictive_entropy",
     "reliability_bins",
     "risk_coverage_curve",
+    "signed_calibration_error",
 ]

@@ -136,6 +136,6 @@ def as_scores(where: str, name: str, value: ArrayLike) -> Tensor:
     return scores
 
 
-def check_positive_int(where: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: {name} must be an integer >= 1, got {value!r}")
+def check_int(where: str, name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{where}: {name} must be an integer >= {least}, got {value!r}")

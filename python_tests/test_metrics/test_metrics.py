@@ -316,11 +316,21 @@ def test_report_holds_the_single_metrics():
             "entropy": float(entropy.mean()),
             "ood_auroc": metrics.ood_auroc(entropy, ood_entropy),
             "ood_fpr95": metrics.fpr95(entropy, ood_entropy),
+            "ece_floor": metrics.ece_floor(log_probs, n_bins=10).mean,
+            "ece_floor_q95": metrics.ece_floor(log_probs, n_bins=10).q95,
+            "debiased_ece": metrics.debiased_ece(log_probs, labels, n_bins=10),
+            "signed_calibration_error": metrics.signed_calibration_error(log_probs, labels),
         },
         rel=1e-14,
     )
     assert report.ood_auroc > 0.7
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+
+
+def test_reports_without_the_newer_fields_are_read_as_they_were():
+    old = {"n": 9, "n_classes": 2, "accuracy": 0.5, "nll": 0.7, "ece": 0.1, "adaptive_ece": 0.1}
+    old |= {"brier": 0.5, "aurc": 0.4, "augrc": 0.2, "entropy": 0.6, "ood_auroc": 0.5}
+    assert metrics.Report(**old).to_dict() == old
 
 
 def test_report_of_posterior_samples():
