@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than_torch
 
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
+from functional.adapter_parts import CPU, clone_as, compare, dense_noise, gradients, make
 
 # tokens, n, m, r: odd sizes, both sides of the 128-column sign block, every padded rank
 SHAPES = [
@@ -23,56 +23,6 @@ SHAPES = [
     (70, 65, 72, 33),
 ]
 SMALL = [(7, 33, 5, 3), (16, 128, 64, 8), (5, 129, 130, 17)]
-
-
-def make(device, shape, dtype, *, seed=0, grad=True, batch=None):
-    """x, mean, rho, b, base, dy on the device; factors fp32 (fp64 beside fp64)."""
-    tokens, n, m, r = shape
-    torch.manual_seed(seed)  # for what a test draws beside these
-    g = torch.Generator().manual_seed(seed)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*size, scale=1.0):
-        return torch.randn(*size, generator=g, dtype=torch.float64) * scale
-
-    lead = batch or (tokens,)
-    parts = {
-        "x": (normal(*lead, n), dtype),
-        "mean": (normal(r, n, scale=1 / math.sqrt(n)), acc),
-        "rho": (torch.rand(r, n, generator=g, dtype=torch.float64) * 0.3 + 0.05, acc),
-        "b": (normal(m, r, scale=1 / math.sqrt(r)), acc),
-        "base": (normal(*lead, m), dtype),
-        "dy": (normal(*lead, m), dtype),
-    }
-    out = {k: v.to(t).to(device.torch) for k, (v, t) in parts.items()}
-    for name in ("x", "mean", "rho", "b", "base"):
-        out[name].requires_grad_(grad)
-    return out
-
-
-def clone_as(parts, dtype):
-    """The same numbers in another dtype, as new leaves."""
-    return {k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in parts.items()}
-
-
-def gradients(y, parts, names):
-    return torch.autograd.grad(y, [parts[k] for k in names], parts["dy"].to(y.dtype))
-
-
-def compare(device, dtype, ours, run_reference, parts, names, what, factor=2.0):
-    """Value and gradients by the accuracy rule; run_reference(parts) in the dtype and in fp64."""
-    same_parts, truth_parts = clone_as(parts, dtype), clone_as(parts, torch.float64)
-    same, truth = run_reference(same_parts), run_reference(truth_parts)
-    assert_no_worse_than_torch(ours, same, truth, factor=factor, what=f"{what} value")
-    for name, a, b, t in zip(
-        names,
-        gradients(ours, parts, names),
-        gradients(same, same_parts, names),
-        gradients(truth, truth_parts, names),
-        strict=True,
-    ):
-        assert a.dtype == parts[name].dtype
-        assert_no_worse_than_torch(a, b, t, factor=factor, what=f"{what} d{name}")
 
 
 def half_or_single(device):
@@ -92,9 +42,7 @@ def test_flipout_lora(device, shape, dtype):
     y = F.flipout_lora(*(parts[k] for k in names), scaling=0.7, key=key, stream=3)
 
     def run(p):
-        noise = reference.dense_noise(key.cpu(), tokens, n, r, stream=3, dtype=p["x"].dtype)
-        for field in ("eps", "r_in", "r_out"):
-            setattr(noise, field, getattr(noise, field).to(device.torch))
+        noise = dense_noise(device, key, tokens, n, r, stream=3, dtype=p["x"].dtype)
         return reference.flipout_lora(*(p[k] for k in names), scaling=0.7, noise=noise)
 
     compare(device, dtype, y, run, parts, names, "flipout_lora")
@@ -122,9 +70,7 @@ def test_operands_outside_the_range_of_fp16(device, change, why, r):
     names, factors = ["x", "mean", "rho", "b"], ["x", "mean", "rho", "b", "base"]
     ours = F.flipout_lora(*(parts[k] for k in factors), key=key, stream=2)
     truth_parts = clone_as(parts, torch.float64)
-    noise = reference.dense_noise(key.cpu(), 40, 136, r, stream=2, dtype=torch.float64)
-    for field in ("eps", "r_in", "r_out"):
-        setattr(noise, field, getattr(noise, field).to(device.torch))
+    noise = dense_noise(device, key, 40, 136, r, stream=2, dtype=torch.float64)
     truth = reference.flipout_lora(*(truth_parts[k] for k in factors), noise=noise)
     eps = torch.finfo(torch.float16).eps
     got = [ours - parts["base"], *gradients(ours, parts, names)]
@@ -153,9 +99,7 @@ def test_flipout_parameterisations(device, shape, std, row_constant):
     y = F.flipout_lora(*(parts[k] for k in names), key=key, std=std)
 
     def run(p):
-        noise = reference.dense_noise(key.cpu(), tokens, n, r, dtype=p["x"].dtype)
-        for field in ("eps", "r_in", "r_out"):
-            setattr(noise, field, getattr(noise, field).to(device.torch))
+        noise = dense_noise(device, key, tokens, n, r, dtype=p["x"].dtype)
         return reference.flipout_lora(*(p[k] for k in names), noise=noise, std=std)
 
     compare(device, torch.float32, y, run, parts, names, std, factor=3.0)
@@ -182,15 +126,13 @@ def test_scopes_and_dropout(device, scope, dropout):
     y = F.flipout_lora(*(parts[k] for k in names), key=key, dropout=dropout, **options)
 
     def run(p):
-        noise = reference.dense_noise(key.cpu(), tokens, n, r, dtype=p["x"].dtype, **where)
+        noise = dense_noise(device, key, tokens, n, r, dtype=p["x"].dtype, **where)
         if scope == "none":
             noise.r_in, noise.r_out = torch.ones_like(noise.r_in), torch.ones_like(noise.r_out)
         if dropout:
             first = where.get("row0", 0) * where.get("rows_per_id", 1)
             noise.keep = reference.dropout_mask(key.cpu(), tokens, n, dropout, row0=first)
             noise.keep = noise.keep.to(device.torch)
-        for field in ("eps", "r_in", "r_out"):
-            setattr(noise, field, getattr(noise, field).to(device.torch))
         return reference.flipout_lora(*(p[k] for k in names), noise=noise, dropout=dropout)
 
     compare(device, torch.float32, y, run, parts, names, scope, factor=3.0)
@@ -209,10 +151,9 @@ def test_dropout_in_low_precision(device, shape, dtype):
     y = F.flipout_lora(*(parts[k] for k in names), key=key, dropout=0.4, row0=2)
 
     def run(p):
-        noise = reference.dense_noise(key.cpu(), tokens, n, r, row0=2, dtype=p["x"].dtype)
-        noise.keep = reference.dropout_mask(key.cpu(), tokens, n, 0.4, row0=2)
-        for field in ("eps", "r_in", "r_out", "keep"):
-            setattr(noise, field, getattr(noise, field).to(device.torch))
+        noise = dense_noise(device, key, tokens, n, r, row0=2, dtype=p["x"].dtype)
+        keep = reference.dropout_mask(key.cpu(), tokens, n, 0.4, row0=2)
+        noise.keep = keep.to(device.torch)
         return reference.flipout_lora(*(p[k] for k in names), noise=noise, dropout=0.4)
 
     compare(device, dtype, y, run, parts, names, "dropout")
@@ -271,19 +212,16 @@ def test_core_lora(device, shape):
 
 @pytest.mark.parametrize("rank", [65, 100])
 def test_large_ranks_take_the_documented_path(rank):
-    class Cpu:
-        torch = torch.device("cpu")
-
-    parts = make(Cpu, (6, 140, 30, rank), torch.float32)
+    parts = make(CPU, (6, 140, 30, rank), torch.float32)
     key = random.key(2)
     names = ["x", "mean", "rho", "b", "base"]
     y = F.flipout_lora(*(parts[k] for k in names), key=key, scope="example")
 
     def run(p):
-        noise = reference.dense_noise(key, 6, 140, rank, dtype=p["x"].dtype)
+        noise = dense_noise(CPU, key, 6, 140, rank, dtype=p["x"].dtype)
         return reference.flipout_lora(*(p[k] for k in names), noise=noise)
 
-    compare(Cpu, torch.float32, y, run, parts, names, "rank > 64", factor=3.0)
+    compare(CPU, torch.float32, y, run, parts, names, "rank > 64", factor=3.0)
     plain = F.lora(parts["x"], parts["mean"], parts["b"], dropout=0.5, key=key)
     assert plain.shape == (6, 30)
     core = torch.eye(rank)
@@ -415,10 +353,7 @@ def test_inference_is_the_forward_pass_bit_for_bit(device, lead, dtype):
 def test_tensors_without_data_are_refused(name):
     """A fake kernel must not answer for one tensor on the meta device among others with data."""
 
-    class Cpu:
-        torch = torch.device("cpu")
-
-    made = make(Cpu, (4, 8, 3, 2), torch.float32, grad=False) | {"key": random.key(0)}
+    made = make(CPU, (4, 8, 3, 2), torch.float32, grad=False) | {"key": random.key(0)}
     p = {k: v.to("meta") if k == name else v for k, v in made.items()}
     with torch.no_grad(), pytest.raises(ValueError, match="hold data"):
         F.flipout_lora(p["x"], p["mean"], p["rho"], p["b"], p["base"], key=p["key"])
@@ -460,16 +395,13 @@ def test_batch_split_does_not_change_the_noise(device):
 
 
 def test_same_bits_for_any_number_of_threads():
-    class Cpu:
-        torch = torch.device("cpu")
-
     before = torch.get_num_threads()
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         results = []
         try:
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                parts = make(Cpu, (300, 520, 390, 8), dtype)
+                parts = make(CPU, (300, 520, 390, 8), dtype)
                 names = ["x", "mean", "rho", "b", "base"]
                 y = F.flipout_lora(*(parts[k] for k in names), key=random.key(1), dropout=0.1)
                 results.append([y, *gradients(y, parts, names)])

@@ -9,7 +9,7 @@ import torch
 
 from bayes_kernels import _library, random
 from bayes_kernels import functional as F
-from functional.test_adapter import clone_as, gradients, make
+from functional.adapter_parts import CPU, clone_as, gradients, make
 
 
 @pytest.mark.parametrize("scope", ["token", "example", "none"])
@@ -62,10 +62,7 @@ def test_changed_key_is_refused_in_backward(device):
 
 
 def test_autocast_takes_x_in_the_autocast_dtype():
-    class Cpu:
-        torch = torch.device("cpu")
-
-    parts = make(Cpu, (6, 40, 12, 4), torch.float32)
+    parts = make(CPU, (6, 40, 12, 4), torch.float32)
     key = random.key(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = F.flipout_lora(parts["x"], parts["mean"], parts["rho"], parts["b"], key=key)
@@ -157,14 +154,11 @@ def test_single_precision_x_beside_a_half_precision_base(
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_gives_the_same_gradients_without_recompiling(dynamic):
-    class Cpu:
-        torch = torch.device("cpu")
-
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    parts = make(Cpu, (10, 33, 9, 4), torch.float32, batch=(2, 5))
+    parts = make(CPU, (10, 33, 9, 4), torch.float32, batch=(2, 5))
     names = ["x", "mean", "rho", "b", "base"]
 
     def run(x, mean, rho, b, base, key):
@@ -189,10 +183,7 @@ def test_compile_gives_the_same_gradients_without_recompiling(dynamic):
 def test_checkpoint_replays_the_noise():
     from torch.utils.checkpoint import checkpoint
 
-    class Cpu:
-        torch = torch.device("cpu")
-
-    parts = make(Cpu, (6, 20, 20, 4), torch.float32)
+    parts = make(CPU, (6, 20, 20, 4), torch.float32)
     names = ["x", "mean", "rho", "b", "base"]
     key = random.key(9)
 
@@ -217,10 +208,7 @@ def test_checkpoint_replays_the_noise():
 def test_bytes_kept_for_backward():
     """x is shared with the base layer; beyond it only h (tokens, r) and the key are kept."""
 
-    class Cpu:
-        torch = torch.device("cpu")
-
-    parts = make(Cpu, (256, 512, 512, 8), torch.float32)
+    parts = make(CPU, (256, 512, 512, 8), torch.float32)
     kept: dict[int, int] = {}
 
     def pack(t):

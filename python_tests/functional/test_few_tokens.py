@@ -17,7 +17,7 @@ import torch
 
 from bayes_kernels import _library, random
 from bayes_kernels import functional as F
-from functional.test_adapter import make
+from functional.adapter_parts import CPU, make
 
 FEW = {"n": 96, "m": 24, "r": 4}
 
@@ -25,10 +25,7 @@ FEW = {"n": 96, "m": 24, "r": 4}
 def few_tokens(*, tokens=3, n=96, m=24, r=4, seed=0, dtype=torch.float32):
     """x, A, rho, b, base of a small adapter, without gradients."""
 
-    class Cpu:
-        torch = torch.device("cpu")
-
-    parts = make(Cpu, (tokens, n, m, r), dtype, grad=False, seed=seed)
+    parts = make(CPU, (tokens, n, m, r), dtype, grad=False, seed=seed)
     return tuple(parts[k] for k in ("x", "mean", "rho", "b", "base"))
 
 

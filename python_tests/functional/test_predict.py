@@ -16,33 +16,12 @@ from torch.distributions import Categorical, MultivariateNormal
 
 from bayes_kernels import random, reference
 from bayes_kernels.functional import linear_logits, mc_predict, mc_predict_linear
+from functional.predict_parts import definition, problem
 
 # Rows, classes, samples: both layouts of the kernels and their edges.
 SHAPES = [(3, 1, 5), (5, 2, 1), (4, 5, 7), (2, 5, 131), (1, 26, 33), (1, 32, 10), (2, 33, 9)]
 SHAPES += [(1, 65, 70), (1, 1000, 5)]
 BIG = [(3, 5, 5000), (1, 300, 700), (2, 64, 3000), (20, 7, 3)]
-
-
-def problem(
-    rows: int, classes: int, *, scale: float = 1.0, full: bool = False, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """fp64 means and covariances; scale is a typical variance."""
-    generator = torch.Generator().manual_seed(seed)
-    mean = 2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
-    if not full:
-        var = torch.rand(rows, classes, generator=generator, dtype=torch.float64)
-        return mean, scale * var
-    a = torch.randn(rows, classes, classes, generator=generator, dtype=torch.float64)
-    return mean, scale * (a @ a.mT) / classes
-
-
-def definition(mean: Tensor, cov: Tensor, key: Tensor, samples: int, **where) -> tuple[Tensor, ...]:
-    """reference.mc_predict in fp64, on the noise of the key; cov is used as the op sees it."""
-    eps = reference.logit_noise(key.cpu(), *mean.shape[:1], samples, mean.shape[1], **where)
-    antithetic = where.get("antithetic", False)
-    return reference.mc_predict(
-        mean.cpu().double(), cov.cpu().double(), eps.double(), antithetic=antithetic
-    )
 
 
 @pytest.mark.parametrize("scale", [0.5, 300.0], ids=["bounded", "free"])

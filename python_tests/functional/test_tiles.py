@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
-from functional.test_adapter import compare, make
-from functional.test_predict import definition, problem
+from functional.adapter_parts import compare, make
+from functional.predict_parts import definition, problem
 
 
 def whole(*size: int, seed: int, largest: int = 3) -> Tensor:
@@ -128,7 +128,7 @@ def test_whole_ops_are_the_separate_ops_in_every_segment(shape, dtype):
     """The draw that is made inside the CPU kernels, where the columns are cut into segments."""
     ops = _library.ops
     n = shape[1]
-    p = make(type("Cpu", (), {"torch": torch.device("cpu")}), shape, dtype, grad=False)
+    p = make(type("CPU", (), {"torch": torch.device("cpu")}), shape, dtype, grad=False)
     x, a, rho, b, base, dy = (p[k] for k in ("x", "mean", "rho", "b", "base", "dy"))
     key, where = random.key(7), (2, 3, None, 0.25)
     e = ops.scaled_normal(rho, n, key, 5, "square")
@@ -247,7 +247,7 @@ def on_cpu(run):
 @pytest.mark.parametrize("rank", [65, 70])
 @pytest.mark.parametrize("op", ["lora", "flipout_lora"])
 def test_a_split_batch_keeps_its_dropout_above_rank_64(op: str, rank: int):
-    cpu = type("Cpu", (), {"torch": torch.device("cpu")})
+    cpu = type("CPU", (), {"torch": torch.device("cpu")})
     p = make(cpu, (20, 140, 30, rank), torch.float32)
     names = ["x", "mean", "b", "base"] if op == "lora" else ["x", "mean", "rho", "b", "base"]
     key = random.key(5)
