@@ -529,7 +529,8 @@ def _experiments(
 
     own: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    every = {name for row in METHODS.values() for name in row.options}
+    trained = [row for row in METHODS.values() if row.made == "train"]
+    every = {name for row in trained for name in row.options} & fields
     seen: set[str] = set()
 
     def uses(method: str, key: str, alone: bool) -> bool:

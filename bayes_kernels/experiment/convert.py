@@ -6,7 +6,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..hf.bayesianize import CONVERSIONS, ConversionReport, bayesianize
+from ..hf.bayesianize import bayesianize
+from ..hf.method import METHODS, ConversionReport
 from .data.tasks import choose_subset
 from .encoder import TaskEncoder, _batches
 from .recipe import Experiment
@@ -25,11 +26,12 @@ def conversion_options(experiment: Experiment) -> dict[str, Any]:
         ValueError: An option is unknown or out of range, or ``anchors`` or ``batch_size`` is no
             positive integer.
     """
-    recipe, conversion = experiment.recipe, CONVERSIONS[experiment.method]
-    draws = recipe.n_samples or conversion.n_samples
+    recipe, method = experiment.recipe, METHODS[experiment.method]
+    assert method.conversion is not None, method.name
+    draws = recipe.n_samples or method.n_samples
     options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed}
     options.update(recipe.convert)
-    known = ["anchors", *conversion.options()]
+    known = method.options
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
@@ -39,7 +41,7 @@ def conversion_options(experiment: Experiment) -> dict[str, Any]:
         value = options.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"convert: {name} must be an integer >= 1, got {value!r}")
-    conversion.check(**{name: value for name, value in options.items() if name != "anchors"})
+    method.conversion.check(**{name: value for name, value in options.items() if name != "anchors"})
     return options
 
 
@@ -57,12 +59,13 @@ def convert_model(
     Raises:
         ValueError: An option is unknown or out of range, or there are no training examples.
     """
-    recipe = experiment.recipe
+    recipe, conversion = experiment.recipe, METHODS[experiment.method].conversion
+    assert conversion is not None, experiment.method
     options = conversion_options(experiment)
     examples = encoder.task.train
     if not examples:
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
-    size = options.pop("anchors", None) or CONVERSIONS[experiment.method].examples or len(examples)
+    size = options.pop("anchors", None) or conversion.examples or len(examples)
     batch_size = options.pop("batch_size", recipe.eval_batch_size)
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
     options.setdefault("progress", progress)
@@ -70,7 +73,7 @@ def convert_model(
     held_out = [example for example in encoder.task.validation if example.label is not None]
     chosen = options.get("prior"), options.get("structure", "scalar")
     wanted = chosen in ((None, "scalar"), ("validation", "scalar"))
-    if held_out and wanted and "validation" in CONVERSIONS[experiment.method].options():
+    if held_out and wanted and conversion.takes("validation"):
         held_out = choose_subset(held_out, min(_HELD_OUT, len(held_out)))
         options["validation"] = list(_batches(encoder.dataset(held_out), encoder, batch_size))
     return bayesianize(model, experiment.method, batches, **options)

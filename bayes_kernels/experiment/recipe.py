@@ -324,7 +324,9 @@ class Experiment:
             ValueError: One does nothing with this method, or contradicts another.
         """
         recipe, row = self.recipe, METHODS[self.method]
-        every = {name for method in METHODS.values() for name in method.options}
+        trained = [method for method in METHODS.values() if method.made == "train"]
+        every = {name for method in trained for name in method.options}
+        every &= {field.name for field in dataclasses.fields(Recipe)}
         for name in sorted(every):
             value = getattr(recipe, name)
             if value is not None and name not in row.options:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel
 
-from ..hf.bayesianize import CONVERSIONS
 from ..hf.card import write_card
 from ..hf.method import METHODS
 from .build import build
@@ -89,11 +88,10 @@ def run(
     if known_labels(task.test) is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     check_trainable(experiment.method)
-    converts = METHODS[experiment.method].made == "convert"
-    options = conversion_options(experiment) if converts else {}
+    conversion = METHODS[experiment.method].conversion
+    options = conversion_options(experiment) if conversion else {}
     model, encoder = build(experiment, task, device=device)
-    if converts:
-        conversion = CONVERSIONS[experiment.method]
+    if conversion is not None:
         conversion.check_model(model, **conversion.fixed, **options)
     # Encoded here only to find what cannot be encoded before anything is written.
     encoder.dataset([examples[0] for examples in task.splits.values() if examples])

@@ -10,23 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from bayes_kernels import metrics
 
-from ..hf.config import BayesLoraConfig
 from ..hf.logits import Prediction
-from ..hf.method import METHODS
-from ..hf.methods.dropout import dropout_layers
-from ..hf.methods.ensemble import Ensemble
-from ..hf.methods.laplace import laplace_posterior
-from ..hf.predict import predict
+from ..hf.method import METHODS, PLAIN
+from ..hf.predict import predict, predictor_of
 from ..progress import progress_bar
 from .data.tasks import Example, Task
 from .encoder import TaskEncoder
@@ -69,7 +64,7 @@ class Row:
 
 
 def predict_examples(
-    model: PeftModel | Ensemble,
+    model: nn.Module,
     encoder: TaskEncoder,
     examples: Sequence[Example],
     *,
@@ -99,7 +94,6 @@ def predict_examples(
     if not examples:
         raise ValueError(f"{label}: expected at least one example, got none")
     check_draws(model, n_samples)
-    draws = _has_posterior(model) or n_samples > 0
     items = encoder.dataset(examples).items
     order = sorted(range(len(items)), key=lambda i: _length(items[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -110,12 +104,10 @@ def predict_examples(
         batch = encoder.collate([items[i] for i in chunk])
         synchronise(model)
         begin = time.perf_counter()
-        if draws:
-            part = predict(model, batch, n_samples=n_samples, seed=seed)
-        else:
-            part = _predict_plain(model, batch)
+        part = predict(model, batch, n_samples=n_samples, seed=seed)
         synchronise(model)
         times.append(time.perf_counter() - begin)
+        assert isinstance(part, Prediction), type(part)  # tasks have classes
         parts.append(dataclasses.replace(part, labels=None))
     discarded = min(5, len(chunks) // 2)
     kept = sum(len(chunk) for chunk in chunks[discarded:])
@@ -136,41 +128,22 @@ def predict_examples(
     return prediction, milliseconds
 
 
-def check_draws(model: PeftModel | Ensemble, n_samples: int) -> None:
+def check_draws(model: nn.Module, n_samples: int) -> None:
     """Whether a model has as many draws as are asked for.
 
     Raises:
-        ValueError: It has no posterior and no dropout.
+        ValueError: It has none.
     """
-    if n_samples and not (_has_posterior(model) or dropout_layers(model)):
+    if n_samples and not predictor_of(model).draws:
         raise ValueError(
             f"n-samples: expected 0 for an adapter that has no posterior (plain LoRA, PoLAR), got "
             f"{n_samples}"
         )
 
 
-def _has_posterior(model: PeftModel | Ensemble) -> bool:
-    if isinstance(model, Ensemble):
-        return True
-    if laplace_posterior(model) is not None:
-        return True
-    configs = list(model.peft_config.values())
-    return any(isinstance(c, BayesLoraConfig) and METHODS[c.method].bayesian for c in configs)
-
-
 def _length(item: dict[str, Any]) -> int:
     ids = item["input_ids"]
     return max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
-
-
-@torch.no_grad()
-def _predict_plain(model: nn.Module, batch: Mapping[str, Tensor]) -> Prediction:
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-    model.eval()
-    log_probs = model(**inputs).logits.double().log_softmax(-1).cpu()
-    entropy = metrics.predictive_entropy(log_probs)
-    return Prediction(log_probs, entropy, entropy, n_samples=0)
 
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
@@ -213,7 +186,7 @@ def known_labels(examples: Sequence[Example]) -> Tensor | None:
 
 
 def evaluate_model(
-    model: PeftModel | Ensemble,
+    model: nn.Module,
     encoder: TaskEncoder,
     task: Task,
     *,
@@ -241,11 +214,12 @@ def evaluate_model(
     if labels is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     # The checkpoints of a run that converts plain LoRA have no posterior yet.
-    bayesian = _has_posterior(model) or method == "dropout"
-    name = METHODS[method if bayesian or METHODS[method].made == "train" else "map"].title
+    own = METHODS[method].predictor(model)
+    bayesian = own is not None and own.draws
+    name = METHODS[method if bayesian or METHODS[method].made == "train" else PLAIN].title
     rows = []
     draws = [0] if not bayesian or n_samples == 0 else [0, n_samples]
-    if n_samples and bayesian and (isinstance(model, Ensemble) or not mean):
+    if n_samples and bayesian and (METHODS[method].made == "join" or not mean):
         draws = [n_samples]
     for count in draws:
         options: dict[str, Any] = {

@@ -95,7 +95,7 @@ def _text(
             "LoRA",
             f"r = {config.get('r')}, alpha = {config.get('lora_alpha')}, on {_layers(config)}",
         ),
-        ("Prior", _prior(word, config) if bayesian else ""),
+        ("Prior", method.prior(config) if bayesian else ""),
         ("Scores", ", ".join(f"{t} {scores[k]:.4g}" for k, t in _SCORES if k in scores)),
     ]
     lines = [
@@ -145,21 +145,6 @@ def _near(folder: Path, base: str | None) -> str:
 def _layers(config: Mapping[str, Any]) -> str:
     targets = config.get("target_modules")
     return str(targets) if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-
-
-def _prior(word: str, config: Mapping[str, Any]) -> str:
-    std = config.get("prior_std")
-    if word == "blob":
-        rule = " / sqrt(in)" if config.get("prior_rule") == "fan_in" else ""
-        return f"N(0, ({std}{rule})^2) on each element of A"
-    if word == "scalabl":
-        return f"N(0, {std}^2) on each singular value"
-    if word == "tfb":
-        sigma = config.get("sigma_q")
-        return f"none; noise of deviation sigma_q = {sigma} found without training"
-    if word == "polar-vbll":
-        return f"on the last layer, head_prior_scale = {config.get('head_prior_scale') or 1.0}"
-    return ""
 
 
 def _advice(method: Method) -> str:

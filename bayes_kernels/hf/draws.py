@@ -1,29 +1,197 @@
-"""How many draws of the weights fit into one pass."""
+"""Predictions from draws of the weights, each on its copy of the batch; how many copies share a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .methods.ensemble import Ensemble
-from .variants import BayesVariant
+from ..batches import batch_size, eval_mode, fold_samples, inputs_of, labels_of, to_device
+from ._compat import without_padding
+from .layers import (
+    _variants,
+    bayes_layers,
+    draws_weights,
+    noise_state,
+    warn_uncalled,
+    without_effect,
+)
+from .logits import GATHERED, AnyPrediction, LogitRows, target_kind
+from .posterior import posterior
 
 # Share of free device memory, and bytes on the CPU, that activations of one pass may take.
 _FREE_SHARE = 0.5
 _CPU_BUDGET = 1 << 30
 
 
+class Predictor(Protocol):
+    """How a model predicts: what `bayes_kernels.hf.predict` asks the method of its adapter for."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are posterior draws: n_samples may be above 0."""
+
+    def predict(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        n_samples: int,
+        seed: int,
+        choices: Sequence[int] | None,
+        samples_per_pass: int | None,
+        memory_budget: int | None,
+        return_samples: bool,
+    ) -> AnyPrediction:
+        """The prediction of a batch; arguments as in `bayes_kernels.hf.predict`."""
+
+
+class WeightDraws:
+    """Predicts with S draws of the weights, folded into the batch; here with the one set that there is.
+
+    Subclasses say which weights a pass uses.
+
+    Args:
+        model: the model.
+    """
+
+    draws = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def one_per_pass(self) -> bool:
+        """Whether a pass has room for one draw only, whatever the memory."""
+        return False
+
+    def weights(
+        self, draw: bool, *, n_samples: int, seed: int, first_sample: int
+    ) -> AbstractContextManager[Any]:
+        """Inside, a pass uses these draws of the weights, or where ``draw`` is false their mean."""
+        return contextlib.nullcontext()
+
+    def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
+        """Outputs of the model on ``count`` copies of the batch, for draws from number ``first``."""
+        return self.model(**folded)
+
+    def predict(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        n_samples: int,
+        seed: int,
+        choices: Sequence[int] | None,
+        samples_per_pass: int | None,
+        memory_budget: int | None,
+        return_samples: bool,
+    ) -> AnyPrediction:
+        """As `Predictor.predict`.
+
+        Raises:
+            ValueError: as `bayes_kernels.hf.predict`.
+        """
+        model = self.model
+        if n_samples and not self.draws:
+            raise ValueError(
+                f"predict: n_samples must be 0 for adapters without a posterior, got {n_samples}; pass "
+                "n_samples=0, or make the adapter Bayesian with bayesianize"
+            )
+        if n_samples and (why := without_effect(model)) is not None:
+            raise ValueError(
+                f"predict: draws need adapters that take part in the pass, got adapters that are {why}, "
+                "or pass n_samples=0"
+            )
+        device = next(model.parameters()).device
+        labels, inputs = labels_of(batch), to_device(inputs_of(batch), device)
+        size = batch_size(inputs)
+        rows = LogitRows(model, batch, choices)  # whose mask the host may read without waiting
+        inputs.update(rows.options)
+        draws = max(n_samples, 1)
+        per_pass = samples_per_pass or 1
+        if samples_per_pass is None and not self.one_per_pass:
+            per_pass = _samples_that_fit(model, inputs, memory_budget)
+        gathered: Any = None
+        with eval_mode(model), without_padding(model, inputs):
+            for first in range(0, draws, per_pass):
+                count = min(per_pass, draws - first)
+                folded = fold_samples(inputs, count)
+                which = {"n_samples": count, "seed": seed, "first_sample": first}
+                with self.weights(n_samples > 0, **which):
+                    logits = rows.of(self.outputs(folded, first, count), count)
+                if gathered is None:
+                    kind = "classes"
+                    if choices is None:
+                        kind = target_kind(model, logits.shape[1], labels)
+                    gathered = GATHERED[kind](return_samples)
+                accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
+                gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
+        return gathered.result(n_samples, None if labels is None else labels.cpu())
+
+
+class NoiseDraws(WeightDraws):
+    """Draws from the noise of Bayesian adapters, which `posterior` chooses."""
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether the weights of some adapter have draws."""
+        return draws_weights(self.model)
+
+    @property
+    def one_per_pass(self) -> bool:
+        """With routed experts, which lose track of the copies."""
+        return any(variant.routed for variant in _variants(self.model))
+
+    def weights(
+        self, draw: bool, *, n_samples: int, seed: int, first_sample: int
+    ) -> AbstractContextManager[Any]:
+        """Coherent draws, or the posterior mean."""
+        return posterior(
+            self.model,
+            "sample" if draw else "mean",
+            n_samples=n_samples,
+            seed=seed,
+            first_sample=first_sample,
+        )
+
+    def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
+        """As `WeightDraws.predict`; the first time with a warning about layers that no pass calls."""
+        with _unused_noticed(self.model):
+            return super().predict(batch, **options)
+
+
+def noise_predictor(model: nn.Module) -> NoiseDraws | None:
+    """The predictor of a model with Bayesian adapters, active or not; None where it has none."""
+    return None if next(_variants(model), None) is None else NoiseDraws(model)
+
+
+@contextlib.contextmanager
+def _unused_noticed(model: nn.Module) -> Iterator[None]:
+    """Around a model's first prediction: one warning about adapted layers that it does not call."""
+    # Compiled code need not look at hooks.
+    compiled = any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
+    state = noise_state(model)
+    if compiled or state.calls_checked or without_effect(model) is not None:
+        yield
+        return
+    # Routers of experts leave layers out as the text has it.
+    layers = {item.name: item.layer for item in bayes_layers(model) if not item.variant.routed}
+    missing = dict.fromkeys(layers)
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda *_, name=name: missing.pop(name, None))
+            stack.callback(hook.remove)
+        yield
+    state.calls_checked = True
+    if missing:
+        warn_uncalled("predict", list(missing), len(layers))
+
+
 def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int | None) -> int:
     """Draws whose activations fit the budget in one pass, at least 1."""
-    if isinstance(model, Ensemble) and not model.folded:
-        return 1
-    for module in model.modules():
-        for variant in getattr(module, "lora_variant", {}).values():
-            if isinstance(variant, BayesVariant) and variant.routed:
-                return 1
     parameter = next(model.parameters())
     if budget is None:
         budget = _CPU_BUDGET

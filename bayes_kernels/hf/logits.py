@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from .. import functional, random, reference
+from ..batches import inputs_of
+from ._compat import without_padding
 from .heads import ClassLogits
 
 _TOKENS = ("input_ids", "inputs_embeds")
@@ -159,6 +162,9 @@ class NumberPrediction:
         return _concatenated(parts, "columns")
 
 
+AnyPrediction = Prediction | LabelPrediction | NumberPrediction
+
+
 def _concatenated(parts: Sequence[Any], what: str) -> Any:
     """Parts of one kind as one: draws are the first dimension of "sample" tensors."""
     names = [field.name for field in fields(parts[0])] if parts else []
@@ -253,22 +259,86 @@ class _Numbers(_Outputs):
         )
 
 
-_GATHERED = {"classes": _Classes, "labels": _Labels, "numbers": _Numbers}
-
-
-def _in_pairs(n_samples: int) -> bool:
-    """Whether logits are drawn in pairs mean + e, mean - e: where their number is even.
-
-    Noise that all examples share and whose sum is not zero favours the same class in all of them:
-    of two classes 1,000 draws without pairs took wide posteriors 5 points of accuracy below their
-    means, where the exact integral never changes which of two classes is likelier.
-    """
-    return n_samples % 2 == 0
+GATHERED = {"classes": _Classes, "labels": _Labels, "numbers": _Numbers}
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
     probs = log_probs.exp()
     return -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+
+
+# --- Gaussian logits -----------------------------------------------------------------------------
+
+
+def mean_prediction(logits: Tensor, labels: Tensor | None, *, keep: bool) -> Prediction:
+    """The prediction of one set of logits (B, C): no draws, and no uncertainty of the weights.
+
+    Args:
+        logits: (B, C).
+        labels: (B,), which the prediction carries along.
+        keep: whether `sample_log_probs` holds it as the only draw.
+    """
+    log_probs = logits.double().log_softmax(-1).cpu()
+    entropy = _entropy(log_probs)
+    kept = log_probs[None] if keep else None
+    return Prediction(log_probs, entropy, entropy, 0, labels, kept)
+
+
+def gaussian_prediction(
+    mean: Tensor,
+    cov: Tensor,
+    labels: Tensor | None,
+    *,
+    n_samples: int,
+    seed: int,
+    method: str = "mc",
+    keep: bool = False,
+) -> Prediction:
+    """The prediction of Gaussian logits, by draws of them or in closed form.
+
+    Every example has the same noise, so that results do not depend on how examples are batched. An
+    even number of draws is drawn in pairs mean + e, mean - e: shared noise whose sum is not zero
+    favours one class in all examples (of two classes, 1,000 draws without pairs took wide posteriors
+    5 points of accuracy below their means, where the exact integral never changes which is likelier).
+
+    Args:
+        mean: (B, C).
+        cov: variances (B, C), or covariances (B, C, C).
+        labels: (B,), which the prediction carries along.
+        n_samples: number of draws, at least 1.
+        seed: seed of the draws.
+        method: as in `bayes_kernels.functional.mc_predict`.
+        keep: whether `sample_log_probs` holds the draws.
+
+    Cost: draws are averaged as they are made; with ``keep`` their (S, B, C) logits are in memory.
+    """
+    key = random.key(seed, mean.device)
+    same = torch.zeros(len(mean), dtype=torch.int64, device=mean.device)
+    paired = method == "mc" and n_samples % 2 == 0
+    drawn = functional.mc_predict(
+        mean, cov, method=method, n_samples=n_samples, key=key, ids=same, antithetic=paired
+    )
+    kept = None
+    if keep:  # the draws that mc_predict has averaged, written out
+        classes = mean.shape[1]
+        noise = reference.logit_noise(key, 1, n_samples, classes, ids=same[:1], antithetic=paired)
+        noise = noise.expand(len(mean), -1, -1).to(mean.dtype)
+        samples = reference.sampled_logits(mean, cov, noise).transpose(0, 1)
+        kept = samples.double().log_softmax(-1).cpu()
+    expected = drawn.expected_entropy
+    if expected is None:  # "probit" does not know
+        expected = torch.full_like(drawn.entropy, math.nan)
+    return Prediction(
+        log_probs=drawn.log_probs.double().cpu(),
+        entropy=drawn.entropy.double().cpu(),
+        expected_entropy=expected.double().cpu(),
+        n_samples=n_samples,
+        labels=labels,
+        sample_log_probs=kept,
+    )
+
+
+# --- Logits of a pass ----------------------------------------------------------------------------
 
 
 class LogitRows:
@@ -324,6 +394,22 @@ class LogitRows:
             rows = torch.arange(len(logits), device=logits.device)
             logits = logits[rows, _moved(self.last.repeat(count), logits)]
         return logits.index_select(1, _moved(torch.tensor(self.choices), logits))
+
+
+def forward_logits(
+    model: nn.Module, batch: Mapping[str, Any], choices: Sequence[int] | None = None
+) -> Tensor:
+    """Class logits (B, C) of a forward pass: of a classifier, or of the answer tokens at the last token.
+
+    Args:
+        model: the model.
+        batch: its inputs; labels are set aside.
+        choices: ids of the answer tokens, for causal language models.
+    """
+    inputs = inputs_of(batch)
+    rows = LogitRows(model, inputs, choices)
+    with without_padding(model, inputs):
+        return rows.of(model(**{**inputs, **rows.options}), 1)
 
 
 def _moved(t: Tensor, like: Tensor) -> Tensor:

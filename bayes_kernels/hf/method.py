@@ -3,11 +3,78 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from .config import own_fields
+from .draws import Predictor, noise_predictor
+
+# The method that trains stock LoRA, which the others are compared with and which conversions start from.
+PLAIN = "map"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method, as `bayes-kernels methods` lists it and ``--set NAME=VALUE`` sets it.
+
+    Attributes:
+        name: its name.
+        type: its type, in words.
+        default: what it is where nothing is set.
+        help: what it does.
+    """
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+class ConversionReport(Protocol):
+    """What a conversion found; its `str` is one line."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, words, lists and dictionaries; without times, which differ by run."""
+
+    def table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+        """Title, headings and rows, for people."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Makes a trained adapter Bayesian, without training it.
+
+    Attributes:
+        convert: (model, data, **options) -> report. Its keyword-only arguments are the options; its
+            docstring describes them under ``Args``.
+        check: (**options): raises ValueError where an option is out of range.
+        check_model: (model, **options): raises ValueError where a model, trained or not, cannot be
+            converted with these options.
+        data: what the examples are called in messages.
+        examples: training examples that commands give it; None for all.
+        fixed: options that the method's name decides.
+    """
+
+    convert: Callable[..., ConversionReport]
+    check: Callable[..., None]
+    check_model: Callable[..., None]
+    data: str
+    examples: int | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def takes(self, name: str) -> bool:
+        """Whether `convert` has an option of this name that is not fixed."""
+        return name in default_options(self.convert) and name not in self.fixed
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A hook that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -16,42 +83,71 @@ class Method:
 
     Attributes:
         name: word for it in configurations and on the command line.
-        title: what tables of results call it.
-        config: class of the PEFT configuration.
+        title: name in tables of results.
+        config: class of the PEFT configuration of the adapter that is trained or loaded.
         bayesian: whether it has a posterior to draw from.
-        made: "train": an adapter of its own type is trained; "convert": plain LoRA is trained, and
-            `bayes_kernels.hf.bayesianize` makes the adapter Bayesian afterwards; "join": plain LoRA
-            of several seeds, which predict together.
-        n_samples: posterior draws of a prediction, where nothing else is asked for; of an ensemble
-            its members.
-        lr: peak learning rate, likewise.
-        dropout: dropout before the adapter, likewise.
-        options: fields of `BayesLoraConfig` that recipes and the command line set for it.
+        n_samples: default number of posterior draws of a prediction; of an ensemble, its members.
+        lr: default peak learning rate.
+        dropout: default dropout before the adapter.
+        predictor: (model) -> how the model predicts; None where its adapter is not of this method.
+        conversion: makes a trained plain adapter Bayesian; None for methods that train their own.
+        join: (models, folders) -> one model of several trained plain adapters, each on its base model.
+        prior: (fields of the stored configuration) -> the prior in words, for the model card.
+        before_training: (model, batch), before the first step, with some training examples on the
+            model's device.
+        after_training: (model, batches, **options), after the last step, with all training examples.
+        training_options: options of `after_training`.
+        files: names of the files that it adds to PEFT's folder.
+        save: (model, folder): writes these files.
+        load: (model, folder): reads them.
+        stored: (folder) -> whether the folder holds the files of this method.
     """
 
     name: str
     title: str
-    config: type[LoraConfig]
+    config: type[LoraConfig] = LoraConfig
     bayesian: bool = True
-    made: str = "train"
     n_samples: int = 10
     lr: float = 1e-3
     dropout: float = 0.0
-    options: tuple[str, ...] = ()
+    predictor: Callable[[nn.Module], Predictor | None] = noise_predictor
+    conversion: Conversion | None = None
+    join: Callable[[Sequence[PeftModel], Sequence[str | Path]], nn.Module] | None = None
+    prior: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    before_training: Callable[[nn.Module, Mapping[str, Any]], None] | None = None
+    after_training: Callable[..., None] = _nothing
+    training_options: tuple[Option, ...] = ()
+    files: tuple[str, ...] = ()
+    save: Callable[[nn.Module, Path], object] = _nothing
+    load: Callable[[nn.Module, Path], object] = _nothing
+    stored: Callable[[Path], bool] = lambda folder: False
+
+    @property
+    def made(self) -> Literal["train", "convert", "join"]:
+        """How its adapter is made.
+
+        "train": trained as an adapter of its type; "convert": plain LoRA is trained, then converted;
+        "join": several plain adapters that predict together.
+        """
+        if self.conversion is not None:
+            return "convert"
+        return "train" if self.join is None else "join"
 
     @property
     def plain(self) -> bool:
-        """Whether what is trained is an adapter of stock PEFT."""
+        """Whether the adapter is one of stock PEFT."""
         return self.config is LoraConfig
 
+    @property
+    def options(self) -> dict[str, Option]:
+        """Its options by name, in the order of listing."""
+        own = _config_options(self.config)
+        if self.conversion is not None:
+            own = _conversion_options(self.conversion)
+        return {option.name: option for option in (*own, *self.training_options)}
 
-def default_options(function: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword-only arguments of a function with their defaults."""
-    found = inspect.signature(function).parameters.values()
-    return {option.name: option.default for option in found if option.kind is option.KEYWORD_ONLY}
 
-
-# By name, in the order of listings. `bayes_kernels.hf` fills it: `methods/table.py` has a row for each.
+# By name, in the order of listing. `bayes_kernels.hf` fills it from `methods/table.py`.
 METHODS: dict[str, Method] = {}
 
 
@@ -65,3 +161,63 @@ def register(method: Method) -> Method:
         raise ValueError(f"register: the method {method.name!r} must be new, got it twice")
     METHODS[method.name] = method
     return method
+
+
+# --- Options -------------------------------------------------------------------------------------
+
+# Arguments of conversions that commands fill in: how to go through the data, and what a run decides.
+_OF_THE_RUN = ("choices", "collate_fn", "progress", "validation")
+
+
+def default_options(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only arguments of a function with their defaults."""
+    found = inspect.signature(function).parameters.values()
+    return {option.name: option.default for option in found if option.kind is option.KEYWORD_ONLY}
+
+
+def _config_options(config: type[LoraConfig]) -> Iterator[Option]:
+    """Fields that the class has beside those of LoraConfig, unless the library sets them itself."""
+    for item in own_fields(config):
+        if not item.metadata.get("set_by"):
+            words = " or ".join(repr(word) for word in item.metadata.get("choices", ()))
+            text = item.metadata.get("help", "")
+            yield Option(item.name, words or _words(item.type), item.default, text)
+
+
+def _conversion_options(conversion: Conversion) -> Iterator[Option]:
+    """Keyword-only arguments of a conversion, and how many examples it looks at."""
+    yield Option(
+        "anchors", "integer or null", conversion.examples, "number of examples; null for all"
+    )
+    parameters = inspect.signature(conversion.convert).parameters
+    described = _described_arguments(conversion.convert)
+    for name, default in default_options(conversion.convert).items():
+        if name not in _OF_THE_RUN and conversion.takes(name):
+            yield Option(name, _words(parameters[name].annotation), default, described[name])
+
+
+_WORDS = {
+    "bool": "true or false",
+    "float": "number",
+    "int": "integer",
+    "str": "text",
+    "list[str]": "list of names",
+    "Sequence[str]": "list of names",
+    "None": "null",
+}
+
+
+def _words(annotation: Any) -> str:
+    """A type in words, from its annotation."""
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return " or ".join(_WORDS.get(part, part) for part in name.split(" | "))
+
+
+def _described_arguments(function: Callable[..., Any]) -> dict[str, str]:
+    """What the section ``Args`` of a docstring says of each argument, on one line."""
+    _, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n {4}(?=\w)", "\n" + rest.partition("\n\n")[0]):
+        names, _, text = entry.partition(": ")
+        found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    return found

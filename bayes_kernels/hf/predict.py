@@ -1,36 +1,19 @@
-"""Predictive distributions of classes, labels and numbers: S posterior draws folded into the batch."""
+"""Predictive distributions of classes, labels and numbers."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .. import functional, random, reference
-from ..batches import (
-    as_batches,
-    batch_size,
-    eval_mode,
-    fold_samples,
-    inputs_of,
-    labels_of,
-    to_device,
-)
-from ._compat import without_padding
-from .draws import _samples_that_fit
-from .layers import bayes_layers, draws_weights, noise_state, warn_uncalled, without_effect
-from .logits import _GATHERED, LogitRows, Prediction, _entropy, _in_pairs, need_classes, target_kind
-from .methods.dropout import dropout_draws, dropout_layers
-from .methods.ensemble import Ensemble
-from .methods.laplace import LaplacePosterior, laplace_posterior
-from .methods.polar_vbll import class_logits, find_head
-from .posterior import posterior
+from ..batches import as_batches
+from .draws import Predictor
+from .logits import AnyPrediction
+from .method import METHODS
 
 
 @torch.no_grad()
@@ -44,7 +27,7 @@ def predict(
     samples_per_pass: int | None = None,
     memory_budget: int | None = None,
     return_samples: bool = False,
-) -> Any:
+) -> AnyPrediction:
     """Mean class probabilities over draws of the weights, with their uncertainty.
 
         p(c | x) = 1/S sum_s softmax(z_s(x))_c
@@ -105,209 +88,44 @@ def predict(
         raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
     if samples_per_pass is not None and samples_per_pass < 1:
         raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
-    if isinstance(model, Ensemble):
-        n_samples = len(model)
-    laplace = None if isinstance(model, Ensemble) else laplace_posterior(model)
-    if laplace is not None:
-        if choices is None:
-            need_classes("predict", model)
-        if choices is not None and [int(c) for c in choices] != laplace.choices:
-            raise ValueError(
-                f"predict: choices must be those of the Laplace posterior, {laplace.choices}, or None, "
-                f"got {list(choices)}"
-            )
-        return _predict_laplace(laplace, batch, n_samples, seed, return_samples)
-    bayesian = not isinstance(model, Ensemble) and not dropout_layers(model)
-    if bayesian:
-        noise_state(model)
-    if bayesian and n_samples and find_head(model) is None and not draws_weights(model):
-        raise ValueError(
-            f"predict: n_samples must be 0 for adapters without a posterior (PoLAR), got "
-            f"{n_samples}; pass n_samples=0, or use PolarVbllConfig"
-        )
-    if n_samples and find_head(model) is None and (why := without_effect(model)) is not None:
-        raise ValueError(
-            f"predict: draws need adapters that take part in the pass, got adapters that are {why}, or "
-            "pass n_samples=0"
-        )
-    device = next(model.parameters()).device
-    labels, inputs = labels_of(batch), to_device(inputs_of(batch), device)
-    if find_head(model) is not None:
-        if choices is not None:
-            raise ValueError(
-                f"predict: choices must be None for a model whose last layer has the classes, got "
-                f"{list(choices)}"
-            )
-        with eval_mode(model):
-            result = _predict_last_layer(model, inputs, n_samples, seed, return_samples)
-        return result if labels is None else replace(result, labels=labels.cpu())
-    size = batch_size(inputs)
-    rows = LogitRows(model, batch, choices)  # whose mask the host may read without waiting
-    draws = max(n_samples, 1)
-    per_pass = samples_per_pass or _samples_that_fit(
-        model, {**inputs, **rows.options}, memory_budget
-    )
-    gathered: Any = None
-    with eval_mode(model), _unused_noticed(model), without_padding(model, inputs):
-        for first in range(0, draws, per_pass):
-            count = min(per_pass, draws - first)
-            folded = fold_samples({**inputs, **rows.options}, count)
-            draw = {"n_samples": count, "seed": seed, "first_sample": first}
-            if isinstance(model, Ensemble):
-                outputs = model(folded, first, count)
-            else:
-                context: contextlib.AbstractContextManager[Any]
-                if bayesian:
-                    mode = "sample" if n_samples else "mean"
-                    context = posterior(model, mode, **draw)  # type: ignore[arg-type]
-                else:
-                    context = contextlib.nullcontext()
-                    if n_samples:
-                        context = dropout_draws(model, **draw)
-                with context:
-                    outputs = model(**folded)
-            logits = rows.of(outputs, count)
-            if gathered is None:
-                kind = "classes"
-                if choices is None:
-                    kind = target_kind(model, logits.shape[1], labels)
-                gathered = _GATHERED[kind](return_samples)
-            accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
-            gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
-    return gathered.result(n_samples, None if labels is None else labels.cpu())
-
-
-@contextlib.contextmanager
-def _unused_noticed(model: nn.Module) -> Iterator[None]:
-    """Around a model's first prediction: one warning about adapted layers that it does not call."""
-    # Compiled code need not look at hooks.
-    compiled = any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
-    if isinstance(model, Ensemble) or dropout_layers(model) or compiled:
-        yield
-        return
-    state = noise_state(model)
-    if state.calls_checked or without_effect(model) is not None:
-        yield
-        return
-    state.calls_checked = True
-    # Routers of experts leave layers out as the text has it.
-    layers = {item.name: item.layer for item in bayes_layers(model) if not item.variant.routed}
-    missing = dict.fromkeys(layers)
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda *_, name=name: missing.pop(name, None))
-            stack.callback(hook.remove)
-        yield
-    if missing:
-        warn_uncalled("predict", list(missing), len(layers))
-
-
-def _predict_last_layer(
-    model: nn.Module, inputs: Mapping[str, Any], n_samples: int, seed: int, return_samples: bool
-) -> Prediction:
-    """Draws from a variational last layer: one pass of the model, then any number of logits.
-
-    Every example has the same noise, so that results do not depend on how examples are batched; in
-    pairs, see `_in_pairs`.
-    """
-    mean, variance = class_logits(model, inputs)
-    size, classes = mean.shape
-    if n_samples == 0:
-        log_mean = mean.double().log_softmax(-1)
-        entropy = _entropy(log_mean).cpu()
-        return Prediction(
-            log_probs=log_mean.cpu(),
-            entropy=entropy,
-            expected_entropy=entropy,
-            n_samples=0,
-            sample_log_probs=log_mean[None].cpu() if return_samples else None,
-        )
-    same = torch.zeros(size, dtype=torch.int64, device=mean.device)
-    key = random.key(seed, mean.device)
-    paired = _in_pairs(n_samples)
-    found: Any = functional.mc_predict(
-        mean, variance, n_samples=n_samples, key=key, ids=same, antithetic=paired
-    )
-    kept = None
-    if return_samples:  # the draws that mc_predict has averaged, written out
-        noise = reference.logit_noise(key, 1, n_samples, classes, ids=same[:1], antithetic=paired)
-        samples = mean + variance.sqrt() * noise.transpose(0, 1).to(mean.dtype)
-        kept = samples.double().log_softmax(-1).cpu()
-    return Prediction(
-        log_probs=found.log_probs.double().cpu(),
-        entropy=found.entropy.double().cpu(),
-        expected_entropy=found.expected_entropy.double().cpu(),
+    return predictor_of(model).predict(
+        batch,
         n_samples=n_samples,
-        sample_log_probs=kept,
+        seed=seed,
+        choices=choices,
+        samples_per_pass=samples_per_pass,
+        memory_budget=memory_budget,
+        return_samples=return_samples,
     )
 
 
-def _predict_laplace(
-    posterior: LaplacePosterior,
-    batch: Mapping[str, Any],
-    n_samples: int,
-    seed: int,
-    return_samples: bool,
-) -> Prediction:
-    """The linearised model: Gaussian logits, then draws of them or a closed form.
+def predictor_of(model: nn.Module) -> Predictor:
+    """How a model predicts: the answer of the last method in the table that knows its adapter.
 
-    Every example has the same noise, so that results do not depend on how examples are batched; in
-    pairs, see `_in_pairs`.
+    Later rows of the table are more special: any plain adapter is one of the first.
+
+    Raises:
+        ValueError: no method knows the model.
     """
-    found, method = posterior.laplace, posterior.prediction
-    labels, inputs = labels_of(batch), inputs_of(batch)
-    rest: dict[str, Any] = {"labels": None if labels is None else labels.cpu()}
-    if return_samples and n_samples and method not in ("mc", "mc_independent"):
-        raise ValueError(
-            f"predict: return_samples must be False where prediction is {method!r}, which has no draws "
-            "of logits; use prediction='mc'"
-        )
-    if n_samples == 0:
-        log_mean = found.mean_logits(inputs).double().log_softmax(-1).cpu()
-        entropy = _entropy(log_mean)
-        if return_samples:
-            rest["sample_log_probs"] = log_mean[None]
-        return Prediction(log_mean, entropy, entropy, n_samples=0, **rest)
-    if method == "weights":
-        drawn: Any = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
-    else:
-        mean, cov = found.logits(inputs)
-        if method == "mc_independent":
-            method, cov = "mc", cov.diagonal(dim1=1, dim2=2).contiguous()
-        key = random.key(seed, mean.device)
-        same = torch.zeros(len(mean), dtype=torch.int64, device=mean.device)
-        paired = method == "mc" and _in_pairs(n_samples)
-        drawn = functional.mc_predict(
-            mean, cov, method=method, n_samples=n_samples, key=key, ids=same, antithetic=paired
-        )
-        if return_samples:  # the draws that mc_predict has averaged, written out
-            noise = reference.logit_noise(
-                key, 1, n_samples, mean.shape[1], ids=same[:1], antithetic=paired
-            )
-            noise = noise.expand(len(mean), -1, -1).to(mean.dtype)
-            samples = reference.sampled_logits(mean, cov, noise).transpose(0, 1)
-            rest["sample_log_probs"] = samples.double().log_softmax(-1).cpu()
-    expected = drawn.expected_entropy
-    if expected is None:  # "probit" does not know
-        expected = torch.full_like(drawn.entropy, math.nan)
-    return Prediction(
-        log_probs=drawn.log_probs.double().cpu(),
-        entropy=drawn.entropy.double().cpu(),
-        expected_entropy=expected.double().cpu(),
-        n_samples=n_samples,
-        **rest,
+    for ask in dict.fromkeys(row.predictor for row in reversed(METHODS.values())):
+        found = ask(model)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"predict: the model must have a Bayesian adapter or plain LoRA, got {type(model).__name__} "
+        "without; make one with get_peft_model(model, BlobConfig(...))"
     )
 
 
 def predict_dataset(
     model: nn.Module,
-    data: Any,
+    data: Iterable[Any] | Dataset[Any],
     *,
     batch_size: int = 16,
     collate_fn: Any = None,
     progress: bool = True,
     **options: Any,
-) -> Any:
+) -> AnyPrediction:
     """`predict` over a data loader, an iterable of batches, or a data set.
 
     Args:

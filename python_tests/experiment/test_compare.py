@@ -211,7 +211,7 @@ def test_ensembles_of_berts_in_one_pass(kind: str, model_folder: str, tmp_path: 
         models.append(model.eval())
         places.append(tmp_path / str(seed))
     batch = batch_of(encoder, examples)
-    alone = [scoring._predict_plain(model, batch).probs for model in models]
+    alone = [predict(model, batch, n_samples=0).probs for model in models]
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     ensemble = join_adapters(models, places)
     assert ensemble.folded

@@ -9,16 +9,9 @@ from grimp import Layer
 GRAPH = grimp.build_graph("bayes_kernels", cache_dir=None)
 # Arrows that still have to go: "importer -> imported" within bayes_kernels.
 KNOWN = """
-hf.bayesianize -> hf.methods.laplace
-hf.bayesianize -> hf.methods.tfb
 hf.checkpoints -> hf.methods.polar_vbll
-hf.draws -> hf.methods.ensemble
 hf.kl -> hf.methods.polar_vbll
 hf.model -> hf.methods.polar_vbll
-hf.predict -> hf.methods.dropout
-hf.predict -> hf.methods.ensemble
-hf.predict -> hf.methods.laplace
-hf.predict -> hf.methods.polar_vbll
 hf.trainer -> hf.methods.polar
 hf.trainer -> hf.methods.polar_vbll
 """

@@ -6,7 +6,7 @@ Source: Wang et al., "BLoB: Bayesian Low-Rank Adaptation by Backpropagation", ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ... import functional, random, reference
 from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
+from ..method import Method
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 if TYPE_CHECKING:
@@ -203,3 +204,12 @@ class BlobVariant(GaussianFactor, method="blob"):
 
 def _fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
+def _prior(config: Mapping[str, Any]) -> str:
+    """The prior in words."""
+    rule = " / sqrt(in)" if config.get("prior_rule") == "fan_in" else ""
+    return f"N(0, ({config.get('prior_std')}{rule})^2) on each element of A"
+
+
+METHOD = Method("blob", "BLoB", BlobConfig, prior=_prior)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from ... import random
 from ..config import BayesLoraConfig
-
-# --- MC dropout ----------------------------------------------------------------------------------
+from ..draws import WeightDraws
+from ..method import Method
 
 
 def dropout_layers(model: nn.Module) -> list[tuple[str, nn.Dropout]]:
@@ -54,7 +55,6 @@ def dropout_draws(
 
     Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
     """
-
     made: dict[torch.device, list[Tensor]] = {}
 
     def keys_on(device: torch.device) -> list[Tensor]:
@@ -82,3 +82,28 @@ def dropout_draws(
             handle = dropout.register_forward_hook(hook(random.layer_stream(name)))
             stack.callback(handle.remove)
         yield
+
+
+class DropoutDraws(WeightDraws):
+    """Passes with dropout before the adapters; the mean is a pass without it."""
+
+    draws = True
+
+    def weights(
+        self, draw: bool, *, n_samples: int, seed: int, first_sample: int
+    ) -> AbstractContextManager[None]:
+        """Dropout masks of these draws."""
+        if not draw:
+            return contextlib.nullcontext()
+        return dropout_draws(self.model, n_samples=n_samples, seed=seed, first_sample=first_sample)
+
+
+def dropout_predictor(model: nn.Module) -> DropoutDraws | None:
+    """The predictor of plain LoRA with dropout; None for other models."""
+    return DropoutDraws(model) if dropout_layers(model) else None
+
+
+# Dropout in training and in prediction, at the rate of BLoB's published baseline.
+METHOD = Method("dropout", "MC dropout", dropout=0.1, predictor=dropout_predictor)
+
+__all__ = ["METHOD", "dropout_draws"]

@@ -1,7 +1,7 @@
-"""Baselines that need no posterior over weights: MC dropout and deep ensembles of plain LoRA.
+"""Deep ensembles of plain LoRA: adapters of several seeds, whose probabilities are averaged.
 
-`bayes_kernels.hf.predict` takes both: an adapter that was trained with dropout, and the
-:class:`Ensemble` that `load_ensemble` makes of several adapters.
+Source: Lakshminarayanan, Pritzel and Blundell, "Simple and Scalable Predictive Uncertainty Estimation
+using Deep Ensembles", NeurIPS 2017.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ..config import BayesLoraConfig
-
-# --- Ensembles -----------------------------------------------------------------------------------
+from ..draws import WeightDraws
+from ..logits import AnyPrediction
+from ..method import Method
 
 
 class Ensemble(nn.Module):
@@ -101,3 +102,35 @@ def _frozen(model: PeftModel) -> dict[str, Tensor]:
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class MemberDraws(WeightDraws):
+    """The members of an ensemble as draws: all of them, whatever n_samples and seed are."""
+
+    model: Ensemble
+    draws = True
+
+    @property
+    def one_per_pass(self) -> bool:
+        """Where members have bases of their own."""
+        return not self.model.folded
+
+    def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
+        """Outputs of ``count`` members from number ``first``."""
+        return self.model(folded, first, count)
+
+    def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
+        """As `WeightDraws.predict`, with a draw for each member."""
+        return super().predict(batch, **{**options, "n_samples": len(self.model)})
+
+
+def ensemble_predictor(model: nn.Module) -> MemberDraws | None:
+    """The predictor of an ensemble; None for other models."""
+    return MemberDraws(model) if isinstance(model, Ensemble) else None
+
+
+METHOD = Method(
+    "ensemble", "Ensemble", n_samples=3, predictor=ensemble_predictor, join=join_adapters
+)
+
+__all__ = ["METHOD", "Ensemble", "join_adapters"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -33,12 +34,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...batches import as_batches, inputs_of, split
+from ...batches import as_batches, inputs_of, labels_of, split
 from ...laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
 from ...progress import progress_bar
-from .._compat import without_padding
-from ..logits import need_classes
-from ..method import default_options
+from ..logits import (
+    Prediction,
+    forward_logits,
+    gaussian_prediction,
+    mean_prediction,
+    need_classes,
+)
+from ..method import Conversion, Method, default_options
 from ..model import BayesLoraModel
 from ..swap import the_adapter
 from ..undo import as_before_if_stopped
@@ -384,19 +390,73 @@ def check_laplace_model(model: nn.Module, layers: str = "all", **others: Any) ->
 # --- prediction ----------------------------------------------------------------------------------
 
 
-class ClassLogits:
-    """(model, batch) -> logits (B, C): of a classifier, or of the answer tokens at the last token."""
+class LaplacePredictor:
+    """Predicts with the linearised model: Gaussian logits, then draws of them or a closed form.
 
-    def __init__(self, choices: Sequence[int] | None) -> None:
-        self.choices = None if choices is None else [int(c) for c in choices]
+    Args:
+        model: the model.
+        posterior: its posterior.
+    """
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        from ..logits import LogitRows
+    draws = True
 
-        inputs = inputs_of(batch)
-        rows = LogitRows(model, inputs, self.choices)
-        with without_padding(model, inputs):
-            return rows.of(model(**{**inputs, **rows.options}), 1)
+    def __init__(self, model: nn.Module, posterior: LaplacePosterior) -> None:
+        self.model, self.posterior = model, posterior
+
+    def predict(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        n_samples: int,
+        seed: int,
+        choices: Sequence[int] | None,
+        return_samples: bool,
+        **memory: Any,
+    ) -> Prediction:
+        """As `bayes_kernels.hf.predict`; memory does not depend on the number of draws.
+
+        Raises:
+            ValueError: the head has no classes, the choices are not those of the posterior, or draws
+                are to be returned where there are none.
+        """
+        found, method = self.posterior.laplace, self.posterior.prediction
+        if choices is None:
+            need_classes("predict", self.model)
+        elif [int(c) for c in choices] != self.posterior.choices:
+            raise ValueError(
+                "predict: choices must be those of the Laplace posterior, "
+                f"{self.posterior.choices}, or None, got {list(choices)}"
+            )
+        labels, inputs = labels_of(batch), inputs_of(batch)
+        labels = None if labels is None else labels.cpu()
+        if return_samples and n_samples and method not in ("mc", "mc_independent"):
+            raise ValueError(
+                f"predict: return_samples must be False where prediction is {method!r}, which has no "
+                "draws of logits; use prediction='mc'"
+            )
+        if n_samples == 0:
+            return mean_prediction(found.mean_logits(inputs), labels, keep=return_samples)
+        if method == "weights":
+            drawn = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
+            return Prediction(
+                log_probs=drawn.log_probs.double().cpu(),
+                entropy=drawn.entropy.double().cpu(),
+                expected_entropy=drawn.expected_entropy.double().cpu(),
+                n_samples=n_samples,
+                labels=labels,
+            )
+        mean, cov = found.logits(inputs)
+        if method == "mc_independent":
+            method, cov = "mc", cov.diagonal(dim1=1, dim2=2).contiguous()
+        return gaussian_prediction(
+            mean, cov, labels, n_samples=n_samples, seed=seed, method=method, keep=return_samples
+        )
+
+
+def laplace_predictor(model: nn.Module) -> LaplacePredictor | None:
+    """The predictor of a model with a Laplace posterior; None for other models."""
+    found = laplace_posterior(model)
+    return None if found is None else LaplacePredictor(model, found)
 
 
 @contextlib.contextmanager
@@ -623,7 +683,7 @@ def _build(
     return Laplace(
         peft_model,
         _layers(peft_model, name, which),
-        forward=ClassLogits(choices),
+        forward=functools.partial(forward_logits, choices=choices),
         split=split,
         depends_on=[layer.weight for layer in trained],
         **options,
@@ -672,7 +732,32 @@ def forget_laplace(model: nn.Module) -> None:
             module.__dict__.pop(_ATTRIBUTE, None)
 
 
+def _method(name: str, title: str, **fixed: Any) -> Method:
+    return Method(
+        name,
+        title,
+        n_samples=1000,
+        predictor=laplace_predictor,
+        conversion=Conversion(
+            laplace_,
+            check_laplace_options,
+            check_laplace_model,
+            "the training examples",
+            fixed=fixed,
+        ),
+        files=(LAPLACE_FILE,),
+        save=save_laplace,
+        load=load_laplace,
+        stored=lambda folder: laplace_method(folder) == name,
+    )
+
+
+METHOD = _method("laplace", "Laplace-LoRA")
+LAST_LAYER = _method("laplace-last", "Laplace-LoRA, last layer", layers="last")
+
 __all__ = [
+    "LAST_LAYER",
+    "METHOD",
     "LaplaceLoraReport",
     "LaplacePosterior",
     "drawn_weights",

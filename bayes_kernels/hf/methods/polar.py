@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...stiefel import METHODS, orthogonality
 from ..config import BayesLoraConfig, option
+from ..method import Method
 from ..variants import BayesVariant
 
 CORE = "lora_core"
@@ -210,4 +211,6 @@ def _factors(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
 
-__all__ = ["PolarConfig", "PolarVariant", "parameter_groups", "stiefel_error"]
+METHOD = Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3)
+
+__all__ = ["METHOD", "PolarConfig", "PolarVariant", "parameter_groups", "stiefel_error"]

@@ -16,7 +16,7 @@ and Lu, "PoLAR-VBLL", arXiv 2604.03388.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...batches import eval_mode, to_device
+from ...batches import eval_mode, inputs_of, labels_of, to_device
 from ...vbll import COVARIANCES, LaplaceReport, VBLLClassification
 from ...vbll.bounds import counted_labels, jensen_bound
 from ..config import option
 from ..heads import MASKED_LOGIT
-from ..logits import need_classes
+from ..logits import Prediction, gaussian_prediction, mean_prediction, need_classes
+from ..method import Method
 from .polar import PolarConfig, PolarVariant
 
 _NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
@@ -579,7 +580,75 @@ def _config(model: Any) -> PolarVbllConfig:
     return model.peft_config[model.active_adapter]
 
 
+# --- Prediction ----------------------------------------------------------------------------------
+
+
+class LastLayerDraws:
+    """Predicts with draws of the logits: one pass of the model, whatever their number.
+
+    Args:
+        model: a model with an active VBLL head.
+    """
+
+    draws = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def predict(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        n_samples: int,
+        seed: int,
+        choices: Sequence[int] | None,
+        return_samples: bool,
+        **memory: Any,
+    ) -> Prediction:
+        """As `bayes_kernels.hf.predict`; memory does not depend on the number of draws.
+
+        Raises:
+            ValueError: there are choices, which the last layer already has, or as `class_features`.
+        """
+        labels = labels_of(batch)
+        if choices is not None:
+            raise ValueError(
+                f"predict: choices must be None for a model whose last layer has the classes, got "
+                f"{list(choices)}"
+            )
+        inputs = to_device(inputs_of(batch), next(self.model.parameters()).device)
+        with eval_mode(self.model):
+            mean, variance = class_logits(self.model, inputs)
+        labels = None if labels is None else labels.cpu()
+        if n_samples == 0:
+            return mean_prediction(mean, labels, keep=return_samples)
+        return gaussian_prediction(
+            mean, variance, labels, n_samples=n_samples, seed=seed, keep=return_samples
+        )
+
+
+def last_layer_predictor(model: nn.Module) -> LastLayerDraws | None:
+    """The predictor of a model with an active VBLL head; None for other models."""
+    return None if find_head(model) is None else LastLayerDraws(model)
+
+
+def _prior(config: Mapping[str, Any]) -> str:
+    """The prior in words."""
+    return f"on the last layer, head_prior_scale = {config.get('head_prior_scale') or 1.0}"
+
+
+METHOD = Method(
+    "polar-vbll",
+    "PoLAR-VBLL",
+    PolarVbllConfig,
+    n_samples=1000,
+    lr=2e-3,
+    predictor=last_layer_predictor,
+    prior=_prior,
+)
+
 __all__ = [
+    "METHOD",
     "VariationalLoss",
     "calibrate_head",
     "class_features",

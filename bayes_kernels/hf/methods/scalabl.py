@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ... import functional, random
 from ...optim import KLSchedule
 from ..config import VariationalConfig, option
+from ..method import Method
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 if TYPE_CHECKING:
@@ -401,3 +402,11 @@ def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:
     with torch.no_grad():
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _prior(config: Mapping[str, Any]) -> str:
+    """The prior in words."""
+    return f"N(0, {config.get('prior_std')}^2) on each singular value"
+
+
+METHOD = Method("scalabl", "ScalaBL", ScalablConfig, prior=_prior)

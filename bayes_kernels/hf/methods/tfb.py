@@ -33,7 +33,7 @@ from .._compat import unsupported_layer
 from ..config import BayesLoraConfig, option
 from ..layers import bayes_layers
 from ..logits import Prediction, need_classes
-from ..method import default_options
+from ..method import Conversion, Method, default_options
 from ..model import BayesLoraModel
 from ..noise import NoiseState
 from ..predict import predict
@@ -298,7 +298,9 @@ def tfb_(
             bar.set_postfix_str(f"sigma_q {sigma:.4g}", refresh=False)
             parts = []
             for batch in batches:
-                parts.append(predict(model, batch, n_samples=n_samples if sigma else 0, **options))
+                part = predict(model, batch, n_samples=n_samples if sigma else 0, **options)
+                assert isinstance(part, Prediction), type(part)  # by `need_classes`, or choices
+                parts.append(part)
                 bar.update()
             return Prediction.concatenate(parts)
 
@@ -401,6 +403,15 @@ def check_layers(model: PeftModel, layers: Sequence[str] | None) -> None:
             f"tfb_: layers must name adapted layers, got {unmatched}, and there are "
             f"{sorted({key.rpartition('.')[2] for key in keys})}"
         )
+
+
+def check_model(model: PeftModel, layers: Sequence[str] | None = None, **others: Any) -> None:
+    """Whether `tfb_` finds the layers in a PEFT model, trained or not.
+
+    Raises:
+        ValueError: as `check_layers`.
+    """
+    check_layers(model, layers)
 
 
 def regroup(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -663,3 +674,18 @@ def _replace_adapter(tuner: Any, key: str, layer: Any, name: str, a: Tensor, b: 
         part.weight.data = value.to(torch.float64 if double else torch.float32)
     config = tuner.peft_config[name]
     attach(layer, name, config, key, tuner._noise(config))
+
+
+def _prior(config: Mapping[str, Any]) -> str:
+    """The prior in words."""
+    sigma = config.get("sigma_q")
+    return f"none; noise of deviation sigma_q = {sigma} found without training"
+
+
+METHOD = Method(
+    "tfb",
+    "TFB",
+    TfbConfig,
+    prior=_prior,
+    conversion=Conversion(tfb_, check_options, check_model, "the anchor examples", examples=500),
+)

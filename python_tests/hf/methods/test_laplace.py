@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -43,7 +44,7 @@ from bayes_kernels.hf import (
     predict_dataset,
     save_laplace,
 )
-from bayes_kernels.hf.methods.laplace import ClassLogits
+from bayes_kernels.hf.logits import forward_logits
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -587,7 +588,7 @@ def test_peak_memory_is_that_of_a_training_step_and_the_factors(
     )
     model, whole, options = model_with_padding(kind)
     batches = [{name: t[:examples] for name, t in batch.items()} for batch in whole]
-    logits_of = ClassLogits(options.get("choices"))
+    logits_of = functools.partial(forward_logits, choices=options.get("choices"))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
 
