@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,8 +117,10 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
 
     One method is drawn as bars, the gap between accuracy and mean confidence shaded, the ECE in the
     title and the count over each bin; several methods as lines through (mean confidence,
-    accuracy), each ECE in the legend. The dotted diagonal is perfect calibration. Predictions of
-    confidence exactly one, which the ECE puts into an extra bin, are drawn with the last bin.
+    accuracy), each ECE in the legend. The title also has the ECE that chance alone would give a
+    perfectly calibrated predictor (`metrics.ece_floor`). The dotted diagonal is perfect calibration.
+    Predictions of confidence exactly one, which the ECE puts into an extra bin, are drawn with the
+    last bin.
 
     Args:
         methods: the result of `metrics.reliability_bins`, or several by name.
@@ -133,9 +135,8 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
     if len(named) == 1:
         ((name, bins),) = named.items()
         _reliability_bars(top, bottom, bins)
-        top.set_title(
-            f"{name + ': ' if name else ''}ECE {bins.ece:.1%} (n = {bins.n:,})", fontsize=10
-        )
+        lines = [name, f"ECE {bins.ece:.1%} ({_setting([bins])})"]
+        top.set_title("\n".join(lines).strip(), fontsize=10)
     else:
         styles = _styles(len(named))
         for (name, bins), (color, marker, dash) in zip(named.items(), styles, strict=True):
@@ -152,11 +153,7 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
                 label=f"{name} (ECE {bins.ece:.1%})",
             )
             bottom.stairs(count, bins.edges.numpy(), color=color, linewidth=1.4, linestyle=dash)
-        sizes = sorted({bins.n for bins in named.values()})
-        top.set_title(
-            "Reliability (n = " + "–".join(f"{n:,}" for n in sorted({sizes[0], sizes[-1]})) + ")",
-            fontsize=10,
-        )
+        top.set_title(f"Reliability ({_setting(list(named.values()))})", fontsize=10)
     if len(named) <= _INSIDE:
         top.legend(loc="upper left", fontsize=8, frameon=False, handlelength=2.6)
     else:
@@ -169,6 +166,21 @@ def reliability_diagram(methods: ReliabilityBins | Mapping[str, ReliabilityBins]
     for axes in (top, bottom):
         _tidy(axes)
     return figure
+
+
+def _setting(methods: list[ReliabilityBins]) -> str:
+    """Numbers of examples, and the ECE of chance where it is known: "n = 300, chance 4.1%–4.4%"."""
+    parts = ["n = " + _range(f"{n:,}" for n in sorted(bins.n for bins in methods))]
+    floors = sorted(bins.floor.mean for bins in methods if bins.floor is not None)
+    if floors:
+        parts.append("chance " + _range(f"{floor:.1%}" for floor in floors))
+    return ", ".join(parts)
+
+
+def _range(rising: Iterable[str]) -> str:
+    """The first and the last of rising numbers, one where they look the same."""
+    shown = list(rising)
+    return "–".join(dict.fromkeys((shown[0], shown[-1])))
 
 
 def _reliability_bars(top: Axes, bottom: Axes, bins: ReliabilityBins) -> None:

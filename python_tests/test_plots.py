@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def legend_texts(axes) -> list[str]:
 def test_reliability_of_one_method():
     bins = make_bins()
     top, bottom = plots.reliability_diagram(bins).axes
-    assert top.get_title() == f"ECE {bins.ece:.1%} (n = 300)"
+    assert top.get_title() == f"ECE {bins.ece:.1%} (n = 300, chance {bins.floor.mean:.1%})"
     full = int((bins.count > 0).sum())
     assert len(bottom.patches) == full
     assert sum(bar.get_height() for bar in bottom.patches) == 300
@@ -53,7 +54,7 @@ def test_reliability_of_one_method():
     ends = sorted(bar.get_y() + bar.get_height() for bar in top.patches[full:])
     np.testing.assert_allclose(ends, bins.confidence[bins.count > 0], atol=1e-12)
     named = plots.reliability_diagram({"BLoB": bins}).axes[0]
-    assert named.get_title().startswith("BLoB: ECE ")
+    assert named.get_title().startswith("BLoB\nECE ")
 
 
 def test_reliability_draws_confidence_one_with_the_last_bin():
@@ -71,7 +72,14 @@ def test_reliability_of_several_methods():
     assert len(top.lines) == 1 + 3 and len(top.patches) == 0
     assert len(bottom.patches) == 3
     assert legend_texts(top) == [f"{name} (ECE {b.ece:.1%})" for name, b in methods.items()]
-    assert top.get_title() == "Reliability (n = 300)"
+    chance = f"{methods['MAP'].floor.mean:.1%}"
+    assert top.get_title() == f"Reliability (n = 300, chance {chance})"
+    higher = dataclasses.replace(methods["BLoB"], floor=metrics.EceFloor(0.081, 0.1))
+    other = {**methods, "BLoB": higher}
+    title = plots.reliability_diagram(other).axes[0].get_title()
+    assert title == f"Reliability (n = 300, chance {chance}–8.1%)"
+    old = {name: dataclasses.replace(b, floor=None) for name, b in methods.items()}
+    assert plots.reliability_diagram(old).axes[0].get_title() == "Reliability (n = 300)"
     x, y = top.lines[1].get_data()
     full = methods["MAP"].count[:-1] > 0
     np.testing.assert_allclose(x, methods["MAP"].confidence[:-1][full])

@@ -16,6 +16,18 @@ from .selective import expected_cumulative
 Norm = Literal["l1", "l2"]
 
 
+class EceFloor(NamedTuple):
+    """ECE of a perfectly calibrated predictor, which chance keeps above zero.
+
+    Attributes:
+        mean: its expectation.
+        q95: the value that it exceeds in one of twenty test sets.
+    """
+
+    mean: float
+    q95: float
+
+
 @dataclasses.dataclass(frozen=True)
 class ReliabilityBins:
     """Top-label confidence against accuracy in equal-width bins of [0, 1).
@@ -26,12 +38,14 @@ class ReliabilityBins:
             predictions whose confidence is exactly one.
         confidence: (B + 1,) mean confidence, NaN where a bin is empty.
         accuracy: (B + 1,) share of correct predictions, NaN where a bin is empty.
+        floor: what chance alone would make of `ece`, as `ece_floor` says; None where not computed.
     """
 
     edges: Tensor
     count: Tensor
     confidence: Tensor
     accuracy: Tensor
+    floor: EceFloor | None = None
 
     @property
     def n(self) -> int:
@@ -111,8 +125,9 @@ def reliability_bins(
         n_bins: number of bins.
     """
     check_int("reliability_bins", "n_bins", n_bins)
-    rows = as_rows("reliability_bins", log_probs, labels, kind)
-    return bin_rows(*top_label(rows), n_bins)
+    confidence, correct = top_label(as_rows("reliability_bins", log_probs, labels, kind))
+    bins = bin_rows(confidence, correct, n_bins)
+    return dataclasses.replace(bins, floor=floor_of(confidence, n_bins))
 
 
 def ece(
@@ -176,8 +191,7 @@ def signed_calibration_error(
         log_probs, labels, kind: as in `accuracy`.
     """
     rows = as_rows("signed_calibration_error", log_probs, labels, kind)
-    confidence, correct = top_label(rows)
-    return signed_error(confidence, correct)
+    return signed_error(*top_label(rows))
 
 
 def signed_error(confidence: Tensor, correct: Tensor) -> float:
@@ -217,18 +231,6 @@ def debiased_ece(
         raise ValueError(f'debiased_ece: norm must be "l1" or "l2", got {norm!r}')
     rows = as_rows("debiased_ece", log_probs, labels, kind)
     return bin_rows(*top_label(rows), n_bins).debiased_ece(norm)
-
-
-class EceFloor(NamedTuple):
-    """ECE of a perfectly calibrated predictor, which chance keeps above zero.
-
-    Attributes:
-        mean: its expectation.
-        q95: the value that it exceeds in one of twenty test sets.
-    """
-
-    mean: float
-    q95: float
 
 
 def ece_floor(

@@ -89,6 +89,7 @@ def test_floor_follows_from_the_confidences_alone():
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     assert metrics.ece_floor(log_probs[order]) == floor
     assert metrics.ece_floor(log_probs.flip(1)) == floor
+    assert metrics.reliability_bins(log_probs, torch.zeros(300).long()).floor == floor
     assert metrics.ece_floor(log_probs, seed=1) != floor
     four = metrics.ece_floor(log_probs.repeat(4, 1))
     assert four.mean == pytest.approx(floor.mean / 2, rel=0.05)  # it falls with the root of n
