@@ -38,7 +38,9 @@ def mutual_information(sample_log_probs: ArrayLike, *, kind: Kind = "log_probs")
     """`H[mean_s p_s] - mean_s H[p_s]` in nats, (n,) float64; epistemic uncertainty.
 
     The information that the label carries about the parameters (Houlsby et al., 2011). It is
-    never negative; rounding below zero is cut off.
+    never negative; rounding below zero is cut off. Of S independent samples it is low by about 1/S of
+    itself, since its leading term is the variance of p over the samples, divided by S and not by S - 1:
+    multiply by S / (S - 1) to compare different S. What it misses beyond that is of second order.
 
     Args:
         sample_log_probs, kind: as in `expected_entropy`.

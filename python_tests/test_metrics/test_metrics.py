@@ -293,6 +293,16 @@ def test_mutual_information_is_the_difference_and_not_negative():
     assert same.min() >= 0 and same.max() < 1e-14
 
 
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_mutual_information_of_few_samples_is_low_by_one_part_in_their_number(count: int):
+    generator = torch.Generator().manual_seed(count)
+    logits = 0.3 * torch.randn(2000, 40, 3, generator=generator, dtype=torch.float64)
+    samples = logits.log_softmax(-1)
+    many = float(metrics.mutual_information(samples).mean()) * 2000 / 1999
+    few = [float(metrics.mutual_information(part).mean()) for part in samples.split(count)]
+    assert np.mean(few) * count / (count - 1) == pytest.approx(many, rel=0.02)
+
+
 # evaluate
 
 
