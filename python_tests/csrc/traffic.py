@@ -526,7 +526,7 @@ def main() -> None:
     if "--json" in sys.argv[1:]:
         json.dump(found, sys.stdout)
         return
-    print("| case | asked for, bytes | by design | must move | asked / must | in sectors / asked |")
+    print("| case | requested bytes | over the formula | must move, bytes | requested / must | sectors x 32 / requested |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in found.items():
         asked, least = int(str(row["bytes"])), int(str(row["least"]))
