@@ -23,14 +23,8 @@ from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import CONFIGS, BayesLoraConfig, own_fields
 from .layers import bayes_layers
-from .methods.polar_vbll import (
-    POSTERIOR_TENSORS,
-    bayesian_head_tensors,
-    find_head,
-    plain_head_tensors,
-)
 from .undo import as_before_if_stopped
-from .variants import BayesLayer, extra_names
+from .variants import VARIANTS, BayesLayer, extra_names
 
 
 def import_lora(
@@ -215,7 +209,8 @@ def export_lora(
     if len(names) != 1:
         raise ValueError(f"export_lora: adapter must name one of the active adapters, got {names}")
     config: Any = peft_model.peft_config[names[0]]
-    if sample is not None and config.method in ("polar", "polar-vbll"):
+    variant = VARIANTS[config.method]
+    if sample is not None and not variant.samples:
         raise ValueError(
             f"export_lora: which must be 'mean' for method {config.method!r}, whose adapters have no "
             f"posterior, got {which}"
@@ -236,9 +231,7 @@ def export_lora(
     }
     missing = sorted(set(replaced) - set(tensors))
     assert not missing, missing
-    if find_head(model, names[0]) is not None:
-        tensors = plain_head_tensors(tensors)
-    return _write_folder(directory, _plain_config(config), tensors)
+    return _write_folder(directory, _plain_config(config), variant.to_plain(tensors))
 
 
 def coherent_draw(item: BayesLayer, sample: int, seed: int) -> Tensor:
@@ -377,9 +370,12 @@ def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) ->
     """Copy a checkpoint into an adapter: no tensor without a place, no factor without a tensor."""
     parameters = dict(_named_slots(model, adapter))
     extra = extra_names()
-    if find_head(model, adapter) is not None:
-        tensors = bayesian_head_tensors(tensors, parameters)
-        extra = extra | set(POSTERIOR_TENSORS)
+    config = model.peft_config[adapter]
+    bayesian = isinstance(config, BayesLoraConfig)
+    if isinstance(config, BayesLoraConfig):
+        variant = VARIANTS[config.method]
+        tensors = variant.from_plain(tensors, parameters)
+        extra = extra | set(variant.module_tensors)
     unexpected = sorted(set(tensors) - set(parameters))
     needed = {k for k in parameters if k.rpartition(".")[2] not in extra}
     missing = sorted(needed - set(tensors))
@@ -398,7 +394,6 @@ def _copy_tensors(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) ->
                     f"{tuple(tensor.shape)}; use the base model that the adapter was trained on"
                 )
             parameter.copy_(tensor)
-        bayesian = isinstance(model.peft_config[adapter], BayesLoraConfig)
         if bayesian and not any(k.rpartition(".")[2] in extra for k in tensors):
             # Beside a method's tensors the factors may mean something else than in plain LoRA.
             for item in bayes_layers(model, adapter):

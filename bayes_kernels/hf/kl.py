@@ -12,7 +12,6 @@ from .. import functional, reference
 from ..optim import KLSchedule, kl_cycle_length
 from .config import VariationalConfig
 from .layers import bayes_layers
-from .methods.polar_vbll import find_head
 from .variants import BayesLayer, Divergence, KLPlan, KLStep
 
 
@@ -57,9 +56,9 @@ def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
         else:
             kl = functional.gaussian_kl(means, rhos, priors, std=std, direction=direction)
             parts.append(kl)
-    head = find_head(model, adapter)
-    if head is not None:
-        parts.append(head.kl())
+    for variant in dict.fromkeys(type(item.variant) for item in layers):
+        of_modules = variant.module_divergence(model, adapter)
+        parts += [] if of_modules is None else [of_modules]
     if not parts:
         return layers[0].mean.new_zeros((), dtype=torch.float32)
     total = parts[0]
@@ -105,7 +104,7 @@ def decoupled_kl(
         ValueError: active adapters differ in method or in how the deviation is parameterised, there
             is none, or "auto" has no rule for their options.
     """
-    layers = _of_one_method(model)
+    layers = layers_of_one_method(model)
     config = layers[0].variant.config
     if not isinstance(config, VariationalConfig):
         return None
@@ -140,11 +139,16 @@ def kl_starts(model: nn.Module) -> list[float]:
     Raises:
         ValueError: there is no Bayesian layer, or active adapters differ in method.
     """
-    layers = _of_one_method(model)
+    layers = layers_of_one_method(model)
     return layers[0].variant.kl_starts(layers)
 
 
-def _of_one_method(model: nn.Module) -> list[BayesLayer]:
+def layers_of_one_method(model: nn.Module) -> list[BayesLayer]:
+    """The active Bayesian layers.
+
+    Raises:
+        ValueError: there is none, or active adapters differ in method.
+    """
     layers = bayes_layers(model)
     methods = sorted({item.variant.config.method for item in layers})
     if len(methods) != 1:

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ._compat import register
 from .config import BayesLoraConfig
 from .guards import install as install_guards
 from .layers import adapter_devices
-from .methods.polar_vbll import install_head, plain_heads_
 from .noise import NoiseState
 from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
 from .undo import as_before_if_stopped
-from .variants import attach, fp32_parameters
+from .variants import VARIANTS, attach, fp32_parameters
 
 # As transformers' `should_convert_module` reads them: regular expressions from the start of a name.
 _FACTOR_PATTERNS = (r".*\.lora_[AB]",)
@@ -43,39 +42,27 @@ class BayesLoraModel(LoraModel):
                 "checkpoint"
             )
         given: list[Any] = list(self.peft_config.values())
-        others = {other.method == "polar-vbll" for other in given}
-        if others - {config.method == "polar-vbll"}:
-            raise ValueError(
-                "BayesLoraModel: adapters with and without a variational last layer cannot share a "
-                f"model, got method {config.method!r} beside the others; load the base model again"
-            )
+        own = VARIANTS[config.method].replaces
+        for other in (VARIANTS[other.method].replaces for other in given):
+            if other != own:
+                raise ValueError(
+                    f"BayesLoraModel: adapters with and without {own or other} cannot share a model, "
+                    f"got method {config.method!r} beside the others; load the base model again"
+                )
         super()._check_new_adapter_config(config)
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; a refusal leaves the model without the adapter, as it was before.
 
-        Only weights that `init_lora_weights` takes part of away (PiSSA, OLoRA, ...) do not come back.
+        Only weights that `init_lora_weights` changes in place (PiSSA, OLoRA, ...) do not come back.
         """
         _keep_factors(model)
-        before = [(module, dict(module._modules)) for module in model.modules()]
-        try:
+        with as_before_if_stopped(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            layer: Any
-            for layer, children in before:
-                if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-                    layer.delete_adapter(adapter_name)
-                for name, child in children.items():
-                    if layer._modules.get(name) is not child:
-                        setattr(layer, name, child)
-            if not any(isinstance(layer, LoraLayer) for layer in model.modules()):
-                self._remove_noise()
-            raise
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
-        if peft_config.method == "polar-vbll":
-            install_head(model, peft_config)
+        VARIANTS[peft_config.method].install(model, peft_config)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -143,23 +130,10 @@ class BayesLoraModel(LoraModel):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         with as_before_if_stopped(self.model, merges=True):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-            self._remove_noise()
-            plain_heads_(model)
+            remove_noise(model)
+            for variant in VARIANTS.values():
+                variant.restore(model)
             return model
-
-    def _remove_noise(self) -> None:
-        """The noise state and its hooks, off the base model."""
-        model: Any = self.model
-        for handle, hook in list(model._forward_pre_hooks.items()):
-            if hook is advance_before_forward:
-                del model._forward_pre_hooks[handle]
-                model._forward_pre_hooks_with_kwargs.pop(handle, None)
-        for handle, hook in list(model._forward_hooks.items()):
-            if hook is watch_training_in_eval:
-                del model._forward_hooks[handle]
-        model.__dict__.pop("generate", None)
-        if hasattr(model, "bayes_noise"):
-            del model.bayes_noise
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`to`, `half`, `cuda`, ...: what must stay fp32 does, keys follow the device."""
@@ -177,6 +151,20 @@ class BayesLoraModel(LoraModel):
         if state is not None and devices - set(state.keys):
             state.set_key(next(iter(state.keys.values())), devices)
         return self
+
+
+def remove_noise(model: Any) -> None:
+    """Take the noise state and its hooks off a base model."""
+    for handle, hook in list(model._forward_pre_hooks.items()):
+        if hook is advance_before_forward:
+            del model._forward_pre_hooks[handle]
+            model._forward_pre_hooks_with_kwargs.pop(handle, None)
+    for handle, hook in list(model._forward_hooks.items()):
+        if hook is watch_training_in_eval:
+            del model._forward_hooks[handle]
+    model.__dict__.pop("generate", None)
+    if hasattr(model, "bayes_noise"):
+        del model.bayes_noise
 
 
 register(BayesLoraConfig, BayesLoraModel)

@@ -1,14 +1,21 @@
-"""The adapter that a conversion replaces, and the way back where it is stopped."""
+"""An adapter with other factors, and another type, in place of the one that a model has.
+
+Conversions do this inside `undo.as_before_if_stopped`, which brings the old adapter back.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraModel
-from torch import nn
+from torch import Tensor, nn
 
-from .model import BayesLoraModel
+from .config import BayesLoraConfig
+from .model import BayesLoraModel, remove_noise
+from .variants import VARIANTS, BayesVariant, attach
 
 
 def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
@@ -41,8 +48,99 @@ def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
         raise ValueError(
             f"{op}: the adapter must not be merged, got a merged one; unmerge_adapter()"
         )
-    if getattr(config, "method", None) == "polar-vbll":
+    if isinstance(config, BayesLoraConfig) and VARIANTS[config.method].replaces:
         raise ValueError(
-            f"{op}: the adapter must not have a variational last layer, got method 'polar-vbll'"
+            f"{op}: the adapter must not have {VARIANTS[config.method].replaces}, got method "
+            f"{config.method!r}"
         )
     return peft_model, names[0]
+
+
+def adapted_layers(model: PeftModel, name: str) -> list[tuple[str, Any]]:
+    """The layers that have an adapter, by name in the base model."""
+    tuner: Any = model.base_model
+    return [
+        (key, layer)
+        for key, layer in tuner.model.named_modules()
+        if hasattr(layer, "lora_variant")
+        and (name in layer.lora_A or name in layer.lora_embedding_A)
+    ]
+
+
+def lora_options(config: PeftConfig) -> dict[str, Any]:
+    """The options of `peft.LoraConfig` that a configuration has."""
+    return {
+        name: getattr(config, name)
+        for name, one in LoraConfig.__dataclass_fields__.items()
+        if one.init and name != "peft_type"
+    }
+
+
+def mean_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A and B of an adapter in one layer, of a Bayesian one those of its mean."""
+    variant = layer.lora_variant.get(name)
+    with torch.no_grad():
+        if isinstance(variant, BayesVariant):
+            a, b = variant.mean_factors(layer, name)
+        else:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return a.detach(), b.detach()
+
+
+def make_plain(model: PeftModel, name: str) -> None:
+    """Make a Bayesian adapter the plain one of its mean; nothing where it is plain."""
+    tuner: Any = model.base_model
+    if type(tuner) is not BayesLoraModel:
+        return
+    layers = [layer for _, layer in adapted_layers(model, name)]
+    _change_type(model, name, LoraModel, LoraConfig(**lora_options(tuner.peft_config[name])))
+    for layer in layers:
+        a, b = mean_factors(layer, name)
+        _set_factors(layer, name, a.clone(), b.clone())
+        del layer.lora_variant[name]
+        layer.cast_input_dtype_enabled = True
+    remove_noise(tuner.model)
+
+
+def make_bayesian(
+    model: PeftModel,
+    name: str,
+    config: BayesLoraConfig,
+    factors: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Make an adapter one of a method, with new factors.
+
+    Args:
+        model: a model whose only adapter it is.
+        name: its name.
+        config: of the method.
+        factors: A and B for each of `adapted_layers`. They are kept in fp32, or fp64 where the old
+            ones are.
+    """
+    tuner: Any = model.base_model
+    layers = adapted_layers(model, name)
+    _change_type(model, name, BayesLoraModel, config)
+    for (key, layer), (a, b) in zip(layers, factors, strict=True):
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            if part.weight.dtype != torch.float64:
+                part.weight.data = part.weight.data.float()
+        _set_factors(layer, name, a, b)
+        attach(layer, name, config, key, tuner._noise(config))
+
+
+def _change_type(model: PeftModel, name: str, kind: type[nn.Module], config: LoraConfig) -> None:
+    tuner: Any = model.base_model
+    tuner.__class__ = kind
+    model.peft_config[name] = tuner.peft_config[name] = config
+    model.peft_type = config.peft_type
+
+
+def _set_factors(layer: Any, name: str, a: Tensor, b: Tensor) -> None:
+    """New factors, in the types of the old ones, and nothing of the old method beside them."""
+    variant = layer.lora_variant.get(name)
+    if isinstance(variant, BayesVariant):
+        for tensor in (*variant.parameters, *variant.constants):
+            if name in getattr(layer, tensor, {}):
+                del getattr(layer, tensor)[name]
+    for part, value in zip((layer.lora_A[name], layer.lora_B[name]), (a, b), strict=True):
+        part.weight.data = value.to(part.weight.dtype)

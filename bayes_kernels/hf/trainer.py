@@ -16,16 +16,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim import KLSchedule
-from ..stiefel import StiefelAdamW
 from ._compat import loss_is_scaled
-from .kl import decoupled_kl, kl_divergence, kl_starts
+from .kl import decoupled_kl, kl_divergence, kl_starts, layers_of_one_method
 from .layers import bayes_layers, warn_uncalled, without_effect
 from .logits import LabelPrediction, NumberPrediction
-from .methods.polar import parameter_groups, stiefel_error, stiefel_factors
-from .methods.polar_vbll import class_features, class_logits, find_head, variational_loss
 from .posterior import refresh_noise
 from .predict import predict
-from .variants import KLStep
+from .variants import KLStep, VariationalLoss
 
 # The mixin calls the methods of the trainer class that follows it.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -125,36 +122,24 @@ class BayesTrainerMixin(_Base):
         self._nll = torch.zeros(())
         self._logged_step = 0
         self._last_size = 0.0
-        for item in bayes_layers(self.model):  # type: ignore[attr-defined]
-            if not item.variant.trained:
-                raise ValueError(
-                    f"BayesTrainer: the adapter must be of a method that is trained, got "
-                    f"{item.variant.config.method!r}; train plain LoRA and convert it with "
-                    "bayes_kernels.hf.bayesianize"
-                )
+        variant = layers_of_one_method(self.model)[0].variant  # type: ignore[attr-defined]
+        if not variant.trained:
+            raise ValueError(
+                f"BayesTrainer: the adapter must be of a method that is trained, got "
+                f"{variant.config.method!r}; train plain LoRA and convert it with "
+                "bayes_kernels.hf.bayesianize"
+            )
         if self.args.n_gpu > 1:  # type: ignore[attr-defined]
             raise ValueError(
                 f"BayesTrainer: each process must use one GPU, got {self.args.n_gpu}; launch with "
                 "torchrun or accelerate, or name one in CUDA_VISIBLE_DEVICES"
             )
-        self._head = find_head(self.model)  # type: ignore[attr-defined]
-        self._config: Any = bayes_layers(self.model)[0].variant.config  # type: ignore[attr-defined]
-        self._features: Tensor | None = None  # of the micro-batch, where they are known
-        if self._head is not None:
-            self._check_head_options()
+        self._hooks = variant.training(self, variant.config)
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
         self._passes, self._idle = (
             0,
             set[str](),
         )  # seen so far, and layers without a gradient in all
-        if self._head is not None and self._config.alternation != "jacobi":
-            arguments = self.args  # type: ignore[attr-defined]
-            accumulates = arguments.gradient_accumulation_steps != 1
-            if arguments.world_size > 1 or arguments.fp16 or accumulates:
-                raise ValueError(
-                    f"BayesTrainer: alternation={self._config.alternation!r} needs one process, "
-                    "gradient_accumulation_steps=1 and no fp16 loss scaling; use 'jacobi'"
-                )
         self.add_callback(_AfterOptimizerStep(self))  # type: ignore[attr-defined]
 
     @property
@@ -201,13 +186,11 @@ class BayesTrainerMixin(_Base):
 
     def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
         """Weight decay is for the other parameters: the prior does it for the posterior's."""
-        posterior = {
-            id(p)
-            for item in bayes_layers(model)
-            for p in item.variant.own_decay(item.layer, item.adapter)
-        }
-        if self._head is not None:
-            posterior.update(id(p) for p in self._head.parameters())
+        posterior = set[int]()
+        for item in bayes_layers(model):
+            posterior.update(id(p) for p in item.variant.own_decay(item.layer, item.adapter))
+        for kind in {type(item.variant) for item in bayes_layers(model)}:
+            posterior.update(id(p) for module in kind.modules(model) for p in module.parameters())
         own = {name for name, p in model.named_parameters() if id(p) in posterior}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
@@ -224,82 +207,18 @@ class BayesTrainerMixin(_Base):
             rank=self.args.process_index,
             seed=self.args.seed if self.noise_seed is None else self.noise_seed,
         )
-        if self._head is None or self._config.alternation == "jacobi":
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self._check_calls()
-            return loss
-        inputs = self._prepare_inputs(inputs)
-        head = list(self._head.parameters())
-        if self._config.alternation == "gauss-seidel":
-            self._step_head(model, inputs, head)
-            others = True
-        else:
-            others = step // self._config.alternation_period % 2 == 0
-        if not others:  # nothing below the head needs gradients
-            with torch.no_grad(), self.compute_loss_context_manager():
-                model.train()
-                self._features = class_features(model, inputs)
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._features = None
-        own = {id(p) for p in head}
-        for parameter in model.parameters():
-            if (id(parameter) in own) == others:
-                parameter.grad = None
+        step = super().training_step
+        loss = self._hooks.training_step(
+            model, inputs, lambda inputs: step(model, inputs, num_items_in_batch)
+        )
+        self._check_calls()
         return loss
 
-    def _step_head(self: Any, model: nn.Module, inputs: Any, head: list[nn.Parameter]) -> None:
-        """Gauss-Seidel: step the last layer before the adapters see it; keeps the features."""
-        model.train()
-        with self.compute_loss_context_manager():
-            self._features = class_features(model, inputs)
-            terms = variational_loss(
-                model,
-                inputs,
-                n_train=self.n_train,
-                kl_weight=self._head_weight,
-                features=self._features.detach(),
-            )
-        grads = torch.autograd.grad(terms.loss, head)
-        for parameter, grad in zip(head, grads, strict=True):
-            parameter.grad = grad
-        # Only the head has gradients now, and an optimiser leaves the others alone.
-        getattr(self.optimizer, "optimizer", self.optimizer).step()
-        for parameter in head:
-            parameter.grad = None
-
-    @property
-    def _head_weight(self: Any) -> float:
-        return 0.0 if self.kl_mode == "none" else self.kl_weight * self._config.kl_weight
-
     def create_optimizer(self: Any, *args: Any) -> torch.optim.Optimizer:
-        """`StiefelAdamW` for PoLAR adapters, else as the stock method."""
-        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        if given or not stiefel_factors(self.model):
-            return super().create_optimizer(*args)
-        trainer: Any = self
-        arguments = trainer.args
-        optim = getattr(arguments.optim, "value", arguments.optim)
-        if optim not in ("adamw_torch", "adamw_torch_fused"):
-            raise ValueError(
-                f"BayesTrainer: PoLAR adapters need optim='adamw_torch', whose place "
-                f"bayes_kernels.stiefel.StiefelAdamW takes, got {optim!r}; or pass an optimizer that "
-                "keeps their factors orthonormal"
-            )
-        model = args[0] if args and args[0] is not None else self.model
-        decayed = set(self.get_decay_parameter_names(model))
-        others = {name for name, _ in model.named_parameters()} - decayed
-        groups = parameter_groups(model, weight_decay=arguments.weight_decay, no_decay=others)
-        for group in groups:  # a larger one that was asked for counts
-            if "eps" in group:
-                group["eps"] = max(group["eps"], arguments.adam_epsilon)
-        trainer.optimizer = StiefelAdamW(
-            groups,
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-        )
+        """The method's optimiser, unless one is given or it has none: then as the stock method."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            model = args[0] if args and args[0] is not None else self.model
+            self.optimizer = self._hooks.optimizer(model)
         return super().create_optimizer(*args)
 
     def compute_loss(
@@ -313,8 +232,10 @@ class BayesTrainerMixin(_Base):
         """The stock loss; in training, with kl_mode "loss", plus this micro-batch's share of KL."""
         if model.training and not self._targets_checked:
             self._check_targets(inputs.get("labels"))
-        if model.training and self._head is not None:
-            return self._elbo_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = self._hooks.loss(model, inputs) if model.training else None
+        if found is not None:
+            loss = self._share_of(found[0], inputs, num_items_in_batch)
+            return (loss, {"loss": loss, "logits": found[1]}) if return_outputs else loss
         items, counts = num_items_in_batch, self._targets_of(inputs.get("labels"))
         if items is not None and self.compute_loss_func is None:
             items = self._probe(model, items)
@@ -379,17 +300,8 @@ class BayesTrainerMixin(_Base):
         if self._passes == last and self._idle and len(self._idle) < len(trained):
             warn_uncalled("BayesTrainer", sorted(self._idle), len(trained))
 
-    def _elbo_loss(
-        self: Any, model: nn.Module, inputs: Any, return_outputs: bool, num_items: Any
-    ) -> Any:
-        """This micro-batch's share of the negative evidence lower bound of a variational head."""
-        terms = variational_loss(
-            model,
-            inputs,
-            n_train=self.n_train,
-            kl_weight=self._head_weight,
-            features=self._features,
-        )
+    def _share_of(self: Any, terms: VariationalLoss, inputs: Any, num_items: Any) -> Tensor:
+        """This micro-batch's share of the negative evidence lower bound of an optimiser step."""
         parts = self.current_gradient_accumulation_steps
         scaled, share = loss_is_scaled(self, num_items), 1 / parts
         if num_items is not None:
@@ -399,30 +311,23 @@ class BayesTrainerMixin(_Base):
         nll = terms.nll * share
         self._nll = self._nll.to(nll.device) + nll.detach()
         loss = nll + (terms.loss - terms.nll) / parts
-        loss = loss if scaled else loss * parts
-        if not return_outputs:
-            return loss
-        mean, _ = class_logits(model, inputs, self._features)
-        return loss, {"loss": loss, "logits": mean}
+        return loss if scaled else loss * parts
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds nll, kl, elbo and kl_weight to the training logs, and orthogonality for PoLAR."""
+        """Adds nll, kl, elbo and kl_weight to the training logs, and what the method logs."""
         steps = self.state.global_step - self._logged_step
         if "loss" in logs and steps > 0:
             nll = self.accelerator.gather(self._nll.reshape(1)).mean().item() / steps
             logs["nll"] = nll
-            if self._config.method != "polar":
+            if self._hooks.logs_divergence:
                 with torch.no_grad():
                     kl = kl_divergence(self.model).item()
                 logs["kl"] = kl
                 logs["elbo"] = -(nll + kl / self.n_train)
                 logs["kl_weight"] = self._last_size
-                if self._head is not None:
-                    logs["kl_weight"] = self._head_weight / self.n_train
-                elif self.kl_mode == "loss":
+                if self.kl_mode == "loss":
                     logs["kl_weight"] = self.kl_weight / self.n_train
-            if stiefel_factors(self.model):
-                logs["orthogonality"] = stiefel_error(self.model).item()
+            logs.update(self._hooks.logs())
             self._nll = torch.zeros_like(self._nll)
             self._logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)
@@ -456,21 +361,6 @@ class BayesTrainerMixin(_Base):
         if prediction_loss_only:
             return loss, None, None
         return loss, logits, labels
-
-    def _check_head_options(self: Any) -> None:
-        """A variational head has its own loss, and its prior depends on the features' norms."""
-        if self.label_smoother is not None or self.compute_loss_func is not None:
-            what = "label_smoothing_factor" if self.label_smoother is not None else None
-            raise ValueError(
-                f"BayesTrainer: {what or 'compute_loss_func'} must not be given with a variational "
-                "last layer, whose loss is its evidence lower bound; leave it out"
-            )
-        if self._config.head_prior_scale is None:
-            warnings.warn(
-                "BayesTrainer: head_prior_scale is not set, and no scale of the last layer's prior "
-                "serves all models; call calibrate_head(model, batch), or set head_prior_scale",
-                stacklevel=3,
-            )
 
     def _check_targets(self: Any, labels: Any) -> None:
         """Warn once where the loss averages tokens and n_train counts examples."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -89,6 +89,60 @@ class KLStep(Protocol):
         ...
 
 
+class VariationalLoss(NamedTuple):
+    """Terms of the negative evidence lower bound.
+
+    Attributes:
+        loss: nll + kl_weight / n_train * kl, to be minimised.
+        nll: mean over the batch of the negative Jensen bound of E log p(y): at least the expected
+            negative log-likelihood.
+        kl: divergence of the last layer from its prior, nats; with learned noise less the log
+            density of its hyperprior.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+class TrainingHooks:
+    """What a method changes of a trainer's steps; here nothing.
+
+    `BayesTrainer` makes one when it is made, of the class that the variant names as `training`.
+
+    Class attributes:
+        logs_divergence: whether the training logs have the divergence and the evidence lower bound.
+
+    Args:
+        trainer: a `BayesTrainer`.
+        config: configuration of its active adapter.
+
+    Raises:
+        ValueError: options of the trainer do not go with the method.
+    """
+
+    logs_divergence: ClassVar[bool] = True
+
+    def __init__(self, trainer: Any, config: Any) -> None:
+        self.trainer, self.config = trainer, config
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """The optimiser that the method needs where none is given; None for the stock one."""
+        return None
+
+    def training_step(self, model: nn.Module, inputs: Any, step: Callable[[Any], Tensor]) -> Tensor:
+        """One micro-batch: `step(inputs)` is the stock step, whose loss is returned."""
+        return step(inputs)
+
+    def loss(self, model: nn.Module, inputs: Any) -> tuple[VariationalLoss, Tensor] | None:
+        """Loss of a micro-batch, and its logits; None for the model's own loss."""
+        return None
+
+    def logs(self) -> dict[str, float]:
+        """More entries of the training logs."""
+        return {}
+
+
 # By method; a class enters itself. `bayes_kernels.hf` imports the modules of all methods.
 VARIANTS: dict[str, type[BayesVariant]] = {}
 
@@ -110,6 +164,10 @@ class BayesVariant(LoraVariant):
         samples: whether the adapter's weights have draws (False: every mode is the mean).
         deviation: name of the parameter of the deviation of A, where A is random.
         scope: which rows share noise in training: "token", "example" or "none".
+        replaces: what the method puts in place of a module of the base model; adapters with and
+            without it cannot share a model.
+        module_tensors: last parts of names of tensors in such modules that plain LoRA does not have.
+        training: what it changes of a trainer's steps.
 
     Attributes:
         config: of the method's class.
@@ -123,6 +181,9 @@ class BayesVariant(LoraVariant):
     samples: ClassVar[bool] = True
     deviation: ClassVar[str] = ""
     scope: str = "none"
+    replaces: ClassVar[str] = ""
+    module_tensors: ClassVar[tuple[str, ...]] = ()
+    training: ClassVar[type[TrainingHooks]] = TrainingHooks
     config: Any
     prior_std: float
 
@@ -191,10 +252,41 @@ class BayesVariant(LoraVariant):
             if adapter in getattr(module, name, ())
         ]
 
+    # --- hooks: modules that a method puts into the base model ------------------------------------
+
+    @classmethod
+    def install(cls, model: nn.Module, config: Any) -> None:
+        """Put them there, before the layers of an adapter are made.
+
+        Raises:
+            ValueError: model and configuration do not go together.
+        """
+
+    @classmethod
+    def restore(cls, model: nn.Module) -> None:
+        """Put plain ones in their place, from a model whose adapters are taken off."""
+
     @classmethod
     def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
-        """Trained modules of an adapter that the method has put into the base model."""
+        """Those of an adapter, by default of the active one."""
         return []
+
+    @classmethod
+    def module_divergence(cls, model: nn.Module, adapter: str | None = None) -> Tensor | None:
+        """Their divergence from the prior, a 0-dim tensor; None for 0."""
+        return None
+
+    @classmethod
+    def to_plain(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Saved tensors of an adapter with these modules as one with plain ones has them."""
+        return dict(tensors)
+
+    @classmethod
+    def from_plain(cls, tensors: Mapping[str, Tensor], slots: Container[str]) -> dict[str, Tensor]:
+        """The inverse, for a model with those names of tensors."""
+        return dict(tensors)
+
+    # --- hooks: training --------------------------------------------------------------------------
 
     @classmethod
     def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:

@@ -7,18 +7,6 @@ from grimp import Layer
 
 # Imports within functions and for type checkers count too: a part that names another one knows it.
 GRAPH = grimp.build_graph("bayes_kernels", cache_dir=None)
-# Arrows that still have to go: "importer -> imported" within bayes_kernels.
-KNOWN = """
-hf.checkpoints -> hf.methods.polar_vbll
-hf.kl -> hf.methods.polar_vbll
-hf.model -> hf.methods.polar_vbll
-hf.trainer -> hf.methods.polar
-hf.trainer -> hf.methods.polar_vbll
-"""
-for pair in KNOWN.split("\n")[1:-1]:
-    importer, _, imported = (f"bayes_kernels.{name}" for name in pair.split())
-    if {importer, imported} <= GRAPH.modules:
-        GRAPH.remove_import(importer=importer, imported=imported)
 
 # From the top down; all that is not named is below what is.
 PARTS = {

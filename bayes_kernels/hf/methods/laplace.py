@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -46,7 +45,7 @@ from ..logits import (
 )
 from ..method import Conversion, Method, default_options
 from ..model import BayesLoraModel
-from ..swap import the_adapter
+from ..swap import adapted_layers, make_plain, the_adapter
 from ..undo import as_before_if_stopped
 from ..variants import BayesVariant
 
@@ -311,7 +310,7 @@ def laplace_(
     if choices is None:
         need_classes("laplace_", model)
     with as_before_if_stopped(peft_model):
-        was_bayesian = _make_plain(peft_model, name)
+        make_plain(peft_model, name)
         found = _build(
             peft_model,
             name,
@@ -371,8 +370,6 @@ def laplace_(
         )
         chosen = None if choices is None else [int(c) for c in choices]
         kept = LaplacePosterior(found, layers, prediction, chosen, report.to_dict())
-        if was_bayesian:
-            BayesLoraModel._remove_noise(peft_model.base_model)  # type: ignore[arg-type]
         vars(peft_model)[_ATTRIBUTE] = kept
         return report
 
@@ -591,16 +588,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _adapted(peft_model: PeftModel, name: str) -> list[tuple[str, Any]]:
     """Adapted layers, by name in the base model, whose factors are linear layers."""
-    tuner: Any = peft_model.base_model
-    found = []
-    for key, module in tuner.model.named_modules():
-        layer: Any = module
-        if not hasattr(layer, "lora_variant"):
-            continue
+    found = adapted_layers(peft_model, name)
+    for key, layer in found:
         if name in getattr(layer, "lora_embedding_A", ()):
             raise ValueError(f"laplace_: layer {key} cannot have a posterior: it is an embedding")
-        if name not in layer.lora_A:
-            continue
         variant = layer.lora_variant.get(name)
         parts = (layer.lora_A[name], layer.lora_B[name])
         plain = variant is None or isinstance(variant, BayesVariant)
@@ -610,7 +601,6 @@ def _adapted(peft_model: PeftModel, name: str) -> list[tuple[str, Any]]:
                 f"laplace_: layer {key} cannot have a posterior: it is no product of two linear "
                 f"layers ({kind})"
             )
-        found.append((key, layer))
     return found
 
 
@@ -688,41 +678,6 @@ def _build(
         depends_on=[layer.weight for layer in trained],
         **options,
     )
-
-
-# --- from Bayesian adapters to plain ones --------------------------------------------------------
-
-
-def _make_plain(peft_model: PeftModel, name: str) -> bool:
-    """Make a Bayesian adapter the plain one of its mean; whether it was Bayesian."""
-    tuner: Any = peft_model.base_model
-    old: Any = peft_model.peft_config[name]
-    if type(tuner) is not BayesLoraModel:
-        return False
-    kept = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"]
-    config = LoraConfig(**{field: getattr(old, field) for field in kept})
-    adapted = _adapted(peft_model, name)
-    plain: Any = LoraModel
-    tuner.__class__ = plain
-    peft_model.peft_config[name] = tuner.peft_config[name] = config
-    peft_model.peft_type = config.peft_type
-    for _, layer in adapted:
-        _replace_by_mean(layer, name)
-    return True
-
-
-def _replace_by_mean(layer: Any, name: str) -> None:
-    variant = layer.lora_variant[name]
-    parts = layer.lora_A[name], layer.lora_B[name]
-    with torch.no_grad():
-        mean = [t.detach().clone() for t in variant.mean_factors(layer, name)]
-    for tensor in (*variant.parameters, *variant.constants):
-        if name in getattr(layer, tensor, {}):
-            del getattr(layer, tensor)[name]
-    for part, value in zip(parts, mean, strict=True):
-        part.weight.data = value.to(part.weight.dtype)
-    del layer.lora_variant[name]
-    layer.cast_input_dtype_enabled = True
 
 
 def forget_laplace(model: nn.Module) -> None:

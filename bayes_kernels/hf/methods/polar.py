@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
-from ...stiefel import METHODS, orthogonality
+from ...stiefel import METHODS, StiefelAdamW, orthogonality
 from ..config import BayesLoraConfig, option
 from ..method import Method
-from ..variants import BayesVariant
+from ..variants import BayesVariant, TrainingHooks
 
 CORE = "lora_core"
 
@@ -57,12 +57,50 @@ class PolarConfig(BayesLoraConfig, method="polar"):
     )
 
 
+class PolarTraining(TrainingHooks):
+    """Training keeps the factors orthonormal, with `StiefelAdamW`."""
+
+    logs_divergence = False
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """`StiefelAdamW` with the options of the configuration.
+
+        Raises:
+            ValueError: the trainer asks for another optimiser.
+        """
+        arguments = self.trainer.args
+        optim = getattr(arguments.optim, "value", arguments.optim)
+        if optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"BayesTrainer: PoLAR adapters need optim='adamw_torch', whose place "
+                f"bayes_kernels.stiefel.StiefelAdamW takes, got {optim!r}; or pass an optimizer that "
+                "keeps their factors orthonormal"
+            )
+        decayed = set(self.trainer.get_decay_parameter_names(model))
+        others = {name for name, _ in model.named_parameters()} - decayed
+        groups = parameter_groups(model, weight_decay=arguments.weight_decay, no_decay=others)
+        for group in groups:  # a larger one that was asked for counts
+            if "eps" in group:
+                group["eps"] = max(group["eps"], arguments.adam_epsilon)
+        return StiefelAdamW(
+            groups,
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+        )
+
+    def logs(self) -> dict[str, float]:
+        """Distance of the factors from orthonormal ones."""
+        return {"orthogonality": stiefel_error(self.trainer.model).item()}
+
+
 class PolarVariant(BayesVariant, method="polar"):
     """PoLAR in one LoRA layer. It has no posterior: every mode is the same."""
 
     parameters = (CORE,)
     fp32 = ("lora_A", "lora_B", CORE)
     samples = False
+    training = PolarTraining
 
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
         """Orthonormal factors and a zero core; or the same update as that of given factors.

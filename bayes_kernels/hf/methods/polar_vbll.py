@@ -16,9 +16,10 @@ and Lu, "PoLAR-VBLL", arXiv 2604.03388.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -31,7 +32,8 @@ from ..config import option
 from ..heads import MASKED_LOGIT
 from ..logits import Prediction, gaussian_prediction, mean_prediction, need_classes
 from ..method import Method
-from .polar import PolarConfig, PolarVariant
+from ..variants import VariationalLoss
+from .polar import PolarConfig, PolarTraining, PolarVariant
 
 _NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
 
@@ -96,14 +98,165 @@ class PolarVbllConfig(PolarConfig, method="polar-vbll"):
     )
 
 
+class PolarVbllTraining(PolarTraining):
+    """The loss is the evidence lower bound; adapters and last layer may take turns.
+
+    Raises:
+        ValueError: the trainer has a loss of its own, or the turns do not go with its options.
+    """
+
+    logs_divergence = True
+
+    def __init__(self, trainer: Any, config: PolarVbllConfig) -> None:
+        super().__init__(trainer, config)
+        self._features: Tensor | None = None  # of the micro-batch, where they are known
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            smooths = trainer.label_smoother is not None
+            raise ValueError(
+                f"BayesTrainer: {'label_smoothing_factor' if smooths else 'compute_loss_func'} must "
+                "not be given with a variational last layer, whose loss is its evidence lower bound; "
+                "leave it out"
+            )
+        if config.head_prior_scale is None:
+            warnings.warn(
+                "BayesTrainer: head_prior_scale is not set, and no scale of the last layer's prior "
+                "serves all models; call calibrate_head(model, batch), or set head_prior_scale",
+                stacklevel=3,
+            )
+        arguments = trainer.args
+        accumulates = arguments.gradient_accumulation_steps != 1
+        turns = config.alternation != "jacobi"
+        if turns and (arguments.world_size > 1 or arguments.fp16 or accumulates):
+            raise ValueError(
+                f"BayesTrainer: alternation={config.alternation!r} needs one process, "
+                "gradient_accumulation_steps=1 and no fp16 loss scaling; use 'jacobi'"
+            )
+
+    @property
+    def _weight(self) -> float:
+        trainer = self.trainer
+        return 0.0 if trainer.kl_mode == "none" else trainer.kl_weight * self.config.kl_weight
+
+    def loss(self, model: nn.Module, inputs: Any) -> tuple[VariationalLoss, Tensor] | None:
+        """The negative evidence lower bound, and the mean logits."""
+        return _loss_and_logits(
+            model, inputs, self.trainer.n_train, self._weight, features=self._features
+        )
+
+    def logs(self) -> dict[str, float]:
+        """The weight of the divergence in the loss."""
+        return {"kl_weight": self._weight / self.trainer.n_train, **super().logs()}
+
+    def training_step(self, model: nn.Module, inputs: Any, step: Callable[[Any], Tensor]) -> Tensor:
+        """A step of adapters and last layer as `alternation` says."""
+        if self.config.alternation == "jacobi":
+            return step(inputs)
+        trainer = self.trainer
+        inputs = trainer._prepare_inputs(inputs)
+        head = [p for module in PolarVbllVariant.modules(model) for p in module.parameters()]
+        if self.config.alternation == "gauss-seidel":
+            self._step_head(model, inputs, head)
+            others = True
+        else:
+            others = trainer.state.global_step // self.config.alternation_period % 2 == 0
+        if not others:  # nothing below the head needs gradients
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                model.train()
+                self._features = class_features(model, inputs)
+        try:
+            loss = step(inputs)
+        finally:
+            self._features = None
+        own = {id(p) for p in head}
+        for parameter in model.parameters():
+            if (id(parameter) in own) == others:
+                parameter.grad = None
+        return loss
+
+    def _step_head(self, model: nn.Module, inputs: Any, head: list[nn.Parameter]) -> None:
+        """Gauss-Seidel: step the last layer before the adapters see it; keeps the features."""
+        model.train()
+        trainer = self.trainer
+        with trainer.compute_loss_context_manager():
+            self._features = class_features(model, inputs)
+            known = self._features.detach()
+            terms, _ = _loss_and_logits(
+                model, inputs, trainer.n_train, self._weight, features=known
+            )
+        grads = torch.autograd.grad(terms.loss, head)
+        for parameter, grad in zip(head, grads, strict=True):
+            parameter.grad = grad
+        # Only the head has gradients now, and an optimiser leaves the others alone.
+        getattr(trainer.optimizer, "optimizer", trainer.optimizer).step()
+        for parameter in head:
+            parameter.grad = None
+
+
 class PolarVbllVariant(PolarVariant, method="polar-vbll"):
     """PoLAR below a variational Bayesian last layer, which has the posterior."""
+
+    replaces = "a variational last layer"
+    module_tensors = (
+        "log_scale",
+        "factor",
+        "scale_tril",
+        "noise_log_scale",
+        "laplace_tril",
+        "laplace_basis",
+        "laplace_variance",
+    )
+    training = PolarVbllTraining
+
+    @classmethod
+    def install(cls, model: nn.Module, config: PolarVbllConfig) -> None:
+        """The last layer in place of the classifier's: `install_head`."""
+        install_head(model, config)
+
+    @classmethod
+    def restore(cls, model: nn.Module) -> None:
+        """Every VBLL head becomes the linear layer of its mean.
+
+        The layer has the dtype of the model's first floating-point parameter, which is that of the
+        features, embeddings coming first.
+        """
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, VBLLClassification):
+                    setattr(parent, name, plain_head(child, dtype))
 
     @classmethod
     def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
         """The last layer."""
         head = find_head(model, adapter)
         return [] if head is None else [head]
+
+    @classmethod
+    def module_divergence(cls, model: nn.Module, adapter: str | None = None) -> Tensor | None:
+        """That of the last layer."""
+        head = find_head(model, adapter)
+        return None if head is None else head.kl()
+
+    @classmethod
+    def to_plain(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`weight_mean` becomes `weight`."""
+        found = dict(tensors)
+        for key in tensors:
+            prefix, _, leaf = key.rpartition(".")
+            if leaf == "weight_mean":
+                found[f"{prefix}.weight"] = found.pop(key)
+                for other in cls.module_tensors:
+                    found.pop(f"{prefix}.{other}", None)
+        return found
+
+    @classmethod
+    def from_plain(cls, tensors: Mapping[str, Tensor], slots: Container[str]) -> dict[str, Tensor]:
+        """A linear layer's `weight` becomes the mean."""
+        found = {}
+        for key, value in tensors.items():
+            mean = f"{key}_mean"
+            found[mean if key not in slots and mean in slots else key] = value
+        return found
 
 
 # --- Placing the head ----------------------------------------------------------------------------
@@ -263,54 +416,6 @@ def plain_head(head: VBLLClassification, dtype: torch.dtype = torch.float32) -> 
     return layer
 
 
-def plain_heads_(model: nn.Module) -> None:
-    """Replace every VBLL head of a model by the linear layer of its mean, in place.
-
-    The layer has the dtype of the model's first floating-point parameter, which is that of the
-    features, embeddings coming first.
-    """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, VBLLClassification):
-                setattr(parent, name, plain_head(child, dtype))
-
-
-def plain_head_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint with VBLL heads as one with linear layers: `weight_mean` becomes `weight`."""
-    found = dict(tensors)
-    for key in tensors:
-        prefix, _, leaf = key.rpartition(".")
-        if leaf == "weight_mean":
-            found[f"{prefix}.weight"] = found.pop(key)
-            for other in POSTERIOR_TENSORS:
-                found.pop(f"{prefix}.{other}", None)
-    return found
-
-
-def bayesian_head_tensors(
-    tensors: Mapping[str, Tensor], slots: Container[str]
-) -> dict[str, Tensor]:
-    """The inverse, for a model with those slots: a linear layer's `weight` becomes the mean."""
-    found = {}
-    for key, value in tensors.items():
-        mean = f"{key}_mean"
-        found[mean if key not in slots and mean in slots else key] = value
-    return found
-
-
-# What a head has beside its mean and bias.
-POSTERIOR_TENSORS = (
-    "log_scale",
-    "factor",
-    "scale_tril",
-    "noise_log_scale",
-    "laplace_tril",
-    "laplace_basis",
-    "laplace_variance",
-)
-
-
 # --- Features and logits -------------------------------------------------------------------------
 
 
@@ -404,22 +509,6 @@ def _need_head(model: nn.Module, op: str) -> VBLLClassification:
 # --- Training ------------------------------------------------------------------------------------
 
 
-class VariationalLoss(NamedTuple):
-    """Terms of the negative evidence lower bound.
-
-    Attributes:
-        loss: nll + kl_weight / n_train * kl, to be minimised.
-        nll: mean over the batch of the negative Jensen bound of E log p(y): at least the expected
-            negative log-likelihood.
-        kl: divergence of the last layer from its prior, nats; with learned noise less the log
-            density of its hyperprior.
-    """
-
-    loss: Tensor
-    nll: Tensor
-    kl: Tensor
-
-
 def variational_loss(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -449,6 +538,17 @@ def variational_loss(
 
     Sources: Harrison et al., arXiv 2404.11599; Xiang et al., arXiv 2604.03388.
     """
+    return _loss_and_logits(model, batch, n_train, kl_weight, features)[0]
+
+
+def _loss_and_logits(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    n_train: float,
+    kl_weight: float,
+    features: Tensor | None,
+) -> tuple[VariationalLoss, Tensor]:
+    """As `variational_loss`, with the mean logits (B, C)."""
     head = _need_head(model, "variational_loss")
     labels = batch.get("labels")
     if labels is None:
@@ -459,7 +559,7 @@ def variational_loss(
     )
     nll = -jensen_bound(mean, variance, targets, counted).sum() / counted.sum().clamp_min(1)
     kl = head.kl() - head.wishart()
-    return VariationalLoss(nll + kl_weight / n_train * kl, nll, kl)
+    return VariationalLoss(nll + kl_weight / n_train * kl, nll, kl), mean
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ...batches import as_batches
@@ -34,12 +34,11 @@ from ..config import BayesLoraConfig, option
 from ..layers import bayes_layers
 from ..logits import Prediction, need_classes
 from ..method import Conversion, Method, default_options
-from ..model import BayesLoraModel
 from ..noise import NoiseState
 from ..predict import predict
-from ..swap import the_adapter
+from ..swap import adapted_layers, lora_options, make_bayesian, mean_factors, the_adapter
 from ..undo import as_before_if_stopped
-from ..variants import BayesLayer, BayesVariant, attach
+from ..variants import BayesLayer
 from .blob import GaussianFactor
 
 SIGMA = "lora_A_sigma"
@@ -564,12 +563,12 @@ def _convert(
     """
     peft_model, name = the_adapter("tfb_", model)
     old: Any = peft_model.peft_config[name]
-    tuner: Any = peft_model.base_model
-    again = getattr(old, "method", None) == "tfb"
-    kept = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"]
-    fields = {f: getattr(old, f) for f in (*kept, "seed", "sample_at_inference") if hasattr(old, f)}
-    config = TfbConfig(noise_layers=None if chosen is None else sorted(chosen), **fields)
-    found = [(key, m) for key, m in tuner.model.named_modules() if _has_adapter(m, name)]
+    again = isinstance(old, TfbConfig)
+    fields = {f: getattr(old, f) for f in ("seed", "sample_at_inference") if hasattr(old, f)}
+    config = TfbConfig(
+        noise_layers=None if chosen is None else sorted(chosen), **lora_options(old), **fields
+    )
+    found = adapted_layers(peft_model, name)
     check_layers(peft_model, chosen)
     for key, layer in found:
         reason = unsupported_layer(layer)
@@ -580,38 +579,21 @@ def _convert(
             raise ValueError(
                 f"tfb_: r must be at most the layer's output features, got {rank} and {out} in {key}"
             )
-    plain = [_plain_factors(layer, name) for _, layer in found]
+    plain = [mean_factors(layer, name) for _, layer in found]
     weights = _old_weights(found, name, old) if again else []
     new = plain if again else _regroup_all(plain, weights)
     if not again and not any(bool((w > 0.5).any()) for w in weights):
         raise ValueError(
             "tfb_: the adapter must be trained, got B = 0 in all layers; train it first"
         )
-    _change_type(peft_model, name, config)
-    for (key, layer), (a, b) in zip(found, new, strict=True):
-        _replace_adapter(tuner, key, layer, name, a, b)
+    make_bayesian(peft_model, name, config, new)
     order = {key: weight for (key, _), weight in zip(found, weights, strict=True)}
-    items = [item for item in bayes_layers(tuner, name) if _noisy(item)]
+    items = [item for item in bayes_layers(peft_model, name) if _noisy(item)]
     return items, [order[item.name] for item in items]
 
 
 def _noisy(item: BayesLayer) -> bool:
     return isinstance(item.variant, TfbVariant) and item.variant.noisy
-
-
-def _has_adapter(module: Any, name: str) -> bool:
-    if not hasattr(module, "lora_variant"):
-        return False
-    return name in module.lora_A or name in module.lora_embedding_A
-
-
-def _plain_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    variant = layer.lora_variant.get(name)
-    if isinstance(variant, BayesVariant):
-        a, b = variant.mean_factors(layer, name)
-    else:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return a.detach(), b.detach()
 
 
 def _old_weights(found: Sequence[tuple[str, Any]], name: str, config: Any) -> list[Tensor]:
@@ -651,29 +633,6 @@ def _regroup_all(
             share[i] = (d[place] / (d[place] + _SMALL)).float()
     weights.extend(share[i] for i in range(len(plain)))
     return [new[i] for i in range(len(plain))]
-
-
-def _change_type(peft_model: PeftModel, name: str, config: Any) -> None:
-    tuner: Any = peft_model.base_model
-    tuner.__class__ = BayesLoraModel
-    peft_model.peft_config[name] = config
-    peft_model.peft_type = config.peft_type
-    tuner.peft_config[name] = config
-
-
-def _replace_adapter(tuner: Any, key: str, layer: Any, name: str, a: Tensor, b: Tensor) -> None:
-    """New factors and the TFB variant in one layer, in place of what it had."""
-    parts = layer.lora_A[name], layer.lora_B[name]
-    variant = layer.lora_variant.get(name)
-    if isinstance(variant, BayesVariant):
-        for tensor in (*variant.parameters, *variant.constants):
-            if name in getattr(layer, tensor, {}):
-                del getattr(layer, tensor)[name]
-    for part, value in zip(parts, (a, b), strict=True):
-        double = part.weight.dtype == torch.float64
-        part.weight.data = value.to(torch.float64 if double else torch.float32)
-    config = tuner.peft_config[name]
-    attach(layer, name, config, key, tuner._noise(config))
 
 
 def _prior(config: Mapping[str, Any]) -> str:
