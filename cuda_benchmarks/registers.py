@@ -220,12 +220,12 @@ def page(rows: Sequence[Kernel]) -> str:
     lines = [
         "# Registers and loads in flight", "",
         "<!-- Written by `python cuda_benchmarks/registers.py --save`. -->", "",
-        "What the CUDA kernels take of a multiprocessor, read from the compiled library by cuobjdump. No",
-        "GPU is needed. Registers, local memory (spilled registers) and bytes in flight are of one thread,",
-        "static shared memory of one block, in bytes. *Bytes in flight* are the global loads that a thread",
-        "issues before an instruction reads one of them, at most, anywhere in the kernel. A multiprocessor",
-        "of an H100 needs some 20 KB in flight: 256 resident threads with 80 bytes each.", "",
-        "```bash", "python cuda_benchmarks/registers.py --check   # what is worse than on this page",
+        "The resources of the CUDA kernels, which cuobjdump reads from the compiled library. No GPU is",
+        "needed. Registers, local memory (spilled registers) and bytes in flight are for one thread, static",
+        "shared memory for one block, in bytes. *Bytes in flight* are the most global loads, anywhere in the",
+        "kernel, that a thread issues before an instruction reads one of them. A multiprocessor of an H100",
+        "needs some 20 KB in flight: 256 resident threads with 80 bytes each.", "",
+        "```bash", "python cuda_benchmarks/registers.py --check   # lists what is worse than on this page",
         "python cuda_benchmarks/registers.py --save    # write this page", "```", "",
     ]  # fmt: skip
     for arch in dict.fromkeys(row.arch for row in rows):

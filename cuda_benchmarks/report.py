@@ -38,13 +38,13 @@ INTRODUCTION = """\
 
 <!-- Written by `python cuda_benchmarks/report.py` from cuda_benchmarks/results: change those. -->
 
-Every figure is a ratio of two things measured in turn in one process, after both have been checked against
-an fp64 reference. Times are medians over repetitions: of the CPU time of one thread, or of CUDA events with
-the L2 cache flushed and kernels launched ahead, so that the host's launches count in whole models only.
-A provider of others that misses the reference is marked (!) and counts for no bar; one of ours that does
-is not timed.
-`core` is the share of wall-clock time for which the process had a core: well below 1, other processes took
-turns on it, and caches with it. A commit that ends in -dirty had changes on top.
+Every figure is a ratio of two providers, measured in turn in one process after both have been checked
+against an fp64 reference. Times are medians over repetitions: of the CPU time of one thread, or of CUDA
+events with the L2 cache flushed and kernels launched ahead, so that the host's launches count in whole
+models only. Code of others that misses the reference is marked (!) and counts for no target; code of ours
+that misses it is not timed. `core` is the share of wall-clock time for which the process had a core: if
+it is well below 1, other processes took turns on the core and its caches. A commit that ends in -dirty
+had uncommitted changes.
 
 ```bash
 make bench                                             # all families on the CPU, a few minutes
@@ -54,13 +54,14 @@ cuda_benchmarks/gpu.sh                                 # build, tests, sanitizer
 bayes-kernels bench --report                           # this page from all rows, and its pictures
 ```
 
-Pictures show each provider's time over ours, on a logarithmic axis: bars to the left of one are faster
-than ours. The black marks are the bars to reach; where the coloured bar ends before its mark, it is missed.
+Pictures show each provider's time over ours, on a logarithmic axis: providers left of one are faster than
+ours. Black marks ("bar to reach") are the targets; a coloured bar that ends before its mark misses its
+target.
 
-Peak memory is counted by torch's allocator, above what is there before a step; how it follows from the sizes
-of a model is on [its own page](memory.md). Instructions of the CPU kernels, launches of the CUDA kernels and
-the [bytes](kernels.md#bytes) that these move are bounded in the test suite
-(`python_tests/csrc/test_counters.py`), whatever the machine's load.
+Peak memory is counted by torch's allocator, above the memory in use before a step; [Memory](memory.md)
+derives it from the sizes of a model. The test suite bounds the instructions of the CPU kernels, and the
+launches and [bytes](kernels.md#bytes) of the CUDA kernels (`python_tests/csrc/test_counters.py`), on any
+machine under any load.
 """
 
 FAMILY_TEXT = {
@@ -168,7 +169,7 @@ def bar_lines(families: dict[str, list[Row]], device: str) -> list[str]:
             why = bars.NOTES.get((bar.key, device), "No reason is known yet.")
             notes.append(f"* **{bar.work}, against {bar.against}** ({cases}). {why}")
         rows.append((bar.work, bar.against, f"{what} {number(limit)}", spread, verdict))
-    header = ("work", "against", "bar (ours / theirs)", "measured", "verdict")
+    header = ("work", "against", "target (ours / theirs)", "measured", "verdict")
     lines = table(header, rows, left=3)
     if notes:
         lines += ["Missed, why, and what would be tried next:", "", *notes, ""]

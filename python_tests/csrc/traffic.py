@@ -526,7 +526,10 @@ def main() -> None:
     if "--json" in sys.argv[1:]:
         json.dump(found, sys.stdout)
         return
-    print("| case | requested bytes | over the formula | must move, bytes | requested / must | sectors x 32 / requested |")
+    print(
+        "| case | requested bytes | over the formula | must move, bytes | requested / must "
+        "| sectors x 32 / requested |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in found.items():
         asked, least = int(str(row["bytes"])), int(str(row["least"]))
