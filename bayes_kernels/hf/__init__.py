@@ -18,6 +18,7 @@ from .kl import (  # noqa: E402
     decoupled_kl,
     kl_divergence,
 )
+from .last_layer import class_features, class_logits, variational_loss  # noqa: E402
 from .logits import LabelPrediction, NumberPrediction, Prediction  # noqa: E402
 from .methods import table  # noqa: E402, F401
 from .methods.blob import BlobConfig  # noqa: E402
@@ -35,13 +36,9 @@ from .methods.laplace import (  # noqa: E402
 from .methods.polar import PolarConfig, parameter_groups, stiefel_error  # noqa: E402
 from .methods.polar_vbll import (  # noqa: E402
     PolarVbllConfig,
-    VariationalLoss,
     calibrate_head,
-    class_features,
-    class_logits,
     discard_laplace,
     laplace_refine,
-    variational_loss,
 )
 from .methods.scalabl import ScalablConfig  # noqa: E402
 from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
@@ -49,6 +46,7 @@ from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_dataset  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin  # noqa: E402
+from .variants import VariationalLoss  # noqa: E402
 
 __all__ = [
     "BayesLoraConfig",

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..files import write_text
 from ._compat import PEFT_TYPE_NAME
-from .checks import CONFIG_NAME, LAPLACE_NAME, RECORD_NAME, read_json
-from .method import METHODS, Method
+from .checks import CONFIG_NAME, RECORD_NAME, read_json
+from .config import DEFAULT_METHOD
+from .method import METHODS, PLAIN, Method
 
 CARD_NAME = "README.md"
 _CLASSES = {
@@ -83,11 +84,12 @@ def _text(
 ) -> str:
     bayesian = config.get("peft_type") == PEFT_TYPE_NAME
     experiment = record.get("experiment", {})
-    word = config.get("method", "blob") if bayesian else experiment.get("method", "map")
-    method = METHODS[word]
+    method = METHODS[
+        config.get("method", DEFAULT_METHOD) if bayesian else experiment.get("method", PLAIN)
+    ]
     names = list(record.get("task", {}).get("label_names", ())) or list(classes)
     facts = [
-        ("Method", f"{method.title} (`{word}`)"),
+        ("Method", f"{method.title} (`{method.name}`)"),
         ("Base model", f"`{base}`" if base else "not recorded"),
         ("Task", record.get("task", {}).get("name") or config.get("task_type")),
         ("Classes", ", ".join(names)),
@@ -102,7 +104,7 @@ def _text(
         "---",
         *([f"base_model: {base}"] if base else []),
         "library_name: peft",
-        f"tags: [bayes-kernels, lora, {word}]",
+        f"tags: [bayes-kernels, lora, {method.name}]",
         "---",
         "",
         f"# {method.title} adapter",
@@ -114,7 +116,7 @@ def _text(
         "## Loading",
         "",
         "```python",
-        *_loading(config, method, source or base, (folder / LAPLACE_NAME).is_file()),
+        *_loading(folder, config, method, source or base),
         "```",
     ]
     if bayesian:
@@ -157,18 +159,22 @@ def _advice(method: Method) -> str:
     )
 
 
-def _loading(config: Mapping[str, Any], method: Method, base: str, laplace: bool) -> list[str]:
+def _loading(folder: Path, config: Mapping[str, Any], method: Method, base: str) -> list[str]:
     auto = _CLASSES.get(str(config.get("task_type")), "AutoModel")
     draws = f", n_samples={method.n_samples}" if method.bayesian else ""
+    names, more = ["predict"], []
+    if any((folder / name).is_file() for name in method.files):
+        load = method.load.__name__
+        names, more = sorted([load, *names]), [f'{load}(model, ".")']
     return [
         "import bayes_kernels.hf  # first: it registers the adapter's type",
-        f"from bayes_kernels.hf import {'load_laplace, ' if laplace else ''}predict",
+        f"from bayes_kernels.hf import {', '.join(names)}",
         "from peft import PeftModel",
         f"from transformers import {auto}",
         "",
         f'base = {auto}.from_pretrained("{base or "BASE MODEL"}")',
         'model = PeftModel.from_pretrained(base, ".").eval()',
-        *(['load_laplace(model, ".")'] if laplace else []),
+        *more,
         f"print(predict(model, batch{draws}))",
     ]
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .. import random
 from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
-from .config import CONFIGS, BayesLoraConfig, own_fields
+from .config import CONFIGS, DEFAULT_METHOD, BayesLoraConfig, own_fields
 from .layers import bayes_layers
+from .method import PLAIN
 from .undo import as_before_if_stopped
 from .variants import VARIANTS, BayesLayer, extra_names
 
@@ -76,13 +77,13 @@ def stored_method(folder: str | os.PathLike[str]) -> str:
     """Method of the adapter in a folder: by its configuration, else by its tensors.
 
     A folder of bayesian-peft calls itself LoRA whatever it holds: with deviations (`lora_A_rho`), as
-    its BLoB and TFB write them, it is read as "blob", the same Gaussian; else (MLE, MAP, dropout,
-    Laplace, which is refitted there and not stored) as "map".
+    its BLoB and TFB write them, it is read as BLoB, the same Gaussian; else (MLE, MAP, dropout,
+    Laplace, which is refitted there and not stored) as plain LoRA.
     """
     config = read_json(Path(folder) / CONFIG_NAME)
     if config.get("peft_type") == PEFT_TYPE_NAME:
-        return config.get("method", "blob")
-    return "blob" if _has_deviations(_keys(Path(folder))) else "map"
+        return config.get("method", DEFAULT_METHOD)
+    return _method_of(_keys(Path(folder))) or PLAIN
 
 
 def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
@@ -108,8 +109,8 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     check_folder(folder)
     _check_architecture(model, folder, keys)
     config = read_json(folder / CONFIG_NAME)
-    deviations = config.get("peft_type") != PEFT_TYPE_NAME and _has_deviations(keys)
-    if not deviations and not any(key.startswith(PREFIX * 2) for key in keys):
+    method = None if config.get("peft_type") == PEFT_TYPE_NAME else _method_of(keys)
+    if method is None and not any(key.startswith(PREFIX * 2) for key in keys):
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         # Embeddings are no part of the question, and PEFT would ask the hub about them.
         own = _adapter_state(wrapped, "default", save_embedding_layers=False)
@@ -129,8 +130,8 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
             "model is used, and must be the one that the adapter was trained with",
             stacklevel=2,
         )
-    if deviations:
-        return import_lora(model, folder, is_trainable=False).eval()
+    if method is not None:
+        return import_lora(model, folder, is_trainable=False, method=method).eval()
     plain = LoraConfig.from_pretrained(str(folder))
     plain.inference_mode = True
     wrapped = get_peft_model(model, plain)
@@ -155,8 +156,13 @@ def _keys(folder: Path) -> list[str]:
     return tensor_names(_weights(folder, folder))
 
 
-def _has_deviations(keys: Iterable[str]) -> bool:
-    return any(key.rpartition(".")[2] == "lora_A_rho" for key in keys)
+def _method_of(keys: Iterable[str]) -> str | None:
+    """The method whose trained tensors are among those of a folder; None for plain LoRA."""
+    names = {key.rpartition(".")[2] for key in keys}
+    for method, variant in VARIANTS.items():
+        if variant.parameters and names.issuperset(variant.parameters):
+            return method
+    return None
 
 
 def export_lora(
@@ -329,7 +335,7 @@ def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:
             f"import_lora: {path} must describe a LoRA adapter, got peft_type {kind!r}"
         )
     check_folder(folder)
-    method = options.get("method", fields.get("method", "blob"))
+    method = options.get("method", fields.get("method", DEFAULT_METHOD))
     if method not in CONFIGS:
         raise ValueError(f"import_lora: method must be one of {tuple(CONFIGS)}, got {method!r}")
     kind = CONFIGS[method]

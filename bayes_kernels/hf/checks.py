@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ._compat import PEFT_TYPE_NAME
+from .config import DEFAULT_METHOD
 from .method import METHODS
 from .variants import VARIANTS, extra_names
 
 CONFIG_NAME = "adapter_config.json"
 RECORD_NAME = "experiment.json"
-LAPLACE_NAME = "laplace.safetensors"
 PREFIX = "base_model.model."
 _FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -128,22 +129,22 @@ def _check_record(folder: Path, config: Mapping[str, Any]) -> None:
     if method is None:
         return  # its own reader judges it
     bayesian = config.get("peft_type") == PEFT_TYPE_NAME
-    kind = config.get("method", "blob") if bayesian else "plain LoRA"
-    if method.made == "convert" and (folder / "trainer_state.json").is_file():
-        expected = "plain LoRA"  # a checkpoint: the conversion comes after training
-    else:
-        expected = "plain LoRA" if method.plain else method.name
+    kind = config.get("method", DEFAULT_METHOD) if bayesian else "plain LoRA"
+    # In a checkpoint the conversion is still to come.
+    training = (folder / TRAINER_STATE_NAME).is_file()
+    plain = method.plain or (method.made == "convert" and training)
+    expected = "plain LoRA" if plain else method.name
     if kind != expected:
         raise ValueError(
             f"{folder / CONFIG_NAME}: expected {expected}, as {RECORD_NAME} says method "
             f"{method.name!r}, got {kind}; the two files must be from one folder"
         )
-    laplace = method.name.startswith("laplace") and not (folder / "trainer_state.json").is_file()
-    if laplace and not (folder / LAPLACE_NAME).is_file():
-        raise ValueError(
-            f"{folder / LAPLACE_NAME}: expected the posterior, as {RECORD_NAME} says method "
-            f"{method.name!r}, found no file; copy it too, or bayesianize again"
-        )
+    for name in () if training else method.files:
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder / name}: expected the posterior, as {RECORD_NAME} says method "
+                f"{method.name!r}, found no file; copy it too, or bayesianize again"
+            )
 
 
 def _check_tensor(file: Path, key: str, tensor: torch.Tensor) -> None:
@@ -173,7 +174,7 @@ def _check_layers(folder: Path, config: Mapping[str, Any], keys: Sequence[str]) 
     if not layers:
         raise ValueError(f"{file}: expected tensors lora_A and lora_B, got {len(rest)} others only")
     bayesian = config.get("peft_type") == PEFT_TYPE_NAME
-    method = config.get("method", "blob")
+    method = config.get("method", DEFAULT_METHOD)
     if bayesian and method not in VARIANTS:
         raise ValueError(
             f"{folder / CONFIG_NAME}: method must be one of {tuple(VARIANTS)}, got {method!r}"

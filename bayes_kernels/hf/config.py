@@ -34,6 +34,9 @@ _REJECTED = (
     "megatron_config",
 )
 
+# The method of a configuration that names none.
+DEFAULT_METHOD = "blob"
+
 # By method; a class enters itself. `bayes_kernels.hf` imports the modules of all methods.
 CONFIGS: dict[str, type[BayesLoraConfig]] = {}
 
@@ -110,7 +113,7 @@ class BayesLoraConfig(LoraConfig):
         """An instance of the method's class."""
         made: Any = cls
         if cls is BayesLoraConfig:
-            method = options.get("method") or "blob"
+            method = options.get("method") or DEFAULT_METHOD
             if method not in CONFIGS:
                 raise ValueError(
                     f"BayesLoraConfig: method must be one of {tuple(CONFIGS)}, got {method!r}; "
@@ -235,4 +238,11 @@ def _show_all_options() -> None:
     init.__signature__ = inspect.Signature(list(shown.values()))
 
 
-__all__ = ["CONFIGS", "BayesLoraConfig", "VariationalConfig", "option", "own_fields"]
+__all__ = [
+    "CONFIGS",
+    "DEFAULT_METHOD",
+    "BayesLoraConfig",
+    "VariationalConfig",
+    "option",
+    "own_fields",
+]

@@ -66,14 +66,10 @@ def noise_state(model: nn.Module) -> NoiseState:
     """
     for variant in _variants(model):
         return variant.state
-    if any("laplace_posterior" in module.__dict__ for module in model.modules()):
-        raise ValueError(
-            "noise_state: the adapter must have noise, got a Laplace posterior, whose logits are "
-            "Gaussian; use predict, or drawn_weights for a draw of the weights"
-        )
     raise ValueError(
         f"noise_state: the model must have a Bayesian adapter, got {type(model).__name__} without; "
-        "make one with get_peft_model(model, BlobConfig(...))"
+        "make one with get_peft_model(model, BlobConfig(...)). A posterior beside a plain adapter, "
+        "such as Laplace's, has no noise: use predict"
     )
 
 

@@ -250,8 +250,8 @@ pytest.importorskip("transformers")
 from tiny_models import adapted, answering_llama, bert  # noqa: E402
 
 from bayes_kernels import hf  # noqa: E402
+from bayes_kernels.hf.last_layer import find_head  # noqa: E402
 from bayes_kernels.hf.layers import bayes_layers, noise_state  # noqa: E402
-from bayes_kernels.hf.methods.polar_vbll import find_head  # noqa: E402
 from bayes_kernels.hf.methods.tfb import TfbConfig, regroup  # noqa: E402
 
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {

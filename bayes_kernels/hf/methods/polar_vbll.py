@@ -5,10 +5,7 @@ The last linear layer of a sequence classifier, or the answer-token head of a ca
 rows start at the rows of that layer. A plain forward pass gives the mean logits, so that stock code
 goes on working; PEFT trains, saves and loads the head as one of its `modules_to_save`.
 
-What is Bayesian needs the features phi that enter the head, (B, D): `class_features` takes them
-from one forward pass of the model, whatever the model does around its head (pooling, choosing the last
-token). From them follow the loss (`variational_loss`), in closed form, and predictions, for which any
-number of posterior draws costs one pass (`bayes_kernels.hf.predict`).
+`bayes_kernels.hf.last_layer` has the loss and the logits.
 
 Sources: Harrison, Willes and Snoek, "Variational Bayesian Last Layers", arXiv 2404.11599; Xiang, Li
 and Lu, "PoLAR-VBLL", arXiv 2604.03388.
@@ -27,15 +24,18 @@ from torch import Tensor, nn
 
 from ...batches import eval_mode, inputs_of, labels_of, to_device
 from ...vbll import COVARIANCES, LaplaceReport, VBLLClassification
-from ...vbll.bounds import counted_labels, jensen_bound
 from ..config import option
-from ..heads import MASKED_LOGIT
+from ..last_layer import (
+    class_features,
+    class_logits,
+    find_head,
+    loss_and_logits,
+    need_head,
+)
 from ..logits import Prediction, gaussian_prediction, mean_prediction, need_classes
-from ..method import Method
+from ..method import Method, Option
 from ..variants import VariationalLoss
 from .polar import PolarConfig, PolarTraining, PolarVariant
-
-_NOT_INPUTS = ("labels", "label", "choice_mask", "num_items_in_batch", "return_dict")
 
 
 @dataclass
@@ -139,7 +139,7 @@ class PolarVbllTraining(PolarTraining):
 
     def loss(self, model: nn.Module, inputs: Any) -> tuple[VariationalLoss, Tensor] | None:
         """The negative evidence lower bound, and the mean logits."""
-        return _loss_and_logits(
+        return loss_and_logits(
             model, inputs, self.trainer.n_train, self._weight, features=self._features
         )
 
@@ -180,9 +180,7 @@ class PolarVbllTraining(PolarTraining):
         with trainer.compute_loss_context_manager():
             self._features = class_features(model, inputs)
             known = self._features.detach()
-            terms, _ = _loss_and_logits(
-                model, inputs, trainer.n_train, self._weight, features=known
-            )
+            terms, _ = loss_and_logits(model, inputs, trainer.n_train, self._weight, features=known)
         grads = torch.autograd.grad(terms.loss, head)
         for parameter, grad in zip(head, grads, strict=True):
             parameter.grad = grad
@@ -392,20 +390,6 @@ def _locate(model: Any) -> tuple[str, Any, str, Any]:
     return top, owner, name, layer
 
 
-def find_head(model: nn.Module, adapter: str | None = None) -> VBLLClassification | None:
-    """The VBLL head of an adapter, by default of the active one; None where there is none."""
-    for module in model.modules():
-        if not isinstance(module, ModulesToSaveWrapper):
-            continue
-        names = module.active_adapters if adapter is None else [adapter]
-        for name in names:
-            if name in module.modules_to_save:
-                for part in module.modules_to_save[name].modules():
-                    if isinstance(part, VBLLClassification):
-                        return part
-    return None
-
-
 def plain_head(head: VBLLClassification, dtype: torch.dtype = torch.float32) -> nn.Linear:
     """The linear layer that gives the head's mean logits."""
     bias = head.bias is not None
@@ -416,150 +400,7 @@ def plain_head(head: VBLLClassification, dtype: torch.dtype = torch.float32) -> 
     return layer
 
 
-# --- Features and logits -------------------------------------------------------------------------
-
-
-def class_features(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Features phi (B, D) that enter the head for each example: one forward pass, with its graph.
-
-    The head stands aside meanwhile and hands its input on, so that whatever the model does with
-    logits (the last token, the pooled position) it does with features.
-
-    Args:
-        model: a model with an active VBLL head, wrapped by DDP or not.
-        batch: inputs as tensors; labels and `choice_mask` are left out.
-
-    Raises:
-        ValueError: the model has no VBLL head, or it is disabled.
-    """
-    head = _need_head(model, "class_features")
-    return _instead_of_logits(model, head, batch, lambda features: features, head.in_features)
-
-
-def _instead_of_logits(
-    model: nn.Module,
-    head: VBLLClassification,
-    batch: Mapping[str, Any],
-    forward: Callable[[Tensor], Tensor],
-    columns: int,
-) -> Tensor:
-    """What the model gives where its head computes something else: (B, columns)."""
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-    head.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        outputs = model(**inputs)
-    finally:
-        del head.__dict__["forward"]
-    result = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-    if result.dim() != 2 or result.shape[1] != columns:
-        raise ValueError(
-            f"class_features: the model must give one row of {columns} numbers for each example, "
-            f"got {tuple(result.shape)}; enable the adapter"
-        )
-    return result
-
-
-def class_logits(
-    model: nn.Module, batch: Mapping[str, Any], features: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the class logits (B, C), which are independent Gaussians.
-
-    Classes that `choice_mask` leaves out have mean -10,000 and variance 0.
-
-    Args:
-        model, batch: as in `class_features`.
-        features: of the batch, where they are known; else one forward pass.
-
-    Raises:
-        ValueError: as `class_features`.
-    """
-    head = _need_head(model, "class_logits")
-    if features is None and not isinstance(model, nn.parallel.DistributedDataParallel):
-        features = class_features(model, batch)
-    if features is None:
-        # Within the model's own pass, where data parallelism sees that the head is used.
-        both = _instead_of_logits(
-            model,
-            head,
-            batch,
-            lambda phi: torch.cat(head.logit_distribution(phi), -1),
-            2 * head.n_classes,
-        )
-        mean, variance = both.chunk(2, -1)
-    else:
-        mean, variance = head.logit_distribution(features)
-    mask = batch.get("choice_mask")
-    if mask is not None:
-        missing = ~mask.to(device=mean.device, dtype=torch.bool)
-        mean, variance = mean.masked_fill(missing, MASKED_LOGIT), variance.masked_fill(missing, 0)
-    return mean, variance
-
-
-def _need_head(model: nn.Module, op: str) -> VBLLClassification:
-    head = find_head(model)
-    if head is None:
-        raise ValueError(
-            f"{op}: the model must have an active variational last layer, got "
-            f"{type(model).__name__} without; make one with "
-            "get_peft_model(model, PolarVbllConfig(...))"
-        )
-    return head
-
-
-# --- Training ------------------------------------------------------------------------------------
-
-
-def variational_loss(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    *,
-    n_train: float,
-    kl_weight: float = 1.0,
-    features: Tensor | None = None,
-) -> VariationalLoss:
-    """Negative evidence lower bound per training example, in closed form: no sampling.
-
-        loss = mean_i [ logsumexp_c(m_ic + v_ic / 2) - m_iy ] + kl_weight / n_train KL
-
-    with mean m and variance v of the logits. `BayesTrainer` uses it by itself; for a loop of one's
-    own, with `parameter_groups` for the optimiser. `.loss.backward()` reaches adapters and head in
-    one pass ("jacobi"). With `features` of an earlier call it costs no forward pass of the model.
-
-    Args:
-        model: a model with an active VBLL head.
-        batch: inputs and int64 `labels` (B,), -100 for rows that do not count.
-        n_train: number of training examples.
-        kl_weight: factor of the divergence; below 1 the posterior is tempered.
-        features: of the batch, where they are known.
-
-    Raises:
-        ValueError, TypeError: as `class_features`, or labels are missing or out of range.
-        RuntimeError: the covariances have been refined: see `laplace_refine`.
-
-    Sources: Harrison et al., arXiv 2404.11599; Xiang et al., arXiv 2604.03388.
-    """
-    return _loss_and_logits(model, batch, n_train, kl_weight, features)[0]
-
-
-def _loss_and_logits(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    n_train: float,
-    kl_weight: float,
-    features: Tensor | None,
-) -> tuple[VariationalLoss, Tensor]:
-    """As `variational_loss`, with the mean logits (B, C)."""
-    head = _need_head(model, "variational_loss")
-    labels = batch.get("labels")
-    if labels is None:
-        raise ValueError("variational_loss: batch must have labels, got none; add int64 (B,)")
-    mean, variance = class_logits(model, batch, features)
-    targets, counted = counted_labels(
-        "variational_loss", labels.to(mean.device), head.n_classes, head.ignore_index
-    )
-    nll = -jensen_bound(mean, variance, targets, counted).sum() / counted.sum().clamp_min(1)
-    kl = head.kl() - head.wishart()
-    return VariationalLoss(nll + kl_weight / n_train * kl, nll, kl), mean
+# --- Calibration ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -589,7 +430,7 @@ def calibrate_head(
         ValueError: there is no VBLL head, it is not new (refined, or head_prior_scale is set), or
             logit_variance is not positive.
     """
-    head = _need_head(model, "calibrate_head")
+    head = need_head(model, "calibrate_head")
     if not logit_variance > 0:
         raise ValueError(f"calibrate_head: logit_variance must be positive, got {logit_variance}")
     config = _config(model)
@@ -644,7 +485,7 @@ def laplace_refine(
 
     Source: Xiang, Li and Lu, "PoLAR-VBLL", arXiv 2604.03388.
     """
-    head = _need_head(model, "laplace_refine")
+    head = need_head(model, "laplace_refine")
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:
@@ -666,7 +507,7 @@ def discard_laplace(model: nn.Module) -> None:
     Raises:
         ValueError: there is no VBLL head.
     """
-    _need_head(model, "discard_laplace").discard_refinement()
+    need_head(model, "discard_laplace").discard_refinement()
     _record(model, None, 0)
 
 
@@ -737,6 +578,20 @@ def _prior(config: Mapping[str, Any]) -> str:
     return f"on the last layer, head_prior_scale = {config.get('head_prior_scale') or 1.0}"
 
 
+def _before_training(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Set the prior of a new head, unless the configuration has it."""
+    if _config(model).head_prior_scale is None:
+        calibrate_head(model, batch)
+
+
+def _after_training(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, refine: bool = False
+) -> None:
+    """Refine the covariances where that is asked for."""
+    if refine:
+        laplace_refine(model, batches)
+
+
 METHOD = Method(
     "polar-vbll",
     "PoLAR-VBLL",
@@ -745,16 +600,16 @@ METHOD = Method(
     lr=2e-3,
     predictor=last_layer_predictor,
     prior=_prior,
+    before_training=_before_training,
+    after_training=_after_training,
+    training_options=(
+        Option(
+            "refine",
+            "true or false",
+            False,
+            "Replace the last layer's covariances by its exact Laplace ones after training.",
+        ),
+    ),
 )
 
-__all__ = [
-    "METHOD",
-    "VariationalLoss",
-    "calibrate_head",
-    "class_features",
-    "class_logits",
-    "discard_laplace",
-    "find_head",
-    "laplace_refine",
-    "variational_loss",
-]
+__all__ = ["METHOD", "PolarVbllConfig", "calibrate_head", "discard_laplace", "laplace_refine"]

@@ -33,7 +33,7 @@ from bayes_kernels.hf import (
     predict_dataset,
     variational_loss,
 )
-from bayes_kernels.hf.methods.polar_vbll import find_head
+from bayes_kernels.hf.last_layer import find_head
 from bayes_kernels.stiefel import StiefelAdamW
 from hf.methods.polar_models import BASES, BATCH, arguments, fill, fit
 
