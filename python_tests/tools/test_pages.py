@@ -40,7 +40,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^(<!-- test: hub -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 FOLDERS = ("bayes_kernels", "csrc", "cuda_benchmarks", "python_tests")
-FILES = [str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
+FILES = [str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
 SCRIPTS = [
     ROOT / "Makefile",
     *(ROOT / "cuda_benchmarks").glob("*.py"),
@@ -183,7 +183,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", TEXTS)
 def test_what_a_page_names_exists(page: str) -> None:
     """Links; between the lines also commands, options, files of the tree and names of the package."""
-    text = BLOCK.sub("", TEXTS[page])
+    text = BLOCK.sub(lambda block: "" if block[2] else block[3], TEXTS[page])  # trees stay
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         file, _, anchor = target.partition("#")
         path = (ROOT / page).parent / file if file else ROOT / page
@@ -204,7 +204,8 @@ def test_what_a_page_names_exists(page: str) -> None:
             names |= {f"{module}.{member}" for member in members.split(", ")}
     for name in names:
         pkgutil.resolve_name(name)
-    for file in re.findall(r"[\w./]+\.(?:py|cpp|h|cuh?|sh)\b", text):
+    for found in re.findall(r"[\w./]+\.(?:py|cpp|h|cuh?|sh)\b|^ +\w+/ ", text, re.M):
+        file = found.strip(" /")
         family = re.search(r"(^|[/_])x(_\w+)?\.", file)  # x is any
         assert family or any(path.endswith(f"/{file}") for path in FILES), file
 
