@@ -15,7 +15,7 @@ import pkgutil
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +134,11 @@ def run(words: list[str]) -> None:
     assert result.exit_code == 0 or isinstance(result.exception, _Checked), result.output
 
 
+def lacks(text: str, names: Iterable[str]) -> list[str]:
+    """Names that are no words of a text."""
+    return [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
+
+
 def look_up(command: str, words: list[str]) -> None:
     """A command of others: its targets, extras, files and options exist."""
     environment = {word.partition("=")[0] for word in words if re.match(r"[A-Z]\w+=", word)}
@@ -142,7 +147,7 @@ def look_up(command: str, words: list[str]) -> None:
     if first == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = {target for target in rest if not re.search(rf"^{target}:", makefile, re.M)}
-        assert not targets | {name for name in environment if name not in makefile}, command
+        assert not targets and not lacks(makefile, environment), command
     elif first == "pip":
         extras = importlib.metadata.metadata("bayes-kernels").get_all("Provides-Extra")
         named = {e for found in re.findall(r"\[(.+?)\]", command) for e in found.split(",")}
@@ -152,7 +157,7 @@ def look_up(command: str, words: list[str]) -> None:
         assert file.exists(), command
         sources = [file] if file.is_file() else [*file.glob("*.py")]
         text = "".join(source.read_text() for source in sources)
-        assert not {name for name in options | environment if name not in text}, command
+        assert not lacks(text, options | environment), command
 
 
 @pytest.mark.usefixtures("folder")
