@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..batches import batch_size, eval_mode, fold_samples, inputs_of, labels_of, to_device
 from ._compat import without_padding
 from .layers import (
-    _variants,
     bayes_layers,
+    bayes_variants,
     draws_weights,
     noise_state,
     warn_uncalled,
@@ -143,7 +143,7 @@ class NoiseDraws(WeightDraws):
     @property
     def one_per_pass(self) -> bool:
         """With routed experts, which lose track of the copies."""
-        return any(variant.routed for variant in _variants(self.model))
+        return any(variant.routed for variant in bayes_variants(self.model))
 
     def weights(
         self, draw: bool, *, n_samples: int, seed: int, first_sample: int
@@ -165,7 +165,7 @@ class NoiseDraws(WeightDraws):
 
 def noise_predictor(model: nn.Module) -> NoiseDraws | None:
     """The predictor of a model with Bayesian adapters, active or not; None where it has none."""
-    return None if next(_variants(model), None) is None else NoiseDraws(model)
+    return None if next(bayes_variants(model), None) is None else NoiseDraws(model)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from .noise import NoiseState
 from .variants import BayesLayer, BayesVariant
 
 
-def _active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
+def active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLayer]:
     """As `bayes_layers`, unsorted; empty where there is none."""
     found = []
     module: Any
@@ -40,7 +40,7 @@ def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLaye
     Raises:
         ValueError: there is none.
     """
-    found = _active_layers(model, adapter)
+    found = active_layers(model, adapter)
     if not found:
         which = "an active Bayesian adapter" if adapter is None else f"the adapter {adapter!r}"
         raise ValueError(
@@ -50,7 +50,7 @@ def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLaye
     return sorted(found, key=lambda item: (item.name, item.adapter))
 
 
-def _variants(model: nn.Module) -> Iterator[BayesVariant]:
+def bayes_variants(model: nn.Module) -> Iterator[BayesVariant]:
     """Those of all Bayesian adapters, active or not."""
     for module in model.modules():
         for variant in getattr(module, "lora_variant", {}).values():
@@ -64,7 +64,7 @@ def noise_state(model: nn.Module) -> NoiseState:
     Raises:
         ValueError: the model has none.
     """
-    for variant in _variants(model):
+    for variant in bayes_variants(model):
         return variant.state
     raise ValueError(
         f"noise_state: the model must have a Bayesian adapter, got {type(model).__name__} without; "
@@ -75,7 +75,7 @@ def noise_state(model: nn.Module) -> NoiseState:
 
 def draws_weights(model: nn.Module) -> bool:
     """Whether weights of a Bayesian adapter, active or not, have draws."""
-    return any(variant.samples for variant in _variants(model))
+    return any(variant.samples for variant in bayes_variants(model))
 
 
 def without_effect(model: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import random
 from ._compat import continues_a_text
-from .layers import _active_layers, _variants, adapter_devices, draws_weights, noise_state
+from .layers import active_layers, adapter_devices, bayes_variants, draws_weights, noise_state
 from .noise import NoiseState, _normal_tensors, _using, process_rank
 
 MODES = ("sample", "mean", "flipout")
@@ -72,7 +72,7 @@ def _check_packing(module: nn.Module, state: NoiseState, positions: Any) -> None
     begins = (positions[:, :-1] == 0) & (positions[:, 1:] == 1)
     packed = bool((begins.sum(-1) > 1).any())
     state.packing_checked = packed or not positions.is_cpu
-    if packed and any(variant.scope == "example" for variant in _variants(module)):
+    if packed and any(variant.scope == "example" for variant in bayes_variants(module)):
         warnings.warn(
             "scope='example' must have one sequence in each row of the batch, got rows that pack "
             "several (position_ids start again), which then share a draw; use scope='none' (BLoB: "
@@ -92,7 +92,7 @@ def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
         return
 
     def warn(_: Tensor) -> None:
-        layers = _active_layers(module)  # none while a conversion has taken the posterior off
+        layers = active_layers(module)  # none while a conversion has taken the posterior off
         trained = any(
             item.variant.samples and item.layer.lora_B[item.adapter].weight.requires_grad
             for item in layers

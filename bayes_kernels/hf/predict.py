@@ -143,7 +143,7 @@ def predict_dataset(
         ValueError: as `predict`, or the data is empty.
     """
     batches = as_batches(data, batch_size, collate_fn)
-    parts = [
+    parts: list[Any] = [
         predict(model, batch, **options)
         for batch in tqdm(batches, desc="predict", delay=2, disable=not progress, leave=False)
     ]

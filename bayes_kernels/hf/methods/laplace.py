@@ -14,50 +14,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
-import os
-import re
-import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from ...batches import as_batches, inputs_of, labels_of, split
-from ...laplace import FISHERS, METHODS, TOKENS, Laplace, Layer
+from ...batches import as_batches, inputs_of, labels_of
+from ...laplace import FISHERS, METHODS, TOKENS
 from ...progress import progress_bar
 from ..logits import (
     Prediction,
-    forward_logits,
     gaussian_prediction,
     mean_prediction,
     need_classes,
 )
 from ..method import Conversion, Method, default_options
-from ..model import BayesLoraModel
-from ..swap import adapted_layers, make_plain, the_adapter
+from ..swap import make_plain, the_adapter
 from ..undo import as_before_if_stopped
-from ..variants import BayesVariant
-
-LAPLACE_FILE = "laplace.safetensors"
-FORMAT = 1
+from .laplace_posterior import (
+    LAPLACE_FILE,
+    LaplacePosterior,
+    build_laplace,
+    drawn_weights,
+    forget_laplace,
+    laplace_method,
+    laplace_posterior,
+    load_laplace,
+    save_laplace,
+    set_posterior,
+    weights_of,
+)
 
 LAYERS = ("all", "adapters", "last")
 PRIORS = ("mackay", "gradient", "validation", "fixed")
 STRUCTURES = ("scalar", "layer")
 JACOBIANS = ("vmap", "repeat")
 
-_ATTRIBUTE = "laplace_posterior"
 # Prior precisions that "validation" tries, in one pass; neighbours differ by a factor of 1.78.
 _GRID = torch.logspace(-2, 4, 25, dtype=torch.float64)
 
@@ -133,43 +129,6 @@ class LaplaceLoraReport:
         ]
         title = f"{self.matrices} matrices, {self.parameters:,} weights, {self.examples} examples"
         return title, ("nats", "given prior", "chosen prior"), rows
-
-
-@dataclass
-class LaplacePosterior:
-    """The posterior of a PEFT model's adapter: what `bayesianize(model, "laplace")` leaves there.
-
-    Attributes:
-        laplace: curvature, prior, evidence, draws of the weights: `bayes_kernels.laplace.Laplace`.
-        layers: "all", "adapters" or "last".
-        prediction: how `predict` gets from Gaussian logits to probabilities.
-        choices: ids of the answer tokens, for logits of causal language models.
-        report: as `bayesianize` returned it, as plain values.
-    """
-
-    laplace: Laplace
-    layers: str
-    prediction: str
-    choices: list[int] | None
-    report: dict[str, Any]
-
-
-def laplace_posterior(model: nn.Module) -> LaplacePosterior | None:
-    """The Laplace posterior of a model, wrapped or not; None where it has none."""
-    for module in model.modules():
-        if isinstance(module, PeftModel):
-            return module.__dict__.get(_ATTRIBUTE)
-    return None
-
-
-def _need_posterior(model: nn.Module, op: str) -> LaplacePosterior:
-    found = laplace_posterior(model)
-    if found is None:
-        raise ValueError(
-            f"{op}: the model must have a Laplace posterior, got none; call "
-            "bayesianize(model, 'laplace', data)"
-        )
-    return found
 
 
 def check_laplace_options(**options: Any) -> None:
@@ -311,7 +270,7 @@ def laplace_(
         need_classes("laplace_", model)
     with as_before_if_stopped(peft_model):
         make_plain(peft_model, name)
-        found = _build(
+        found = build_laplace(
             peft_model,
             name,
             layers,
@@ -370,7 +329,7 @@ def laplace_(
         )
         chosen = None if choices is None else [int(c) for c in choices]
         kept = LaplacePosterior(found, layers, prediction, chosen, report.to_dict())
-        vars(peft_model)[_ATTRIBUTE] = kept
+        set_posterior(peft_model, kept)
         return report
 
 
@@ -381,7 +340,7 @@ def check_laplace_model(model: nn.Module, layers: str = "all", **others: Any) ->
         ValueError: as `laplace_`.
     """
     peft_model, name = the_adapter("laplace_", model)
-    _layers(peft_model, name, layers)
+    weights_of(peft_model, name, layers)
 
 
 # --- prediction ----------------------------------------------------------------------------------
@@ -434,7 +393,7 @@ class LaplacePredictor:
         if n_samples == 0:
             return mean_prediction(found.mean_logits(inputs), labels, keep=return_samples)
         if method == "weights":
-            drawn = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
+            drawn: Any = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
             return Prediction(
                 log_probs=drawn.log_probs.double().cpu(),
                 entropy=drawn.entropy.double().cpu(),
@@ -454,237 +413,6 @@ def laplace_predictor(model: nn.Module) -> LaplacePredictor | None:
     """The predictor of a model with a Laplace posterior; None for other models."""
     found = laplace_posterior(model)
     return None if found is None else LaplacePredictor(model, found)
-
-
-@contextlib.contextmanager
-def drawn_weights(model: nn.Module, seed: int = 0, index: int = 0) -> Iterator[None]:
-    """The model with draw number `index` of the Laplace posterior in place of its weights.
-
-    The trained weights come back at the end. Draws are known to fit worse than the linearised model
-    that `predict` uses (Immer et al., arXiv 2008.08400); they are for looking at.
-
-    Raises:
-        ValueError: the model has no Laplace posterior, or its weights have changed since.
-    """
-    found = _need_posterior(model, "drawn_weights")
-    with found.laplace.sampled(seed, index):
-        yield
-
-
-# --- folders -------------------------------------------------------------------------------------
-
-
-def save_laplace(model: nn.Module, folder: str | Path) -> Path:
-    """Write the Laplace posterior of a model beside its adapter, as `laplace.safetensors`.
-
-    The adapter itself is what `model.save_pretrained(folder)` writes, which stock PEFT loads. The
-    file holds eigenvectors and eigenvalues, a digest of the weights they belong to, and in its header
-    how they were made. Readers see the old file or the whole new one.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: the model has no Laplace posterior, or its adapter has changed since.
-    """
-    found = _need_posterior(model, "save_laplace")
-    state = {name: value.cpu() for name, value in found.laplace.state_dict().items()}
-    header = {
-        "format": FORMAT,
-        "layers": found.layers,
-        "prediction": found.prediction,
-        "choices": found.choices,
-        "jacobian": found.laplace.jacobian,
-        "seed": found.laplace.seed,
-        "report": found.report,
-    }
-    path = Path(folder) / LAPLACE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        save_file(state, temporary, metadata={"format": "pt", "bayes_kernels": json.dumps(header)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def load_laplace(model: nn.Module, folder: str | Path) -> LaplacePosterior:
-    """Read the posterior that `save_laplace` wrote, for the adapter of the same folder.
-
-    Args:
-        model: the adapter on its base model, as `PeftModel.from_pretrained(base, folder)` loads it.
-        folder: the folder, or the file.
-
-    Returns:
-        The posterior, which the model has from now on.
-
-    Raises:
-        ValueError: there is no such file, it is damaged, or it belongs to other weights: the adapter
-            was trained again since.
-    """
-    path = Path(folder)
-    path = path / LAPLACE_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"load_laplace: expected {LAPLACE_FILE} in {str(folder)!r}, found none; make it with "
-            "bayesianize(model, 'laplace', data) and save_laplace"
-        )
-    header, state = _read(path)
-    report, layers = header["report"], header["layers"]
-    prediction, choices = header["prediction"], header["choices"]
-    options = {name: report[name] for name in ("fisher", "tokens", "rank", "dense_below")}
-    options.update(jacobian=header["jacobian"], seed=header["seed"])
-    peft_model, name = the_adapter("load_laplace", model)
-    if isinstance(peft_model.base_model, BayesLoraModel):
-        raise ValueError(
-            "load_laplace: the adapter must be plain LoRA, got a Bayesian one; load the folder's own "
-            "adapter with PeftModel.from_pretrained"
-        )
-    found = _build(peft_model, name, layers, choices, **options)
-    try:
-        found.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(
-            f"load_laplace: {path} does not belong to this adapter: {error}; run bayesianize again"
-        ) from None
-    posterior = LaplacePosterior(found, layers, prediction, choices, report)
-    peft_model.__dict__[_ATTRIBUTE] = posterior
-    return posterior
-
-
-def laplace_method(folder: str | Path) -> str | None:
-    """The method of the posterior in an adapter folder, "laplace" or "laplace-last"; None without.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = Path(folder) / LAPLACE_FILE
-    if not path.is_file():
-        return None
-    return "laplace-last" if _read(path)[0]["layers"] == "last" else "laplace"
-
-
-_HEADER = ("layers", "prediction", "choices", "jacobian", "seed", "report")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file of `save_laplace`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["bayes_kernels"])
-            state = {key: file.get_tensor(key) for key in file.keys()}
-        if header["format"] != FORMAT or any(name not in header for name in _HEADER):
-            raise ValueError(f"a header of format {header['format']!r}, not {FORMAT}")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"load_laplace: {path} must be what save_laplace wrote, got {error!r}"
-        ) from None
-    return header, state
-
-
-# --- layers --------------------------------------------------------------------------------------
-
-
-def _adapted(peft_model: PeftModel, name: str) -> list[tuple[str, Any]]:
-    """Adapted layers, by name in the base model, whose factors are linear layers."""
-    found = adapted_layers(peft_model, name)
-    for key, layer in found:
-        if name in getattr(layer, "lora_embedding_A", ()):
-            raise ValueError(f"laplace_: layer {key} cannot have a posterior: it is an embedding")
-        variant = layer.lora_variant.get(name)
-        parts = (layer.lora_A[name], layer.lora_B[name])
-        plain = variant is None or isinstance(variant, BayesVariant)
-        if not plain or not all(isinstance(part, nn.Linear) for part in parts):
-            kind = type(variant if not plain else parts[0]).__name__
-            raise ValueError(
-                f"laplace_: layer {key} cannot have a posterior: it is no product of two linear "
-                f"layers ({kind})"
-            )
-    return found
-
-
-def _factors(key: str, layer: Any, name: str) -> list[Layer]:
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    return [
-        Layer(f"{key}.lora_A", a, a.weight, gate=b.weight),
-        Layer(f"{key}.lora_B", b, b.weight, gate=a.weight),
-    ]
-
-
-def _ones(x: Tensor) -> Tensor:
-    return x.new_ones(*x.shape[:-1], 1)
-
-
-def _head_layers(peft_model: PeftModel, name: str) -> list[list[Layer]]:
-    """Weight and bias of each linear layer of heads that were trained with the adapter."""
-    tuner: Any = peft_model.base_model
-    found = []
-    for key, wrapper in tuner.model.named_modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
-            continue
-        for part, module in wrapper.modules_to_save[name].named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            full = f"{key}.{part}" if part else key
-            pair = [Layer(f"{full}.weight", module, module.weight)]
-            if module.bias is not None:
-                pair.append(Layer(f"{full}.bias", module, module.bias, _ones))
-            found.append(pair)
-    return found
-
-
-def _layers(peft_model: PeftModel, name: str, which: str) -> list[Layer]:
-    adapted, heads = _adapted(peft_model, name), _head_layers(peft_model, name)
-    if which == "last":
-        adapted, heads = _last(peft_model, adapted, heads)
-    layers = [factor for key, layer in adapted for factor in _factors(key, layer, name)]
-    if which != "adapters":
-        layers += [layer for pair in heads for layer in pair]
-    if not layers:
-        raise ValueError("laplace_: the adapter must have linear layers, got none")
-    return layers
-
-
-def _last(
-    peft_model: PeftModel, adapted: list[tuple[str, Any]], heads: list[list[Layer]]
-) -> tuple[list[tuple[str, Any]], list[list[Layer]]]:
-    """What acts on the logits directly, or is next to that."""
-    base: Any = peft_model.get_base_model()
-    try:
-        output = base.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        output = None
-    at_output = [(key, layer) for key, layer in adapted if layer is output]
-    if at_output:
-        return at_output, []
-    if heads:
-        return [], heads[-1:]
-    numbers = {key: [int(n) for n in re.findall(r"\.(\d+)(?=\.)", key)][:1] for key, _ in adapted}
-    top = max(numbers.values(), default=[])
-    return [(key, layer) for key, layer in adapted if numbers[key] == top], []
-
-
-def _build(
-    peft_model: PeftModel, name: str, which: str, choices: Sequence[int] | None, **options: Any
-) -> Laplace:
-    trained = [t for key, layer in _adapted(peft_model, name) for t in _factors(key, layer, name)]
-    trained += [layer for pair in _head_layers(peft_model, name) for layer in pair]
-    return Laplace(
-        peft_model,
-        _layers(peft_model, name, which),
-        forward=functools.partial(forward_logits, choices=choices),
-        split=split,
-        depends_on=[layer.weight for layer in trained],
-        **options,
-    )
-
-
-def forget_laplace(model: nn.Module) -> None:
-    """Take the Laplace posterior off a model; nothing where it has none."""
-    for module in model.modules():
-        if isinstance(module, PeftModel):
-            module.__dict__.pop(_ATTRIBUTE, None)
 
 
 def _method(name: str, title: str, **fixed: Any) -> Method:
