@@ -15,6 +15,7 @@
 //                                  needed once per kernel and device for more than 48 KiB
 //     bk_max_shared_memory_per_block()   opt-in limit of the current device, in bytes
 //     bk_large_arguments()               whether kernels may take kLargeArguments bytes of arguments
+//     bk_zero(pointer, bytes, stream)    clears memory on the stream; a graph captures it
 //   Shared memory (plain `__shared__` is not available in the emulator, on purpose)
 //     BK_SHARED(T, name, [d0][d1]...)  static array; empty third argument: one T; 16-byte aligned
 //     BK_DYNAMIC_SHARED(T, name)       T* const name: the dynamic shared memory, 16-byte aligned
@@ -47,6 +48,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 // Bytes of kernel arguments: what every driver accepts, and what drivers from CUDA 12.1 on do for
@@ -82,6 +84,7 @@ inline int bk_max_shared_memory_per_block() {
   return static_cast<int>(::simt::settings().max_shared_bytes);
 }
 inline bool bk_large_arguments() { return true; }
+inline void bk_zero(void* pointer, std::size_t bytes, void*) { std::memset(pointer, 0, bytes); }
 
 inline void bk_cp_async_16(void* dst_smem, const void* src, int bytes_valid = 16,
                            const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -141,6 +144,11 @@ inline int bk_max_shared_memory_per_block() {
   if (cudaGetDevice(&device) == cudaSuccess)
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
+}
+
+// A failure is reported by the next bk_last_error(), as that of a launch is.
+inline void bk_zero(void* pointer, std::size_t bytes, void* stream) {
+  cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream));
 }
 
 inline bool bk_large_arguments() {

@@ -54,8 +54,8 @@ STREAMING = {
     ("tall", "combine_kernel"): 32,
     ("curvature", "gram_kernel"): 64,
     ("curvature", "dense_sum_kernel"): 64,
-    ("divergence", "value_kernel"): 32,
-    ("divergence", "gradient_kernel"): 32,
+    ("divergence", "value_kernel"): 64,
+    ("divergence", "gradient_kernel"): 64,
 }
 
 # Straight-line kernels that latency bounds: most instructions. `pack` drew a Philox block for each

@@ -145,7 +145,7 @@ def test_launches_of_an_adapter(
 def test_launches_do_not_grow_with_the_list(
     launches: Callable[[Callable[[], Any]], int],
 ) -> None:
-    """Lists of up to 500 matrices take as many launches as one; those beyond, a round more."""
+    """Lists of up to 500 matrices (KL: 580) take as many launches as one; those beyond, a round more."""
 
     def talls(number: int) -> list[torch.Tensor]:
         return [torch.linalg.qr(torch.randn(20, 3))[0].contiguous() for _ in range(number)]
@@ -174,11 +174,11 @@ def test_launches_do_not_grow_with_the_list(
         xs = talls(number)
         return launches(lambda: functional.landing_field(xs, [x.clone() for x in xs], 0.5))
 
-    for counted, most in ((kl, 2), (low_rank, 3), (dense, 2), (polar, 4), (landing, 3)):
+    for counted, most in ((kl, 1), (low_rank, 3), (dense, 2), (polar, 4), (landing, 3)):
         few, some, many = counted(2), counted(61), counted(448)
         assert few == some == many, counted.__name__
         assert 0 < few <= most, counted.__name__
-    assert kl(501) == kl(2) + 1
+    assert kl(580) == 1 and kl(581) == 2  # the sum goes on in the second
     assert dense(501) == 2 * dense(2)
     assert polar(501) == polar(2) + 1  # only the Gram pass takes the list
 

@@ -125,6 +125,57 @@ def test_many_tensors_in_one_call(device):
     torch.testing.assert_close(gaussian_kl(means, rhos, 0.2).double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("number", [71, 581])
+def test_lists_beyond_one_launch(device, number: int):
+    """Around what the arguments of a kernel hold: the sum goes on from launch to launch."""
+    means = [torch.full((1 + i % 3,), 0.01 * i, device=device.torch) for i in range(number)]
+    rhos = [torch.full((1 + i % 3,), 0.2 + 1e-3 * i, device=device.torch) for i in range(number)]
+    wide = [m.double() for m in means], [r.double().requires_grad_() for r in rhos]
+    expected = reference.gaussian_kl(*wide, 0.2)
+    slopes = torch.autograd.grad(expected, wide[1])
+    rhos = [r.requires_grad_() for r in rhos]
+    value = gaussian_kl(means, rhos, 0.2)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    for ours, slope in zip(torch.autograd.grad(value, rhos), slopes, strict=True):
+        torch.testing.assert_close(ours.double(), slope, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows_share", [False, True])
+@pytest.mark.parametrize("direction", ["elbo", "code"])
+def test_same_bits_wherever_the_tensors_lie(device, dtype, rows_share: bool, direction: str):
+    """At every offset from a 16-byte boundary, with sums over several blocks and odd ends."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(3, 4 * 700), (1, 4096 + 4 * 256 + 3), (2, 4 * 1024 + 2)]
+    values = [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+    deviations = [
+        torch.rand((s[0], 1) if rows_share else s, generator=generator, dtype=dtype) + 0.1
+        for s in shapes
+    ]
+
+    def placed(t: torch.Tensor, offset: int) -> torch.Tensor:
+        room = torch.empty(t.numel() + 8, dtype=dtype, device=device.torch)
+        start = -room.data_ptr() % 16 // room.element_size() + offset
+        return room[start : start + t.numel()].view(t.shape).copy_(t)
+
+    found = []
+    for offsets in ((0, 0), (1, 1), (0, 1), (3, 2)):
+        means, rhos = ([placed(t, o) for t in ts] for ts, o in zip((values, deviations), offsets))  # noqa: B905
+        weight = torch.full((), 0.3, dtype=dtype, device=device.torch)
+        ops, options = _library.ops, ([0.2], "square", direction)
+        value = ops.gaussian_kl(means, rhos, *options)
+        gradients = ops.gaussian_kl_backward(weight, means, rhos, *options)
+        ops.gaussian_kl_step_(means, rhos, weight, *options)
+        found.append([value, *gradients[0], *gradients[1], *means, *rhos])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_list_of_empty_tensors_is_zero(device):
+    empty = torch.empty(0, 4, device=device.torch)
+    assert gaussian_kl([empty, empty], [empty, empty], 0.2).item() == 0.0
+
+
 @pytest.mark.parametrize(
     ("means", "rhos", "options", "text"),
     [
