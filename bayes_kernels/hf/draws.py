@@ -71,11 +71,11 @@ class WeightDraws:
     def weights(
         self, draw: bool, *, n_samples: int, seed: int, first_sample: int
     ) -> AbstractContextManager[Any]:
-        """Inside, a pass uses these draws of the weights, or where ``draw`` is false their mean."""
+        """Inside, a pass uses these draws of the weights, or where `draw` is false their mean."""
         return contextlib.nullcontext()
 
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
-        """Outputs of the model on ``count`` copies of the batch, for draws from number ``first``."""
+        """Outputs of the model on `count` copies of the batch, for draws from number `first`."""
         return self.model(**folded)
 
     def predict(

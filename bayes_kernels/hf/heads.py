@@ -15,14 +15,11 @@ from torch import Tensor, nn
 MASKED_LOGIT = -1e4
 
 
-# --- Models --------------------------------------------------------------------------------------
-
-
 class ClassLogits:
-    """Base of the model classes: ``forward`` gives class logits (B, C) and their loss.
+    """Base of the model classes: `forward` gives class logits (B, C) and their loss.
 
     The loss is the mean cross-entropy over the batch, or, where the trainer gives
-    ``num_items_in_batch``, the sum divided by it. (The stock classifiers accept that argument and
+    `num_items_in_batch`, the sum divided by it. (The stock classifiers accept that argument and
     ignore it, so that their loss is too large by the number of accumulation steps.)
     """
 
@@ -55,7 +52,7 @@ class ClassLogits:
             return_dict: False for a tuple (loss, logits).
 
         Returns:
-            ``SequenceClassifierOutput`` with ``logits`` (B, C) and, with ``labels``, ``loss``.
+            `SequenceClassifierOutput` with `logits` (B, C) and, with `labels`, `loss`.
         """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -145,14 +142,14 @@ def _mix_in(model: Any, mixin: Any) -> None:
 
 
 def trim_head(model: Any, answer_ids: Sequence[int], *, padding_side: str = "left") -> Any:
-    """Give a causal language model the trimmed head of :class:`AnswerHead`, in place.
+    """Give a causal language model the trimmed head of `AnswerHead`, in place.
 
     The C rows are copied, and tied weights are untied: the input embedding stays as it is, and
     training or adapting the head does not change it.
 
     Args:
         model: A causal language model of transformers.
-        answer_ids: Token ids of the C answers, see :func:`answer_token_ids`.
+        answer_ids: Token ids of the C answers.
         padding_side: "left" (the last position is the last token of every row) or "right".
 
     Returns:

@@ -310,7 +310,7 @@ def gaussian_prediction(
         method: as in `bayes_kernels.functional.mc_predict`.
         keep: whether `sample_log_probs` holds the draws.
 
-    Cost: draws are averaged as they are made; with ``keep`` their (S, B, C) logits are in memory.
+    Cost: draws are averaged as they are made; with `keep` their (S, B, C) logits are in memory.
     """
     key = random.key(seed, mean.device)
     same = torch.zeros(len(mean), dtype=torch.int64, device=mean.device)

@@ -21,7 +21,7 @@ PLAIN = "map"
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method, as `bayes-kernels methods` lists it and ``--set NAME=VALUE`` sets it.
+    """One option of a method, as `bayes-kernels methods` lists it and `--set NAME=VALUE` sets it.
 
     Attributes:
         name: its name.
@@ -52,7 +52,7 @@ class Conversion:
 
     Attributes:
         convert: (model, data, **options) -> report. Its keyword-only arguments are the options; its
-            docstring describes them under ``Args``.
+            docstring describes them under `Args`.
         check: (**options): raises ValueError where an option is out of range.
         check_model: (model, **options): raises ValueError where a model, trained or not, cannot be
             converted with these options.
@@ -214,7 +214,7 @@ def _words(annotation: Any) -> str:
 
 
 def _described_arguments(function: Callable[..., Any]) -> dict[str, str]:
-    """What the section ``Args`` of a docstring says of each argument, on one line."""
+    """What the section `Args` of a docstring says of each argument, on one line."""
     _, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
     found: dict[str, str] = {}
     for entry in re.split(r"\n {4}(?=\w)", "\n" + rest.partition("\n\n")[0]):

@@ -38,27 +38,26 @@ def predict(
     in the batch mean independent labels, as they do for the loss. BLoB, ScalaBL, MC dropout and
     ensembles give all three; TFB, a variational last layer and a Laplace posterior are for classes.
 
-    Draw s depends on (seed, s) only: results depend neither on how examples are batched (padding
-    aside) nor on how many draws share a pass. The model is put into eval mode meanwhile.
+    Draw s depends on (seed, s) only, not on how examples are batched (padding aside) or how many draws
+    share a pass. The model is in eval mode meanwhile. What a draw is depends on the adapter:
 
-    Draws of one seed are uncorrelated but not independent: they share |eps| and differ
-    in its signs. The Monte-Carlo error of their mean therefore has a floor that more draws of the
-    same seed do not lower; average over several seeds for independent draws.
-
-    Plain LoRA that was trained with dropout is drawn from by dropout (MC dropout): its masks depend
-    on (seed, s) and on the place of the example in the batch. The draws of an `Ensemble` are its
-    members, whatever n_samples and seed are.
-
-    A variational last layer (PoLAR-VBLL) needs one forward pass whatever S: its draws are draws of
-    the logits, independent, and the same noise serves every example. So are those of a Laplace
-    posterior, which takes one forward and C backward passes for the covariance of the logits; with
-    prediction "probit", "bridge" or "quadrature" there are no draws, whatever n_samples is.
+    * BLoB, TFB, ScalaBL: weights. Draws of one seed are uncorrelated but not independent: they share
+      |eps| and differ in its signs. The Monte-Carlo error of their mean therefore has a floor that more
+      draws of the same seed do not lower; average over several seeds for independent draws.
+    * Plain LoRA that was trained with dropout (MC dropout): dropout masks, which depend on (seed, s)
+      and on the place of the example in the batch.
+    * An `Ensemble`: its members, all of them, whatever n_samples and seed are.
+    * A variational last layer (PoLAR-VBLL): logits, from one forward pass. Draws are independent, and
+      all examples have the same noise.
+    * A Laplace posterior: logits, likewise, from one forward and C backward passes for their
+      covariance. Predictions "probit", "bridge" and "quadrature" have no draws, whatever n_samples is.
+    * Plain LoRA without dropout, PoLAR: there are none, and n_samples must be 0.
 
     Args:
-        model: a model with Bayesian adapters, plain LoRA with dropout, or an `Ensemble`; its logits
-            are (B, C), or (B, T, V) of a language model, of which the last token that the attention
-            mask shows is taken: with an encoder and a decoder, the last token of
-            `decoder_input_ids` that `decoder_attention_mask` shows.
+        model: a model with an adapter of any method, or an `Ensemble`. Its logits are (B, C), or
+            (B, T, V) of a language model, of which the last token that the attention mask shows is
+            taken: with an encoder and a decoder, the last token of `decoder_input_ids` that
+            `decoder_attention_mask` shows.
         batch: its inputs as tensors; labels are set aside. A decoder classifier without a pad token
             takes one example.
         n_samples: S; 0 uses the posterior mean.
@@ -75,9 +74,8 @@ def predict(
         batch, in ceil(S / samples_per_pass) calls; memory (S, B, C) for the draws' logits of one pass.
 
     Raises:
-        ValueError: counts are out of range, the batch or the logits do not fit, there is no Bayesian
-            adapter, or draws are asked for where neither the adapters nor the last layer have a
-            posterior, or the adapters are disabled or merged.
+        ValueError: counts are out of range, the batch or the logits do not fit, the model has no
+            adapter, or draws are asked for and the adapter has none or is disabled or merged.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
@@ -100,12 +98,12 @@ def predict(
 
 
 def predictor_of(model: nn.Module) -> Predictor:
-    """How a model predicts: the answer of the last method in the table that knows its adapter.
+    """The predictor of a model's adapter.
 
-    Later rows of the table are more special: any plain adapter is one of the first.
+    Methods are asked from the end of the table, whose first row takes any plain adapter.
 
     Raises:
-        ValueError: no method knows the model.
+        ValueError: the model has no adapter of any method.
     """
     for ask in dict.fromkeys(row.predictor for row in reversed(METHODS.values())):
         found = ask(model)

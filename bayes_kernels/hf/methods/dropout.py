@@ -43,7 +43,7 @@ def dropout_draws(
 ) -> Iterator[None]:
     """Inside, dropout before the adapters is on, also in eval mode, with masks that a seed decides.
 
-    The batch holds ``n_samples`` copies of the examples, see `fold_samples`. Copy s has the mask of
+    The batch holds `n_samples` copies of the examples, see `fold_samples`. Copy s has the mask of
     (seed, first_sample + s, layer): it depends neither on the other copies nor on torch's
     generator. Every token has a mask of its own, by its place in the batch, as in training.
 

@@ -24,7 +24,7 @@ class Ensemble(nn.Module):
     """Plain adapters, trained from several seeds, whose probabilities are averaged.
 
     Attributes:
-        models: One PeftModel with all members as adapters, ``folded``; or one for each member.
+        models: One PeftModel with all members as adapters, `folded`; or one for each member.
         names: Names of the members: the adapters of the one model.
         folded: Whether all members are evaluated in one pass, each on its copy of the batch.
     """
@@ -48,7 +48,7 @@ class Ensemble(nn.Module):
         return self.models[0].get_base_model()  # type: ignore[operator]
 
     def forward(self, folded_batch: Mapping[str, Any], first: int, count: int) -> Any:
-        """Outputs of ``count`` members from number ``first``, each on its copy of the batch.
+        """Outputs of `count` members from number `first`, each on its copy of the batch.
 
         Members with a base of their own come one at a time.
         """
@@ -116,7 +116,7 @@ class MemberDraws(WeightDraws):
         return not self.model.folded
 
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
-        """Outputs of ``count`` members from number ``first``."""
+        """Outputs of `count` members from number `first`."""
         return self.model(folded, first, count)
 
     def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
