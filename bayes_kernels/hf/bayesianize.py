@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from .method import METHODS, ConversionReport
 
 
 def bayesianize(
-    model: nn.Module, method: str, data: Any = None, **options: Any
+    model: nn.Module,
+    method: str,
+    data: Iterable[Any] | Dataset[Any] | None = None,
+    **options: Any,
 ) -> ConversionReport:
     """Make the adapter of a PEFT model Bayesian, in place, without training it.
 
     Args:
         model: a PeftModel with one adapter: plain LoRA, or a Bayesian one, of which the mean stays.
-        method: "tfb"; "laplace", Laplace-LoRA with all weights that were trained; "laplace-last",
-            with those of the last layer only.
+        method: "tfb"; "laplace", Laplace-LoRA of all weights that were trained; "laplace-last", of the
+            last layer only.
         data: examples to look at, as `predict_dataset` takes them: the anchors ("tfb"), or all
             training examples ("laplace").
-        options: those of the method, as `bayes_kernels.hf.methods.tfb.tfb_` and
+        options: options of the method, as `bayes_kernels.hf.methods.tfb.tfb_` and
             `bayes_kernels.hf.methods.laplace.laplace_` take them.
 
     Returns:

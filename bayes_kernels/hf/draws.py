@@ -108,7 +108,9 @@ class WeightDraws:
         device = next(model.parameters()).device
         labels, inputs = labels_of(batch), to_device(inputs_of(batch), device)
         size = batch_size(inputs)
-        rows = LogitRows(model, batch, choices)  # whose mask the host may read without waiting
+        rows = LogitRows(
+            model, batch, choices
+        )  # of the batch on the host: its mask is read without waiting
         inputs.update(rows.options)
         draws = max(n_samples, 1)
         per_pass = samples_per_pass or 1

@@ -65,7 +65,7 @@ class Prediction:
 
     @staticmethod
     def concatenate(parts: Sequence[Prediction]) -> Prediction:
-        """One prediction from those of successive batches.
+        """Join the predictions of successive batches.
 
         Raises:
             ValueError: there are none, or their numbers of classes or draws differ.
@@ -108,7 +108,7 @@ class LabelPrediction:
 
     @staticmethod
     def concatenate(parts: Sequence[LabelPrediction]) -> LabelPrediction:
-        """One prediction from those of successive batches; raises as `Prediction.concatenate`."""
+        """Join the predictions of successive batches; raises as `Prediction.concatenate`."""
         return _concatenated(parts, "labels")
 
 
@@ -118,8 +118,8 @@ class NumberPrediction:
 
         mean = 1/S sum_s f_s(x),  variance = 1/(S - 1) sum_s (f_s(x) - mean)^2
 
-    The variance is what the posterior of the weights leaves open; noise of the targets, which a model
-    trained with squared errors does not estimate, comes on top.
+    The variance is due to the posterior of the weights. Noise of the targets comes on top; a model
+    trained with squared errors does not estimate it.
 
     Attributes:
         mean: (B, D).
@@ -158,7 +158,7 @@ class NumberPrediction:
 
     @staticmethod
     def concatenate(parts: Sequence[NumberPrediction]) -> NumberPrediction:
-        """One prediction from those of successive batches; raises as `Prediction.concatenate`."""
+        """Join the predictions of successive batches; raises as `Prediction.concatenate`."""
         return _concatenated(parts, "columns")
 
 
@@ -357,7 +357,7 @@ class LogitRows:
         base: Any = getattr(model, "get_base_model", lambda: model)()
         prefix = ""
         if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-            prefix = "decoder_"  # whose tokens the logits belong to
+            prefix = "decoder_"  # the logits are the decoder's
             if not any(inputs.get(f"decoder_{name}") is not None for name in _TOKENS):
                 raise ValueError(
                     "predict: batch must have decoder_input_ids for choices of an encoder-decoder, "
@@ -461,6 +461,7 @@ def need_classes(op: str, model: nn.Module) -> None:
     if target_kind(model, width) != "classes":
         raise ValueError(
             f"{op}: the head must have at least two classes, num_labels >= 2 and problem_type None or "
-            f"'single_label_classification', got num_labels={width}, problem_type={problem!r}; BLoB "
-            "and ScalaBL predict numbers (regression) and independent labels too"
+            f"'single_label_classification', got num_labels={width}, problem_type={problem!r}; "
+            "methods that train a posterior of the weights, such as BLoB, predict numbers and "
+            "independent labels too"
         )

@@ -176,7 +176,7 @@ def default_options(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _config_options(config: type[LoraConfig]) -> Iterator[Option]:
-    """Fields that the class has beside those of LoraConfig, unless the library sets them itself."""
+    """Fields that LoraConfig does not have, unless the library sets them itself."""
     for item in own_fields(config):
         if not item.metadata.get("set_by"):
             words = " or ".join(repr(word) for word in item.metadata.get("choices", ()))

@@ -45,7 +45,7 @@ def advance_before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> No
 
 
 def generate_with_one_draw(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`model.generate` whose passes, those of an encoder included, have one key, with a cache or not.
+    """`model.generate` with one key for all passes, an encoder's too, with a cache or without.
 
     Base models with Bayesian adapters have it in place of the method of their class.
     """
@@ -117,19 +117,18 @@ def refresh_noise(
 ) -> None:
     """New training noise, before a forward pass.
 
-    Plain loops need no call: every forward pass of the base model in training mode derives a key of
-    its own from the present one. With `step` the key becomes a pure function of (seed, rank, step):
+    Plain loops need no call: every forward pass of the base model in training mode derives a new
+    key from the present one. With `step` the key becomes a pure function of (seed, rank, step):
 
         key = fold_in(fold_in(key(seed), rank), step)
 
-    from which each forward pass after it derives one of its own. That makes a run repeatable from
-    any step. Call it where a part of the base model is called
-    directly, which goes past the hook.
+    and each forward pass after it derives the next key from it. That makes a run repeatable from any
+    step. Call it where a part of the base model is called directly, which goes past the hook.
 
     Args:
         model: the model.
         step: number of the micro-batch; None for the next key of the present chain.
-        rank: number of the process; None for that of the process group.
+        rank: number of the process; None for the process group's.
         seed: None for the seed of the configuration.
 
     Raises:
@@ -209,7 +208,7 @@ def posterior(
 
     Raises:
         ValueError: mode or counts are out of range, the model has no Bayesian adapter, or the mode is
-            "sample" and no adapter's weights have draws (PoLAR).
+            "sample" and no adapter's weights have draws.
 
     Example:
         with posterior(model, "sample", n_samples=8, seed=0):
@@ -227,7 +226,7 @@ def posterior(
     state = noise_state(model)
     if mode == "sample" and not draws_weights(model):
         raise ValueError(
-            "posterior: mode must be 'mean' for adapters whose weights have no draws (PoLAR), got "
+            "posterior: mode must be 'mean' for adapters whose weights have no draws, got "
             "'sample'; draws of a variational last layer come from predict"
         )
     before = state.snapshot()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def predict(
         choices: ids of the answer tokens, the classes; needed for (B, T, V) logits.
         samples_per_pass: draws folded into one pass; None for as many as fit the memory budget.
         memory_budget: bytes that the activations of one pass may take; None for half of the free
-            memory of the GPU, or 1 GiB on the CPU. The estimate is that of a transformer without
+            memory of the GPU, or 1 GiB on the CPU. It is estimated for a transformer without
             gradients, from the sizes in its configuration.
         return_samples: also return the distribution of each draw.
 
@@ -120,7 +120,7 @@ def predict_dataset(
     data: Iterable[Any] | Dataset[Any],
     *,
     batch_size: int = 16,
-    collate_fn: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> AnyPrediction:
@@ -132,7 +132,7 @@ def predict_dataset(
             which is batched in order with `batch_size` and `collate_fn`.
         batch_size, collate_fn: for a data set.
         progress: show a bar where it takes longer than two seconds.
-        options: those of `predict`.
+        options: as in `predict`.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction` of all examples, in order.

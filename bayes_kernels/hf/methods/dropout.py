@@ -45,7 +45,7 @@ def dropout_draws(
 
     The batch holds `n_samples` copies of the examples, see `fold_samples`. Copy s has the mask of
     (seed, first_sample + s, layer): it depends neither on the other copies nor on torch's
-    generator. Every token has a mask of its own, by its place in the batch, as in training.
+    generator. Every token has its own mask, by its place in the batch, as in training.
 
     Args:
         model: Plain LoRA with dropout.

@@ -50,12 +50,12 @@ class Ensemble(nn.Module):
     def forward(self, folded_batch: Mapping[str, Any], first: int, count: int) -> Any:
         """Outputs of `count` members from number `first`, each on its copy of the batch.
 
-        Members with a base of their own come one at a time.
+        Members with separate bases come one at a time.
         """
         if not self.folded:
             (model,) = self.models[first : first + count]  # type: ignore[misc]
             return model(**folded_batch)
-        # Models for multiple choice see every choice as a row of its own.
+        # Models for multiple choice see every choice as a row.
         rows = folded_batch["input_ids"][..., 0].numel() // count
         names = [name for name in self.names[first : first + count] for _ in range(rows)]
         return self.models[0](**folded_batch, adapter_names=names)
@@ -112,7 +112,7 @@ class MemberDraws(WeightDraws):
 
     @property
     def one_per_pass(self) -> bool:
-        """Where members have bases of their own."""
+        """Where members have separate bases."""
         return not self.model.folded
 
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:

@@ -16,12 +16,13 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from ...batches import as_batches, inputs_of, labels_of
 from ...laplace import FISHERS, METHODS, TOKENS
@@ -73,7 +74,7 @@ class LaplaceLoraReport:
         evidence_before, evidence_after: log evidence at the prior precision that was given, and at
             the one that was chosen, nats; None without labels.
         effective_parameters: gamma, number of directions that the data determines.
-        posterior_bytes: of what is kept.
+        posterior_bytes: size of the posterior.
         seconds: wall-clock time.
     """
 
@@ -135,8 +136,8 @@ def check_laplace_options(**options: Any) -> None:
     """Whether `laplace_` takes these options, which can be asked before an adapter is trained.
 
     Args:
-        options: options of `laplace_`, where missing its defaults; data, `validation` and what else
-            says how to go through them are not looked at.
+        options: options of `laplace_`; missing ones have its defaults. Data, `validation` and options
+            of batches are not checked.
 
     Raises:
         ValueError: an option is out of range; the message says which.
@@ -174,7 +175,7 @@ def check_laplace_options(**options: Any) -> None:
 
 def laplace_(
     model: nn.Module,
-    data: Any,
+    data: Iterable[Any] | Dataset[Any],
     *,
     layers: str = "all",
     fisher: str = "ggn",
@@ -185,14 +186,14 @@ def laplace_(
     prior_precision: float = 1.0,
     prior: str | None = None,
     structure: str = "scalar",
-    validation: Any = None,
+    validation: Iterable[Any] | Dataset[Any] | None = None,
     prediction: str = "mc",
     jacobian: str = "vmap",
     n_samples: int = 1000,
     seed: int = 0,
     choices: Sequence[int] | None = None,
     batch_size: int = 16,
-    collate_fn: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
 ) -> LaplaceLoraReport:
     """Give the adapter of a PEFT model a Laplace posterior, in place, without training it.
@@ -210,7 +211,7 @@ def laplace_(
             needed for fisher "empirical" and for the evidence as a number, not for its optimum.
         layers: what gets a posterior. "all": the factors A and B of all adapted layers and the linear
             layers of a head that was trained with them (`modules_to_save`); "adapters": the factors
-            only; "last" (LLLA): what acts on the logits directly: the factors of an adapted output
+            only; "last" (LLLA): the layer that gives the logits: the factors of an adapted output
             head, else the last linear layer of a trained head, else the factors of the last adapted
             block.
         fisher, mc_samples: "ggn", exact with C - 1 backward passes for each batch; "mc", labels drawn
@@ -223,7 +224,7 @@ def laplace_(
         prior: how delta is chosen: "mackay" or "gradient" by the evidence, "validation" by the
             likelihood of held-out examples, "fixed" not at all. None: "validation" where there are
             such examples and structure is "scalar", else "mackay". The evidence takes the size of
-            the weights for that of the prior, which without weight decay can be far too wide for all
+            the weights for the size of the prior, which without weight decay can be far too wide for all
             layers together: docs/laplace.md.
         structure: "scalar", one delta; "layer", one for each matrix.
         validation: held-out examples with labels, for prior "validation": one prediction of them.
@@ -295,6 +296,7 @@ def laplace_(
         labelled = found.log_likelihood is not None
         before = float(found.log_marginal_likelihood()) if labelled else None
         if prior == "validation":
+            assert validation is not None
             held_out = list(as_batches(validation, batch_size, collate_fn))
             found.optimize_prior_precision(
                 "validation",
@@ -372,7 +374,7 @@ class LaplacePredictor:
         """As `bayes_kernels.hf.predict`; memory does not depend on the number of draws.
 
         Raises:
-            ValueError: the head has no classes, the choices are not those of the posterior, or draws
+            ValueError: the head has no classes, the choices are not the posterior's, or draws
                 are to be returned where there are none.
         """
         found, method = self.posterior.laplace, self.posterior.prediction

@@ -1,4 +1,4 @@
-"""The Laplace posterior of an adapter: the weights that it is of, and its file beside the adapter."""
+"""The Laplace posterior of an adapter: which weights it covers, and its file beside the adapter."""
 
 from __future__ import annotations
 

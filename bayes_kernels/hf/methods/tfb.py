@@ -19,13 +19,14 @@ import math
 import numbers
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ...batches import as_batches
 from ...progress import progress_bar
@@ -106,10 +107,10 @@ class Trial:
 
     Attributes:
         sigma: deviation sigma_q.
-        change: what the tolerance bounds.
+        change: the metric's change, which the tolerance bounds.
         feasible: whether it is within it.
         nll, accuracy: against the labels of the search, nats and share.
-        flips: share of anchors whose class differs from that of the mean.
+        flips: share of anchors whose class differs from the mean's.
     """
 
     sigma: float
@@ -132,7 +133,7 @@ class TfbReport:
         n_samples: draws of an evaluation.
         passes: evaluations of the anchors, the one of the mean included.
         before: the mean's; `before.change` is 0.
-        after: that of `sigma`; None where it was interpolated or was not evaluated.
+        after: the evaluation at `sigma`; None where it was interpolated or was not evaluated.
         trace: all evaluations with noise, in their order.
         at_range_end: whether the search ended at the upper end of its range: more may be feasible.
         seconds: wall-clock time.
@@ -191,7 +192,7 @@ class TfbReport:
 
 def tfb_(
     model: nn.Module,
-    anchors: Any,
+    anchors: Iterable[Any] | Dataset[Any],
     *,
     metric: str = "flips",
     tolerance: float | None = None,
@@ -208,7 +209,7 @@ def tfb_(
     choices: Sequence[int] | None = None,
     layers: Sequence[str] | None = None,
     batch_size: int = 16,
-    collate_fn: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     samples_per_pass: int | None = None,
     progress: bool = True,
 ) -> TfbReport:
@@ -222,9 +223,9 @@ def tfb_(
     * "nll": |NLL(sigma_q) - NLL(mean)| / NLL(mean) <= tolerance (0.003): little noise for an adapter
       that fits its anchors,
 
-    where NLL and accuracy are those of the mean prediction of n_samples coherent draws, as `predict`
-    makes it. All evaluations use the same draws of eps (common random numbers), so that the changes
-    are a smooth function of sigma_q. The noise of the update is scaling * sigma_q, as published.
+    with NLL and accuracy of the mean prediction of n_samples coherent draws, as `predict` makes it.
+    All evaluations use the same draws of eps (common random numbers), so that the changes are a smooth
+    function of sigma_q. The noise of the update is scaling * sigma_q, as published.
 
     Where an exception stops the search the adapter is left as it was.
 
@@ -354,8 +355,8 @@ def check_options(**options: Any) -> None:
     """Whether `tfb_` takes these options, which can be asked before an adapter is trained.
 
     Args:
-        options: options of `tfb_`, where missing its defaults; what says how to go through the
-            anchors is not looked at.
+        options: options of `tfb_`; missing ones have its defaults. Options of batches are not
+            checked.
 
     Raises:
         ValueError: an option is out of range or of the wrong kind.
@@ -517,7 +518,11 @@ class _Score:
         return Trial(sigma, change, change <= self.bound, nll, accuracy, flips)
 
 
-def _batches(anchors: Any, batch_size: int, collate_fn: Any) -> list[Mapping[str, Any]]:
+def _batches(
+    anchors: Iterable[Any] | Dataset[Any],
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> list[Mapping[str, Any]]:
     found = list(as_batches(anchors, batch_size, collate_fn))
     if not found:
         raise ValueError("tfb_: anchors must have at least one example, got none")
