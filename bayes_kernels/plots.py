@@ -10,7 +10,6 @@ Needs matplotlib: `pip install bayes-kernels[plots]`.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from bayes_kernels import metrics
+from bayes_kernels.files import replacing_file
 from bayes_kernels.metrics import ReliabilityBins, RiskCoverageCurve
 from bayes_kernels.metrics.inputs import ArrayLike, as_scores, check_int
 
@@ -324,12 +324,6 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 200) -> Pat
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ValueError(f"save: path must end in .png, got {str(target)!r}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            figure.savefig(stream, format="png", dpi=dpi)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(target) as temporary, open(temporary, "xb") as stream:
+        figure.savefig(stream, format="png", dpi=dpi)
     return target

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,14 +16,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import random
+from ..files import replacing_folder
 from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import CONFIGS, DEFAULT_METHOD, BayesLoraConfig, own_fields
 from .layers import bayes_layers
 from .method import PLAIN
 from .undo import as_before_if_stopped
-from .variants import VARIANTS, BayesLayer, extra_names
+from .variants import VARIANTS, extra_names
 
 
 def import_lora(
@@ -224,7 +222,7 @@ def export_lora(
     replaced = {}
     for item in layers:
         own = item.layer.lora_A[item.adapter].weight, item.layer.lora_B[item.adapter].weight
-        plain = _plain_factors(item, sample, seed)
+        plain = item.factors(sample, seed)
         for factor, old, new in zip(("lora_A", "lora_B"), own, plain, strict=True):
             if new is not old:
                 replaced[f"{PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
@@ -237,21 +235,12 @@ def export_lora(
     }
     missing = sorted(set(replaced) - set(tensors))
     assert not missing, missing
-    return _write_folder(directory, _plain_config(config), variant.to_plain(tensors))
-
-
-def coherent_draw(item: BayesLayer, sample: int, seed: int) -> Tensor:
-    """First factor (r, in), fp32, of the plain LoRA adapter that is draw number `sample`."""
-    return _plain_factors(item, sample, seed)[0]
-
-
-def _plain_factors(item: BayesLayer, sample: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Factors of the plain LoRA adapter that is the mean (None) or a draw."""
-    if sample is None:
-        return item.variant.mean_factors(item.layer, item.adapter)
-    key = random.key(seed, item.mean.device)
-    with torch.no_grad():
-        return item.variant.draw_factors(item.layer, item.adapter, key, sample)
+    with replacing_folder(directory) as folder:
+        text = json.dumps(_plain_config(config), indent=2, sort_keys=True)
+        (folder / CONFIG_NAME).write_text(text + "\n")
+        file = folder / SAFETENSORS_WEIGHTS_NAME
+        save_file(variant.to_plain(tensors), file, metadata={"format": "pt"})
+    return directory
 
 
 def _peft_model(model: nn.Module) -> PeftModel:
@@ -298,28 +287,6 @@ def _check_replaceable(directory: Path) -> None:
             f"export_lora: directory must be empty or hold {sorted(known)} only, got "
             f"{foreign[:3]} in {directory}; name another one or move these away"
         )
-
-
-def _write_folder(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    new, old = (directory.with_name(f".{directory.name}.{w}.{token}") for w in ("new", "old"))
-    try:
-        new.mkdir()
-        (new / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(new, directory)
-        return directory
-    except BaseException:  # Ctrl-C as well
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(old, directory)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_config(folder: Path, options: dict[str, Any]) -> BayesLoraConfig:
@@ -414,4 +381,4 @@ def _named_slots(model: PeftModel, adapter: str) -> Any:
         yield key, by_pointer.get(value.data_ptr(), value)
 
 
-__all__ = ["coherent_draw", "export_lora", "import_lora", "read_lora", "stored_method"]
+__all__ = ["export_lora", "import_lora", "read_lora", "stored_method"]

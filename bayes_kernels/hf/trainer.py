@@ -53,13 +53,9 @@ class BayesTrainerMixin(_Base):
       n_train the number of terms that the likelihood loss averages over the data set, the sum is
       the negative evidence lower bound divided by n_train. Gradient clipping then acts on the sum,
       which the divergence can dominate: raise `max_grad_norm` or set it to 0.
-    * **PoLAR** adapters get `bayes_kernels.stiefel.StiefelAdamW` with the options of their
-      configuration, unless an optimiser is given; the largest ||Z^T Z - I||_F of their factors is
-      logged as orthogonality.
-    * **A variational last layer** (PoLAR-VBLL) has its negative evidence lower bound as the loss, in
-      closed form: nll is then the Jensen bound of the negative log-likelihood, and the divergence,
-      times the configuration's kl_weight, is in the loss unless kl_mode is "none". Adapters and last
-      layer take turns as the configuration's `alternation` says.
+    * **The method** may have an optimiser (PoLAR: `bayes_kernels.stiefel.StiefelAdamW`, unless one is
+      given), a loss (PoLAR-VBLL: the evidence lower bound of its last layer), turns of its parts, and
+      logs. The page of each method says so.
     * **Weight decay** leaves out means and deviations, whose decay is the divergence.
     * **Accumulation.** Many stock heads (sequence and token classification, masked language models,
       T5, BART, ...) return the mean over the targets of a micro-batch and ignore the item count that
@@ -87,9 +83,8 @@ class BayesTrainerMixin(_Base):
         kl_schedule: replaces the schedule that the configuration asks for; kl_weight still counts.
 
     Raises:
-        ValueError: an option is out of range, the model has no Bayesian adapter, or label smoothing or
-            a loss function is given beside a variational last layer. From `train`: the adapters are
-            disabled or merged.
+        ValueError: an option is out of range or does not go with the method, or the model has no
+            Bayesian adapter. From `train`: the adapters are disabled or merged.
     """
 
     def __init__(
@@ -136,10 +131,8 @@ class BayesTrainerMixin(_Base):
             )
         self._hooks = variant.training(self, variant.config)
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
-        self._passes, self._idle = (
-            0,
-            set[str](),
-        )  # seen so far, and layers without a gradient in all
+        # Passes that were looked at, and layers without a gradient in all of them.
+        self._passes, self._idle = 0, set[str]()
         self.add_callback(_AfterOptimizerStep(self))  # type: ignore[attr-defined]
 
     @property
@@ -186,11 +179,13 @@ class BayesTrainerMixin(_Base):
 
     def get_decay_parameter_names(self: Any, model: nn.Module) -> list[str]:
         """Weight decay is for the other parameters: the prior does it for the posterior's."""
-        posterior = set[int]()
-        for item in bayes_layers(model):
+        layers = bayes_layers(model)
+        modules = [
+            m for kind in {type(item.variant) for item in layers} for m in kind.modules(model)
+        ]
+        posterior = {id(p) for module in modules for p in module.parameters()}
+        for item in layers:
             posterior.update(id(p) for p in item.variant.own_decay(item.layer, item.adapter))
-        for kind in {type(item.variant) for item in bayes_layers(model)}:
-            posterior.update(id(p) for module in kind.modules(model) for p in module.parameters())
         own = {name for name, p in model.named_parameters() if id(p) in posterior}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
@@ -207,9 +202,9 @@ class BayesTrainerMixin(_Base):
             rank=self.args.process_index,
             seed=self.args.seed if self.noise_seed is None else self.noise_seed,
         )
-        step = super().training_step
+        stock = super().training_step
         loss = self._hooks.training_step(
-            model, inputs, lambda inputs: step(model, inputs, num_items_in_batch)
+            model, inputs, lambda inputs: stock(model, inputs, num_items_in_batch)
         )
         self._check_calls()
         return loss

@@ -48,6 +48,14 @@ class BayesLayer(NamedTuple):
         """A tensor that the method has beside the factors, by its name."""
         return getattr(self.layer, name)[self.adapter]
 
+    def factors(self, draw: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """(A, B) of the plain LoRA adapter that is the mean, or the draw of that number."""
+        if draw is None:
+            return self.variant.mean_factors(self.layer, self.adapter)
+        key = random.key(seed, self.mean.device)
+        with torch.no_grad():
+            return self.variant.draw_factors(self.layer, self.adapter, key, draw)
+
 
 class Divergence(NamedTuple):
     """One layer's term of `gaussian_kl`: terms of all layers are summed in one launch."""

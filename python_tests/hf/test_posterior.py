@@ -18,7 +18,6 @@ from bayes_kernels.hf import (
     posterior,
     refresh_noise,
 )
-from bayes_kernels.hf.checkpoints import coherent_draw
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 
 
@@ -101,7 +100,7 @@ def test_draws_are_coherent_and_depend_on_seed_and_number_only() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for item in bayes_layers(other):
-            item.mean.copy_(coherent_draw(item, 2, 9))
+            item.mean.copy_(item.factors(2, seed=9)[0])
     torch.testing.assert_close(logits(other), folded[2], rtol=1e-4, atol=1e-5)
     assert (folded[0] - folded[1]).abs().max() > 0.05
     with posterior(model, "sample", n_samples=3), pytest.raises(ValueError, match="fold_samples"):
@@ -115,7 +114,7 @@ def _split(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_statistics_of_draws() -> None:
     """Mean and deviation of draws of one layer's A over numbers and seeds."""
     item = bayes_layers(blob())[0]
-    draws = torch.stack([coherent_draw(item, s, seed) for s in range(8) for seed in range(150)])
+    draws = torch.stack([item.factors(s, seed)[0] for s in range(8) for seed in range(150)])
     omega = 0.4**2
     error = (draws.mean(0) - item.mean).abs().max()
     assert error < 4.5 * omega / 1200**0.5

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...batches import split
+from ...files import replacing_file
 from ...laplace import Laplace, Layer
 from ..logits import (
     forward_logits,
@@ -247,13 +246,8 @@ def save_laplace(model: nn.Module, folder: str | Path) -> Path:
         "report": found.report,
     }
     path = Path(folder) / LAPLACE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing_file(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt", "bayes_kernels": json.dumps(header)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

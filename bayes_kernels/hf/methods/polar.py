@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ... import functional
 from ...stiefel import METHODS, StiefelAdamW, orthogonality
 from ..config import BayesLoraConfig, option
+from ..layers import active_layers
 from ..method import Method
-from ..variants import BayesVariant, TrainingHooks
+from ..variants import BayesLayer, BayesVariant, TrainingHooks
 
 CORE = "lora_core"
 
@@ -162,7 +163,7 @@ class PolarVariant(BayesVariant, method="polar"):
 
 def stiefel_factors(model: nn.Module) -> list[nn.Parameter]:
     """X and Y^T of all active PoLAR adapters; empty where there is none."""
-    return [p for layer, name in _polar_layers(model) for p in _factors(layer, name)]
+    return [p for item in _polar_layers(model) for p in _factors(item)]
 
 
 def parameter_groups(
@@ -194,9 +195,9 @@ def parameter_groups(
             f"parameter_groups: the model must have an active PoLAR adapter, got "
             f"{type(model).__name__} without; make one with get_peft_model(model, PolarConfig(...))"
         )
-    variant = layers[0][0].lora_variant[layers[0][1]]
+    variant = layers[0].variant
     config = variant.config
-    factors = {id(p) for layer, name in layers for p in _factors(layer, name)}
+    factors = {id(p) for item in layers for p in _factors(item)}
     head = {id(p) for module in variant.modules(model) for p in module.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"stiefel": [], "head": [], "decay": [], "rest": []}
     for name, parameter in model.named_parameters():
@@ -234,19 +235,12 @@ def stiefel_error(model: nn.Module) -> Tensor:
     return orthogonality(stiefel_factors(model))
 
 
-def _polar_layers(model: nn.Module) -> list[tuple[Any, str]]:
-    found = []
-    module: Any
-    for module in model.modules():
-        variants = getattr(module, "lora_variant", None) or {}
-        for name in getattr(module, "active_adapters", ()) if variants else ():
-            if isinstance(variants.get(name), PolarVariant):
-                found.append((module, name))
-    return found
+def _polar_layers(model: nn.Module) -> list[BayesLayer]:
+    return [item for item in active_layers(model) if isinstance(item.variant, PolarVariant)]
 
 
-def _factors(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+def _factors(item: BayesLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    return item.layer.lora_B[item.adapter].weight, item.mean
 
 
 METHOD = Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3)

@@ -29,7 +29,6 @@ from bayes_kernels.hf import (
     predict,
     refresh_noise,
 )
-from bayes_kernels.hf.checkpoints import coherent_draw
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.methods.tfb import Trial, bisect, regroup
 
@@ -220,7 +219,7 @@ def test_noise_is_isotropic_in_the_column_space() -> None:
         assert (product - before).abs().max() < 1e-6 * before.abs().max()
         torch.testing.assert_close(b.T @ b, torch.eye(4).double(), rtol=0, atol=1e-6)
         u, d, _ = torch.linalg.svd(old[f"{prefix}.lora_B.default.weight"], full_matrices=False)
-        draws = torch.stack([coherent_draw(item, s, seed=s) for s in range(60)]).double()
+        draws = torch.stack([item.factors(s, seed=s)[0] for s in range(60)]).double()
         noise = u.T @ (b @ draws - before)  # (60, r, in)
         deviation = noise.std(dim=(0, 2))
         expected = 0.05 * d / (d + 1e-6)
