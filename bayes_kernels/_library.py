@@ -29,7 +29,7 @@ MAX_FUSED_CLASSES = 32  # with a full covariance; variances alone have no limit
 # The emulator that tests load; python_tests/csrc/traffic.py takes the one that counts bytes.
 simulator_library = "libbayes_kernels_sim.so"
 
-_ADVICE = (
+ADVICE = (
     "reinstall with `pip install --no-build-isolation .` in the source tree, or set "
     "BAYES_KERNELS_LIBRARY to the folder that holds libbayes_kernels.so; "
     "`python -m bayes_kernels` prints a diagnosis"
@@ -76,7 +76,7 @@ class _Missing:
 
     def __getattr__(self, name: str) -> Any:
         raise ImportError(
-            f"bayes_kernels: the compiled ops are not available: {self._problem}; {_ADVICE}"
+            f"bayes_kernels: the compiled ops are not available: {self._problem}; {ADVICE}"
         )
 
 
@@ -204,7 +204,7 @@ def lack_of_kernels(
         The error that BAYES_KERNELS_STRICT=1 raises, and its text.
     """
     if problem is not None:
-        return ImportError, f"the compiled ops are not available: {problem}; {_ADVICE}"
+        return ImportError, f"the compiled ops are not available: {problem}; {ADVICE}"
     if device == "cpu":
         return None
     if device != "cuda":

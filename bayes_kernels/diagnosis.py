@@ -56,7 +56,7 @@ def diagnosis() -> str:
     ]
     if _library.problem is not None:
         lines.append(f"compiled ops: NOT LOADED: {_library.problem}")
-        lines.append(f"  what to do: {_library._ADVICE}")
+        lines.append(f"  what to do: {_library.ADVICE}")
     else:
         info = _library.build_info()
         lines.append(

@@ -1,7 +1,7 @@
-"""The command `bayes-kernels`: info, demo, train, compare, bayesianize, evaluate, predict, bench.
+"""The command `bayes-kernels`, with all its commands.
 
-Mistakes of the caller end with one line on
-standard error and exit code 2; ``--debug`` shows the traceback instead.
+Mistakes of the caller end with one line on standard error and exit code 2; ``--debug`` shows the
+traceback instead.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ from typing import Any
 import typer
 
 from .bench import bench
-from .options import (
-    Debug,
-)
-from .output import (
-    _fail,
-    _shorten,
-)
+from .methods import methods
+from .options import Debug
+from .output import fail, shorten
 from .train import compare, demo, train
 from .use import bayesianize, evaluate, predict
 
@@ -43,7 +39,7 @@ class _Commands(typer.core.TyperGroup):
         except _UsageError as error:
             if asks_for_help:
                 raise
-            _fail(_usage(error))
+            fail(_usage(error))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -52,22 +48,22 @@ class _Commands(typer.core.TyperGroup):
             if ctx.meta.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             if isinstance(error, _UsageError):
-                _fail(_usage(error))
+                fail(_usage(error))
             if _is_out_of_memory(error):
-                _fail(
+                fail(
                     f"memory: expected enough for this model and its batches, got: {error}; use "
                     "smaller batches, a smaller --max-length, or fewer things side by side"
                 )
             if isinstance(error, OSError) and error.errno is not None:
-                place = _shorten(str(error.filename or "file"))
+                place = shorten(str(error.filename or "file"))
                 if error.errno in _FULL:
-                    _fail(
+                    fail(
                         f"{place}: expected room to write to, got: {error.strerror}; make room, or "
                         "choose another folder"
                     )
-                _fail(f"{place}: expected a path that can be used, got: {error.strerror}")
+                fail(f"{place}: expected a path that can be used, got: {error.strerror}")
             if isinstance(error, _EXPECTED):
-                _fail(str(error) or type(error).__name__)
+                fail(str(error) or type(error).__name__)
             raise
 
 
@@ -107,7 +103,7 @@ def info(debug: Debug = False) -> None:
     print(diagnosis())
 
 
-for _command in (demo, train, compare, bayesianize, evaluate, predict, bench):
+for _command in (methods, demo, train, compare, bayesianize, evaluate, predict, bench):
     app.command()(_command)
 
 

@@ -10,14 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    Debug,
-    _need_ops,
-    _number,
-)
-from .output import _fail
-
-# --- From options to experiments -----------------------------------------------------------------
+from .options import Debug, need_ops, number
+from .output import fail
 
 
 def bench(
@@ -35,7 +29,7 @@ def bench(
         typer.Option(help="Providers to compare with, divided by commas; 'none' for ours alone."),
     ] = None,
     case: Annotated[str | None, typer.Option(help="Only cases with this text in the name.")] = None,
-    seconds: Annotated[float | None, _number("Time for each case.")] = None,
+    seconds: Annotated[float | None, number("Time for each case.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file, JSON lines.")
     ] = None,
@@ -54,7 +48,7 @@ def bench(
     """
     folder = Path(__file__).resolve().parents[2] / "cuda_benchmarks"
     if not (folder / "__main__.py").is_file():
-        _fail(
+        fail(
             "bench: benchmarks come with the source tree, which is not beside this installation "
             f"({folder.parent}); clone the repository and run pip install --no-build-isolation -e ."
         )
@@ -62,7 +56,7 @@ def bench(
     if report:
         command = [sys.executable, str(folder / "report.py")]
     else:
-        _need_ops()
+        need_ops()
         command += [*(families or []), "--device", device]
         options = {"--vs": vs, "--case": case, "--seconds": seconds, "--json": json_file}
         command += ["--quick"] if quick else []

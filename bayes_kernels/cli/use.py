@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from ..experiment.data.tasks import Example, Task
-    from ..experiment.folders import Saved
-    from ..experiment.recipe import Experiment, Source
 from .options import (
     BatchExamples,
     Data,
@@ -33,59 +28,53 @@ from .options import (
     Test,
     TestSize,
     Threads,
-    _number,
-    _pairs,
-    _start,
-    _whole,
-    _words,
+    source_options,
+    start,
+    whole,
 )
 from .output import (
-    _answer,
-    _command,
-    _console,
-    _inputs,
-    _note,
-    _note_task,
-    _plots,
-    _print_table,
-    _shorten,
-    _status,
-    _table,
-    _writes_unicode,
-    _writing,
+    answer,
+    command_line,
+    describe_task,
+    draw_pictures,
+    inputs_of,
+    note,
+    shorten,
+    status,
+    writes_unicode,
+    writing,
 )
+
+if TYPE_CHECKING:
+    from ..experiment.data.tasks import Example, Task
+    from ..experiment.folders import Saved
+    from ..experiment.recipe import Experiment, Source
 
 
 def bayesianize(
     adapter: Annotated[
         str, typer.Argument(help="Folder of a trained adapter: plain LoRA, or BLoB.")
     ],
-    method: Annotated[str, typer.Option(help="tfb, laplace or laplace-last.")] = "tfb",
+    method: Annotated[
+        str, typer.Option(help="A method that converts, as the command methods lists them.")
+    ] = "tfb",
     data: Data = None,
     test: Test = None,
     ood: Ood = None,
     label_names: LabelNames = None,
     train_size: Annotated[
-        int | None, _whole("Training examples that anchors come from; 0 for all.", least=0)
+        int | None, whole("Training examples that anchors come from; 0 for all.", least=0)
     ] = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
     model: OtherBase = None,
-    anchors: Annotated[
-        int | None,
-        _whole("Training examples to look at; tfb 500, laplace all by default.", least=1),
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="tfb: flips (default), accuracy or nll.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, _number("tfb: largest change; 0.01, or 0.003 (nll), by default.")
-    ] = None,
-    convert: Annotated[
+    options: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another option of the method (laplace: prior, structure, prediction, fisher, tokens, "
-            "rank, ...), as name=value; may be repeated."
+            "--set",
+            metavar="NAME=VALUE",
+            help="An option of the method (see the command methods). Values are JSON where they can "
+            "be, else text. May be repeated.",
         ),
     ] = None,
     n_samples: Samples = None,
@@ -104,54 +93,40 @@ def bayesianize(
     TFB searches the largest noise that its anchors bear; Laplace-LoRA fits a posterior to all training
     examples. Both are those of the recorded task, or of --data.
     """
-    from ..experiment import folders, output, results, scoring
+    from ..experiment import folders, output, results, scoring, tables
     from ..experiment.convert import conversion_options, convert_model
     from ..experiment.run import Run
+    from ..experiment.settings import method_options
     from ..files import write_json
     from ..hf.method import METHODS
 
-    _start(threads)
+    start(threads)
     allowed = [name for name, row in METHODS.items() if row.made == "convert"]
     if method not in allowed:
         raise ValueError(f"method: expected one of {', '.join(allowed)}, got {method!r}")
     saved = folders.read_record(adapter)
     one = _recorded(adapter, saved, model, data)
-    changes: dict[str, Any] = {
-        "train_size": train_size,
-        "test": test,
-        "ood": tuple(ood) if ood else None,
-        "test_size": test_size,
-        "ood_size": ood_size,
-        "label_names": _words(label_names),
-    }
-    source = _source_of(one, saved, data)
-    given = {key: value for key, value in changes.items() if value is not None}
-    source = dataclasses.replace(source, **given)
+    changes = source_options(test, ood, label_names, test_size, ood_size, train_size)
+    source = dataclasses.replace(_source_of(one, saved, data), **changes)
     # Not the seed of the experiment: that chose the training examples and the parts that were new.
-    options = {"anchors": anchors, "metric": metric, "tolerance": tolerance, "seed": seed}
-    options = {key: value for key, value in options.items() if value is not None}
+    chosen = {} if seed is None else {"seed": seed}
     recipe = dataclasses.replace(
         one.recipe,
         n_samples=one.recipe.n_samples if n_samples is None else n_samples,
-        convert={**options, **(_pairs(convert, "--convert") or {})},
+        options={**chosen, **method_options(options or ())},
     )
     before = one.method
-    one = dataclasses.replace(
-        one,
-        source=source,
-        method=method,
-        recipe=recipe,
-    )
+    one = dataclasses.replace(one, source=source, method=method, recipe=recipe)
     conversion_options(one)
     folder = out or Path(f"{adapter.rstrip('/')}-{method}")
-    files = [*output.ADAPTER_FILES, results.METRICS_FILE, *(output.PICTURES if plots else ())]
-    inputs = {"adapter": adapter, "model": one.model, **_inputs(source)}
-    with _writing("bayesianize", folder, files, inputs, overwrite=overwrite) as place:
-        with _status(f"reading {source.data}"):
+    files = [*output.adapter_files(), results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
+    with writing("bayesianize", folder, files, inputs, overwrite=overwrite) as place:
+        with status(f"reading {source.data}"):
             task = source.load(one.seed)
         if saved is not None:
             _check_classes(saved.task, task)
-        _note_task(task)
+        describe_task(task)
         length = None if saved is None else saved.max_length
         loaded, encoder = folders.load_adapter(adapter, one, task, max_length=length, device=device)
         place.hold()
@@ -173,20 +148,14 @@ def bayesianize(
         place.begin()
         folders.save_adapter(loaded, one, task, encoder, folder)
         if plots:
-            _plots(rows, folder)
+            draw_pictures(rows, folder)
         run = Run(one, None, rows)
-        content = results.report([run], task, command=_command())
+        content = results.report([run], task, command=command_line())
         content["conversion"] = report.to_dict()
         write_json(folder / results.METRICS_FILE, content)
-    title, headings, lines = report.table()
-    table = _table(title, headings, left=0)
-    for line in lines:
-        table.add_row(*line)
-    console = _console()
-    console.print(table)
-    _print_table(results.summarise([run]), f"{task.name}, {adapter}")
-    console.print(str(report), soft_wrap=True)
-    console.print(f"Wrote {folder}/", soft_wrap=True)
+    print(tables.Table(*report.table(), left=0).text(), end="")
+    print(tables.run_tables(results.summarise([run]), f"{task.name}, {adapter}"))
+    print(report, f"Wrote {folder}/", sep="\n")
 
 
 def evaluate(
@@ -211,32 +180,25 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data."""
-    from ..experiment import folders, output, results, scoring
+    from ..experiment import folders, output, results, scoring, tables
     from ..experiment.run import Run
     from ..files import write_json
+    from ..hf.predict import predictor_of
 
-    _start(threads)
+    start(threads)
     saved = folders.read_record(adapter)
     one = _recorded(adapter, saved, model, data)
-    source = _source_of(one, saved, data)
-    changes: dict[str, Any] = {
-        "test": test,
-        "ood": tuple(ood) if ood else None,
-        "test_size": test_size,
-        "ood_size": ood_size,
-        "label_names": _words(label_names),
-    }
-    given = {key: value for key, value in changes.items() if value is not None}
-    source = dataclasses.replace(source, **given)
+    changes = source_options(test, ood, label_names, test_size, ood_size)
+    source = dataclasses.replace(_source_of(one, saved, data), **changes)
     folder = out or Path(adapter) / output.EVALUATION
     files = [results.METRICS_FILE, *(output.PICTURES if plots else ())]
-    inputs = {"adapter": adapter, "model": one.model, **_inputs(source)}
-    with _writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
-        with _status(f"reading {source.data}"):
+    inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
+    with writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
+        with status(f"reading {source.data}"):
             task = source.load(one.seed)
         if saved is not None:
             _check_classes(saved.task, task)
-        _note(task.summary())
+        note(task.summary())
         loaded, encoder = folders.load_adapter(
             adapter,
             one,
@@ -245,8 +207,10 @@ def evaluate(
             device=device,
         )
         place.hold()
-        scoring.check_draws(loaded, n_samples or 0)
-        recipe = one.recipe
+        if n_samples and not predictor_of(loaded).draws:
+            raise ValueError(
+                f"n-samples: expected 0 for an adapter without a posterior, got {n_samples}"
+            )
         rows = scoring.evaluate_model(
             loaded,
             encoder,
@@ -254,15 +218,16 @@ def evaluate(
             method=one.method,
             n_samples=one.n_samples if n_samples is None else n_samples,
             seed=one.seed if seed is None else seed,
-            batch_size=batch_size or recipe.eval_batch_size,
+            batch_size=batch_size or one.recipe.eval_batch_size,
         )
         run = Run(dataclasses.replace(one, source=source), None, rows)
         place.begin()
         if plots:
-            _plots(rows, folder)
-        write_json(folder / results.METRICS_FILE, results.report([run], task, command=_command()))
-    _print_table(results.summarise([run]), f"{task.name}, {adapter}")
-    _console().print(f"Wrote {folder}/", soft_wrap=True)
+            draw_pictures(rows, folder)
+        content = results.report([run], task, command=command_line())
+        write_json(folder / results.METRICS_FILE, content)
+    title = f"{task.name}, {adapter}"
+    print(tables.run_tables(results.summarise([run]), title), f"Wrote {folder}/", sep="\n")
 
 
 def predict(
@@ -292,9 +257,10 @@ def predict(
     if not text and data is None:
         raise ValueError("predict: expected --text or --data, got neither")
     from ..experiment import folders, scoring
+    from ..experiment.tables import Table
     from ..hf.method import METHODS
 
-    _start(threads)
+    start(threads)
     saved = folders.read_record(adapter)
     if saved is None:
         raise ValueError(
@@ -319,9 +285,9 @@ def predict(
         batch_size=batch_size or one.recipe.eval_batch_size,
     )
     probs, classes = prediction.probs, prediction.classes
-    table = Table("label", "prob", "entropy", "MI", "text", box=None, pad_edge=False)
+    lines = []
     for i, example in enumerate(examples):
-        name = _answer(task, example, int(classes[i]))
+        name = answer(task, example, int(classes[i]))
         found = {
             "id": example.id,
             "label": name,
@@ -332,18 +298,13 @@ def predict(
             "probabilities": [float(p) for p in probs[i]],
         }
         if json_lines:
-            print(json.dumps(found, ensure_ascii=not _writes_unicode(sys.stdout)))
+            print(json.dumps(found, ensure_ascii=not writes_unicode(sys.stdout)))
             continue
-        information = f"{found['mutual_information']:.3f}" if count else "–"
-        table.add_row(
-            name,
-            f"{found['probability']:.3f}",
-            f"{found['entropy']:.3f}",
-            information,
-            _shorten(example.question),
-        )
-    if not json_lines:
-        _console().print(table)
+        numbers = [found["probability"], found["entropy"], found["mutual_information"]]
+        cells = ["–" if number is None else f"{number:.3f}" for number in numbers]
+        lines.append([name, shorten(example.question), *cells])
+    if lines:
+        print(Table("", ("label", "text", "prob", "entropy", "MI"), lines, left=2).text(), end="")
 
 
 def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
@@ -351,7 +312,7 @@ def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | 
     from ..experiment.folders import EXPERIMENT_FILE
     from ..experiment.recipe import Experiment
     from ..hf.checkpoints import stored_method
-    from ..hf.methods.laplace import laplace_method
+    from ..hf.method import METHODS
 
     if saved is not None:
         one = saved.experiment
@@ -362,7 +323,8 @@ def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | 
                 "name the data with --data"
             )
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        method = laplace_method(adapter) or stored_method(adapter)
+        found = (name for name, row in METHODS.items() if row.stored(Path(adapter)))
+        method = next(found, None) or stored_method(adapter)
         base = model or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
@@ -407,7 +369,7 @@ def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Examp
         if not text.strip():
             raise ValueError("--text: expected text, got nothing")
         if not is_unicode(text):
-            raise ValueError(f"--text: expected Unicode text, got {_shorten(repr(text))}")
+            raise ValueError(f"--text: expected Unicode text, got {shorten(repr(text))}")
         found.append(Example(f"text-{number}", text, None))
     if data is not None:
         if not data.is_file():

@@ -17,30 +17,8 @@ from .encoder import TaskEncoder
 from .models import load_model
 from .recipe import Experiment, trained_method
 
-_POSTERIOR_FIELDS = (
-    "prior_std",
-    "init_rho",
-    "scope",
-    "kl_schedule",
-    "kl_lr",
-    "kl_time",
-    "kl_gamma",
-    "kl_direction",
-    "covariance",
-    "stiefel",
-    "stiefel_penalty",
-    "head_covariance",
-    "head_prior_scale",
-    "head_lr",
-    "kl_weight",
-    "alternation",
-)
 
-
-# --- Models and adapters -------------------------------------------------------------------------
-
-
-def _load_base(
+def load_base(
     experiment: Experiment, task: Task, max_length: int | None, device: str | None
 ) -> tuple[Any, TaskEncoder]:
     options: dict[str, Any] = {"dtype": getattr(torch, experiment.dtype)}
@@ -109,12 +87,10 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     """
     recipe = experiment.recipe
     method = METHODS[trained_method(experiment)]
-    fields = method.config.__dataclass_fields__
+    fields = LoraConfig.__dataclass_fields__
     unknown = sorted(set(recipe.lora) - (set(fields) - _SET_BY_PEFT))
     if unknown:
-        raise ValueError(
-            f"lora: expected options of {method.config.__name__}, got {', '.join(unknown)}"
-        )
+        raise ValueError(f"lora: expected options of peft.LoraConfig, got {', '.join(unknown)}")
     for name, value in recipe.lora.items():
         if fields[name].type in (bool, "bool") and not isinstance(value, bool):
             raise ValueError(f"lora: {name} must be true or false, got {value!r}")
@@ -126,12 +102,11 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
         "target_modules": None if targets is None else list(targets),
         **recipe.lora,
     }
-    if method.plain:
-        return options
-    for name in _POSTERIOR_FIELDS:
-        if name in fields and getattr(recipe, name) is not None:
-            options.setdefault(name, getattr(recipe, name))
-    options.setdefault("seed", experiment.seed)
+    if METHODS[experiment.method].made == "train":
+        later = {option.name for option in method.training_options}
+        options.update({key: value for key, value in recipe.options.items() if key not in later})
+    if "seed" in method.config.__dataclass_fields__:
+        options["seed"] = experiment.seed
     return options
 
 
@@ -159,7 +134,7 @@ def build(
         ValueError, ImportError, OSError: As `load_model`, or adapter and model do not go together.
     """
     recipe = experiment.recipe
-    base, encoder = _load_base(experiment, task, recipe.max_length, device)
+    base, encoder = load_base(experiment, task, recipe.max_length, device)
     if experiment.style != "blob" and encoder.kind != "causal":
         raise ValueError(
             f"style: expected a causal language model with a style of prompt, got "
@@ -190,7 +165,7 @@ def build(
             raise ValueError(
                 f"lora: expected options that PEFT can use, got {given}: {error!r}"
             ) from error
-    return _placed(model, device), encoder
+    return on_device(model, device), encoder
 
 
 def _check_targets(experiment: Experiment, base: Any) -> None:
@@ -221,7 +196,7 @@ def _endings(path: str) -> Iterator[str]:
     return (".".join(parts[first:]) for first in range(len(parts)))
 
 
-def _placed(model: PeftModel, device: str | None) -> PeftModel:
+def on_device(model: PeftModel, device: str | None) -> PeftModel:
     """The model on a device; quantised bases stay where they were loaded and refuse to move."""
     target = pick_device(device)
     quantised = getattr(model.get_base_model(), "hf_quantizer", None) is not None

@@ -13,10 +13,8 @@ from transformers import TrainerCallback
 
 from ..progress import progress_bar
 from .encoder import TaskEncoder
-from .folders import _write_record
+from .folders import write_record
 from .recipe import Experiment
-
-# --- Training ------------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -33,9 +31,6 @@ class Interrupted(Exception):
         self.checkpoint, self.step, self.signal = checkpoint, step, signal_number
 
 
-# --- Callbacks -----------------------------------------------------------------------------------
-
-
 _finished_steps: Any = None  # in a worker process: the counter that it shares with its parent
 
 
@@ -49,7 +44,7 @@ def count_steps_in(counter: Any) -> None:
     _finished_steps = counter
 
 
-class _Bar(TrainerCallback):
+class TrainingBar(TrainerCallback):
     """One bar over the steps, with the last loss."""
 
     def __init__(self, label: str, enabled: bool) -> None:
@@ -74,7 +69,7 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-class _StopOnSignal(TrainerCallback):
+class StopOnSignal(TrainerCallback):
     """Turns SIGINT and SIGTERM into a checkpoint at the end of the running step."""
 
     def __init__(self) -> None:
@@ -107,7 +102,7 @@ class _StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
-class _RecordBesideCheckpoint(TrainerCallback):
+class RecordBesideCheckpoint(TrainerCallback):
     """Puts `experiment.json` into every checkpoint, so that it can be evaluated by itself."""
 
     def __init__(self, experiment: Experiment, encoder: TaskEncoder) -> None:
@@ -115,4 +110,4 @@ class _RecordBesideCheckpoint(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        _write_record(folder, self.experiment, self.encoder.task, self.encoder, place=folder)
+        write_record(folder, self.experiment, self.encoder.task, self.encoder, place=folder)

@@ -25,8 +25,7 @@ from bayes_kernels import metrics
 
 from ..files import write_json
 from ..hf.checks import read_json
-from ..hf.method import METHODS
-from ..hf.methods.ensemble import join_adapters
+from ..hf.method import METHODS, PLAIN
 from .data.tasks import Task
 from .folders import changed_settings, load_adapter, stored_numbers
 from .output import unfinished
@@ -35,7 +34,7 @@ from .recipe import FORMAT, Experiment
 from .results import Summary
 from .run import Run, finish, run
 from .scoring import Row, evaluate_model
-from .tables import PLAIN, TEMPERATURE, Failure
+from .tables import TEMPERATURE, Failure
 from .train import Training
 
 RESULT_FILE = "result.json"
@@ -185,7 +184,8 @@ def _run_piece(
     piece: Piece, saved: Run | None, folder: Path, device: str | None, progress: bool
 ) -> None:
     one, task, score = piece.experiment, piece.task, piece.score
-    made = METHODS[one.method].made
+    method = METHODS[one.method]
+    made = method.made
     options: dict[str, Any] = {
         "temperature": one.method == PLAIN,
         "mean": made == "train",
@@ -206,23 +206,23 @@ def _run_piece(
             for path, source in zip(piece.plain, sources, strict=True)
         ]
         model, encoder = loaded[0]
-        if made == "convert":
+        if method.join is None:
             result = finish(
                 one, task, model, encoder, sources[0].training, folder=folder, **options
             )
         else:
-            ensemble = join_adapters([member for member, _ in loaded], piece.plain)
+            ensemble = method.join([member for member, _ in loaded], piece.plain)
             del loaded, model  # their base models would count as memory of predicting
             rows = evaluate_model(
                 ensemble,
                 encoder,
                 task,
                 method=one.method,
-                n_samples=len(ensemble),
+                n_samples=len(piece.plain),
                 batch_size=one.recipe.eval_batch_size,
                 temperature=False,
                 progress=progress,
-                label=f"{METHODS[one.method].title}, seed {one.seed}",
+                label=f"{method.title}, seed {one.seed}",
             )
             parameters = sum(stored_numbers(path) for path in piece.plain)
             training = _together([source.training for source in sources])
@@ -279,9 +279,6 @@ def plan(
     Raises:
         ValueError: Settings that do not go with a method.
     """
-    members = experiments("ensemble", 0).n_samples if "ensemble" in methods else 1
-    if members < 1 or ("ensemble" in methods and members < 2):
-        raise ValueError(f"members: expected at least 2 for an ensemble, got {members}")
     scored_plain = PLAIN in methods or TEMPERATURE in methods
     others = [name for name in methods if name not in (PLAIN, TEMPERATURE)]
 
@@ -298,9 +295,14 @@ def plan(
     stages = ("train", "convert", "join")
     for name in sorted(others, key=lambda name: stages.index(METHODS[name].made)):
         made = METHODS[name].made
+        members = experiments(name, 0).n_samples if made == "join" else 1
+        if made == "join" and members < 2:
+            raise ValueError(
+                f"members: expected at least 2 for {METHODS[name].title}, got {members}"
+            )
         for seed in range(seeds):
             source = [] if made == "train" else [place(PLAIN, seed)]
-            for i in range(1, members if made == "join" else 1):
+            for i in range(1, members):
                 # Other factors, head and order of examples, but the same examples.
                 one = experiments(PLAIN, seed + MEMBER_SEED * i)
                 source.append(folder / name / f"seed-{seed}-member-{i}")

@@ -7,41 +7,38 @@ from typing import Any
 from peft import PeftModel
 
 from ..hf.bayesianize import bayesianize
-from ..hf.method import METHODS, ConversionReport
+from ..hf.method import METHODS, Conversion, ConversionReport
 from .data.tasks import choose_subset
-from .encoder import TaskEncoder, _batches
+from .encoder import TaskEncoder, batches_of
 from .recipe import Experiment
-
-# --- Conversion ----------------------------------------------------------------------------------
-
 
 # Most validation examples that a conversion looks at.
 _HELD_OUT = 500
 
 
+def _conversion(experiment: Experiment) -> Conversion:
+    conversion = METHODS[experiment.method].conversion
+    assert conversion is not None
+    return conversion
+
+
 def conversion_options(experiment: Experiment) -> dict[str, Any]:
-    """Options of an experiment's conversion: its own draws and seed, and the recipe's ``convert``.
+    """Options of an experiment's conversion: the recipe's, and its draws and seed where those have none.
 
     Raises:
-        ValueError: An option is unknown or out of range, or ``anchors`` or ``batch_size`` is no
-            positive integer.
+        ValueError: An option is out of range.
     """
-    recipe, method = experiment.recipe, METHODS[experiment.method]
-    assert method.conversion is not None, method.name
-    draws = recipe.n_samples or method.n_samples
-    options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed}
-    options.update(recipe.convert)
-    known = method.options
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"convert: expected options among {', '.join(known)}, got {', '.join(unknown)}"
-        )
+    recipe = experiment.recipe
+    draws = recipe.n_samples or METHODS[experiment.method].n_samples
+    options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed, **recipe.options}
     for name in ("anchors", "batch_size"):
         value = options.get(name, 1)
+        if value is None and name == "anchors":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"convert: {name} must be an integer >= 1, got {value!r}")
-    method.conversion.check(**{name: value for name, value in options.items() if name != "anchors"})
+            raise ValueError(f"options: {name} must be an integer >= 1, got {value!r}")
+    checked = {name: value for name, value in options.items() if name != "anchors"}
+    _conversion(experiment).check(**checked)
     return options
 
 
@@ -50,30 +47,29 @@ def convert_model(
 ) -> ConversionReport:
     """Make a trained plain adapter Bayesian, in place, with the experiment's method.
 
-    Options are those of the recipe's ``convert``; draws, seed and batch size are the experiment's
-    unless they are among them. ``anchors`` is the number of training examples that it looks at, the
-    same ones for every seed: TFB 500, or all where there are fewer; Laplace all. Laplace chooses its
-    prior on the validation split (at most 500 examples) where there is one and ``prior`` names no
-    other way.
+    Options are those of the recipe; draws, seed and batch size are the experiment's unless they are
+    among them. ``anchors`` is the number of training examples that it looks at, the same ones for
+    every seed; by default what the method says, at most all. A method that takes validation examples
+    gets those of the validation split (at most 500) where there is one and ``prior`` names no other
+    way to choose.
 
     Raises:
-        ValueError: An option is unknown or out of range, or there are no training examples.
+        ValueError: An option is out of range, or there are no training examples.
     """
-    recipe, conversion = experiment.recipe, METHODS[experiment.method].conversion
-    assert conversion is not None, experiment.method
+    recipe, conversion = experiment.recipe, _conversion(experiment)
     options = conversion_options(experiment)
     examples = encoder.task.train
     if not examples:
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
-    size = options.pop("anchors", None) or conversion.examples or len(examples)
+    size = options.pop("anchors", conversion.examples) or len(examples)
     batch_size = options.pop("batch_size", recipe.eval_batch_size)
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
     options.setdefault("progress", progress)
-    batches = list(_batches(data, encoder, batch_size))
+    batches = list(batches_of(data, encoder, batch_size))
     held_out = [example for example in encoder.task.validation if example.label is not None]
     chosen = options.get("prior"), options.get("structure", "scalar")
     wanted = chosen in ((None, "scalar"), ("validation", "scalar"))
     if held_out and wanted and conversion.takes("validation"):
         held_out = choose_subset(held_out, min(_HELD_OUT, len(held_out)))
-        options["validation"] = list(_batches(encoder.dataset(held_out), encoder, batch_size))
+        options["validation"] = list(batches_of(encoder.dataset(held_out), encoder, batch_size))
     return bayesianize(model, experiment.method, batches, **options)

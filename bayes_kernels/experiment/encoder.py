@@ -17,9 +17,6 @@ from .prompts import Prompt
 ModelKind = Literal["causal", "classifier", "multiple_choice"]
 
 
-# --- From examples to tensors --------------------------------------------------------------------
-
-
 class EncodedDataset(Dataset[dict[str, Any]]):
     """Tokenised examples: ``input_ids``, ``attention_mask``, ``labels`` and so on, as lists."""
 
@@ -179,7 +176,7 @@ class TaskEncoder:
         return {key: encoded[key] for key in encoded if key in self.tokenizer.model_input_names}
 
 
-def _batches(
+def batches_of(
     data: EncodedDataset, encoder: TaskEncoder, size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     for first in range(0, len(data), size):

@@ -19,20 +19,17 @@ from ..files import write_json
 from ..hf.card import write_card
 from ..hf.checkpoints import read_lora
 from ..hf.checks import read_json
-from ..hf.methods.laplace import LAPLACE_FILE, laplace_posterior, load_laplace, save_laplace
+from ..hf.method import METHODS
 from ..hf.trainer import last_checkpoint
-from .build import _load_base, _placed
+from .build import load_base, on_device
 from .data.tasks import Task
 from .encoder import TaskEncoder
 from .machine import versions
-from .output import stopped_run
+from .output import method_files, stopped_run
 from .recipe import FORMAT, Experiment
 
 EXPERIMENT_FILE = "experiment.json"
 CHECKPOINTS = "checkpoints"
-
-
-# --- Folders -------------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -45,13 +42,13 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
     try:
-        with _writing(folder, "the adapter"):
+        with named_errors(folder, "the adapter"):
             model.save_pretrained(str(temporary), save_embedding_layers=False)
-        if laplace_posterior(model) is None:
-            (folder / LAPLACE_FILE).unlink(missing_ok=True)
-        else:
-            save_laplace(model, temporary)
-        _write_record(temporary, experiment, task, encoder, place=folder)
+        METHODS[experiment.method].save(model, temporary)
+        for name in method_files():  # of what was there before
+            if not (temporary / name).is_file():
+                (folder / name).unlink(missing_ok=True)
+        write_record(temporary, experiment, task, encoder, place=folder)
         write_card(temporary, place=folder)
         files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
         for path in files:  # the configuration last: without it there is no adapter
@@ -61,7 +58,7 @@ def save_adapter(
 
 
 @contextlib.contextmanager
-def _writing(folder: Path, what: str) -> Iterator[None]:
+def named_errors(folder: Path, what: str) -> Iterator[None]:
     """Errors of libraries that write in native code, as an OSError that says what is missing."""
     try:
         yield
@@ -83,7 +80,7 @@ def stored_numbers(folder: Path) -> int:
     return count
 
 
-def _write_record(
+def write_record(
     folder: Path, experiment: Experiment, task: Task, encoder: TaskEncoder, place: Path
 ) -> None:
     """Write experiment.json into a folder that will be at a place."""
@@ -138,7 +135,9 @@ def read_record(folder: str | Path) -> Saved | None:
     record = read_json(path / EXPERIMENT_FILE)
     try:
         if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']!r} is not {FORMAT}")
+            raise ValueError(
+                f"format {record['format']!r}, not {FORMAT}; train it again with this version"
+            )
         length = record["max_length"]
         if not (length is None or (isinstance(length, int) and length > 0)):
             raise ValueError(f"max_length {length!r} is no length")
@@ -203,7 +202,7 @@ def load_adapter(
         ValueError, ImportError, OSError: As `load_model`, or the adapter does not fit the model.
     """
     length = max_length or experiment.recipe.max_length
-    base, encoder = _load_base(experiment, task, length, device)
+    base, encoder = load_base(experiment, task, length, device)
     try:
         model = read_lora(base, folder)
     except RuntimeError as error:  # torch's message lists every tensor that differs
@@ -212,9 +211,10 @@ def load_adapter(
             f"adapter {str(folder)!r}: expected tensors that fit {experiment.model!r} with "
             f"{task.n_classes} classes, got {first.strip()}"
         ) from None
-    model = _placed(model, device).eval()
-    if (Path(folder) / LAPLACE_FILE).is_file():
-        load_laplace(model, folder)
+    model = on_device(model, device).eval()
+    for method in METHODS.values():
+        if method.stored(Path(folder)):
+            method.load(model, Path(folder))
     return model, encoder
 
 

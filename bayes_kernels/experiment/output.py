@@ -32,25 +32,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..files import write_json
+from ..hf.method import METHODS
 from ..hf.trainer import is_checkpoint, is_whole_checkpoint
 from .recipe import FORMAT
 
 PRIVATE = ".bayes_kernels"
 # Scores of an adapter go below it by default, which is why `evaluate` may write there.
 EVALUATION = "evaluation"
-# What `save_adapter` writes: README.md is PEFT's card, .adapter.* what a killed run left of it.
-ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "experiment.json",
-    "laplace.safetensors",
-    "README.md",
-    ".adapter.*",
-)
 PICTURES = ("reliability.png", "risk_coverage.png", "entropy.png")
 _RECORD, _LOCK, _OLD = "run.json", "lock", "old"
 # Commands that go on from what a stopped run left.
 _RESUMABLE = ("train", "compare")
+
+
+def method_files() -> list[str]:
+    """Names of the files that methods add to an adapter of PEFT."""
+    return sorted({name for method in METHODS.values() for name in method.files})
+
+
+def adapter_files() -> list[str]:
+    """What `save_adapter` writes: README.md is PEFT's card, .adapter.* what a killed run left of it."""
+    peft = ["adapter_config.json", "adapter_model.safetensors"]
+    return [*peft, "experiment.json", *method_files(), "README.md", ".adapter.*"]
 
 
 def unfinished(name: str) -> str:

@@ -11,9 +11,6 @@ from .data.tasks import LETTERS, Example, Task
 Style = Literal["blob", "laplace", "plain"]
 
 
-# --- Prompts -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prompt:
     """Text of an example for a causal language model, and the answers that stand for the classes.

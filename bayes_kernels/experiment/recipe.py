@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..hf.method import METHODS
+from ..hf.method import METHODS, PLAIN
 from .data.hub import HUB_DATASETS
 from .data.load import load_task
 from .data.tasks import Example, Task, choose_subset
@@ -24,11 +24,11 @@ from .data.tasks import Example, Task, choose_subset
 
 def trained_method(experiment: Experiment) -> str:
     """What training makes: the method, or plain LoRA where the method converts that."""
-    return experiment.method if METHODS[experiment.method].made == "train" else "map"
+    return experiment.method if METHODS[experiment.method].made == "train" else PLAIN
 
 
 # Version of experiment.json and metrics.json.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Recipe:
         rank, alpha: r and alpha of LoRA; the update is alpha / r times B A.
         target_modules: Names of the adapted layers; None for PEFT's choice for the model's type
             (query and value projections).
-        dropout: Dropout before the adapter; None for the method's default: 0.1 for MC dropout, which
-            also predicts with it, else 0.
+        dropout: Dropout before the adapter; None for the method's default.
         base_dropout: Dropout inside the base model; None leaves it as the checkpoint says.
         lr: Peak learning rate of AdamW, for adapter and head; None for the method's default.
         steps: Optimiser steps.
@@ -51,13 +50,7 @@ class Recipe:
         max_length: Largest number of tokens; None for what `load_model` chooses.
         n_samples: Posterior draws of a prediction; None for the method's default.
         eval_batch_size: Examples of one batch in prediction.
-        prior_std, init_rho, scope, kl_schedule, kl_lr, kl_time, kl_gamma, kl_direction, covariance:
-            Of `BayesLoraConfig`; None for the method's defaults.
-        stiefel, stiefel_penalty, head_covariance, head_prior_scale, head_lr, kl_weight, alternation:
-            Of `BayesLoraConfig`, for PoLAR and PoLAR-VBLL; None for its defaults.
-        laplace: Whether the covariances of PoLAR-VBLL are refined after training.
-        convert: Options of `bayesianize`, for methods that convert plain LoRA; `anchors` is the
-            number of training examples that it looks at.
+        options: Options of the method, as `bayes_kernels.hf.method.Method.options` lists them.
         lora: More options of `peft.LoraConfig`.
 
     Raises:
@@ -80,24 +73,7 @@ class Recipe:
     max_length: int | None = None
     n_samples: int | None = None
     eval_batch_size: int = 16
-    prior_std: float | None = None
-    init_rho: float | None = None
-    scope: str | None = None
-    kl_schedule: str | None = None
-    kl_lr: float | None = None
-    kl_time: float | None = None
-    kl_gamma: float | None = None
-    kl_direction: str | None = None
-    covariance: str | None = None
-    stiefel: str | None = None
-    stiefel_penalty: float | None = None
-    head_covariance: str | None = None
-    head_prior_scale: float | None = None
-    head_lr: float | None = None
-    kl_weight: float | None = None
-    alternation: str | None = None
-    laplace: bool = False
-    convert: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,9 +105,7 @@ class Recipe:
             and all(isinstance(t, str) and t for t in targets)
         ):
             raise ValueError(f"recipe: target_modules must be a list of names, got {targets!r}")
-        if not isinstance(self.laplace, bool):
-            raise ValueError(f"recipe: laplace must be true or false, got {self.laplace!r}")
-        for name in ("convert", "lora"):
+        for name in ("options", "lora"):
             value = getattr(self, name)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise ValueError(f"recipe: {name} must be a table of options, got {value!r}")
@@ -176,10 +150,7 @@ _OWN_LORA_OPTIONS = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "target_modules",
-    "method": "method",
-    "seed": "seed",
 }
-
 
 # What `demo` trains: docstrings are short.
 DEMO = Recipe(max_length=32)
@@ -306,16 +277,19 @@ class Experiment:
         seed = self.seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
             raise ValueError(f"seed: expected an integer from 0 to {_SEEDS - 1}, got {seed!r}")
-        if self.method == "dropout" and self.dropout == 0:
-            raise ValueError("dropout: expected a rate above 0 for MC dropout, got 0")
-        if self.recipe.laplace and self.method != "polar-vbll":
-            raise ValueError(f"laplace: expected method polar-vbll with it, got {self.method!r}")
-        if self.recipe.convert and METHODS[self.method].made != "convert":
-            words = ", ".join(name for name, row in METHODS.items() if row.made == "convert")
-            raise ValueError(f"convert: expected method {words} with it, got {self.method!r}")
+        row = METHODS[self.method]
+        if row.dropout and not self.dropout:
+            raise ValueError(f"dropout: expected a rate above 0 for {row.title}, got 0")
+        for name in self.recipe.options:
+            if name not in row.options:
+                having = [one.name for one in METHODS.values() if name in one.options]
+                raise ValueError(
+                    f"options: expected those of {self.method} ({', '.join(row.options) or 'none'}), "
+                    f"got {name}" + (f", an option of {', '.join(having)}" if having else "")
+                )
 
     def check_options(self) -> None:
-        """Whether every option of the recipe that was set does something.
+        """Whether the settings of the recipe go together and do something.
 
         A recipe that several methods share may have some that do not, so that this is a question of
         its own.
@@ -324,17 +298,6 @@ class Experiment:
             ValueError: One does nothing with this method, or contradicts another.
         """
         recipe, row = self.recipe, METHODS[self.method]
-        trained = [method for method in METHODS.values() if method.made == "train"]
-        every = {name for method in trained for name in method.options}
-        every &= {field.name for field in dataclasses.fields(Recipe)}
-        for name in sorted(every):
-            value = getattr(recipe, name)
-            if value is not None and name not in row.options:
-                words = ", ".join(key for key, one in METHODS.items() if name in one.options)
-                raise ValueError(
-                    f"{_spelt(name)}: expected method {words} with it, got {self.method!r}, which "
-                    "has no such option; leave it out"
-                )
         if recipe.n_samples and not row.bayesian:
             raise ValueError(
                 f"n-samples: expected 0 for {self.method!r}, which has no posterior to draw from, "
@@ -345,29 +308,25 @@ class Experiment:
                 f"weight-decay: expected lr times weight decay below 1, which leaves something of a "
                 f"weight, got {self.lr:g} times {recipe.weight_decay:g}"
             )
-        schedule = recipe.kl_schedule or "auto"
-        for name, others in (
-            ("kl_lr", ("published", "constant")),
-            ("kl_gamma", ("published", "constant")),
-            ("kl_time", ("auto",)),
-        ):
-            if getattr(recipe, name) is not None and schedule not in others:
+        for option in row.training_options:  # others are checked where they are used
+            value = recipe.options.get(option.name, option.default)
+            if type(value) is not type(option.default):
+                raise ValueError(f"{option.name}: expected {option.type}, got {value!r}")
+        for name in recipe.options:
+            for other, values in row.options[name].needs.items():
+                value = recipe.options.get(other, row.options[other].default)
+                if value not in values:
+                    words = " or ".join(str(word) for word in values)
+                    raise ValueError(
+                        f"{name}: expected {other} {words} with it, got {value!r}, which does not "
+                        "use it"
+                    )
+        for name in recipe.lora:
+            if name in _OWN_LORA_OPTIONS:
                 raise ValueError(
-                    f"{_spelt(name)}: expected kl-schedule {' or '.join(others)} with it, got "
-                    f"{schedule!r}, which does not use it"
+                    f"lora: expected options that have no name of their own here, got {name}; use "
+                    f"{_OWN_LORA_OPTIONS[name]}"
                 )
-        if recipe.stiefel_penalty is not None and recipe.stiefel not in (None, "landing"):
-            raise ValueError(
-                f"stiefel-penalty: expected stiefel landing with it, got {recipe.stiefel!r}, which "
-                "does not use it"
-            )
-        twice = [name for name in recipe.lora if name in (*_OWN_LORA_OPTIONS, *every)]
-        if twice:
-            own = _spelt(_OWN_LORA_OPTIONS.get(twice[0], twice[0]))
-            raise ValueError(
-                f"lora: expected options that have no name of their own here, got {twice[0]}; use "
-                f"{own}"
-            )
 
     @property
     def n_samples(self) -> int:
@@ -409,7 +368,3 @@ class Experiment:
             )
         except TypeError as error:
             raise ValueError(f"experiment: a field does not fit this version: {error}") from None
-
-
-def _spelt(name: str) -> str:
-    return name.replace("_", "-")

@@ -89,7 +89,7 @@ def run(
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     check_trainable(experiment.method)
     conversion = METHODS[experiment.method].conversion
-    options = conversion_options(experiment) if conversion else {}
+    options = conversion_options(experiment) if conversion is not None else {}
     model, encoder = build(experiment, task, device=device)
     if conversion is not None:
         conversion.check_model(model, **conversion.fixed, **options)
@@ -146,7 +146,7 @@ def finish(
         ValueError: The conversion's options do not fit.
     """
     conversion, seconds = None, None
-    if METHODS[experiment.method].made == "convert":
+    if METHODS[experiment.method].conversion is not None:
         begin = time.perf_counter()
         conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
         synchronise(model)
@@ -177,15 +177,18 @@ def finish(
 
 
 def check_trainable(method: str) -> None:
-    """Raise for methods that are made of several adapters."""
+    """Whether a single run makes an adapter of the method.
+
+    Raises:
+        ValueError: The method is unknown, or joins several adapters.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if METHODS[method].made == "join":
         raise ValueError(
             f"method: {method} is made of adapters of several seeds; expected a method that trains "
             "one; use the command compare"
         )
-
-
-# --- Side by side --------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):

@@ -21,7 +21,7 @@ from bayes_kernels import metrics
 
 from ..hf.logits import Prediction
 from ..hf.method import METHODS, PLAIN
-from ..hf.predict import predict, predictor_of
+from ..hf.predict import predict
 from ..progress import progress_bar
 from .data.tasks import Example, Task
 from .encoder import TaskEncoder
@@ -79,10 +79,10 @@ def predict_examples(
     Batches hold texts of similar length, so that little padding is computed.
 
     Args:
-        model: Plain or Bayesian adapter, or an ensemble, whose members are its draws.
+        model: A model that `bayes_kernels.hf.predict` takes.
         encoder: Its encoder.
         examples: At least one.
-        n_samples: Posterior draws, or passes of MC dropout; 0 for the mean, and for plain adapters.
+        n_samples: Posterior draws; 0 for the mean, and for adapters without a posterior.
         seed: Seed of the draws.
         batch_size: Examples of a batch.
         progress: Whether to show a bar when it takes longer than two seconds.
@@ -93,7 +93,6 @@ def predict_examples(
     """
     if not examples:
         raise ValueError(f"{label}: expected at least one example, got none")
-    check_draws(model, n_samples)
     items = encoder.dataset(examples).items
     order = sorted(range(len(items)), key=lambda i: _length(items[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -126,19 +125,6 @@ def predict_examples(
         expected_entropy=joined.expected_entropy[back],
     )
     return prediction, milliseconds
-
-
-def check_draws(model: nn.Module, n_samples: int) -> None:
-    """Whether a model has as many draws as are asked for.
-
-    Raises:
-        ValueError: It has none.
-    """
-    if n_samples and not predictor_of(model).draws:
-        raise ValueError(
-            f"n-samples: expected 0 for an adapter that has no posterior (plain LoRA, PoLAR), got "
-            f"{n_samples}"
-        )
 
 
 def _length(item: dict[str, Any]) -> int:
@@ -204,8 +190,8 @@ def evaluate_model(
     Rows: the single set of weights (plain LoRA, or the posterior mean); with ``temperature`` the
     same with a temperature fitted on the validation split, where there is one; for Bayesian methods
     with n_samples > 0 the mean prediction of that many draws. The same seed gives the same draws
-    for every set of examples. An ensemble has the last row only, and without ``mean`` so have
-    methods with draws.
+    for every set of examples. Methods that join adapters have the last row only, and without ``mean``
+    so have all methods with draws.
 
     Raises:
         ValueError: There are no labelled test examples.
@@ -213,13 +199,14 @@ def evaluate_model(
     labels = known_labels(task.test)
     if labels is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
+    row = METHODS[method]
     # The checkpoints of a run that converts plain LoRA have no posterior yet.
-    own = METHODS[method].predictor(model)
+    own = row.predictor(model)
     bayesian = own is not None and own.draws
-    name = METHODS[method if bayesian or METHODS[method].made == "train" else PLAIN].title
+    name = (row if bayesian or row.made == "train" else METHODS[PLAIN]).title
     rows = []
     draws = [0] if not bayesian or n_samples == 0 else [0, n_samples]
-    if n_samples and bayesian and (METHODS[method].made == "join" or not mean):
+    if n_samples and bayesian and (row.made == "join" or not mean):
         draws = [n_samples]
     for count in draws:
         options: dict[str, Any] = {

@@ -1,16 +1,35 @@
-"""Tables of a comparison."""
+"""Tables of results: scores, scores under shift and costs, as text for people or as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
-from ..hf.method import METHODS
+from ..hf.method import METHODS, PLAIN
+from .machine import memory_measure
 from .results import Summary
 
 # The row of plain LoRA with a temperature, which is no run of its own.
 TEMPERATURE = "temperature"
-PLAIN = "map"
+# Headings by name of the metric.
+SCORES = {
+    "accuracy": "accuracy ↑",
+    "nll": "NLL ↓",
+    "ece": "ECE ↓",
+    "brier": "Brier ↓",
+    "aurc": "AURC ↓",
+}
+# Headings and digits by name of the cost; what files hold beyond plain LoRA's follows.
+COSTS = {
+    "train_seconds": ("train s", 0),
+    "conversion_seconds": ("convert s", 0),
+    "ms_per_example": ("ms/text", 1),
+    "train_memory_mib": ("train MiB", 0),
+    "predict_memory_mib": ("predict MiB", 0),
+}
+_UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -22,89 +41,141 @@ class Failure:
     error: str
 
 
-# --- Tables --------------------------------------------------------------------------------------
+class Table(NamedTuple):
+    """Headings and rows of cells.
 
-_SCORES = {
-    "accuracy": "accuracy ↑",
-    "nll": "NLL ↓",
-    "ece": "ECE ↓",
-    "brier": "Brier ↓",
-    "aurc": "AURC ↓",
-}
+    Attributes:
+        title: The line above the table.
+        headings: Of all columns.
+        rows: Cells; a row may be short.
+        left: How many columns are words, from the left; the others are numbers.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+    def text(self) -> str:
+        """Aligned columns below the title."""
+        columns = [*zip_longest(self.headings, *self.rows, fillvalue="")]
+        widths = [max(map(len, column)) for column in columns]
+        columns = [
+            [cell.ljust(width) if place < self.left else cell.rjust(width) for cell in column]
+            for place, (column, width) in enumerate(zip(columns, widths, strict=True))
+        ]
+        lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+        return "\n".join([*([self.title] if self.title else ()), *lines]) + "\n"
+
+    def markdown(self) -> str:
+        """The table in Markdown, without its title."""
+        width = len(self.headings)
+        rows = [[*row, *[""] * (width - len(row))] for row in self.rows]
+        return "".join(
+            f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n"
+            for row in (self.headings, ["---"] * width, *rows)
+        )
 
 
-Lines = tuple[list[str], list[list[str]]]
+def score_table(summaries: Sequence[Summary], seeds: int = 1, title: str = "") -> Table:
+    """Scores as mean ± standard deviation over seeds.
+
+    Args:
+        summaries: At least one.
+        seeds: Number of seeds that were asked for; names say where some are missing.
+        title: The line above the table.
+    """
+    first = summaries[0]
+    headings = [text for key, text in SCORES.items() if key in first.mean]
+    rows = []
+    for one in summaries:
+        name = one.name if len(one.seeds) >= seeds else f"{one.name} ({len(one.seeds)} of {seeds})"
+        cells = [_spread(key, one.mean, one.std) for key in SCORES if key in first.mean]
+        cells += [_spread("auroc", one.ood[key], one.ood_std.get(key, {})) for key in first.ood]
+        rows.append([name, *cells])
+    return Table(title, ["method", *headings, *(f"AUROC {name} ↑" for name in first.ood)], rows)
 
 
-def table(summaries: Sequence[Summary], failures: Sequence[Failure], seeds: int) -> Lines:
-    """Headings and rows: scores as mean ± standard deviation, costs as means, failures below.
+def shift_table(summaries: Sequence[Summary]) -> Table | None:
+    """Scores on the out-of-distribution sets whose examples have labels; None without any."""
+    first = summaries[0]
+    sets = [key for key, scores in first.ood.items() if "nll" in scores]
+    if not sets:
+        return None
+    columns = [key for key in SCORES if key in first.ood[sets[0]]]
+    rows = [
+        [
+            one.name,
+            key,
+            *(_spread(name, one.ood[key], one.ood_std.get(key, {})) for name in columns),
+        ]
+        for one in summaries
+        for key in sets
+    ]
+    headings = ["method", "set", *(SCORES[key] for key in columns)]
+    return Table("under shift", headings, rows, left=2)
+
+
+def cost_table(summaries: Sequence[Summary]) -> Table:
+    """Costs as means over seeds, those that are known of any method.
 
     ``extra numbers`` is what the adapter's file holds beyond that of plain LoRA.
     """
-    plain = next((s.mean.get("parameters") for s in summaries if s.method == PLAIN), None)
-    sets = list(summaries[0].ood) if summaries else []
-    columns = [key for key in _SCORES if summaries and key in summaries[0].mean]
-    headings = ["method", *(_SCORES[key] for key in columns)]
-    headings += [f"AUROC {name} ↑" for name in sets]
-    headings += ["train s", "convert s", "ms/text", "train MiB", "predict MiB", "extra numbers"]
-    lines = []
+    known = {key: column for key, column in COSTS.items() if any(key in s.mean for s in summaries)}
+    headings = ["method", *(heading for heading, _ in known.values())]
+    rows = []
     for one in summaries:
-        name = one.name if len(one.seeds) == seeds else f"{one.name} ({len(one.seeds)} of {seeds})"
-        cells = [name, *(_spread(one.mean[key], one.std.get(key)) for key in columns)]
-        for key in sets:
-            spread = one.ood_std.get(key, {}).get("auroc")
-            cells.append(_spread(one.ood[key]["auroc"], spread))
-        mean = one.mean
-        cells += [
-            _cost(mean, key, digits)
-            for key, digits in (
-                ("train_seconds", 0),
-                ("conversion_seconds", 0),
-                ("ms_per_example", 1),
-                ("train_memory_mib", 0),
-                ("predict_memory_mib", 0),
-            )
-        ]
-        own = mean.get("parameters")
-        if own is not None and plain is not None:
-            cells.append("0" if own == plain else f"{own - plain:+,.0f}")
-        else:
-            cells.append("–")
-        lines.append(cells)
+        cells = [_cost(one.mean, key, digits) for key, (_, digits) in known.items()]
+        rows.append([one.name, *cells])
+    plain = next((s.mean.get("parameters") for s in summaries if s.method == PLAIN), None)
+    if plain is not None:
+        headings.append("extra numbers")
+        for one, row in zip(summaries, rows, strict=True):
+            own = one.mean.get("parameters")
+            row.append(_UNKNOWN if own is None else "0" if own == plain else f"{own - plain:+,.0f}")
+    return Table("cost", headings, rows)
+
+
+def comparison_table(
+    summaries: Sequence[Summary], failures: Sequence[Failure], seeds: int
+) -> Table:
+    """Scores and costs side by side, and below them what failed."""
+    headings, rows = ["method"], []
+    if summaries:
+        scores, costs = score_table(summaries, seeds), cost_table(summaries)
+        headings = [*scores.headings, *costs.headings[1:]]
+        rows = [[*a, *b[1:]] for a, b in zip(scores.rows, costs.rows, strict=True)]
     for failure in failures:
         title = f"{METHODS[failure.method].title}, seed {failure.seed}"
-        lines.append([title, f"failed: {failure.error}"])
-    return headings, lines
+        rows.append([title, f"failed: {failure.error}"])
+    return Table("", headings, rows)
 
 
-def shift_table(summaries: Sequence[Summary]) -> Lines | None:
-    """Scores on the out-of-distribution sets whose examples have labels; None without any."""
-    sets = [key for key, scores in summaries[0].ood.items() if "nll" in scores] if summaries else []
-    if not sets:
-        return None
-    columns = [key for key in _SCORES if key in summaries[0].ood[sets[0]]]
-    headings = ["method", *(f"{key}: {_SCORES[column]}" for key in sets for column in columns)]
-    lines = []
-    for one in summaries:
-        cells = [one.name]
-        for key in sets:
-            deviations = one.ood_std.get(key, {})
-            cells += [_spread(one.ood[key][name], deviations.get(name)) for name in columns]
-        lines.append(cells)
-    return headings, lines
+def run_tables(summaries: Sequence[Summary], title: str) -> str:
+    """All that there is to say about a few runs, as text: scores, under shift, costs, a legend."""
+    tables = (score_table(summaries, title=title), shift_table(summaries), cost_table(summaries))
+    return "".join(table.text() for table in tables if table is not None) + legend(summaries)
 
 
-def _spread(mean: float, std: float | None) -> str:
-    text = f"{mean:.3f}" + ("" if std is None else f"±{std:.3f}")
-    return text.replace("0.", ".") if mean < 1 else text.replace("±0.", "±.")
+def legend(summaries: Sequence[Summary]) -> str:
+    """What ± and MiB mean in the tables."""
+    seeds = summaries[0].seeds
+    spread = (
+        f"mean ± standard deviation over {len(seeds)} seeds"
+        if len(seeds) > 1
+        else f"a single seed ({seeds[0]}): no spread"
+    )
+    measure = {
+        "cuda allocated": "peak memory that torch allocated on the GPU",
+        "resident, reset": "peak resident memory of the whole process, reset before each phase",
+    }.get(memory_measure(), "highest resident memory of the process since it began")
+    return f"{spread}; MiB: {measure}"
+
+
+def _spread(key: str, mean: Mapping[str, float], std: Mapping[str, float]) -> str:
+    text = f"{mean[key]:.3f}" + (f"±{std[key]:.3f}" if key in std else "")
+    return text.replace("0.", ".") if mean[key] < 1 else text.replace("±0.", "±.")
 
 
 def _cost(mean: Mapping[str, float], key: str, digits: int) -> str:
-    return f"{mean[key]:,.{digits}f}" if key in mean else "–"
-
-
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; short rows are filled."""
-    width = len(headings)
-    rows = [headings, ["---"] * width, *([*line, *[""] * (width - len(line))] for line in lines)]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
+    return f"{mean[key]:,.{digits}f}" if key in mean else _UNKNOWN

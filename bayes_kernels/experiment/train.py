@@ -23,16 +23,15 @@ from transformers import TrainingArguments as Arguments
 
 from ..hf.config import own_fields
 from ..hf.method import METHODS
-from ..hf.methods.polar_vbll import calibrate_head, find_head, laplace_refine
 from ..hf.trainer import BayesTrainer, last_checkpoint
-from .callbacks import Interrupted, _Bar, _RecordBesideCheckpoint, _StopOnSignal
-from .encoder import TaskEncoder, _batches
-from .folders import _writing
+from .callbacks import Interrupted, RecordBesideCheckpoint, StopOnSignal, TrainingBar
+from .encoder import TaskEncoder, batches_of
+from .folders import named_errors
 from .machine import peak_memory, synchronise
 from .recipe import Experiment, trained_method
 
-# Training examples from which the prior of a variational last layer is set.
-_CALIBRATION = 32
+# Training examples that a method may look at before training.
+_FIRST_LOOK = 32
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,12 @@ def train_model(
     data = encoder.dataset(encoder.task.train)
     if not len(data):
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
-    configured: Any = model.peft_config["default"]
-    if find_head(model) is not None and configured.head_prior_scale is None:
-        # Before a checkpoint is read: a resumed run finds the same prior.
-        batch = encoder.collate(data.items[:_CALIBRATION])
+    method = METHODS[trained_method(experiment)]
+    if method.before_training is not None:
+        # Before a checkpoint is read: a resumed run begins with the same.
+        batch = encoder.collate(data.items[:_FIRST_LOOK])
         device = next(model.parameters()).device
-        calibrate_head(model, {name: value.to(device) for name, value in batch.items()})
+        method.before_training(model, {name: value.to(device) for name, value in batch.items()})
     with contextlib.ExitStack() as stack:
         if checkpoints is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bayes_kernels."))
@@ -130,15 +129,14 @@ def train_model(
             "train_dataset": data,
             "data_collator": encoder.collate,
         }
-        plain = METHODS[trained_method(experiment)].plain
-        trainer: Any = (_PlainTrainer if plain else _Trainer)(**options)
+        trainer: Any = (_PlainTrainer if method.plain else _Trainer)(**options)
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        trainer.add_callback(_Bar(label, progress))
-        stop = _StopOnSignal()
+        trainer.add_callback(TrainingBar(label, progress))
+        stop = StopOnSignal()
         if checkpoints is not None:
             trainer.add_callback(stop)
-            trainer.add_callback(_RecordBesideCheckpoint(experiment, encoder))
+            trainer.add_callback(RecordBesideCheckpoint(experiment, encoder))
         last = last_checkpoint(folder) if resume else None
         start = _step_of(last)
         with peak_memory() as peak, stop.installed(checkpoints is not None):
@@ -146,8 +144,12 @@ def train_model(
             begin = time.perf_counter()
             _train(trainer, last, folder)
             finished = trainer.state.global_step >= recipe.steps
-            if recipe.laplace and finished:
-                laplace_refine(model, _batches(data, encoder, recipe.eval_batch_size))
+            if finished:
+                later = {option.name for option in method.training_options}
+                chosen = {key: value for key, value in recipe.options.items() if key in later}
+                method.after_training(
+                    model, batches_of(data, encoder, recipe.eval_batch_size), **chosen
+                )
             synchronise(model)
             seconds = time.perf_counter() - begin
         done = trainer.state.global_step
@@ -242,7 +244,7 @@ def _train(trainer: Any, checkpoint: str | None, folder: str) -> None:
     except (SafetensorError, RuntimeError, OSError):
         if not trainer.control.should_save:
             raise
-        with _writing(Path(folder), "a checkpoint"):
+        with named_errors(Path(folder), "a checkpoint"):
             raise
     trainer.check_finite()
     trained = [p for p in trainer.model.parameters() if p.requires_grad]

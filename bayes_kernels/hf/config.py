@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,6 +48,7 @@ def option(
     choices: Sequence[Any] = (),
     above: float | None = None,
     least: float | None = None,
+    needs: Mapping[str, Sequence[Any]] | None = None,
     set_by: str = "",
 ) -> Any:
     """A field of a configuration, with what is checked and listed about it.
@@ -58,10 +59,11 @@ def option(
         choices: the values that it may have, where they are words.
         above: a number must be larger.
         least: a number must not be smaller.
+        needs: values of other options without which it does nothing, by their names.
         set_by: the function that sets it, for fields that are not for users to choose.
     """
     known = {"help": help, "choices": tuple(choices), "above": above, "least": least}
-    return field(default=default, metadata={**known, "set_by": set_by})
+    return field(default=default, metadata={**known, "needs": needs or {}, "set_by": set_by})
 
 
 @dataclass
@@ -171,18 +173,23 @@ class VariationalConfig(BayesLoraConfig):
         choices=KINDS,
     )
     kl_lr: float = option(
-        0.01, "Learning rate of the KL step for 'published' and 'constant'.", least=0
+        0.01,
+        "Learning rate of the KL step for 'published' and 'constant'.",
+        least=0,
+        needs={"kl_schedule": ("published", "constant")},
     )
     kl_time: float | None = option(
         None,
         "For 'auto': how long the gradient flow of the divergence acts on each weight, as the sum of "
         "its step sizes over the run. None for the method's rule.",
         least=0,
+        needs={"kl_schedule": ("auto",)},
     )
     kl_gamma: float = option(
         8.0,
         "gamma of the cycle length 100 N^(pi / gamma) / batch for 'published' and 'constant'.",
         above=0,
+        needs={"kl_schedule": ("published", "constant")},
     )
 
 

@@ -28,12 +28,14 @@ class Option:
         type: its type, in words.
         default: what it is where nothing is set.
         help: what it does.
+        needs: values of other options without which it does nothing, by their names.
     """
 
     name: str
     type: str
     default: Any
     help: str
+    needs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 class ConversionReport(Protocol):
@@ -178,10 +180,10 @@ def default_options(function: Callable[..., Any]) -> dict[str, Any]:
 def _config_options(config: type[LoraConfig]) -> Iterator[Option]:
     """Fields that LoraConfig does not have, unless the library sets them itself."""
     for item in own_fields(config):
-        if not item.metadata.get("set_by"):
+        if item.name != "seed" and not item.metadata.get("set_by"):  # the seed is that of the run
             words = " or ".join(repr(word) for word in item.metadata.get("choices", ()))
-            text = item.metadata.get("help", "")
-            yield Option(item.name, words or _words(item.type), item.default, text)
+            text, needs = item.metadata.get("help", ""), item.metadata.get("needs", {})
+            yield Option(item.name, words or _words(item.type), item.default, text, needs)
 
 
 def _conversion_options(conversion: Conversion) -> Iterator[Option]:

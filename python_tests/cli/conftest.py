@@ -25,5 +25,5 @@ def trained(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -
     ood = ["--ood", data / "ood.jsonl"]
     result = call("train", data, "--model", model, *ood, *SETTINGS, "--out", out, "--plots")
     assert result.exit_code == 0, result.output
-    assert "BLoB N=3" in result.stdout and "OOD AUROC" in result.stdout
+    assert "BLoB N=3" in result.stdout and "AUROC ood" in result.stdout
     return out

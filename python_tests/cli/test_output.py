@@ -37,7 +37,7 @@ def test_texts_are_shown_as_they_are(
 
 def test_output_where_the_terminal_has_few_characters(data: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    code = "from bayes_kernels.cli import output; output._note('ACC ↑'); output._console().print('[a] ↑')"
+    code = "from bayes_kernels.cli import output; output.note('ACC ↑'); print('[a] ↑')"
     code = f"import sys; sys.argv[1:] = ['info']; {code}"
     wrapped = (
         f"from bayes_kernels.cli import app\napp.app = lambda prog_name: exec({code!r})\napp.main()"

@@ -39,7 +39,7 @@ def test_training_writes_adapter_scores_and_pictures(trained: Path, data: Path) 
 
 def test_metrics_json_has_its_documented_keys(trained: Path, data: Path) -> None:
     found = results(trained)
-    assert found["format"] == 1 and found["seeds"] == [0]
+    assert found["format"] == 2 and found["seeds"] == [0]
     assert found["task"]["examples"]["test"] == 40 and found["task"]["examples"]["ood"] == 20
     assert found["experiments"]["blob"]["recipe"]["steps"] == 8
     assert {"torch", "peft", "transformers", "bayes_kernels"} <= set(found["versions"])
@@ -72,8 +72,8 @@ def test_metrics_json_has_its_documented_keys(trained: Path, data: Path) -> None
 
 
 def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path) -> None:
-    options = [*SETTINGS, "--method", "tfb", "--convert", "anchors=20"]
-    options += ["--convert", "search=grid", "--convert", "max_trials=2"]
+    options = [*SETTINGS, "--method", "tfb", "--set", "anchors=20"]
+    options += ["--set", "search=grid", "--set", "max_trials=2"]
     result = call("train", data, "--model", model, *options, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     found = results(tmp_path / "out")
@@ -81,7 +81,7 @@ def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path
     assert found["training"][0]["conversion"]["anchors"] == 20
     assert found["training"][0]["conversion"]["passes"] == 3
     saved = folders.read_record(tmp_path / "out")
-    assert saved is not None and saved.experiment.recipe.convert["search"] == "grid"
+    assert saved is not None and saved.experiment.recipe.options["search"] == "grid"
     checkpoint = last_checkpoint(tmp_path / "out" / "checkpoints")
     assert checkpoint is not None  # plain LoRA, which has no draws yet
     result = call("evaluate", checkpoint, "--out", tmp_path / "plain")
@@ -94,11 +94,11 @@ def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path
         ("anchors=0", "anchors must be an integer >= 1"),
         ('layers=["query", "valeu"]', "got ['valeu']"),
     ):
-        bad_options = [*SETTINGS, "--method", "tfb", "--convert", bad, "--out", tmp_path / "bad"]
+        bad_options = [*SETTINGS, "--method", "tfb", "--set", bad, "--out", tmp_path / "bad"]
         assert message in refuse("train", data, "--model", model, *bad_options)
         assert not (tmp_path / "bad").exists()  # found before training
-    error = refuse("train", data, "--model", model, "--convert", "low=0.01")
-    assert "convert: expected method tfb, laplace, laplace-last with it, got 'blob'" in error
+    error = refuse("train", data, "--model", model, "--set", "low=0.01")
+    assert "--set low=0.01: expected a setting that blob uses, got one of tfb" in error
 
 
 def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_folders_are_not_overwritten_by_accident(
     assert results(out)["methods"][0]["name"] == "LoRA (MAP)"
     # Plain LoRA has no posterior to draw from.
     error = refuse("predict", out, "--text", "a bright day", "--n-samples", "5")
-    assert "expected 0 for an adapter that has no posterior" in error
+    assert "n_samples must be 0 for adapters without a posterior" in error
     plain = call("predict", out, "--text", "a bright day", "--json")
     assert json.loads(plain.stdout)["mutual_information"] is None
 

@@ -66,8 +66,8 @@ def test_evaluation_gives_the_numbers_of_training(trained: Path) -> None:
 
 def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "tfb"
-    options = ["--anchors", 16, "--metric", "flips", "--convert", "max_trials=3"]
-    result = call("bayesianize", trained, *options, "--convert", "low=0.01", "--out", out)
+    options = ["--set", "anchors=16", "--set", "metric=flips", "--set", "max_trials=3"]
+    result = call("bayesianize", trained, *options, "--set", "low=0.01", "--out", out)
     assert result.exit_code == 0, result.output
     assert "TFB: 4 layers, sigma_q=" in result.stdout and "change (flips)" in result.stdout
     assert "BLoB mean" in result.stdout and "TFB N=3" in result.stdout
@@ -85,8 +85,10 @@ def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> No
     before, after = (m["per_seed"][0]["metrics"] for m in (content["methods"][1], again[2]))
     assert before == after
     assert "use --overwrite" in refuse("bayesianize", trained, "--out", out)
-    error = refuse("bayesianize", trained, "--out", tmp_path / "x", "--convert", "speed=2")
-    assert "expected options among anchors, metric" in error and "got speed" in error
+    error = refuse("bayesianize", trained, "--out", tmp_path / "x", "--set", "speed=2")
+    assert "expected those of tfb (anchors, metric" in error and "got speed" in error
+    error = refuse("bayesianize", trained, "--out", tmp_path / "x", "--set", "structure=layer")
+    assert "got structure, an option of laplace, laplace-last" in error
     assert not (tmp_path / "x").exists()
     assert "expected one of tfb" in refuse("bayesianize", trained, "--method", "blob")
     result = call("bayesianize", trained, *options, "--n-samples", 0, "--out", tmp_path / "mean")
@@ -138,9 +140,9 @@ def test_no_room_for_results(data: Path, model: Path, trained: Path, tmp_path: P
         error = refuse(*common)
     assert "expected room to write a checkpoint to, got" in error and "checkpoints" in error
     new = tmp_path / "new"
-    common = ["bayesianize", trained, "--n-samples", "1", "--anchors", "8", "--test-size", "4"]
+    common = ["bayesianize", trained, "--n-samples", "1", "--set", "anchors=8", "--test-size", "4"]
     with files_of_at_most(3_000):
-        error = refuse(*common, "--convert", "max_trials=2", "--out", new)
+        error = refuse(*common, "--set", "max_trials=2", "--out", new)
     assert f"{new}: expected room to write the adapter to, got" in error
     assert not (new / "adapter_config.json").exists()
     with files_of_at_most(900):

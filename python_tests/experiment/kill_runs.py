@@ -265,7 +265,7 @@ def main() -> None:
         made = run([*train, "--method", "map", "--out", str(adapter)], base / "log")
         check(made.code == 0, made.text)
         compared = ["compare", "--data", str(data), *common, *short, "--seeds", "1"]
-        tfb = ["bayesianize", str(adapter), "--anchors", "16", "--convert", "max_trials=3"]
+        tfb = ["bayesianize", str(adapter), "--set", "anchors=16", "--set", "max_trials=3"]
         last = ["bayesianize", str(adapter), "--method", "laplace-last", "--n-samples", "2"]
         commands = [
             [*train, "--method", "blob", "--n-samples", "2"],

@@ -29,7 +29,6 @@ import typer
 from typer.testing import CliRunner
 
 from bayes_kernels.cli import app, output
-from bayes_kernels.hf.method import METHODS
 
 pytestmark = pytest.mark.cpu_only
 
@@ -132,24 +131,14 @@ NEEDS = {
     "evaluate": ["run-blob"],
     "predict": ["run-blob", "--text", "a bright day"],
 }
-FLAGS = ("--overwrite", "--plots", "--json", "--resume", "--laplace", "--debug", "--help")
+FLAGS = ("--overwrite", "--plots", "--json", "--resume", "--debug", "--help")
 # "The largest number of": all that there are where there are fewer.
-NO_LIMIT = ("--test-size", "--ood-size", "--save-every", "--anchors")
+NO_LIMIT = ("--test-size", "--ood-size", "--save-every")
 
 
 def options_of(command: str) -> list[Any]:
     found: Any = typer.main.get_command(app.app)
     return [p for p in found.commands[command].params if p.opts[0].startswith("-")]
-
-
-def method_with(option: str) -> list[str]:
-    """The method that an option of `train` is for."""
-    name = option.removeprefix("--").replace("-", "_")
-    for method in METHODS.values():
-        if name in method.options:
-            schedule = ["--kl-schedule", "published"] if name in ("kl_lr", "kl_gamma") else []
-            return ["--method", method.name, *schedule]
-    return []
 
 
 def with_option(command: str, option: str, value: str) -> Case:
@@ -159,8 +148,7 @@ def with_option(command: str, option: str, value: str) -> Case:
         del needs[place : place + 2]
     if option == "--processes":
         del needs[needs.index("--threads") :][:2]
-    own = method_with(option) if command == "train" else []
-    own = [*own, "--methods", "map,ensemble"] if option == "--members" else own
+    own = ["--methods", "map,ensemble"] if option == "--members" else []
     return Case((command, *needs, *own, option, value))
 
 
@@ -191,20 +179,17 @@ WORDS = {
     "--style": ["foo", "", "plain"],
     "--dtype": ["float", "int8", ""],
     "--quantization": ["3bit", ""],
-    "--scope": ["foo", ""],
-    "--kl-schedule": ["foo", ""],
-    "--kl-direction": ["foo"],
-    "--covariance": ["foo"],
-    "--stiefel": ["foo"],
-    "--head-covariance": ["foo"],
-    "--alternation": ["foo"],
     "--device": ["foo", "", "cuda:99"],
-    "--metric": ["foo"],
     "--target-modules": ["query,foo", "", ",", "foo", "quer"],
     "--label-names": ["", "a", "a,a", "a,b,a"],
-    "--convert": ["foo", "=1", "foo=1", "metric=foo", "anchors=0", "low=a", "seed=1,seed=2"],
-    "--lora": ["foo", "=", "foo=1", "r=3", "method=tfb", "use_dora=true", "target_modules=query"],
-    "--set": ["foo", "=", "foo=1", "lr=abc", "lr", "tfb.lr=1", "blob.lr=-1", "rank.x=1", "lr=true"],
+    "--set": [
+        *("foo", "=", "=1", "foo=1", "lora", "lora=3", "lora.x.y=1", "options.foo=1", "a.b.c=1"),
+        *("lr=abc", "lr=true", "lr", "rank.x=1", "tfb.lr=1", "blob.lr=-1", "blob.metric=flips"),
+        *("metric=foo", "metric=", "anchors=0", "anchors=1.5", "anchors=all", "low=a", "low=nan"),
+        *("layers=query", 'layers=["foo"]', "validation=3", "progress=false", "options=3"),
+        *("lora.foo=1", "lora.r=3", "lora.method=tfb", "lora.use_dora=true", "lora.bias=foo"),
+        *("lora.rank_pattern=3", "lora.use_rslora=1", "lora.prior_std=3", "lora.seed=1"),
+    ],
     "--text": ["", " ", "\ud800"],
     "--data": ["nothing.jsonl", "", "./nothing", "model", "run-map"],
     "--test": ["nothing.jsonl", "", "data", "data/train.jsonl"],
@@ -242,37 +227,38 @@ def test_words_that_no_option_takes(workspace: Path) -> None:
 # --- Options that do nothing, or contradict others -------------------------------------------------
 
 TRAIN = [
-    "--method map --stiefel qr",
-    "--method map --prior-std 1",
     "--method map --n-samples 5",
     "--method polar --n-samples 5",
-    "--method polar --init-rho 0.1",
-    "--method blob --stiefel-penalty 1",
-    "--method blob --head-lr 1",
-    "--method blob --covariance full",
-    "--method blob --kl-direction code",
-    "--method scalabl --kl-weight 1",
-    "--method tfb --kl-time 1",
-    "--method laplace --scope none",
-    "--method scalabl --scope token",
-    "--method polar --stiefel qr --stiefel-penalty 1",
-    "--kl-lr 0.1",
-    "--kl-gamma 3",
-    "--kl-lr 0.1 --kl-schedule auto",
-    "--kl-time 1 --kl-schedule published",
-    "--laplace",
-    "--method polar --laplace",
-    "--convert anchors=3",
-    "--method tfb --convert anchors=3 --convert anchors=4",
-    "--lora use_rslora=true --lora use_rslora=false",
-    "--lora rank_pattern=3",
-    "--lora bias=foo",
-    "--lora inference_mode=true",
-    "--lora peft_type=LORA",
-    "--lora trainable_token_indices=foo",
-    "--lora use_rslora=1",
-    "--lora lora_alpha=3",
-    "--lora prior_std=3",
+    "--method map --set stiefel=qr",
+    "--method map --set prior_std=1",
+    "--method polar --set init_rho=0.1",
+    "--method blob --set stiefel_penalty=1",
+    "--method blob --set head_lr=1",
+    "--method blob --set covariance=full",
+    "--method blob --set kl_direction=code",
+    "--method scalabl --set kl_weight=1",
+    "--method tfb --set kl_time=1",
+    "--method laplace --set scope=none",
+    "--method scalabl --set scope=token",
+    "--method polar --set stiefel=qr --set stiefel_penalty=1",
+    "--set kl_lr=0.1",
+    "--set kl_gamma=3",
+    "--set kl_lr=0.1 --set kl_schedule=auto",
+    "--set kl_time=1 --set kl_schedule=published",
+    "--set refine=true",
+    "--method polar --set refine=true",
+    "--method polar-vbll --set refine=1",
+    "--set anchors=3",
+    "--set method=tfb",
+    "--set seed=3",
+    "--set tfb.anchors=3",
+    "--method tfb --set anchors=3 --set anchors=4",
+    "--set rank=4 --rank 2",
+    "--set lora.use_rslora=true --set lora.use_rslora=false",
+    "--set lora.inference_mode=true",
+    "--set lora.peft_type=LORA",
+    "--set lora.trainable_token_indices=foo",
+    "--set lora.lora_alpha=3",
     "--method ensemble",
     "--method dropout --dropout 0",
     "--batch-size 8 --accumulation 3",
@@ -295,15 +281,19 @@ OTHERS = [
     "compare --methods map --members 3",
     "compare --methods map --n-samples 3",
     "compare --methods map,blob --set stiefel=qr",
-    "compare --methods map,blob --set tfb.convert.anchors=3",
+    "compare --methods map,blob --set tfb.anchors=3",
+    "compare --methods map,blob --set anchors=3",
     "compare --methods map,tfb --set tfb.lr=1",
     "compare --rank 2 --set rank=4",
     "compare --resume --overwrite",
-    "bayesianize --method laplace --metric flips",
-    "bayesianize --method laplace --tolerance 0.1",
-    "bayesianize --method laplace-last --convert layers=last",
+    "bayesianize --method laplace --set metric=flips",
+    "bayesianize --method laplace --set tolerance=0.1",
+    "bayesianize --method laplace-last --set layers=last",
     "bayesianize --method blob",
-    "bayesianize --anchors 4 --convert sigma=-1",
+    "bayesianize --set anchors=4 --set sigma=-1",
+    "bayesianize --set anchors=4 --set anchors=4",
+    "bayesianize --set rank=4",
+    "methods foo",
     "evaluate --label-names a,b,c",
     "evaluate --data data --label-names b,a",
     "train",
@@ -522,7 +512,7 @@ def test_records_that_are_damaged(workspace: Path) -> None:
 def test_every_option_has_cases() -> None:
     """Of every command but those that read nothing; a new option needs cases of its own."""
     generated: Any = typer.main.get_command(app.app)
-    assert set(NEEDS) == set(generated.commands) - {"info", "bench"}
+    assert set(NEEDS) == set(generated.commands) - {"info", "methods", "bench"}
     used = {(c.words[0], w) for c in (*numbers(), *words(), *combined()) for w in c.words}
     used |= {(words[0], word) for f in PLACES.values() for words in [f("x")] for word in words}
     without = [

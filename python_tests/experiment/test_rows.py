@@ -190,7 +190,7 @@ def run(command: str, data: Path, model: Path, adapter: Path, out: Path) -> None
     word, _, method = command.partition(" ")
     far = ["--ood", data / "far.jsonl"]
     short = ["--model", model, "--steps", 2, "--out", out]
-    trials = ["--convert", "max_trials=2"] if method == "tfb" else []
+    trials = ["--set", "max_trials=2"] if method == "tfb" else []
     draws = ["--n-samples", 2] if method not in ("map", "polar") else []
     if word == "train":
         options = ["--method", method, "--lr", "0.01", "--save-every", 9, *trials]

@@ -88,7 +88,7 @@ def finished(
 
 
 def test_experiments_survive_json(tiny: Experiment) -> None:
-    recipe = Recipe(target_modules=("query",), lora={"use_rslora": True}, kl_time=0.01)
+    recipe = Recipe(target_modules=("query",), lora={"use_rslora": True}, options={"kl_time": 0.01})
     one = dataclasses.replace(tiny, recipe=recipe, seed=3)
     text = json.dumps(one.to_dict())
     assert Experiment.from_dict(json.loads(text)) == one
@@ -142,7 +142,9 @@ def test_methods_start_from_the_same_weights(tiny: Experiment, task: Task) -> No
 
 
 def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
-    one = with_recipe(tiny, prior_std=0.1, kl_time=0.5, alpha=32, lora={"use_rslora": True})
+    one = with_recipe(
+        tiny, options={"prior_std": 0.1, "kl_time": 0.5}, alpha=32, lora={"use_rslora": True}
+    )
     model, encoder = build.build(one, task)
     config = model.peft_config["default"]
     assert (config.prior_std, config.kl_time, config.lora_alpha) == (0.1, 0.5, 32)
@@ -150,7 +152,7 @@ def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
     default = BlobConfig()
     assert config.init_rho == default.init_rho and config.kl_schedule == default.kl_schedule
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    with pytest.raises(ValueError, match=r"expected options of BlobConfig, got speed"):
+    with pytest.raises(ValueError, match=r"expected options of peft\.LoraConfig, got speed"):
         build.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
     with pytest.raises(ValueError, match="use_dora"):
         build.build(with_recipe(tiny, lora={"use_dora": True}), task)
@@ -302,7 +304,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks._Bar, "on_step_begin", interrupt, raising=False)
+        patch.setattr(callbacks.TrainingBar, "on_step_begin", interrupt, raising=False)
         with pytest.raises(Interrupted) as stop:
             ex.run(one, task, folder=tmp_path, save_every=5)
     assert signal.getsignal(signal.SIGINT) == before

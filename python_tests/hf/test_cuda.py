@@ -31,16 +31,17 @@ from bayes_kernels.hf.methods.laplace import laplace_posterior
 
 # Those with an adapter of their own; an ensemble is several of plain LoRA.
 METHOD_NAMES = [name for name, method in METHODS.items() if method.made != "join"]
+RECIPE = Recipe(steps=3, lr=2e-2, rank=4)
 # Deviations and steps so large that wrong noise would show.
-RECIPE = Recipe(steps=3, lr=2e-2, rank=4, init_rho=0.7, kl_schedule="constant", kl_lr=0.01)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "blob": {"dropout": 0.1},
-    "scalabl": {"scope": "example", "covariance": "full"},
+NOISY = {"init_rho": 0.7, "kl_schedule": "constant", "kl_lr": 0.01}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "blob": NOISY,
+    "scalabl": {**NOISY, "scope": "example", "covariance": "full"},
     "polar": {"stiefel": "polar"},
-    "polar-vbll": {"head_covariance": "low_rank", "laplace": True},
-    "tfb": {"convert": {"anchors": 16, "metric": "nll", "tolerance": 0.5, "max_trials": 3}},
-    "laplace": {"convert": {"anchors": 16, "rank": 4, "dense_below": 16}},
-    "laplace-last": {"convert": {"anchors": 16, "prior": "mackay"}},
+    "polar-vbll": {"head_covariance": "low_rank", "refine": True},
+    "tfb": {"anchors": 16, "metric": "nll", "tolerance": 0.5, "max_trials": 3},
+    "laplace": {"anchors": 16, "rank": 4, "dense_below": 16},
+    "laplace-last": {"anchors": 16, "prior": "mackay"},
 }
 ON_CPU = ("blob", "laplace")
 cuda = pytest.mark.needs_cuda
@@ -108,7 +109,8 @@ def go(experiment: Experiment, task: Task, device: str, folder: Path) -> Outcome
 
 
 def experiment_of(method: str, source: Source, model_folder: str) -> Experiment:
-    recipe = dataclasses.replace(RECIPE, **VARIANTS.get(method, {}))
+    dropout = 0.1 if method == "blob" else None
+    recipe = dataclasses.replace(RECIPE, dropout=dropout, options=OPTIONS.get(method, {}))
     return Experiment(source, model=model_folder, method=method, recipe=recipe)
 
 

@@ -53,7 +53,7 @@ SMALL = {
     "train": FEW,
     "compare": FEW + " --threads 1",
     "demo": FEW + " --threads 1",
-    "bayesianize": "--anchors 16 --test-size 16 --ood-size 8",
+    "bayesianize": "--train-size 16 --test-size 16 --ood-size 8",
     "evaluate": "--test-size 16 --ood-size 8",
 }
 

@@ -331,9 +331,6 @@ def library_corpus(library: str) -> tuple[tuple[str, str], ...]:
     return tuple(found.values())
 
 
-# --- Documentation of the standard library -------------------------------------------------------
-
-
 def stdlib_docs(
     seed: int = 0,
     *,

@@ -9,8 +9,6 @@ from typing import Any
 from .jsonl import split_by_hash
 from .tasks import LETTERS, Example, Task, Template, _hash, choose_subset
 
-# --- Data sets of the Hugging Face hub -----------------------------------------------------------
-
 
 def convert_winogrande(row: Mapping[str, Any], index: int) -> Example:
     """A row of ``allenai/winogrande``: sentence, option1, option2, answer ("1", "2" or "")."""

@@ -13,8 +13,6 @@ from typing import Any
 
 from .tasks import LETTERS, Example, Kind, Task, Template, _fraction, choose_subset
 
-# --- Files of JSON lines -------------------------------------------------------------------------
-
 _MAX_PROBLEMS = 10
 
 

@@ -54,7 +54,10 @@ class PolarConfig(BayesLoraConfig, method="polar"):
         choices=METHODS,
     )
     stiefel_penalty: float = option(
-        1.0, "Weight of landing's pull to orthonormal factors.", least=0
+        1.0,
+        "Weight of landing's pull to orthonormal factors.",
+        least=0,
+        needs={"stiefel": ("landing",)},
     )
 
 

@@ -55,7 +55,12 @@ class PolarVbllConfig(PolarConfig, method="polar-vbll"):
         "'low_rank'.",
         choices=COVARIANCES,
     )
-    head_rank: int = option(3, "Rank beside the diagonal for 'low_rank'.", least=1)
+    head_rank: int = option(
+        3,
+        "Rank beside the diagonal for 'low_rank'.",
+        least=1,
+        needs={"head_covariance": ("low_rank",)},
+    )
     head_init: str = option(
         "rows",
         "Mean rows at the start: 'rows' of the layer that is replaced (the first predictions are the "
@@ -66,6 +71,7 @@ class PolarVbllConfig(PolarConfig, method="polar-vbll"):
         None,
         "Variance of a weight at the start, for 'rows'; None: a tenth of the prior's.",
         above=0,
+        needs={"head_init": ("rows",)},
     )
     head_prior_scale: float | None = option(
         None,
@@ -86,7 +92,9 @@ class PolarVbllConfig(PolarConfig, method="polar-vbll"):
         "last layer of the same step) or 'periodic' (one of the two at a time, in turns).",
         choices=("jacobi", "gauss-seidel", "periodic"),
     )
-    alternation_period: int = option(1, "Steps of a turn for 'periodic'.", least=1)
+    alternation_period: int = option(
+        1, "Steps of a turn for 'periodic'.", least=1, needs={"alternation": ("periodic",)}
+    )
     refine: str | None = option(
         None,
         "How the covariances were refined after training.",

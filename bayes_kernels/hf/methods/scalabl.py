@@ -60,7 +60,10 @@ class ScalablConfig(VariationalConfig, method="scalabl"):
         choices=("none", "example"),
     )
     kl_lr: float = option(
-        0.2, "Learning rate of the KL step for 'published' and 'constant'.", least=0
+        0.2,
+        "Learning rate of the KL step for 'published' and 'constant'.",
+        least=0,
+        needs={"kl_schedule": ("published", "constant")},
     )
     kl_direction: str = option(
         "elbo",

@@ -638,7 +638,7 @@ def test_commands(tmp_path: Path) -> None:
     model = tiny_task.write_model(tmp_path / "model")
     common = ["--model", model, "--steps", 4, "--rank", 2, "--test-size", 12]
     out = tmp_path / "laplace"
-    options = ["--method", "laplace", "--convert", "anchors=20", "--convert", "structure=layer"]
+    options = ["--method", "laplace", "--set", "anchors=20", "--set", "structure=layer"]
     result = call("train", data, *common, *options, "--out", out)
     assert result.exit_code == 0, result.output
     assert "Laplace-LoRA N=1000" in result.stdout and (out / "laplace.safetensors").is_file()
@@ -661,10 +661,10 @@ def test_commands(tmp_path: Path) -> None:
     assert "Laplace: " in result.stdout and "log evidence" in result.stdout
     assert "MiB through the pass" in result.stderr
     assert results(last)["conversion"]["layers"] == "last"
-    error = refuse("train", data, *common, "--method", "laplace", "--convert", "prior=flat")
+    error = refuse("train", data, *common, "--method", "laplace", "--set", "prior=flat")
     assert "prior must be one of" in error
-    error = refuse("bayesianize", out, "--method", "laplace", "--metric", "nll")
-    assert "expected options among anchors" in error
+    error = refuse("bayesianize", out, "--method", "laplace", "--set", "metric=nll")
+    assert "expected those of laplace (anchors" in error
     assert "laplace" in refuse("bayesianize", out, "--method", "blob")
 
 

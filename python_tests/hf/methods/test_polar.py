@@ -282,7 +282,8 @@ def test_command_line(method: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--method", method, "--model", model, "--rank", 4, "--steps", 8, "--lr", 0.005]
     if method == "polar-vbll":
-        options += ["--laplace", "--head-lr", 0.01, "--kl-weight", 0.1, "--stiefel", "polar"]
+        for item in ("refine=true", "head_lr=0.01", "kl_weight=0.1", "stiefel=polar"):
+            options += ["--set", item]
     shown = call("train", data, "--ood", data / "ood.jsonl", *options, "--out", out)
     rows = json.loads((out / "metrics.json").read_text())
     assert ("PoLAR-VBLL N=1000" if method == "polar-vbll" else "PoLAR (MAP)") in shown.stdout
