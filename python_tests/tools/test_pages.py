@@ -47,7 +47,7 @@ SCRIPTS = [
     *(ROOT / "python_tests").rglob("*.py"),
 ]
 COMMANDS = typer.main.get_command(app).commands
-# Added to commands: a few examples and steps in place of a page's.
+# Added to commands: a few examples and steps instead of a page's.
 FEW = "--train-size 16 --test-size 16 --ood-size 8 --steps 4 --overwrite"
 SMALL = {
     "train": FEW,
