@@ -58,9 +58,9 @@ def bert(kind: Any = transformers.BertForSequenceClassification, **options: Any)
     return kind(kind.config_class(**{**sizes, **options})).eval()
 
 
-def llama(kind: Any = transformers.LlamaForCausalLM, **options: Any) -> Any:
+def llama(kind: Any = transformers.LlamaForCausalLM, seed: int = 0, **options: Any) -> Any:
     """A Llama in eval mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -1,4 +1,4 @@
-"""Comparisons of methods over seeds, and the baselines that need no posterior."""
+"""Comparisons of methods over seeds: failures, resuming, the command."""
 
 from __future__ import annotations
 
@@ -10,29 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from bayes_kernels.experiment import build, folders, tables
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("typer")
-
-import tiny_task  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-
-from bayes_kernels import metrics  # noqa: E402
-from bayes_kernels.cli import app  # noqa: E402
-from bayes_kernels.experiment import compare as co  # noqa: E402
-from bayes_kernels.experiment import machine, scoring, train  # noqa: E402
-from bayes_kernels.experiment import run as ex  # noqa: E402
-from bayes_kernels.experiment.data.tasks import Example, Task  # noqa: E402
-from bayes_kernels.experiment.recipe import Experiment, Recipe, Source  # noqa: E402
-from bayes_kernels.hf import predict  # noqa: E402
-from bayes_kernels.hf.methods.dropout import dropout_draws  # noqa: E402
-from bayes_kernels.hf.methods.ensemble import Ensemble, join_adapters  # noqa: E402
+from bayes_kernels import metrics
+from bayes_kernels.cli import app
+from bayes_kernels.experiment import compare as co
+from bayes_kernels.experiment import folders, machine, scoring, tables, train
+from bayes_kernels.experiment import run as ex
+from bayes_kernels.experiment.data.tasks import Task
+from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
+
 
 FAST = Recipe(steps=2, lr=5e-3, rank=2, n_samples=2)
 
@@ -44,177 +34,8 @@ def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    folder = tiny_task.write_data(tmp_path_factory.mktemp("data"))
-    return Source(data=str(folder), ood=(str(folder / "ood.jsonl"),))
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_task.write_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
 def tasks(source: Source) -> dict[int, Task]:
     return {seed: source.load(seed) for seed in range(4)}
-
-
-def batch_of(encoder: Any, examples: list[Example]) -> dict[str, torch.Tensor]:
-    return encoder.collate(encoder.dataset(examples).items)
-
-
-def llama(seed: int = 0) -> Any:
-    """A Llama for sequence classification with random weights and a head of its own."""
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    torch.manual_seed(seed)
-    return transformers.LlamaForSequenceClassification(config).eval()
-
-
-def plain_lora(base: Any, seed: int = 0, dropout: float = 0.0) -> Any:
-    """Plain LoRA whose factors and head are all random, as if trained."""
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="SEQ_CLS"
-    )
-    model = peft.get_peft_model(base, config)
-    torch.manual_seed(100 + seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter) / math.sqrt(parameter.shape[-1]))
-    return model.eval()
-
-
-IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 0, 0], [7, 7, 21, 30, 2]])
-BATCH = {"input_ids": IDS, "attention_mask": IDS.ne(0).long()}
-
-
-# --- MC dropout ----------------------------------------------------------------------------------
-
-
-def test_mc_dropout_draws_are_decided_by_seed_and_number() -> None:
-    model = plain_lora(llama(), dropout=0.3)
-    torch.manual_seed(7)
-    state = torch.random.get_rng_state()
-    one = predict(model, BATCH, n_samples=6, seed=3, return_samples=True)
-    assert torch.equal(torch.random.get_rng_state(), state)  # torch's generator is left alone
-    torch.manual_seed(8)
-    again = predict(model, BATCH, n_samples=6, seed=3, samples_per_pass=1, return_samples=True)
-    torch.testing.assert_close(one.sample_log_probs, again.sample_log_probs, rtol=0, atol=2e-6)
-    other = predict(model, BATCH, n_samples=6, seed=4)
-    assert (one.log_probs - other.log_probs).abs().max() > 1e-3
-    assert one.sample_log_probs is not None
-    mean = one.sample_log_probs.exp().mean(0)
-    torch.testing.assert_close(one.probs, mean, rtol=0, atol=1e-12)
-    assert (one.mutual_information > 0).all() and one.n_samples == 6
-    # Hooks are gone: a plain pass and no draws are deterministic and agree.
-    assert not any(m._forward_hooks for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    with torch.no_grad():
-        plain = model(**BATCH).logits.double().log_softmax(-1)
-    torch.testing.assert_close(predict(model, BATCH, n_samples=0).log_probs, plain)
-
-
-def test_mc_dropout_has_the_law_of_dropout_in_training() -> None:
-    """One linear layer: mean and variance of x A^T under dropout, against their closed forms."""
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(16, 3, bias=False))
-    p = 0.25
-    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"], lora_dropout=p)
-    model = peft.get_peft_model(base, config).eval()
-    layer = model.base_model.model[0]
-    torch.nn.init.normal_(layer.lora_B["default"].weight)
-    x = torch.randn(2, 16)
-    count = 4000
-    with torch.no_grad(), dropout_draws(model, n_samples=count, seed=1):
-        draws = model(x.repeat(count, 1)).unflatten(0, (count, 2)).double()
-        weight = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).double()
-    expected = model(x).double().detach()
-    parts = x.double()[:, None, :] * weight.detach()
-    variance = (parts**2).sum(-1) * p / (1 - p)
-    error = (draws.mean(0) - expected).abs() / (variance / count).sqrt()
-    assert error.max() < 4.5  # standard errors
-    torch.testing.assert_close(draws.var(0), variance, rtol=0.15, atol=0)
-
-
-# --- Ensembles -----------------------------------------------------------------------------------
-
-
-def test_an_ensemble_is_the_mean_of_its_members(tmp_path: Path) -> None:
-    models = [plain_lora(llama(), seed) for seed in range(3)]
-    folders = [tmp_path / str(seed) for seed in range(3)]
-    with torch.no_grad():
-        members = torch.stack([m(**BATCH).logits.double().softmax(-1) for m in models])
-    for model, folder in zip(models, folders, strict=True):
-        model.save_pretrained(folder)
-    folded = join_adapters(models, folders)
-    assert folded.folded and len(folded) == 3 and len(folded.models) == 1
-    fresh = [plain_lora(llama(), seed) for seed in range(3)]
-    apart = Ensemble(fresh, ["a", "b", "c"])
-    assert not apart.folded
-    for ensemble in (folded, apart):
-        found = predict(ensemble, BATCH, return_samples=True)
-        torch.testing.assert_close(found.probs, members.mean(0), rtol=0, atol=1e-6)
-        assert found.sample_log_probs is not None and found.n_samples == 3
-        torch.testing.assert_close(found.sample_log_probs.exp(), members, rtol=0, atol=1e-6)
-        assert (found.mutual_information > 0).all()
-
-
-def test_members_with_other_bases_keep_them(tmp_path: Path) -> None:
-    models = [plain_lora(llama(seed), seed) for seed in range(2)]
-    for seed, model in enumerate(models):
-        model.save_pretrained(tmp_path / str(seed))
-    with torch.no_grad():
-        members = torch.stack([m(**BATCH).logits.double().softmax(-1) for m in models])
-    ensemble = join_adapters(models, [tmp_path / "0", tmp_path / "1"])
-    assert not ensemble.folded and len(ensemble.models) == 2
-    found = predict(ensemble, BATCH)
-    torch.testing.assert_close(found.probs, members.mean(0), rtol=0, atol=1e-6)
-
-
-def test_ensembles_refuse_what_is_no_plain_lora(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least two"):
-        join_adapters([plain_lora(llama())], [tmp_path])
-    from bayes_kernels.hf import BlobConfig
-
-    config = BlobConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
-    blob = peft.get_peft_model(llama(), config)
-    with pytest.raises(ValueError, match="expected plain LoRA in"):
-        join_adapters([plain_lora(llama()), blob], [tmp_path, tmp_path])
-
-
-@pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
-def test_ensembles_of_berts_in_one_pass(kind: str, model_folder: str, tmp_path: Path) -> None:
-    def example(i: int) -> Example:
-        choices = ("bright day", "dull road", "warm song") if kind == "multiple_choice" else ()
-        return Example(f"e{i}", f"the {tiny_task.OTHER[i]} was kind", i % 2, choices=choices)
-
-    examples = [example(i) for i in range(5)]
-    letters = ("A", "B", "C") if kind == "multiple_choice" else ("0", "1")
-    task = Task("t", kind, letters, examples, examples, examples)  # type: ignore[arg-type]
-    models, places = [], []
-    for seed in range(2):
-        one = Experiment(model=model_folder, method="map", recipe=FAST, seed=seed)
-        model, encoder = build.build(one, task)
-        torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
-        folders.save_adapter(model, one, task, encoder, tmp_path / str(seed))
-        models.append(model.eval())
-        places.append(tmp_path / str(seed))
-    batch = batch_of(encoder, examples)
-    alone = [predict(model, batch, n_samples=0).probs for model in models]
-    assert (alone[0] - alone[1]).abs().max() > 1e-3
-    ensemble = join_adapters(models, places)
-    assert ensemble.folded
-    found, _ = scoring.predict_examples(ensemble, encoder, examples, n_samples=2, batch_size=2)
-    torch.testing.assert_close(found.probs, torch.stack(alone).mean(0), rtol=0, atol=1e-6)
 
 
 # --- Comparisons ---------------------------------------------------------------------------------
@@ -223,12 +44,12 @@ METHODS = ("map", "temperature", "dropout", "ensemble", "tfb")
 
 
 @pytest.fixture
-def make(source: Source, model_folder: str) -> Any:
+def make(source: Source, tiny_model: Path) -> Any:
     def experiment(method: str, seed: int) -> Experiment:
         recipe = FAST
         if method == "tfb":
             recipe = dataclasses.replace(FAST, options={"anchors": 16})
-        return Experiment(source, model_folder, method=method, recipe=recipe, seed=seed)
+        return Experiment(source, str(tiny_model), method=method, recipe=recipe, seed=seed)
 
     return experiment
 
@@ -371,10 +192,10 @@ def test_methods_and_plans_are_checked(make: Any, tasks: dict[int, Task], tmp_pa
 
 
 def test_the_command(
-    source: Source, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    options: list[Any] = ["--data", source.data, "--model", model_folder, "--seeds", 2]
+    options: list[Any] = ["--data", source.data, "--model", tiny_model, "--seeds", 2]
     options += ["--ood", source.ood[0] if source.ood else "", "--steps", 2, "--out", out]
     options += ["--methods", "map,temperature,blob,polar", "--set", "blob.n_samples=2"]
     options += ["--set", "rank=2", "--threads", 1]

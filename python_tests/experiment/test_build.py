@@ -1,0 +1,62 @@
+"""Models that are built for an experiment: weights, options, dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bayes_kernels.experiment import build
+from bayes_kernels.experiment import run as ex
+from bayes_kernels.experiment.data.tasks import Task
+from bayes_kernels.experiment.recipe import Experiment
+from bayes_kernels.hf.methods.blob import BlobConfig
+from experiment.tiny_runs import with_recipe
+
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
+
+def test_methods_start_from_the_same_weights(tiny: Experiment, task: Task) -> None:
+    plain, _ = build.build(dataclasses.replace(tiny, method="map"), task)
+    bayes, _ = build.build(tiny, task)
+    other, _ = build.build(dataclasses.replace(tiny, seed=1), task)
+    left = {n: p for n, p in plain.named_parameters() if p.requires_grad}
+    right = {n: p for n, p in bayes.named_parameters() if p.requires_grad}
+    assert {n for n in right if n not in left} == {n for n in right if "lora_A_rho" in n}
+    assert set(left) <= set(right) and any("classifier" in n for n in left)
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+    changed = [n for n, p in other.named_parameters() if n in left and not torch.equal(p, left[n])]
+    assert any("lora_A" in n for n in changed) and any("classifier" in n for n in changed)
+
+
+def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
+    one = with_recipe(
+        tiny, options={"prior_std": 0.1, "kl_time": 0.5}, alpha=32, lora={"use_rslora": True}
+    )
+    model, encoder = build.build(one, task)
+    config = model.peft_config["default"]
+    assert (config.prior_std, config.kl_time, config.lora_alpha) == (0.1, 0.5, 32)
+    assert config.use_rslora and config.seed == one.seed
+    default = BlobConfig()
+    assert config.init_rho == default.init_rho and config.kl_schedule == default.kl_schedule
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    with pytest.raises(ValueError, match=r"expected options of peft\.LoraConfig, got speed"):
+        build.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
+    with pytest.raises(ValueError, match="use_dora"):
+        build.build(with_recipe(tiny, lora={"use_dora": True}), task)
+
+
+def test_half_precision_on_the_cpu(tiny: Experiment, task: Task) -> None:
+    longer = with_recipe(tiny, steps=40)
+    half = dataclasses.replace(longer, dtype="bfloat16")
+    model, _ = build.build(half, task, device="cpu")
+    # The backward pass of the fused attention is several times slower there.
+    assert model.config._attn_implementation == "eager"
+    assert build.build(longer, task, device="cpu")[0].config._attn_implementation == "sdpa"
+    for name, weight in model.named_parameters():
+        wide = "lora_" in name  # the new head keeps the dtype of its base, as PEFT has it
+        assert weight.dtype == (torch.float32 if wide else torch.bfloat16), name
+    assert ex.run(half, task, device="cpu").rows[0].report.accuracy > 0.8

@@ -1,0 +1,53 @@
+"""Descriptions of experiments: written, read, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_task
+
+from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
+
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
+
+def test_experiments_survive_json(tiny: Experiment) -> None:
+    recipe = Recipe(target_modules=("query",), lora={"use_rslora": True}, options={"kl_time": 0.01})
+    one = dataclasses.replace(tiny, recipe=recipe, seed=3)
+    text = json.dumps(one.to_dict())
+    assert Experiment.from_dict(json.loads(text)) == one
+    with pytest.raises(ValueError, match="does not fit this version"):
+        Experiment.from_dict({"recipe": {"speed": 1}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank must be an integer >= 1, got 0"),
+        ({"steps": 2.5}, "steps must be an integer"),
+        ({"lr": float("nan")}, "lr must be a positive number"),
+        ({"warmup": 1.0}, "warmup must be in"),
+        ({"batch_size": 8, "accumulation": 3}, "multiple of accumulation, got 8 and 3"),
+        ({"n_samples": -1}, "n_samples must be an integer >= 0"),
+    ],
+)
+def test_recipes_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(**fields)
+
+
+def test_sources_reject_what_does_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data of your own"):
+        Source(data="stdlib-docs", test="x.jsonl").load()
+    with pytest.raises(ValueError, match="brings its own"):
+        Source(data="stdlib-docs", ood=("x.jsonl",)).load()
+    folder = tiny_task.write_data(tmp_path)
+    limited = Source(data=str(folder), test_size=7, ood=(str(folder / "ood.jsonl"),), ood_size=5)
+    task = limited.load(0)
+    assert len(task.test) == 7 and [len(part) for part in task.ood.values()] == [5]
+    assert task.test == limited.load(1).test  # the seed chooses training examples only
