@@ -10,7 +10,6 @@ import pytest
 from bayes_kernels.files import write_json
 
 
-
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_json(path, {"a": float("inf"), "b": [float("nan"), 1.5]})

@@ -12,7 +12,7 @@ import torch
 
 from bayes_kernels.experiment import build, folders, scoring
 from bayes_kernels.experiment.data.tasks import Example, Task
-from bayes_kernels.experiment.recipe import Experiment
+from bayes_kernels.experiment.recipe import Experiment, Recipe
 from bayes_kernels.hf import predict
 from bayes_kernels.hf.methods.ensemble import Ensemble, join_adapters
 from hf.methods.plain_adapters import BATCH, llama, plain_lora
@@ -73,7 +73,7 @@ def test_ensembles_of_berts_in_one_pass(kind: str, tiny_model: Path, tmp_path: P
     task = Task("t", kind, letters, examples, examples, examples)  # type: ignore[arg-type]
     models, places = [], []
     for seed in range(2):
-        one = Experiment(model=str(tiny_model), method="map", recipe=FAST, seed=seed)
+        one = Experiment(model=str(tiny_model), method="map", recipe=Recipe(rank=2), seed=seed)
         model, encoder = build.build(one, task)
         torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
         folders.save_adapter(model, one, task, encoder, tmp_path / str(seed))
