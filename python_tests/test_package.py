@@ -1,4 +1,4 @@
-"""The installed package: what importing it costs and needs, what the binary depends on, diagnosis."""
+"""The installed package: what importing it costs and needs, what the binary depends on."""
 
 from __future__ import annotations
 
@@ -6,26 +6,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from programs import python
 from tools import check_wheel, cpu_paths
 
 import bayes_kernels as bk
 from bayes_kernels import _library
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def tool(*command: str) -> str:
@@ -147,92 +137,6 @@ def test_an_exception_of_the_library_is_an_error_in_python(threads: bool):
 def test_binary_exports_no_symbol_of_ours():
     exported = tool("nm", "-D", "--defined-only", "-C", library())
     assert "bayes_kernels::shrink" not in exported
-
-
-WITHOUT_LIBRARY = (
-    "import torch, bayes_kernels as bk\n"
-    "from bayes_kernels import functional as F\n"
-    "key = bk.random.fold_in(bk.random.key(0), 1)\n"
-    "a = torch.ones(2, 8, requires_grad=True)\n"
-    "y = F.flipout_lora(torch.ones(3, 8), a, 0 * a, torch.ones(4, 2), key=key)\n"
-    "y.sum().backward()\n"
-    "print(y.mean().item(), a.grad.mean().item())\n"
-)
-
-
-def test_without_the_library_ops_are_plain_pytorch_with_one_warning(tmp_path):
-    """As in a source tree where nothing was compiled."""
-    result = python(WITHOUT_LIBRARY, BAYES_KERNELS_LIBRARY=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["16.0", "12.0"]
-    assert result.stderr.count("UserWarning: bayes_kernels") == 1
-    assert "libbayes_kernels.so was not found" in result.stderr
-    assert "reinstall with" in result.stderr and "python -m bayes_kernels" in result.stderr
-
-
-def test_strict_refuses_to_go_without_the_library(tmp_path):
-    code = f"try:\n    exec({WITHOUT_LIBRARY!r})\nexcept ImportError as e:\n    print(e)"
-    result = python(code, BAYES_KERNELS_LIBRARY=str(tmp_path), BAYES_KERNELS_STRICT="1")
-    assert result.returncode == 0, result.stderr
-    assert "libbayes_kernels.so was not found" in result.stdout
-    assert "reinstall with" in result.stdout and result.stdout.count("\n") == 1
-
-
-def test_broken_library_is_reported(tmp_path):
-    (tmp_path / "libbayes_kernels.so").write_bytes(b"not a library")
-    result = python(
-        "from bayes_kernels.diagnosis import diagnosis; print(diagnosis())",
-        BAYES_KERNELS_LIBRARY=str(tmp_path),
-    )
-    assert "NOT LOADED" in result.stdout and "could not be loaded" in result.stdout
-    assert "  cpu: plain PyTorch, slower: the compiled ops are not available" in result.stdout
-
-
-def test_diagnosis_names_versions_and_paths():
-    run = subprocess.run(
-        [sys.executable, "-m", "bayes_kernels"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert f"bayes_kernels {bk.__version__}" in run.stdout
-    assert "torch " in run.stdout and "  cpu: fused " in run.stdout and "  cuda" in run.stdout
-
-
-def test_diagnosis_says_which_path_each_device_takes(monkeypatch):
-    import torch
-
-    from bayes_kernels.diagnosis import diagnosis
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((7, 5), (9, 0))[i])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ("T4", "H100")[i])
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    info = {**bk.build_info(), "cuda": "13.0", "cuda_architectures": "80-real 90"}
-    monkeypatch.setattr(_library, "build_info", lambda: info)
-    monkeypatch.setattr(_library, "_has_cuda", lambda: True)
-    text = diagnosis()
-    assert "cuda:0: plain PyTorch on T4 (sm_75), slower: the GPU is sm_75" in text
-    assert "cuda:1: fused kernels on H100 (sm_90)\n" in text
-    assert "mps: plain PyTorch, slower: there are no kernels for mps devices" in text
-    assert "CUDA 13.0 kernels for 80-real 90" in text
-
-
-def test_build_info():
-    info = bk.build_info()
-    assert info["torch_target"] == "2.11"
-    assert info["cpu_path"] in ("baseline", "avx2", "avx512")
-
-
-@pytest.mark.parametrize("wanted", ["baseline", "avx2"])
-def test_cpu_path_can_be_lowered(wanted: str):
-    result = python(
-        "import bayes_kernels as bk; print(bk.build_info()['cpu_path'])", BAYES_KERNELS_CPU=wanted
-    )
-    order = ["baseline", "avx2", "avx512"]
-    assert order.index(result.stdout.strip()) <= order.index(wanted)
 
 
 def test_every_cpu_kernel_is_tested_on_every_path():

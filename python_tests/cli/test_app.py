@@ -19,8 +19,6 @@ from cli.commands import call, refuse
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
-
-
 COMMANDS = list(typer.main.get_command(app.app).commands)
 
 

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny_task as tiny_files
+import transformers
 
 from bayes_kernels.experiment.data.tasks import Example, Task
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from bayes_kernels.experiment.encoder import TaskEncoder  # noqa: E402
-from bayes_kernels.experiment.models import load_model  # noqa: E402
-from bayes_kernels.experiment.prompts import make_prompt  # noqa: E402
-from experiment.story_task import load_story_model, tiny_task  # noqa: E402
+from bayes_kernels.experiment.encoder import TaskEncoder
+from bayes_kernels.experiment.models import load_model
+from bayes_kernels.experiment.prompts import make_prompt
+from experiment.story_task import load_story_model, tiny_task
 
 
 def test_long_prompts_lose_context_but_not_the_answer(models_dir: Path) -> None:

@@ -6,14 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 
 from bayes_kernels.experiment.data.tasks import Example
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from bayes_kernels.experiment.prompts import answer_token_ids, make_prompt  # noqa: E402
-from experiment.story_task import tiny_task  # noqa: E402
+from bayes_kernels.experiment.prompts import answer_token_ids, make_prompt
+from experiment.story_task import tiny_task
 
 
 def test_blob_prompts() -> None:

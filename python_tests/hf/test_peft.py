@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import json
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,74 +12,36 @@ import pytest
 import torch
 from peft import (
     EvaConfig,
-    LoraConfig,
-    PeftModel,
     convert_to_lora,
     get_peft_model,
     initialize_lora_eva_weights,
     set_peft_model_state_dict,
 )
-from peft.optimizers import create_lorafa_optimizer
-from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from tiny_models import IDS, gpt2
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from bayes_kernels.hf import (
     BlobConfig,
-    PolarConfig,
     PolarVbllConfig,
-    ScalablConfig,
-    TfbConfig,
     kl_divergence,
 )
-from bayes_kernels.hf.guards import _GUARDS
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.variants import VARIANTS
-
-CONFIGS: dict[str, Callable[..., Any]] = {
-    "blob": BlobConfig,
-    "scalabl": ScalablConfig,
-    "scalabl-full": lambda **options: ScalablConfig(covariance="full", **options),
-    "polar": PolarConfig,
-    "polar-diagonal": lambda **options: PolarConfig(core="diagonal", **options),
-    "tfb": TfbConfig,
-}
-ALL = {"lora": LoraConfig, **CONFIGS}
-IN, MIDDLE, OUT = 48, 32, 20
-X = torch.randn(6, IN, generator=torch.Generator().manual_seed(3))
-IDS = torch.randint(1, 90, (3, 6), generator=torch.Generator().manual_seed(1))
-every = pytest.mark.parametrize("method", ALL)
-bayesian = pytest.mark.parametrize("method", CONFIGS)
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(IN, MIDDLE), nn.ReLU(), nn.Linear(MIDDLE, OUT))
-
-
-def fill(model: nn.Module, size: float = 0.3) -> Any:
-    """Adapters that do something: every trainable tensor moved, deviations too."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                noise = torch.randn(p.shape, generator=generator) * size
-                p.copy_(noise.abs() if "sigma" in name and p.dim() == 2 else p + noise)
-    return model
-
-
-def adapted(method: str, **options: Any) -> PeftModel:
-    options = {"target_modules": ["0", "2"], "r": 4, **options}
-    return fill(get_peft_model(net(), ALL[method](**options))).eval()
-
-
-def gpt2() -> GPT2ForSequenceClassification:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=24, n_layer=1, n_head=2, n_positions=8, vocab_size=96, num_labels=3, pad_token_id=0
-    )
-    return GPT2ForSequenceClassification(config).eval()
-
+from hf.peft_adapters import (
+    ALL,
+    CONFIGS,
+    IN,
+    MIDDLE,
+    OUT,
+    X,
+    adapted,
+    bayesian,
+    every,
+    fill,
+    net,
+    same,
+    snapshot,
+)
 
 # --- the update, wherever PEFT asks for it -------------------------------------------------------
 
@@ -141,8 +100,8 @@ def test_merged_into_gpt2(method: str, safe: bool) -> None:
     options = {"target_modules": ["c_attn", "mlp.c_proj"], "task_type": "SEQ_CLS", "r": 4}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = fill(get_peft_model(gpt2(), config(**options))).eval()
-        before, base = model(input_ids=IDS).logits, gpt2()(input_ids=IDS).logits
+        model = fill(get_peft_model(gpt2(pad_token_id=0), config(**options))).eval()
+        before, base = model(input_ids=IDS).logits, gpt2(pad_token_id=0)(input_ids=IDS).logits
         layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
         assert len(layers) == 2
         for layer in layers:
@@ -204,91 +163,6 @@ def test_eva_changes_the_ranks(method: str, empty: bool) -> None:
         torch.testing.assert_close(a @ a.T, torch.eye(ranks[0]), rtol=0, atol=1e-4)
 
 
-# --- helpers that know plain LoRA only: refused, and nothing has changed ----------------------------
-
-
-def snapshot(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    found: dict[str, tuple[Any, ...]] = {
-        n: (p.shape, p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()
-    }
-    for name, module in model.named_modules():
-        if hasattr(module, "scaling"):
-            found[f"{name}.scaling"] = (dict(module.scaling), type(module.scaling["default"]))
-    return found
-
-
-def same(a: dict[str, tuple[Any, ...]], b: dict[str, tuple[Any, ...]]) -> bool:
-    return a.keys() == b.keys() and all(
-        all(
-            torch.equal(x, y) if isinstance(x, Tensor) else x == y
-            for x, y in zip(a[k], b[k], strict=True)
-        )
-        for k in a
-    )
-
-
-def pad(model: Any, folder: Path) -> None:
-    prepare_model_for_compiled_hotswap(model, target_rank=13)
-
-
-def swap(model: Any, folder: Path) -> None:
-    state = {k: v + 1 for k, v in model.state_dict().items() if "lora_" in k}
-    from peft.utils import hotswap  # as it is now, whoever imported it before
-
-    hotswap.hotswap_adapter_from_state_dict(model, state, "default", model.peft_config["default"])
-
-
-def lora_fa(model: Any, folder: Path) -> None:
-    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
-    model(X).sum().backward()
-    optimizer.step()
-
-
-def to_lora_at_save(model: Any, folder: Path) -> None:
-    config = model.peft_config["default"]
-    config.init_lora_weights = "pissa"
-    try:
-        model.save_pretrained(
-            folder / "out", path_initial_model_for_weight_conversion=folder / "init"
-        )
-    finally:
-        config.init_lora_weights = True
-
-
-HELPERS = {f.__name__: f for f in (pad, swap, lora_fa, to_lora_at_save)}
-
-
-@every
-@pytest.mark.parametrize("helper", HELPERS)
-def test_helpers_for_plain_lora(tmp_path: Path, method: str, helper: str) -> None:
-    model = adapted(method)
-    model.save_pretrained(tmp_path / "init")
-    files = {p.name: p.read_bytes() for p in (tmp_path / "init").iterdir()}
-    before = snapshot(model)
-    if method == "lora":
-        HELPERS[helper](model, tmp_path)  # the guard lets plain LoRA through
-        return
-    with pytest.raises(ValueError, match=r"plain LoRA|must be left out"):
-        HELPERS[helper](model, tmp_path)
-    assert same(before, snapshot(model))
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "init").iterdir()}
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("guard", _GUARDS, ids=[f"{g[0]}.{g[1]}" for g in _GUARDS])
-def test_guarded_functions_exist(guard: Any) -> None:
-    """A release of PEFT without one of these names has to be looked at."""
-    place, name, before, _ = guard
-    module, _, inside = place.partition(":")
-    owner = __import__(module, fromlist=["x"])
-    function = getattr(getattr(owner, inside) if inside else owner, name)
-    assert function.bayes_kernels_guard
-    needed = inspect.signature(before).parameters.values() if before else ()
-    given = inspect.signature(function).parameters
-    assert all(p.name in given for p in needed if p.kind is not p.VAR_KEYWORD), given
-    assert hotswap_adapter_from_state_dict.__module__ == "peft.utils.hotswap"
-
-
 # --- refusals leave the model as it was ------------------------------------------------------------
 
 
@@ -331,7 +205,7 @@ def test_a_refused_layer_leaves_the_model_as_it_was(method: str, start: str) -> 
 
 
 def test_a_refused_head_leaves_the_model_as_it_was() -> None:
-    base = gpt2()
+    base = gpt2(pad_token_id=0)
     head = base.score
     with pytest.raises(ValueError, match=r"target transformer\.wte"):
         get_peft_model(
@@ -343,55 +217,17 @@ def test_a_refused_head_leaves_the_model_as_it_was() -> None:
     assert base.score is head and not hasattr(base, "bayes_noise")
 
 
-# --- the card --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", [*CONFIGS, "polar-vbll"])
-def test_saved_folders_explain_themselves(tmp_path: Path, method: str) -> None:
-    base = gpt2()
-    base.config.id2label = {0: "red", 1: "green", 2: "blue"}
-    config = {**CONFIGS, "polar-vbll": PolarVbllConfig}[method]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(base, config(target_modules=["c_attn"], task_type="SEQ_CLS", r=2))
-        model.peft_config["default"].base_model_name_or_path = "some/gpt2"
-        model.save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    for part in ("import bayes_kernels.hf", "some/gpt2", "red, green, blue", "r = 2", "c_attn"):
-        assert part in text, part
-    assert "AutoModelForSequenceClassification" in text and "bayes-kernels evaluate" in text
-    assert "[More Information Needed]" not in text and str(tmp_path) not in text
-    code = text.partition("```python\n")[2].partition("```")[0]
-    compile(code, "README.md", "exec")
-    assert code.index("import bayes_kernels.hf") < code.index("PeftModel")
-    assert ("0 is the posterior mean" in text) == (method not in ("polar", "polar-diagonal"))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BAYES_LORA"
-
-
-def test_a_card_of_ones_own_stays(tmp_path: Path) -> None:
-    model = get_peft_model(gpt2(), BlobConfig(target_modules=["c_attn"], r=2))
-    model.save_pretrained(tmp_path)
-    card = tmp_path / "README.md"
-    card.write_text(card.read_text().replace("BLoB adapter", "Old title"))
-    model.save_pretrained(tmp_path)
-    assert "# BLoB adapter" in card.read_text()  # ours is renewed
-    card.write_text("---\nlicense: mit\n---\nWritten by hand.\n")
-    model.save_pretrained(tmp_path)
-    text = card.read_text()
-    assert "Written by hand." in text and "BLoB adapter" not in text
-
-
 # --- adapters beside each other -------------------------------------------------------------------
 
 
 @bayesian
 def test_names_that_are_part_of_other_names(method: str, tmp_path: Path) -> None:
     """A tensor that another adapter's name or a layer's has in common is not a missing one."""
-    model = get_peft_model(gpt2(), CONFIGS[method](target_modules=["c_attn"], r=2))
+    model = get_peft_model(gpt2(pad_token_id=0), CONFIGS[method](target_modules=["c_attn"], r=2))
     model.save_pretrained(tmp_path)
     for name in ("a", "lora_A", "c_attn", "default2"):
         model.load_adapter(str(tmp_path), name)
-    base = gpt2()
+    base = gpt2(pad_token_id=0)
     for name in ("default", "a", "second"):
         base.load_adapter(str(tmp_path), adapter_name=name)
     assert list(base.peft_config) == ["default", "a", "second"]
@@ -399,10 +235,8 @@ def test_names_that_are_part_of_other_names(method: str, tmp_path: Path) -> None
 
 def test_a_refused_adapter_is_not_left_beside_the_others(tmp_path: Path) -> None:
     config = BlobConfig(target_modules=["c_attn"], r=2)
-    get_peft_model(gpt2(), config).save_pretrained(tmp_path)
-    base = GPT2ForSequenceClassification(
-        GPT2Config(n_embd=24, n_layer=2, n_head=2, n_positions=8, vocab_size=96, num_labels=3)
-    )
+    get_peft_model(gpt2(pad_token_id=0), config).save_pretrained(tmp_path)
+    base = gpt2(n_layer=2)
     model = get_peft_model(base, BlobConfig(target_modules=["c_attn"], r=2))
     with pytest.raises(ValueError, match="must hold every tensor"):
         model.load_adapter(str(tmp_path), adapter_name="second")

@@ -13,8 +13,6 @@ from bayes_kernels.experiment.data.load import load_task
 from bayes_kernels.experiment.data.tasks import Example
 
 LETTERED = {"text": ["a dog", "a cat", "a cow"], "label": ["A", "B", "C"]}
-
-
 HUB_ROWS: dict[str, tuple[dict[str, Any], Example]] = {
     "wg_s": (
         {

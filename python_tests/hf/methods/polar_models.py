@@ -45,6 +45,4 @@ def fit(model: Any, folder: Path, trainer: Any = BayesTrainer, **options: Any) -
 
 
 BASES: list[Any] = [bert, answering_llama]
-
-
 CONFIGS = [PolarConfig, PolarVbllConfig]
