@@ -124,8 +124,8 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     head = re.compile(r"\b(classifier|score)\.(?!.*lora_)")
     if classifies and not any(head.search(key) for key in keys):
         warnings.warn(
-            f"{folder} has no classification head, which bayesian-peft does not save: that of the base "
-            "model is used, and must be the one that the adapter was trained with",
+            f"{folder} has no classification head, which bayesian-peft does not save: the base model's "
+            "head is used, which must be the one that the adapter was trained with",
             stacklevel=2,
         )
     if method is not None:
@@ -155,7 +155,7 @@ def _keys(folder: Path) -> list[str]:
 
 
 def _method_of(keys: Iterable[str]) -> str | None:
-    """The method whose trained tensors are among those of a folder; None for plain LoRA."""
+    """The method whose trained tensors a folder has; None for plain LoRA."""
     names = {key.rpartition(".")[2] for key in keys}
     for method, variant in VARIANTS.items():
         if variant.parameters and names.issuperset(variant.parameters):
@@ -260,7 +260,7 @@ def _adapter_state(model: PeftModel, adapter: str, **options: Any) -> dict[str, 
 
 
 def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:
-    """The configuration as that of a LoraConfig, as PEFT writes it."""
+    """The fields of a LoraConfig with the same options, as PEFT writes them."""
     own = {one.name for one in own_fields(type(config))}
     fields = {k: v for k, v in config.to_dict().items() if k not in own}
     fields["peft_type"] = "LORA"

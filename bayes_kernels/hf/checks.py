@@ -77,7 +77,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
     Every layer must have both factors and all tensors of the method, every tensor must be
     floating-point and finite, every layer must be one that the configuration names, scales must be
-    finite, and the method must be that of the record of training, where there is one.
+    finite, and the record of training, where there is one, must name the same method.
 
     Raises:
         ValueError: it is damaged; the message names the file and the key.
@@ -189,7 +189,7 @@ def _check_layers(folder: Path, config: Mapping[str, Any], keys: Sequence[str]) 
             what = f" of method {method!r}" if bayesian else ""
             raise ValueError(
                 f"{file}: expected {missing[0]}{what} for layer {layer}, found none; the file is not "
-                "whole, or adapter_config.json is that of another adapter"
+                "whole, or adapter_config.json belongs to another adapter"
             )
         foreign = sorted(found & extra_names() - extra)
         if foreign:

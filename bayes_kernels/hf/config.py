@@ -70,12 +70,12 @@ def option(
 class BayesLoraConfig(LoraConfig):
     """LoRA with a posterior: over the factor A, or what the method makes random instead.
 
-    `BayesLoraConfig(method="blob", ...)` is `BlobConfig(...)`: the class of the method, which has the
-    method's own options. Each says in its field's metadata what it means, and
-    `bayes-kernels methods blob` lists them.
+    `BayesLoraConfig(method="blob", ...)` makes a `BlobConfig(...)`, the class of the method, which has
+    the method's options. The metadata of each field says what it means; `bayes-kernels methods blob`
+    lists them.
 
-    All options of `peft.LoraConfig` that keep the adapter a plain product of two factors work as
-    there. The additional fields are plain numbers and words, so that the configuration is JSON.
+    Options of `peft.LoraConfig` work as they do there, if they keep the adapter a product of two
+    factors. The other fields are numbers, words and lists, so that the configuration is JSON.
 
     Loading such an adapter needs `import bayes_kernels.hf` first; without it PEFT raises
     `KeyError: 'BAYES_LORA'`, and the README.md in the folder says so. `export_lora` writes a folder
@@ -89,8 +89,8 @@ class BayesLoraConfig(LoraConfig):
             draw of the weights for the batch, a new one for each call; calls that continue a
             key-value cache keep the draw. `posterior` and `predict` decide for themselves.
         seed: seed of the noise in training loops without `BayesTrainer`, which takes its noise from
-            `TrainingArguments.seed`. A model has one noise state: the seed of its first adapter
-            counts, and those of adapters added later are not used.
+            `TrainingArguments.seed`. A model has one noise state, with the seed of its first adapter;
+            seeds of later adapters are not used.
 
     Raises:
         ValueError: an option is out of range or one of another method, or a LoRA option does not go

@@ -1,9 +1,9 @@
 """Helpers of PEFT that know plain LoRA only, kept from a Bayesian adapter.
 
-They change `lora_A` and `lora_B` and nothing beside them, pair parameters by the order of their names,
-or take a tensor that is missing for one that need not be there. Each is refused before it changes
-anything. Where a helper is a function that programs import by name, what it calls first is wrapped, so
-that the order of imports does not matter; its behaviour for other adapters stays.
+They change `lora_A` and `lora_B` only, pair parameters by the order of their names, or do not notice a
+missing tensor. A call with a Bayesian adapter is refused before it changes anything; calls with other
+adapters work as before. Programs import some helpers by name: there the first function that the helper
+calls is wrapped, so that the order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _complete(result: Any, self: Any, adapter_name: str | None = None, **given: 
     if not isinstance(getattr(self, "peft_config", {}).get(name), BayesLoraConfig):
         return
     source = given.get("model_id") or given.get("peft_model_id")
-    # PEFT takes every key that has the name somewhere in it, transformers those of all adapters.
+    # PEFT takes every key that contains the name, transformers the keys of all adapters.
     missing = sorted(
         key
         for key in getattr(result, "missing_keys", ())

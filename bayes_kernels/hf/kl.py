@@ -79,8 +79,7 @@ def decoupled_kl(
     schedule: KLSchedule | None = None,
     starts: Sequence[float] | None = None,
 ) -> KLStep | None:
-    """The KL step that the active adapter's configuration asks for; for training loops of one's
-    own.
+    """The KL step of the active adapter's configuration, for training loops without `BayesTrainer`.
 
     Call `step(lr_factor)` of the result after each optimiser step.
 
@@ -93,7 +92,7 @@ def decoupled_kl(
         factor_sum: sum over the run of its rate, over the peak.
         processes: number of data-parallel processes.
         weight: factor of the step sizes, of a given schedule too.
-        schedule: replaces that of the configuration.
+        schedule: used instead of the schedule of the configuration.
         starts: `kl_starts` of the model at the beginning of the run, for a run that is resumed;
             None measures them now. Used by "auto".
 

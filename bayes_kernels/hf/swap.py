@@ -1,6 +1,6 @@
-"""An adapter with other factors, and another type, in place of the one that a model has.
+"""Replacing a model's adapter by one of another type, with other factors.
 
-Conversions do this inside `undo.as_before_if_stopped`, which brings the old adapter back.
+Conversions do this inside `undo.as_before_if_stopped`, which brings the old adapter back if they stop.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
     names = list(peft_model.peft_config)
     if len(names) != 1:
         raise ValueError(
-            f"{op}: model must have one adapter, got {names}; delete the others or load the one "
-            "into a model of its own"
+            f"{op}: model must have one adapter, got {names}; delete the others, or load this one "
+            "alone"
         )
     tuner: Any = peft_model.base_model
     config: Any = peft_model.peft_config[names[0]]
@@ -77,7 +77,7 @@ def lora_options(config: PeftConfig) -> dict[str, Any]:
 
 
 def mean_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A and B of an adapter in one layer, of a Bayesian one those of its mean."""
+    """A and B of an adapter in one layer; for a Bayesian adapter, of its mean."""
     variant = layer.lora_variant.get(name)
     with torch.no_grad():
         if isinstance(variant, BayesVariant):

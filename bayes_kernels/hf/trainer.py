@@ -46,8 +46,8 @@ class BayesTrainerMixin(_Base):
       that resumes from a checkpoint goes on with the noise that it would have had.
     * **Divergence, kl_mode="decoupled"** (BLoB): after each optimiser step one step of gradient
       descent on the divergence, in place, in closed form (`bayes_kernels.optim.DecoupledKL`) with
-      the schedule of the adapter's configuration; its learning rate follows that of the main
-      optimiser. Gradient accumulation, data parallelism and gradient clipping do not touch it.
+      the schedule of the adapter's configuration; its learning rate follows the main
+      optimiser's. Gradient accumulation, data parallelism and gradient clipping do not touch it.
     * **kl_mode="loss"**: kl_weight * KL / n_train is added to the loss of each optimiser step,
       once, whatever the number of accumulated micro-batches or processes. With kl_weight 1 and
       n_train the number of terms that the likelihood loss averages over the data set, the sum is
@@ -192,7 +192,7 @@ class BayesTrainerMixin(_Base):
     def training_step(
         self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch, with noise of its own."""
+        """One micro-batch, with new noise."""
         step = self.state.global_step
         index = self._window[1] if self._window[0] == step else 0
         self._window = (step, index + 1)
@@ -258,7 +258,7 @@ class BayesTrainerMixin(_Base):
     def _probe(self: Any, model: nn.Module, items: Any) -> Any:
         """The item count, in the first micro-batch of several as a leaf of the loss's graph.
 
-        None in evaluation until it is known whether the loss uses it: its mean is that of the batch.
+        None in evaluation until it is known whether the loss uses it: the loss is then a mean.
         """
         args = self.args
         if (
@@ -301,7 +301,7 @@ class BayesTrainerMixin(_Base):
         scaled, share = loss_is_scaled(self, num_items), 1 / parts
         if num_items is not None:
             share = self._targets_of(inputs["labels"]).to(terms.nll.device) / num_items
-            if self.args.average_tokens_across_devices:  # then it counts those of all processes
+            if self.args.average_tokens_across_devices:  # num_items counts all processes
                 share = share * self.args.world_size
         nll = terms.nll * share
         self._nll = self._nll.to(nll.device) + nll.detach()

@@ -1,8 +1,8 @@
 """The maths of Bayesian adapters inside PEFT's LoRA layers.
 
-A method is one subclass of :class:`BayesVariant`, which names it and so enters :data:`VARIANTS`, and
-one row of `bayes_kernels.hf.method.METHODS`. What is common to all is here: names and noise streams, which
-weights a pass uses, rows of a draw, parameters beside the factors, merging the posterior mean.
+A method has one subclass of :class:`BayesVariant`, which enters :data:`VARIANTS`, and one row in
+`bayes_kernels.hf.method.METHODS`. All methods share what is here: names and noise streams, which
+weights a pass uses, rows of a draw, tensors beside the factors, merging the posterior mean.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class VariationalLoss(NamedTuple):
 
 
 class TrainingHooks:
-    """What a method changes of a trainer's steps; here nothing.
+    """What a method changes in training. This class changes nothing.
 
-    `BayesTrainer` makes one when it is made, of the class that the variant names as `training`.
+    `BayesTrainer` makes one for its adapter, of the class `BayesVariant.training`.
 
     Class attributes:
         logs_divergence: whether the training logs have the divergence and the evidence lower bound.
@@ -135,19 +135,19 @@ class TrainingHooks:
         self.trainer, self.config = trainer, config
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
-        """The optimiser that the method needs where none is given; None for the stock one."""
+        """The method's optimiser, used unless the trainer is given one; None for the stock one."""
         return None
 
     def training_step(self, model: nn.Module, inputs: Any, step: Callable[[Any], Tensor]) -> Tensor:
-        """One micro-batch: `step(inputs)` is the stock step, whose loss is returned."""
+        """Take one micro-batch and return its loss. `step(inputs)` is the stock step."""
         return step(inputs)
 
     def loss(self, model: nn.Module, inputs: Any) -> tuple[VariationalLoss, Tensor] | None:
-        """Loss of a micro-batch, and its logits; None for the model's own loss."""
+        """The loss of a micro-batch and its logits; None to use the model's loss."""
         return None
 
     def logs(self) -> dict[str, float]:
-        """More entries of the training logs."""
+        """Further entries for the training logs."""
         return {}
 
 
@@ -158,28 +158,28 @@ VARIANTS: dict[str, type[BayesVariant]] = {}
 class BayesVariant(LoraVariant):
     """A Bayesian adapter in one LoRA layer of PEFT.
 
-    An instance belongs to one layer and one adapter. `state` is shared by the whole model. A method
-    is a subclass, `class XVariant(BayesVariant, method="x")`, that overrides `adapted` (the formula)
-    and what it needs of the other hooks.
+    An instance belongs to one layer and one adapter. All layers of a model share `state`. A method
+    is a subclass, `class XVariant(BayesVariant, method="x")`. It overrides `adapted` (the formula)
+    and the other hooks that it needs.
 
     Class attributes:
-        parameters: names of trainable tensors beside the factors; each is a `ParameterDict` of the
-            layer that PEFT trains, saves, moves and deletes with the adapter. Begin with "lora_".
-            Those that a configuration does not need are left out by `initial`.
+        parameters: names of trainable tensors beside the factors; they begin with "lora_". Each is a
+            `ParameterDict` of the layer; PEFT trains, saves, moves and deletes it with the adapter.
+            `initial` may leave out tensors that a configuration does not need.
         constants: the same for tensors that are saved but not trained.
-        fp32: names whose tensors stay fp32 when the model is cast; may include "lora_A", "lora_B".
-        trained: whether `BayesTrainer` makes such an adapter (False: it is made from a trained one).
-        samples: whether the adapter's weights have draws (False: every mode is the mean).
+        fp32: names of tensors that stay fp32 when the model is cast; may include "lora_A", "lora_B".
+        trained: whether `BayesTrainer` trains such an adapter. False: a trained one is converted.
+        samples: whether the adapter's weights have draws. False: every mode is the mean.
         deviation: name of the parameter of the deviation of A, where A is random.
         scope: which rows share noise in training: "token", "example" or "none".
-        replaces: what the method puts in place of a module of the base model; adapters with and
-            without it cannot share a model.
-        module_tensors: last parts of names of tensors in such modules that plain LoRA does not have.
-        training: what it changes of a trainer's steps.
+        replaces: what the method puts in place of a module of the base model, in words. Adapters with
+            and without it cannot share a model.
+        module_tensors: tensors of these modules that a plain module lacks: last parts of their names.
+        training: what the method changes in training.
 
     Attributes:
-        config: of the method's class.
-        prior_std: deviation of the prior of the layer's weights, where there is one.
+        config: configuration of the adapter, of the method's class.
+        prior_std: standard deviation of the prior on the layer's weights, where there is one.
     """
 
     parameters: ClassVar[tuple[str, ...]] = ()
@@ -211,7 +211,7 @@ class BayesVariant(LoraVariant):
 
     @classmethod
     def tensors(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Names of the tensors that `initial` makes, for a configuration as its JSON has it."""
+        """Names of the tensors that `initial` makes, for a configuration read from JSON."""
         return (*cls.parameters, *cls.constants)
 
     # --- hooks: what a method is -----------------------------------------------------------------
@@ -219,10 +219,10 @@ class BayesVariant(LoraVariant):
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
         """First values of `parameters` and `constants`, fp32, on the device of `lora_A`.
 
-        Called once the factors are there: new, or those of a plain LoRA adapter that is to become
-        the posterior mean. May change the factors in place. Where they are meta tensors, only
-        shapes count. Must leave the global random generator alone: plain LoRA and Bayesian adapters
-        draw the same factors from the same seed.
+        Called when the factors exist: new ones, or the factors of a plain LoRA adapter that becomes
+        the posterior mean. May change the factors in place. Only shapes count for meta tensors.
+        Must not use the global random generator: plain LoRA and Bayesian adapters draw the same
+        factors from the same seed.
         """
         return {}
 
@@ -264,7 +264,7 @@ class BayesVariant(LoraVariant):
 
     @classmethod
     def install(cls, model: nn.Module, config: Any) -> None:
-        """Put them there, before the layers of an adapter are made.
+        """Put the method's modules into a base model, before the layers of an adapter are made.
 
         Raises:
             ValueError: model and configuration do not go together.
@@ -272,41 +272,43 @@ class BayesVariant(LoraVariant):
 
     @classmethod
     def restore(cls, model: nn.Module) -> None:
-        """Put plain ones in their place, from a model whose adapters are taken off."""
+        """Put plain modules back into a base model whose adapters have been taken off."""
 
     @classmethod
     def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
-        """Those of an adapter, by default of the active one."""
+        """The modules of an adapter; None for the active adapter."""
         return []
 
     @classmethod
     def module_divergence(cls, model: nn.Module, adapter: str | None = None) -> Tensor | None:
-        """Their divergence from the prior, a 0-dim tensor; None for 0."""
+        """Divergence of these modules from their prior, a 0-dim tensor; None for 0."""
         return None
 
     @classmethod
     def to_plain(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Saved tensors of an adapter with these modules as one with plain ones has them."""
+        """The saved tensors of an adapter, as they are with plain modules."""
         return dict(tensors)
 
     @classmethod
     def from_plain(cls, tensors: Mapping[str, Tensor], slots: Container[str]) -> dict[str, Tensor]:
-        """The inverse, for a model with those names of tensors."""
+        """The inverse of `to_plain`, for a model whose tensors have the names `slots`."""
         return dict(tensors)
 
     # --- hooks: training --------------------------------------------------------------------------
 
     @classmethod
     def kl_starts(cls, layers: Sequence[BayesLayer]) -> list[float]:
-        """One number for each layer: what "auto" has to know about the beginning of a run."""
+        """One number for each layer that the schedule "auto" needs from the beginning of a run."""
         return [0.0] * len(layers)
 
     @classmethod
     def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
-        """The decoupled step on the divergence of these layers; None where there is none to take.
+        """The decoupled step on the divergence of these layers; None for a method without one.
+
+        Such a method is trained with kl_mode="loss", or has its divergence in `TrainingHooks.loss`.
 
         Raises:
-            ValueError: there is none for the configuration's options.
+            ValueError: the options of the configuration have no step.
         """
         return None
 
@@ -322,7 +324,7 @@ class BayesVariant(LoraVariant):
         return self.adapted(module, active_adapter, x, result, self.mode(module), dropout)
 
     def mode(self, module: Any) -> str:
-        """What an enclosing `posterior` says; else training draws and evaluation does not."""
+        """The mode of an enclosing `posterior`; else training draws and evaluation does not."""
         if self.state.mode is not None:
             return self.state.mode
         if module.training:
@@ -375,9 +377,9 @@ class BayesVariant(LoraVariant):
     def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
         """Make the method's tensors anew, for factors that have just been made.
 
-        PEFT calls it whenever it gives an adapter new factors (EVA hands out ranks after the adapter
-        was made), and `attach` does for the first ones: this is the only place that ties rank, device
-        and first values of the tensors to those of the factors.
+        PEFT calls it whenever it gives an adapter new factors (EVA sets ranks after the adapter was
+        made); `attach` calls it for the first ones. So the tensors always have the rank and the device
+        of the factors.
         """
         set_tensors(module, adapter_name, self, self.initial(module, adapter_name))
 
@@ -490,10 +492,9 @@ def set_tensors(
 def uniform_like(
     reference_tensor: Tensor, shape: Sequence[int], low: float, high: float, stream: int
 ) -> Tensor:
-    """fp32 uniform numbers on a tensor's device, from a generator of their own.
+    """fp32 uniform numbers on a tensor's device, from a private generator.
 
-    The global generator stays where plain LoRA leaves it, so that the means are those that plain
-    LoRA would draw with the same seed.
+    The global generator is not used, so that plain LoRA draws the same means from the same seed.
     """
     if reference_tensor.is_meta:
         return torch.empty(tuple(shape), dtype=torch.float32, device="meta")

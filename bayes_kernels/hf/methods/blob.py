@@ -54,8 +54,8 @@ class BlobConfig(VariationalConfig, method="blob"):
     )
     scope: str = option(
         "token",
-        "Rows that share noise in training: 'token' (each has its own, as in the published code), "
-        "'example' (those of an example, as in the paper) or 'none' (all of the batch).",
+        "Which rows share noise in training: 'token' (no two, as in the published code), "
+        "'example' (the rows of an example share, as in the paper) or 'none' (all rows share).",
         choices=SCOPES,
     )
 

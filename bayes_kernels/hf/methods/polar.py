@@ -6,7 +6,7 @@ X is `lora_B.weight`, Y^T is `lora_A.weight`, Theta is `lora_core`: (r, r), or (
 Theta starts at zero, so that the first prediction is the base model's. A product of two free factors
 uses few of its r directions (its stable rank stays near 1.5 in the papers); with orthonormal factors
 Theta alone says how much each pair of directions counts. `bayes_kernels.stiefel` keeps the factors
-orthonormal, `BayesTrainer` takes that optimiser by itself, and a loop of one's own takes
+orthonormal. `BayesTrainer` takes that optimiser by itself; other training loops take
 `parameter_groups`. Factors stay fp32: bf16 would leave X^T X - I at 4e-3 sqrt(r).
 
 Sources: Lion et al., "PoLAR: Polar-Decomposed Low-Rank Adapter Representation", arXiv 2506.03133,
@@ -107,7 +107,7 @@ class PolarVariant(BayesVariant, method="polar"):
     training = PolarTraining
 
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
-        """Orthonormal factors and a zero core; or the same update as that of given factors.
+        """Orthonormal factors and a zero core; or the update of given factors.
 
         Given factors (B not zero, as `import_lora` reads them) have the singular value decomposition
         B A = X diag(s) Y^T, which becomes the adapter.
@@ -134,7 +134,7 @@ class PolarVariant(BayesVariant, method="polar"):
                 a.copy_(vh @ right.T)
                 core.copy_(s if core.dim() == 1 else torch.diag(s))
             else:
-                # A generator of its own: the global one stays where plain LoRA leaves it.
+                # A private generator: the global one stays where plain LoRA leaves it.
                 seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + self.stream) & (2**63 - 1)
                 generator = torch.Generator().manual_seed(seed)
                 for factor in (a, b):

@@ -81,7 +81,7 @@ class PolarVbllConfig(PolarConfig, method="polar-vbll"):
     )
     head_noise: bool = option(False, "Learn Gaussian noise on the logits.")
     head_lr: float | None = option(
-        5e-3, "Learning rate of the last layer; None: that of the adapters.", above=0
+        5e-3, "Learning rate of the last layer; None: as for the adapters.", above=0
     )
     kl_weight: float = option(
         0.3, "Factor of the divergence, which the loss divides by n_train.", least=0
@@ -110,7 +110,7 @@ class PolarVbllTraining(PolarTraining):
     """The loss is the evidence lower bound; adapters and last layer may take turns.
 
     Raises:
-        ValueError: the trainer has a loss of its own, or the turns do not go with its options.
+        ValueError: the trainer has another loss, or options with which turns do not work.
     """
 
     logs_divergence = True
@@ -222,8 +222,8 @@ class PolarVbllVariant(PolarVariant, method="polar-vbll"):
     def restore(cls, model: nn.Module) -> None:
         """Every VBLL head becomes the linear layer of its mean.
 
-        The layer has the dtype of the model's first floating-point parameter, which is that of the
-        features, embeddings coming first.
+        The layer has the dtype of the model's first floating-point parameter, an embedding, which is
+        the dtype of the features.
         """
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for parent in list(model.modules()):
@@ -271,7 +271,7 @@ class PolarVbllVariant(PolarVariant, method="polar-vbll"):
 def install_head(model: Any, config: PolarVbllConfig) -> None:
     """Put a VBLL head where the model's last linear layer is, in place, and have PEFT train it.
 
-    Once a head is there it serves further adapters, which get a copy of their own.
+    A head that is there serves further adapters too: each gets a copy.
 
     Args:
         model: a sequence classifier of transformers, or a causal model with a trimmed head.
@@ -296,7 +296,7 @@ def install_head(model: Any, config: PolarVbllConfig) -> None:
             )
         _prepare_template(layer, config)
         return
-    # Drawn on the CPU from a generator of its own: the global one stays where it is.
+    # Drawn on the CPU from a private generator: the global one stays where it is.
     generator = torch.Generator().manual_seed(config.seed)
     d, classes = layer.in_features, layer.out_features
     options = _options(config)
@@ -482,7 +482,7 @@ def laplace_refine(
     Args:
         model: a PeftModel with an active VBLL head.
         batches: training data: mappings of tensors.
-        prior_variance: q, by default that of the head.
+        prior_variance: q; None for the head's.
         method: "auto", "cholesky" or "subspace", see `VBLLClassification.laplace_refine`.
 
     Returns:
