@@ -324,6 +324,9 @@ def test_the_mean_of_a_bayesian_adapter(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), mean, rtol=1e-5, atol=1e-5)
     assert not any("rho" in name for name in model.state_dict())
     assert not hasattr(model.get_base_model(), "bayes_noise")
+    # PEFT casts the input of plain adapters again, whose factors may have another dtype.
+    layers = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
     with (
         pytest.raises(ValueError, match=r"beside a plain adapter, .* has no noise"),
         posterior(model),
