@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_task
 import torch
+from cli.commands import call, refuse
 from peft import PeftModel
 from tiny_models import BASES, CLASSES, IDS, adapted, arguments, fill, logits, trained
 
@@ -106,21 +107,18 @@ def test_merging_keeps_the_mean(model: PeftModel) -> None:
     torch.testing.assert_close(logits(merged), before)
 
 
-def test_commands_train_and_use_it(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from bayes_kernels.cli import app
-
-    def call(*words: object) -> str:
-        result = CliRunner().invoke(app.app, [str(word) for word in words])
-        assert result.exit_code == 0, result.output
-        return result.output
-
+def test_commands_list_train_and_use_it(tmp_path: Path) -> None:
+    assert (
+        "core" in call("methods").stdout and "prior_std: number" in call("methods", "core").stdout
+    )
     data, base = tiny_task.write_data(tmp_path / "data"), tiny_task.write_model(tmp_path / "model")
     options = ["--method", "core", "--model", base, "--rank", 4, "--steps", 4]
-    assert "Gaussian core" in call("train", data, *options, "--out", tmp_path / "out")
-    stored = json.loads((tmp_path / "out/adapter_config.json").read_text("utf-8"))
-    assert stored["method"] == "core"
-    assert "Gaussian core" in call("evaluate", tmp_path / "out")
-    shown = call("predict", tmp_path / "out", "--text", "the bright warm road", "--json")
+    assert "no_such" in refuse("train", data, *options, "--set", "no_such=1")
+    out = tmp_path / "out"
+    shown = call("train", data, *options, "--set", "core.prior_std=0.5", "--out", out).stdout
+    assert "Gaussian core" in shown
+    stored = json.loads((out / "adapter_config.json").read_text("utf-8"))
+    assert (stored["method"], stored["prior_std"]) == ("core", 0.5)
+    assert "Gaussian core" in call("evaluate", out).stdout
+    shown = call("predict", out, "--text", "the bright warm road", "--json").stdout
     assert json.loads(shown.splitlines()[-1])["mutual_information"] > 0
