@@ -50,9 +50,10 @@ class Predictor(Protocol):
 
 
 class WeightDraws:
-    """Predicts with S draws of the weights, folded into the batch; here with the one set that there is.
+    """Predicts with S draws of the weights, folded into the batch.
 
-    Subclasses say which weights a pass uses.
+    This class has one set of weights, as plain LoRA has, and no draws; subclasses choose the weights of
+    a pass.
 
     Args:
         model: the model.
