@@ -90,8 +90,7 @@ def bayesianize(
 ) -> None:
     """Make a trained adapter Bayesian without training it, score it, and write both.
 
-    TFB searches the largest noise that its anchors bear; Laplace-LoRA fits a posterior to all training
-    examples. Both are those of the recorded task, or of --data.
+    Methods look at training examples of the recorded task, or of --data.
     """
     from ..experiment import folders, output, results, scoring, tables
     from ..experiment.convert import conversion_options, convert_model

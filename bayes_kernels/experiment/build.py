@@ -103,7 +103,7 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
         **recipe.lora,
     }
     if METHODS[experiment.method].made == "train":
-        later = {option.name for option in method.training_options}
+        later = experiment.training_options
         options.update({key: value for key, value in recipe.options.items() if key not in later})
     if "seed" in method.config.__dataclass_fields__:
         options["seed"] = experiment.seed

@@ -133,11 +133,12 @@ def read_record(folder: str | Path) -> Saved | None:
     if not (path / EXPERIMENT_FILE).is_file():
         return None
     record = read_json(path / EXPERIMENT_FILE)
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"{path / EXPERIMENT_FILE}: expected format {FORMAT}, got {record.get('format')!r}; train "
+            "the adapter again with this version"
+        )
     try:
-        if record["format"] != FORMAT:
-            raise ValueError(
-                f"format {record['format']!r}, not {FORMAT}; train it again with this version"
-            )
         length = record["max_length"]
         if not (length is None or (isinstance(length, int) and length > 0)):
             raise ValueError(f"max_length {length!r} is no length")

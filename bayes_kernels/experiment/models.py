@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..hf.heads import ClassLogits, _mix_in, trim_head
+from ..hf.heads import ClassLogits, mix_in, trim_head
 from .data.tasks import Task
 from .encoder import ModelKind, TaskEncoder
 from .prompts import Style, answer_token_ids, make_prompt
@@ -233,7 +233,7 @@ def load_model(
         model = _load_with_new_head(factory, path, head_seed, {**local, **options})
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        _mix_in(model, ClassLogits)
+        mix_in(model, ClassLogits)
     model.eval()
     return model, TaskEncoder(tokenizer, task, resolved, prompt, answer_ids, max_length)
 

@@ -329,6 +329,12 @@ class Experiment:
                 )
 
     @property
+    def training_options(self) -> dict[str, Any]:
+        """Those options of the recipe that `Method.after_training` takes."""
+        names = [option.name for option in METHODS[self.method].training_options]
+        return {name: self.recipe.options[name] for name in names if name in self.recipe.options}
+
+    @property
     def n_samples(self) -> int:
         """Posterior draws of a prediction: what the recipe says, or the method's default."""
         draws = self.recipe.n_samples

@@ -19,14 +19,15 @@ from .run import Run
 from .scoring import Row
 
 METRICS_FILE = "metrics.json"
-COSTS = (
-    "train_seconds",
-    "conversion_seconds",
-    "ms_per_example",
-    "train_memory_mib",
-    "predict_memory_mib",
-    "parameters",
-)
+# Names of costs, with their headings and digits in tables; parameters are shown beyond plain LoRA's.
+COSTS = {
+    "train_seconds": ("train s", 0),
+    "conversion_seconds": ("convert s", 0),
+    "ms_per_example": ("ms/text", 1),
+    "train_memory_mib": ("train MiB", 0),
+    "predict_memory_mib": ("predict MiB", 0),
+    "parameters": ("extra numbers", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def verdict(summaries: Sequence[Summary], plain: str, bayesian: str) -> str:
         text = f"{bayesian} was NOT better calibrated than {plain}: {figures}."
     else:
         text = f"{bayesian} and {plain} are undecided, ECE and NLL disagree: {figures}."
-    scaled = next((s for s in summaries if s.name.endswith("+ temperature")), None)
+    scaled = next((s for s in summaries if s.temperature), None)
     if scaled is not None:
         relation = "lower" if scaled.mean["ece"] < b.mean["ece"] else "no lower"
         relation_nll = "lower" if scaled.mean["nll"] < b.mean["nll"] else "no lower"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..hf.method import METHODS, PLAIN
 from .machine import memory_measure
-from .results import Summary
+from .results import COSTS, Summary
 
 # The row of plain LoRA with a temperature, which is no run of its own.
 TEMPERATURE = "temperature"
@@ -21,15 +21,6 @@ SCORES = {
     "brier": "Brier ↓",
     "aurc": "AURC ↓",
 }
-# Headings and digits by name of the cost; what files hold beyond plain LoRA's follows.
-COSTS = {
-    "train_seconds": ("train s", 0),
-    "conversion_seconds": ("convert s", 0),
-    "ms_per_example": ("ms/text", 1),
-    "train_memory_mib": ("train MiB", 0),
-    "predict_memory_mib": ("predict MiB", 0),
-}
-_UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -58,12 +49,10 @@ class Table(NamedTuple):
 
     def text(self) -> str:
         """Aligned columns below the title."""
-        columns = [*zip_longest(self.headings, *self.rows, fillvalue="")]
-        widths = [max(map(len, column)) for column in columns]
-        columns = [
-            [cell.ljust(width) if place < self.left else cell.rjust(width) for cell in column]
-            for place, (column, width) in enumerate(zip(columns, widths, strict=True))
-        ]
+        columns: list[list[str]] = []
+        for column in zip_longest(self.headings, *self.rows, fillvalue=""):
+            width, words = max(map(len, column)), len(columns) < self.left
+            columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
         lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
         return "\n".join([*([self.title] if self.title else ()), *lines]) + "\n"
 
@@ -121,18 +110,24 @@ def cost_table(summaries: Sequence[Summary]) -> Table:
 
     ``extra numbers`` is what the adapter's file holds beyond that of plain LoRA.
     """
-    known = {key: column for key, column in COSTS.items() if any(key in s.mean for s in summaries)}
-    headings = ["method", *(heading for heading, _ in known.values())]
+    plain = next((s.mean.get("parameters") for s in summaries if s.method == PLAIN), None)
+    known = {name for one in summaries for name in one.mean}
+    if plain is None:
+        known.discard("parameters")
+    columns = {name: column for name, column in COSTS.items() if name in known}
     rows = []
     for one in summaries:
-        cells = [_cost(one.mean, key, digits) for key, (_, digits) in known.items()]
+        cells = []
+        for name, (_, digits) in columns.items():
+            value = one.mean.get(name)
+            if value is None:
+                cells.append("–")
+            elif name == "parameters" and plain is not None:
+                cells.append(f"{value - plain:+,.0f}" if value != plain else "0")
+            else:
+                cells.append(f"{value:,.{digits}f}")
         rows.append([one.name, *cells])
-    plain = next((s.mean.get("parameters") for s in summaries if s.method == PLAIN), None)
-    if plain is not None:
-        headings.append("extra numbers")
-        for one, row in zip(summaries, rows, strict=True):
-            own = one.mean.get("parameters")
-            row.append(_UNKNOWN if own is None else "0" if own == plain else f"{own - plain:+,.0f}")
+    headings = ["method", *(heading for heading, _ in columns.values())]
     return Table("cost", headings, rows)
 
 
@@ -175,7 +170,3 @@ def legend(summaries: Sequence[Summary]) -> str:
 def _spread(key: str, mean: Mapping[str, float], std: Mapping[str, float]) -> str:
     text = f"{mean[key]:.3f}" + (f"±{std[key]:.3f}" if key in std else "")
     return text.replace("0.", ".") if mean[key] < 1 else text.replace("±0.", "±.")
-
-
-def _cost(mean: Mapping[str, float], key: str, digits: int) -> str:
-    return f"{mean[key]:,.{digits}f}" if key in mean else _UNKNOWN

@@ -145,11 +145,8 @@ def train_model(
             _train(trainer, last, folder)
             finished = trainer.state.global_step >= recipe.steps
             if finished:
-                later = {option.name for option in method.training_options}
-                chosen = {key: value for key, value in recipe.options.items() if key in later}
-                method.after_training(
-                    model, batches_of(data, encoder, recipe.eval_batch_size), **chosen
-                )
+                batches = batches_of(data, encoder, recipe.eval_batch_size)
+                method.after_training(model, batches, **experiment.training_options)
             synchronise(model)
             seconds = time.perf_counter() - begin
         done = trainer.state.global_step

@@ -134,7 +134,7 @@ def _subclass(base: Any, mixin: Any) -> type:
     return type(f"{base.__name__}With{mixin.__name__}", (mixin, base), {})
 
 
-def _mix_in(model: Any, mixin: Any) -> None:
+def mix_in(model: Any, mixin: Any) -> None:
     stock: Any = type(model)
     model.__class__ = _subclass(stock, mixin)
     # From this name the trainer tells whether labels are shifted by one token.
@@ -190,7 +190,7 @@ def trim_head(model: Any, answer_ids: Sequence[int], *, padding_side: str = "lef
     model.all_tied_weights_keys = {}
     parameters = inspect.signature(type(model).forward).parameters
     optional = frozenset({"logits_to_keep", "position_ids", "use_cache"}.intersection(parameters))
-    _mix_in(model, AnswerHead)
+    mix_in(model, AnswerHead)
     model.answer_ids = tuple(answer_ids)
     model.padding_side = padding_side
     model._optional_inputs = optional

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bayes_kernels.experiment.data.tasks import Task
 from bayes_kernels.experiment.folders import EXPERIMENT_FILE
 from bayes_kernels.experiment.models import load_model
 from bayes_kernels.experiment.recipe import METHODS, Experiment
+from bayes_kernels.files import write_json
 from experiment.tiny_runs import alike
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -75,8 +77,15 @@ def test_damaged_adapter_folders(finished: tuple[ex.Run, Path], tmp_path: Path) 
     weights = (finished[1] / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(weights)
     assert folders.read_record(tmp_path) is None
-    (tmp_path / EXPERIMENT_FILE).write_text('{"format": 99}')
-    with pytest.raises(ValueError, match=r"experiment\.json"):
+    record = json.loads((finished[1] / EXPERIMENT_FILE).read_text())
+    for other in (1, 99):
+        write_json(tmp_path / EXPERIMENT_FILE, {**record, "format": other})
+        with pytest.raises(
+            ValueError, match=rf"experiment\.json: expected format 2, got {other}; "
+        ):
+            folders.read_record(tmp_path)
+    write_json(tmp_path / EXPERIMENT_FILE, {"format": 2})
+    with pytest.raises(ValueError, match=r"experiment\.json: expected what `train` wrote"):
         folders.read_record(tmp_path)
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from bayes_kernels.experiment import tables
-from bayes_kernels.experiment.results import COSTS, Summary
+from bayes_kernels.experiment.results import Summary
 
 
 def summary(name: str, method: str, seeds: tuple[int, ...], **costs: float) -> Summary:
@@ -52,7 +52,6 @@ def test_costs_are_those_that_are_known_of_some_method() -> None:
     assert table.rows == [["LoRA (MAP)", "12", "–", "0"], ["BLoB N=10", "–", "1.2", "+2,500"]]
     # Without plain LoRA nobody knows what is extra.
     assert list(tables.cost_table([NOISY]).headings) == ["method", "ms/text"]
-    assert set(tables.COSTS) == set(COSTS) - {"parameters"}
 
 
 def test_a_comparison_has_scores_costs_and_failures() -> None:

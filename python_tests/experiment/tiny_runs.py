@@ -46,7 +46,7 @@ def fake_run(method: str, seed: int, ece: float, nll: float, accuracy: float = 0
     empty = torch.empty(0)
     names = {"map": ["LoRA (MAP)", "LoRA + temperature"], "blob": ["BLoB mean", "BLoB N=10"]}
     rows = [
-        Row(name, method, 0, None, report, {}, 2.0, 100.0, empty, empty, empty)
+        Row(name, method, 0, 1.5 if "+" in name else None, report, {}, 2.0, 100.0, *[empty] * 3)
         for name in names[method]
     ]
     cost = Training(10.0 + seed, 5, 200.0, [], {})

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .tasks import Example, Task, _fraction, _hash, choose_subset
+from .tasks import Example, Task, choose_subset, fraction_of, hash_of
 
 # Modules and packages of each area, all of them optional: what an interpreter lacks (modules
 # removed since 3.10, tkinter left out by a distribution) contributes nothing.
@@ -362,7 +362,7 @@ def stdlib_docs(
     for name, text, area in stdlib_corpus():
         key = normalise(text)
         texts.add(key)
-        position = _fraction(f"stdlib-docs, second split\n{key}")
+        position = fraction_of(f"stdlib-docs, second split\n{key}")
         split = "test" if position < 0.2 else "validation" if position < 0.3 else "train"
         parts[split].append(_doc_example(name, text, key, area))
     ood: list[Example] = []
@@ -385,4 +385,4 @@ def stdlib_docs(
 
 
 def _doc_example(name: str, text: str, key: str, label: int | None) -> Example:
-    return Example(id=f"{name}#{_hash(key):016x}", question=text, label=label)
+    return Example(id=f"{name}#{hash_of(key):016x}", question=text, label=label)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .jsonl import split_by_hash
-from .tasks import LETTERS, Example, Task, Template, _hash, choose_subset
+from .tasks import LETTERS, Example, Task, Template, choose_subset, hash_of
 
 
 def convert_winogrande(row: Mapping[str, Any], index: int) -> Example:
     """A row of ``allenai/winogrande``: sentence, option1, option2, answer ("1", "2" or "")."""
     answer = str(row["answer"])
     return Example(
-        id=f"winogrande-{_hash(row['sentence']):016x}",
+        id=f"winogrande-{hash_of(row['sentence']):016x}",
         question=row["sentence"],
         label=int(answer) - 1 if answer in ("1", "2") else None,
         choices=(row["option1"], row["option2"]),
@@ -51,7 +51,7 @@ def convert_obqa(row: Mapping[str, Any], index: int) -> Example:
 def convert_boolq(row: Mapping[str, Any], index: int) -> Example:
     """A row of ``google/boolq``: question, passage, answer (a Boolean). Classes: false, true."""
     return Example(
-        id=f"boolq-{_hash(row['question'] + chr(10) + row['passage']):016x}",
+        id=f"boolq-{hash_of(row['question'] + chr(10) + row['passage']):016x}",
         question=row["question"],
         label=int(bool(row["answer"])),
         context=row["passage"],

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .tasks import LETTERS, Example, Kind, Task, Template, _fraction, choose_subset
+from .tasks import LETTERS, Example, Kind, Task, Template, choose_subset, fraction_of
 
 _MAX_PROBLEMS = 10
 
@@ -317,7 +317,7 @@ def split_by_hash(
     rest: list[Example] = []
     part: list[Example] = []
     for example in examples:
-        (part if _fraction(f"{purpose}\n{example.id}") < fraction else rest).append(example)
+        (part if fraction_of(f"{purpose}\n{example.id}") < fraction else rest).append(example)
     return rest, part
 
 

@@ -142,14 +142,14 @@ class Task:
         return "\n".join(lines)
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
     """A 64-bit integer that depends on the text alone (Python's own ``hash`` is salted)."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def _fraction(text: str) -> float:
+def fraction_of(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    return _hash(text) / 2.0**64
+    return hash_of(text) / 2.0**64
 
 
 def choose_subset(examples: Sequence[Example], size: int | None, seed: int = 0) -> list[Example]:
@@ -166,4 +166,4 @@ def choose_subset(examples: Sequence[Example], size: int | None, seed: int = 0) 
             f"train_size: expected an integer from 1 to {len(examples)} (the training examples "
             f"there are) or None for all, got {size!r}"
         )
-    return sorted(examples, key=lambda example: _hash(f"{seed}\n{example.id}"))[:size]
+    return sorted(examples, key=lambda example: hash_of(f"{seed}\n{example.id}"))[:size]
