@@ -111,7 +111,7 @@ class WeightDraws:
         size = batch_size(inputs)
         rows = LogitRows(
             model, batch, choices
-        )  # of the batch on the host: its mask is read without waiting
+        )  # the host reads its mask of the batch without waiting
         inputs.update(rows.options)
         draws = max(n_samples, 1)
         per_pass = samples_per_pass or 1

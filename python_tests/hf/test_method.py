@@ -142,3 +142,22 @@ def test_errors_of_bayesianize(method: str, options: dict[str, Any], message: st
     model = tiny_models.adapted(tiny_models.bert(), LoraConfig)
     with pytest.raises(ValueError, match=message):
         bayesianize(model, method, **options)
+
+
+class Wrapped(nn.Module):
+    """A model within another module, as data parallelism and compilation put it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def test_dropout_of_a_bayesian_adapter_belongs_to_training_also_where_the_model_is_wrapped() -> (
+    None
+):
+    model = tiny_models.fill(tiny_models.adapted(tiny_models.bert(), lora_dropout=0.3))
+    found, wrapped = (predict(m, BATCH, n_samples=4) for m in (model, Wrapped(model)))
+    torch.testing.assert_close(found.probs, wrapped.probs, rtol=0, atol=1e-6)
