@@ -7,19 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from bayes_kernels.hf import (
-    BlobConfig,
-    PolarConfig,
-    ScalablConfig,
-    TfbConfig,
-)
+from bayes_kernels.hf import BlobConfig, PolarConfig, ScalablConfig, TfbConfig
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "blob": BlobConfig,

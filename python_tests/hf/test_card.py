@@ -7,18 +7,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-from peft import (
-    get_peft_model,
-)
+from peft import get_peft_model
 from tiny_models import gpt2
 
-from bayes_kernels.hf import (
-    BlobConfig,
-    PolarVbllConfig,
-)
-from hf.peft_adapters import (
-    CONFIGS,
-)
+from bayes_kernels.hf import BlobConfig, PolarVbllConfig
+from hf.peft_adapters import CONFIGS
 
 
 @pytest.mark.parametrize("method", [*CONFIGS, "polar-vbll"])

@@ -11,13 +11,7 @@ from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
 from bayes_kernels.hf.guards import _GUARDS
-from hf.peft_adapters import (
-    X,
-    adapted,
-    every,
-    same,
-    snapshot,
-)
+from hf.peft_adapters import X, adapted, every, same, snapshot
 
 
 def pad(model: Any, folder: Path) -> None:

@@ -7,10 +7,7 @@ import torch
 from tiny_models import blob, gradients
 from torch import nn
 
-from bayes_kernels.hf import (
-    BlobConfig,
-    kl_divergence,
-)
+from bayes_kernels.hf import BlobConfig, kl_divergence
 from bayes_kernels.hf.layers import bayes_layers
 
 

@@ -15,19 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from tiny_models import IDS, adapted, blob, fill, gpt2, llama, logits
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
-from bayes_kernels.hf import (
-    BayesLoraConfig,
-    BlobConfig,
-    kl_divergence,
-    posterior,
-    refresh_noise,
-)
+from bayes_kernels.hf import BayesLoraConfig, BlobConfig, kl_divergence, posterior, refresh_noise
 from bayes_kernels.hf._compat import unsupported_layer
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 

@@ -10,11 +10,7 @@ from tiny_models import IDS, LABELS, blob, gradients, logits
 from torch import Tensor, nn
 
 from bayes_kernels import random, reference
-from bayes_kernels.hf import (
-    checkpoint_noise,
-    posterior,
-    refresh_noise,
-)
+from bayes_kernels.hf import checkpoint_noise, posterior, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 
 

@@ -20,11 +20,7 @@ from peft import (
 from tiny_models import IDS, gpt2
 from torch import Tensor, nn
 
-from bayes_kernels.hf import (
-    BlobConfig,
-    PolarVbllConfig,
-    kl_divergence,
-)
+from bayes_kernels.hf import BlobConfig, PolarVbllConfig, kl_divergence
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.variants import VARIANTS
 from hf.peft_adapters import (

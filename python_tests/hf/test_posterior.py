@@ -12,12 +12,7 @@ from kept_draws import KeptDraws
 from tiny_models import IDS, blob, logits
 from torch import Tensor, nn
 
-from bayes_kernels.hf import (
-    BlobConfig,
-    fold_samples,
-    posterior,
-    refresh_noise,
-)
+from bayes_kernels.hf import BlobConfig, fold_samples, posterior, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 
 

@@ -12,12 +12,7 @@ from tiny_models import adapted, fill
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bayes_kernels.hf import (
-    Prediction,
-    posterior,
-    predict,
-    predict_dataset,
-)
+from bayes_kernels.hf import Prediction, posterior, predict, predict_dataset
 from bayes_kernels.hf.layers import noise_state
 
 IDS = torch.randint(3, 128, (5, 7), generator=torch.Generator().manual_seed(1))

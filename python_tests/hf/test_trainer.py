@@ -18,19 +18,10 @@ import torch
 from accuracy import assert_same_but_rounding
 from tiny_models import CLASSES, ROWS, adapted, arguments
 from torch import Tensor
-from transformers import (
-    BertForSequenceClassification,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from bayes_kernels import random
-from bayes_kernels.hf import (
-    BayesTrainer,
-    decoupled_kl,
-    kl_divergence,
-    predict_dataset,
-)
+from bayes_kernels.hf import BayesTrainer, decoupled_kl, kl_divergence, predict_dataset
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from bayes_kernels.hf.trainer import last_checkpoint
 from bayes_kernels.optim import KLSchedule, flow_time, kl_cycle_length, kl_step_

@@ -10,7 +10,7 @@ import torch
 
 from bayes_kernels import metrics
 from bayes_kernels.metrics.bootstrap import SCORES
-from test_metrics.test_metrics import make_case
+from test_metrics.cases import make_case
 
 
 def pair(n: int = 300, seed: int = 0):

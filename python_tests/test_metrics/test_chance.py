@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bayes_kernels import metrics
-from test_metrics.test_metrics import make_case
+from test_metrics.cases import make_case
 
 
 def two_classes(confidence) -> torch.Tensor:

@@ -11,11 +11,7 @@ from tiny_models import CLASSES, ROWS, answering_llama, bert
 from torch import nn
 from transformers import TrainingArguments
 
-from bayes_kernels.hf import (
-    BayesTrainer,
-    PolarConfig,
-    PolarVbllConfig,
-)
+from bayes_kernels.hf import BayesTrainer, PolarConfig, PolarVbllConfig
 
 BATCH = {"input_ids": ROWS[:8], "labels": ROWS[:8, 0] % 3}
 

@@ -6,11 +6,7 @@ import torch
 from peft import LoraConfig
 from tiny_models import adapted, blob, fill, llama, logits
 
-from bayes_kernels.hf import (
-    BayesLoraConfig,
-    BayesLoraModel,
-    posterior,
-)
+from bayes_kernels.hf import BayesLoraConfig, BayesLoraModel, posterior
 from bayes_kernels.hf.layers import bayes_layers
 
 

@@ -1,8 +1,7 @@
-"""Laplace-LoRA on PEFT adapters: fit, prediction, folders, stale posteriors, the command line."""
+"""Laplace-LoRA on PEFT adapters: fit, prediction, memory, the command line."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import json
@@ -15,20 +14,7 @@ import torch
 from accuracy import assert_same_but_rounding
 from cli.commands import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
-from tiny_models import (
-    BASES,
-    BATCHES,
-    IDS,
-    LABELS,
-    adapted,
-    bert,
-    choices,
-    fill,
-    llama,
-    logits,
-    trained,
-)
+from tiny_models import BASES, BATCHES, IDS, LABELS, adapted, bert, fill, llama, logits, trained
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -36,7 +22,6 @@ from bayes_kernels import laplace
 from bayes_kernels.hf import (
     BlobConfig,
     bayesianize,
-    drawn_weights,
     laplace_posterior,
     load_laplace,
     posterior,
@@ -45,30 +30,10 @@ from bayes_kernels.hf import (
     save_laplace,
 )
 from bayes_kernels.hf.logits import forward_logits
+from hf.methods.laplace_models import BATCH, KINDS, class_logits, fit, same, state
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
-
-BATCH = {"input_ids": IDS, "labels": LABELS}
-KINDS = pytest.mark.parametrize("kind", ["bert", "llama"])
-
-
-def fit(model: nn.Module, kind: str = "bert", data: Any = BATCHES, **options: Any) -> Any:
-    method = options.pop("method", "laplace")
-    return bayesianize(model, method, data, **{"progress": False, **choices(kind), **options})
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def class_logits(model: nn.Module, kind: str, ids: Tensor = IDS) -> Tensor:
-    found = logits(model, ids)
-    return found if kind == "bert" else found[:, -1][:, [5, 6, 7]]
 
 
 # --- fit and prediction --------------------------------------------------------------------------
@@ -351,108 +316,6 @@ def test_an_error_leaves_a_bayesian_adapter_as_it_was() -> None:
     assert same(before, state(model)) and model.peft_config["default"] is config
     assert laplace_posterior(model) is None
     assert predict(model, BATCH, n_samples=4).mutual_information.max() > 0
-
-
-def test_draws_of_the_weights() -> None:
-    model = trained()
-    with pytest.raises(ValueError, match="must have a Laplace posterior, got none"):
-        drawn_weights(model).__enter__()
-    fit(model)
-    before, mean = state(model), logits(model)
-    with drawn_weights(model, seed=1):
-        one = logits(model)
-    with drawn_weights(model, seed=1, index=1):
-        two = logits(model)
-    assert not torch.equal(one, two) and not torch.equal(one, mean)
-    assert same(before, state(model))
-    predict(model, BATCH, n_samples=3)  # the posterior is still valid
-
-
-# --- folders and stale posteriors ----------------------------------------------------------------
-
-
-@KINDS
-def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
-    model = trained(kind)
-    options = {"structure": "layer", "layers": "adapters", "prediction": "mc_independent"}
-    fit(model, kind, **options)
-    expected = predict(model, BATCH, n_samples=30, seed=2)
-    model.save_pretrained(tmp_path)
-    path = save_laplace(model, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} >= {"laplace.safetensors", "adapter_config.json"}
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["bayes_kernels"])
-    assert header["report"]["structure"] == "layer" and header["layers"] == "adapters"
-    loaded = PeftModel.from_pretrained(BASES[kind](), tmp_path)  # stock PEFT
-    assert_same_but_rounding(logits(loaded), logits(model))
-    assert laplace_posterior(loaded) is None
-    found = load_laplace(loaded, tmp_path)
-    assert found.choices == choices(kind).get("choices") and found.prediction == "mc_independent"
-    again = predict(loaded, BATCH, n_samples=30, seed=2)
-    assert_same_but_rounding(again.log_probs, expected.log_probs, units=4096)
-    assert_same_but_rounding(again.entropy, expected.entropy, units=4096)
-    copied = copy.deepcopy(loaded)
-    again = predict(copied, BATCH, n_samples=30, seed=2)
-    assert_same_but_rounding(again.log_probs, expected.log_probs, units=4096)
-    with torch.no_grad():
-        next(p for n, p in copied.named_parameters() if "lora_B" in n).add_(1)
-    with pytest.raises(ValueError, match="weights must be those"):
-        predict(copied, BATCH)
-    predict(loaded, BATCH, n_samples=1)  # the copy has a posterior of its own
-
-
-@pytest.mark.parametrize("part", ["lora_A", "classifier"])
-@pytest.mark.parametrize("layers", ["adapters", "last"])
-def test_training_on_makes_the_posterior_invalid(part: str, layers: str, tmp_path: Path) -> None:
-    """Whatever was trained with the adapter counts, whether or not it has a posterior."""
-    model = trained()
-    fit(model, layers=layers)
-    model.save_pretrained(tmp_path / "old")
-    save_laplace(model, tmp_path / "old")
-    weight = next(p for n, p in model.named_parameters() if part in n and "default" in n)
-    weight.requires_grad_(True)
-    optimiser = torch.optim.SGD([weight], lr=1.0)
-    model(**BATCH).loss.backward()
-    optimiser.step()
-    for use in (
-        lambda: predict(model, BATCH, n_samples=5),
-        lambda: predict(model, BATCH, n_samples=0),
-        lambda: save_laplace(model, tmp_path / "new"),
-        lambda: drawn_weights(model).__enter__(),
-    ):
-        with pytest.raises(ValueError, match=r"weights must be those .* call fit again"):
-            use()
-    assert not (tmp_path / "new" / "laplace.safetensors").exists()
-    model.save_pretrained(tmp_path / "old")  # the file beside it now belongs to other weights
-    loaded = PeftModel.from_pretrained(BASES["bert"](), tmp_path / "old")
-    with pytest.raises(ValueError, match=r"does not belong to this adapter: .* bayesianize again"):
-        load_laplace(loaded, tmp_path / "old")
-    assert laplace_posterior(loaded) is None
-    fit(model, layers=layers)
-    predict(model, BATCH, n_samples=5)
-
-
-def test_damaged_and_missing_files(tmp_path: Path) -> None:
-    model = trained()
-    with pytest.raises(ValueError, match="must have a Laplace posterior, got none"):
-        save_laplace(model, tmp_path)
-    with pytest.raises(ValueError, match=r"expected laplace\.safetensors in"):
-        load_laplace(model, tmp_path)
-    fit(model)
-    path = save_laplace(model, tmp_path)
-    whole = path.read_bytes()
-    for damaged in (b"", whole[:100], whole.replace(b"bayes_kernels", b"bayes_kettles")):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="must be what save_laplace wrote"):
-            load_laplace(model, tmp_path)
-    path.write_bytes(whole)
-    other = trained(target_modules=["query"])
-    with pytest.raises(ValueError, match="does not belong to this adapter"):
-        load_laplace(other, tmp_path)
-    with pytest.raises(ValueError, match=r"^load_laplace: model must be a PeftModel"):
-        load_laplace(BASES["bert"](), tmp_path)
 
 
 # --- bad input -----------------------------------------------------------------------------------
