@@ -190,7 +190,10 @@ class BayesTrainerMixin(_Base):
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
     def training_step(
-        self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+        self: Any,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """One micro-batch, with new noise."""
         step = self.state.global_step
@@ -219,9 +222,9 @@ class BayesTrainerMixin(_Base):
     def compute_loss(
         self: Any,
         model: nn.Module,
-        inputs: Any,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """The stock loss; in training, with kl_mode "loss", plus this micro-batch's share of KL."""
@@ -255,7 +258,7 @@ class BayesTrainerMixin(_Base):
                 loss = loss + (kl / parts if scaled else kl).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
-    def _probe(self: Any, model: nn.Module, items: Any) -> Any:
+    def _probe(self: Any, model: nn.Module, items: Tensor | int) -> Any:
         """The item count, in the first micro-batch of several as a leaf of the loss's graph.
 
         None in evaluation until it is known whether the loss uses it: the loss is then a mean.
@@ -295,7 +298,9 @@ class BayesTrainerMixin(_Base):
         if self._passes == last and self._idle and len(self._idle) < len(trained):
             warn_uncalled("BayesTrainer", sorted(self._idle), len(trained))
 
-    def _share_of(self: Any, terms: VariationalLoss, inputs: Any, num_items: Any) -> Tensor:
+    def _share_of(
+        self: Any, terms: VariationalLoss, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> Tensor:
         """This micro-batch's share of the negative evidence lower bound of an optimiser step."""
         parts = self.current_gradient_accumulation_steps
         scaled, share = loss_is_scaled(self, num_items), 1 / parts
@@ -330,7 +335,7 @@ class BayesTrainerMixin(_Base):
     def prediction_step(
         self: Any,
         model: nn.Module,
-        inputs: Any,
+        inputs: dict[str, Any],
         prediction_loss_only: bool,
         *args: Any,
         **kwargs: Any,

@@ -1,4 +1,4 @@
-"""The way back where a change of a model is stopped."""
+"""Restoring a model when a change of it is stopped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch import nn
 
 @contextlib.contextmanager
 def as_before_if_stopped(model: nn.Module, *, merges: bool = False) -> Iterator[None]:
-    """Bring a model back if the context ends with an exception, Ctrl-C included.
+    """Restore a model if the context ends with an exception, Ctrl-C included.
 
-    Modules and their places, classes, attributes, hooks, which tensors a parameter has and whether it is
-    trained. Tensors that are changed in place keep their change: where ``merges`` is true merged adapters
-    are taken out again, up to rounding, and no second copy of the weights is held meanwhile.
+    Restored are the modules and their places, classes, attributes and hooks, which tensors the
+    parameters have, and which of them are trained. A tensor that is changed in place keeps the change.
+
+    Args:
+        model: the model; it must not be moved to another device inside.
+        merges: adapters are merged inside. Instead of holding a second copy of the weights, those that
+            were merged are then unmerged again, which restores the weights up to rounding.
     """
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     values = [value for _, _, own in modules for value in own.values()]

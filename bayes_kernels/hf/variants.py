@@ -138,11 +138,15 @@ class TrainingHooks:
         """The method's optimiser, used unless the trainer is given one; None for the stock one."""
         return None
 
-    def training_step(self, model: nn.Module, inputs: Any, step: Callable[[Any], Tensor]) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], step: Callable[[dict[str, Any]], Tensor]
+    ) -> Tensor:
         """Take one micro-batch and return its loss. `step(inputs)` is the stock step."""
         return step(inputs)
 
-    def loss(self, model: nn.Module, inputs: Any) -> tuple[VariationalLoss, Tensor] | None:
+    def loss(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[VariationalLoss, Tensor] | None:
         """The loss of a micro-batch and its logits; None to use the model's loss."""
         return None
 

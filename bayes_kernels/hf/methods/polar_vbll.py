@@ -145,7 +145,9 @@ class PolarVbllTraining(PolarTraining):
         trainer = self.trainer
         return 0.0 if trainer.kl_mode == "none" else trainer.kl_weight * self.config.kl_weight
 
-    def loss(self, model: nn.Module, inputs: Any) -> tuple[VariationalLoss, Tensor] | None:
+    def loss(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[VariationalLoss, Tensor] | None:
         """The negative evidence lower bound, and the mean logits."""
         return loss_and_logits(
             model, inputs, self.trainer.n_train, self._weight, features=self._features
@@ -155,7 +157,9 @@ class PolarVbllTraining(PolarTraining):
         """The weight of the divergence in the loss."""
         return {"kl_weight": self._weight / self.trainer.n_train, **super().logs()}
 
-    def training_step(self, model: nn.Module, inputs: Any, step: Callable[[Any], Tensor]) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], step: Callable[[dict[str, Any]], Tensor]
+    ) -> Tensor:
         """A step of adapters and last layer as `alternation` says."""
         if self.config.alternation == "jacobi":
             return step(inputs)
@@ -181,7 +185,9 @@ class PolarVbllTraining(PolarTraining):
                 parameter.grad = None
         return loss
 
-    def _step_head(self, model: nn.Module, inputs: Any, head: list[nn.Parameter]) -> None:
+    def _step_head(
+        self, model: nn.Module, inputs: dict[str, Any], head: list[nn.Parameter]
+    ) -> None:
         """Gauss-Seidel: step the last layer before the adapters see it; keeps the features."""
         model.train()
         trainer = self.trainer
