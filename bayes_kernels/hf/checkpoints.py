@@ -20,7 +20,7 @@ from ..files import replacing_folder
 from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import CONFIGS, DEFAULT_METHOD, BayesLoraConfig, own_fields
-from .layers import bayes_layers
+from .layers import bayes_layers, find_peft_model
 from .method import PLAIN
 from .undo import as_before_if_stopped
 from .variants import VARIANTS, extra_names
@@ -209,7 +209,7 @@ def export_lora(
         )
     layers = bayes_layers(model, adapter)
     names = sorted({item.adapter for item in layers})
-    peft_model = _peft_model(model)
+    peft_model = find_peft_model("export_lora", model)
     if len(names) != 1:
         raise ValueError(f"export_lora: adapter must name one of the active adapters, got {names}")
     config: Any = peft_model.peft_config[names[0]]
@@ -241,16 +241,6 @@ def export_lora(
         file = folder / SAFETENSORS_WEIGHTS_NAME
         save_file(variant.to_plain(tensors), file, metadata={"format": "pt"})
     return directory
-
-
-def _peft_model(model: nn.Module) -> PeftModel:
-    for module in model.modules():
-        if isinstance(module, PeftModel):
-            return module
-    raise ValueError(
-        f"export_lora: model must be a PeftModel, got {type(model).__name__}; load the adapter "
-        "with PeftModel.from_pretrained"
-    )
 
 
 def _adapter_state(model: PeftModel, adapter: str, **options: Any) -> dict[str, Tensor]:

@@ -21,15 +21,12 @@ from torch import nn
 from .card import class_names, write_card
 from .checks import CONFIG_NAME, check_folder, is_bayesian_folder
 from .config import BayesLoraConfig
-from .variants import VARIANTS, BayesVariant, extra_names
+from .layers import bayes_variants
+from .variants import VARIANTS, extra_names
 
 
 def _bayesian(model: nn.Module) -> bool:
-    return any(
-        isinstance(variant, BayesVariant)
-        for module in model.modules()
-        for variant in getattr(module, "lora_variant", {}).values()
-    )
+    return any(True for _ in bayes_variants(model))
 
 
 def _no_padding(model: nn.Module, **_: Any) -> None:

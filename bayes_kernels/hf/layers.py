@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -56,6 +57,21 @@ def bayes_variants(model: nn.Module) -> Iterator[BayesVariant]:
         for variant in getattr(module, "lora_variant", {}).values():
             if isinstance(variant, BayesVariant):
                 yield variant
+
+
+def find_peft_model(op: str, model: nn.Module) -> PeftModel:
+    """The PEFT model that a model is or contains.
+
+    Raises:
+        ValueError: there is none; the message begins with `op`.
+    """
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            return module
+    raise ValueError(
+        f"{op}: model must be a PeftModel, got {type(model).__name__}; load the adapter with "
+        "PeftModel.from_pretrained"
+    )
 
 
 def noise_state(model: nn.Module) -> NoiseState:

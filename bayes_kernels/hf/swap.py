@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from .config import BayesLoraConfig
+from .layers import find_peft_model
 from .model import BayesLoraModel, remove_noise
 from .variants import VARIANTS, BayesVariant, attach
 
@@ -25,12 +26,7 @@ def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
         ValueError: there is none or more than one, it is no LoRA adapter, it is merged, or its last
             layer is variational; the message begins with `op`.
     """
-    peft_model = next((m for m in model.modules() if isinstance(m, PeftModel)), None)
-    if peft_model is None:
-        raise ValueError(
-            f"{op}: model must be a PeftModel, got {type(model).__name__}; load the adapter with "
-            "PeftModel.from_pretrained"
-        )
+    peft_model = find_peft_model(op, model)
     names = list(peft_model.peft_config)
     if len(names) != 1:
         raise ValueError(

@@ -502,7 +502,12 @@ def uniform_like(
     """
     if reference_tensor.is_meta:
         return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
-    seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + stream) & 0x7FFFFFFFFFFFFFFF
-    generator = torch.Generator().manual_seed(seed)
     value = torch.empty(tuple(shape), dtype=torch.float32)
-    return value.uniform_(low, high, generator=generator).to(reference_tensor.device)
+    value.uniform_(low, high, generator=private_generator(stream))
+    return value.to(reference_tensor.device)
+
+
+def private_generator(stream: int) -> torch.Generator:
+    """A generator of the global seed and a layer's noise stream; the global one is not used."""
+    seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + stream) & (2**63 - 1)
+    return torch.Generator().manual_seed(seed)

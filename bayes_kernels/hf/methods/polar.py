@@ -27,7 +27,7 @@ from ...stiefel import METHODS, StiefelAdamW, orthogonality
 from ..config import BayesLoraConfig, option
 from ..layers import active_layers
 from ..method import Method
-from ..variants import BayesLayer, BayesVariant, TrainingHooks
+from ..variants import BayesLayer, BayesVariant, TrainingHooks, private_generator
 
 CORE = "lora_core"
 
@@ -134,9 +134,7 @@ class PolarVariant(BayesVariant, method="polar"):
                 a.copy_(vh @ right.T)
                 core.copy_(s if core.dim() == 1 else torch.diag(s))
             else:
-                # A private generator: the global one stays where plain LoRA leaves it.
-                seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + self.stream) & (2**63 - 1)
-                generator = torch.Generator().manual_seed(seed)
+                generator = private_generator(self.stream)
                 for factor in (a, b):
                     start = torch.empty(factor.shape, dtype=torch.float32)
                     factor.copy_(nn.init.orthogonal_(start, generator=generator))
