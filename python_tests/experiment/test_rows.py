@@ -144,8 +144,8 @@ class Ledger:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_task.write_model(tmp_path_factory.mktemp("model"))
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 def call(*words: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_task
 import torch
 from accuracy import assert_same_but_rounding
 from cli.commands import call, refuse, results
@@ -275,9 +274,10 @@ def test_classifiers_of_bayesian_peft_come_without_their_head(tmp_path: Path) ->
         read_lora(bert(), tmp_path)
 
 
-def test_commands_take_a_folder_of_bayesian_peft(tmp_path: Path) -> None:
-    data = tiny_task.write_data(tmp_path / "data")
-    model = tiny_task.write_model(tmp_path / "model")
+def test_commands_take_a_folder_of_bayesian_peft(
+    tiny_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    data, model = tiny_data, tiny_model
     common = ["--model", model, "--steps", 4, "--rank", 2, "--test-size", 12]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     result = call("train", data, *common, "--method", "map", "--out", ours)

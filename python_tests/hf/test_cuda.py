@@ -15,14 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_kernels.experiment import build, convert, folders
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-import tiny_task
-
-from bayes_kernels.experiment import train
+from bayes_kernels.experiment import build, convert, folders, train
 from bayes_kernels.experiment.data.tasks import Task
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 from bayes_kernels.experiment.scoring import predict_examples
@@ -57,8 +50,8 @@ def _full_precision() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return Source(data=str(tiny_task.write_data(tmp_path_factory.mktemp("data"))))
+def source(tiny_data: Path) -> Source:
+    return Source(data=str(tiny_data))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +60,8 @@ def task(source: Source) -> Task:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_task.write_model(tmp_path_factory.mktemp("model")))
+def model_folder(tiny_model: Path) -> str:
+    return str(tiny_model)
 
 
 class Outcome(NamedTuple):

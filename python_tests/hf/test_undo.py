@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import tiny_models
 import torch
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-import bayes_kernels  # noqa: E402
-from bayes_kernels.hf import (  # noqa: E402
+import bayes_kernels
+from bayes_kernels.hf import (
     BlobConfig,
     PolarConfig,
     ScalablConfig,
@@ -31,7 +30,7 @@ from bayes_kernels.hf import (  # noqa: E402
     export_lora,
     import_lora,
 )
-from bayes_kernels.hf.methods.laplace import laplace_posterior  # noqa: E402
+from bayes_kernels.hf.methods.laplace import laplace_posterior
 
 pytestmark = pytest.mark.cpu_only
 
@@ -126,17 +125,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], tolerance: float)
 
 
 def base() -> Any:
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        num_labels=3,
-    )
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(config).eval()
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return tiny_models.bert(num_attention_heads=2, max_position_embeddings=8, **sizes)
 
 
 CONFIGS = {

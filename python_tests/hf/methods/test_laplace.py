@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_task
 import torch
 from accuracy import assert_same_but_rounding
 from cli.commands import call, refuse, results
@@ -499,9 +498,8 @@ def test_memory_for_the_7b_shape() -> None:
 # --- command line --------------------------------------------------------------------------------
 
 
-def test_commands(tmp_path: Path) -> None:
-    data = tiny_task.write_data(tmp_path / "data")
-    model = tiny_task.write_model(tmp_path / "model")
+def test_commands(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    data, model = tiny_data, tiny_model
     common = ["--model", model, "--steps", 4, "--rank", 2, "--test-size", 12]
     out = tmp_path / "laplace"
     options = ["--method", "laplace", "--set", "anchors=20", "--set", "structure=layer"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_task
 import torch
 from peft import LoraConfig, PeftModel
 from tiny_models import CLASSES, ROWS, adapted, answering_llama, bert, llama, logits
@@ -266,7 +265,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error:BayesTrainer. head_prior_scale")  # calibrated before
 @pytest.mark.parametrize("method", ["polar", "polar-vbll"])
-def test_command_line(method: str, tmp_path: Path) -> None:
+def test_command_line(method: str, tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
@@ -277,8 +276,7 @@ def test_command_line(method: str, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         return result
 
-    data = tiny_task.write_data(tmp_path / "data")
-    model = tiny_task.write_model(tmp_path / "model")
+    data, model = tiny_data, tiny_model
     out = tmp_path / "out"
     options = ["--method", method, "--model", model, "--rank", 4, "--steps", 8, "--lr", 0.005]
     if method == "polar-vbll":
