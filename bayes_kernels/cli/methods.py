@@ -19,7 +19,7 @@ _MADE = {
 
 def methods(
     method: Annotated[
-        str | None, typer.Argument(metavar="[METHOD]", help="Show the options of this method.")
+        str | None, typer.Argument(metavar="METHOD", help="Show the options of this method.")
     ] = None,
     debug: Debug = False,
 ) -> None:

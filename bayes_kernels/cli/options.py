@@ -112,9 +112,9 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="An option of the method (see the command methods), or another field of the recipe, as "
-        "NAME=VALUE or for one method as METHOD.NAME=VALUE; lora.NAME=VALUE for an option of "
-        "peft.LoraConfig. Values are JSON where they can be, else text. May be repeated.",
+        help="An option of the method (see `bayes-kernels methods METHOD`) or another field of the "
+        "recipe. METHOD.NAME=VALUE is for one method, lora.NAME=VALUE an option of peft.LoraConfig. "
+        "Values are JSON where they can be, else text. May be repeated.",
     ),
 ]
 Results = Annotated[Path, typer.Option(help="Folder for results.")]

@@ -161,7 +161,7 @@ def demo(
 
 def train(
     source_argument: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="The same as --data.")
+        str | None, typer.Argument(metavar="DATA", help="The same as --data.")
     ] = None,
     data: Data = None,
     test: Test = None,
@@ -179,7 +179,7 @@ def train(
     quantization: Quantization = None,
     method: Annotated[
         str,
-        typer.Option(help="A method that the command methods lists, but no ensemble."),
+        typer.Option(help="One of `bayes-kernels methods`; ensembles are for compare."),
     ] = "blob",
     rank: Rank = None,
     alpha: Alpha = None,
@@ -286,8 +286,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="all, or some of temperature (plain LoRA with one that validation rows chose) and "
-            "what the command methods lists, divided by commas."
+            help="all, or some of `bayes-kernels methods` and temperature (plain LoRA with a "
+            "temperature that was fitted on validation rows), divided by commas."
         ),
     ] = "all",
     seeds: Seeds = 3,

@@ -56,7 +56,7 @@ def bayesianize(
         str, typer.Argument(help="Folder of a trained adapter: plain LoRA, or BLoB.")
     ],
     method: Annotated[
-        str, typer.Option(help="A method that converts, as the command methods lists them.")
+        str, typer.Option(help="One of `bayes-kernels methods` that converts.")
     ] = "tfb",
     data: Data = None,
     test: Test = None,
@@ -73,8 +73,8 @@ def bayesianize(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="An option of the method (see the command methods). Values are JSON where they can "
-            "be, else text. May be repeated.",
+            help="An option of the method, see `bayes-kernels methods METHOD`. Values are JSON where "
+            "they can be, else text. May be repeated.",
         ),
     ] = None,
     n_samples: Samples = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_task
 
-from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
+from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -39,6 +40,34 @@ def test_experiments_survive_json(tiny: Experiment) -> None:
 def test_recipes_out_of_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**fields)
+
+
+IDLE = [
+    (method, name, other)
+    for method, row in METHODS.items()
+    for name, option in row.options.items()
+    for other in option.needs
+]
+
+
+@pytest.mark.parametrize(("method", "name", "other"), IDLE)
+def test_options_that_another_makes_idle_are_refused(method: str, name: str, other: str) -> None:
+    row = METHODS[method].options
+    useful = row[name].needs[other]
+    idle = [
+        word
+        for word in ast.literal_eval(row[other].type.replace(" or ", ","))
+        if word not in useful
+    ]
+    assert idle and row[other].default in (*idle, *useful)
+    for value in (*idle, *useful):
+        options = {name: row[name].default, other: value}
+        one = Experiment(method=method, recipe=Recipe(options=options))
+        if value in useful:
+            one.check_options()
+            continue
+        with pytest.raises(ValueError, match=f"{name}: expected {other} .* with it, got '{value}'"):
+            one.check_options()
 
 
 def test_sources_reject_what_does_not_go_together(tmp_path: Path) -> None:
