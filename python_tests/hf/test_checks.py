@@ -13,13 +13,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import bert, gpt2
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-)
 
 from bayes_kernels.hf import (
     BlobConfig,
@@ -50,12 +45,8 @@ EXTRA = {
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def base() -> GPT2ForSequenceClassification:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, n_positions=8, vocab_size=32, num_labels=3, pad_token_id=0
-    )
-    return GPT2ForSequenceClassification(config).eval()
+def base() -> Any:
+    return gpt2(n_embd=16, n_layer=2, n_head=2, vocab_size=32, pad_token_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +230,7 @@ def test_files_that_are_none(
 
 @pytest.mark.parametrize("method", ["lora", "blob", "tfb", "polar"])
 def test_another_architecture(saved: dict[str, Path], method: str) -> None:
-    config = BertConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=32,
-    )
-    model = BertForSequenceClassification(config)
+    model = bert()
     before = list(dict(model.named_modules()))
     with pytest.raises(ValueError, match=r"base model with the layer .*c_attn, got BertForSeq"):
         read_lora(model, saved[method])
