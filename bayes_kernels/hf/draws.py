@@ -109,9 +109,7 @@ class WeightDraws:
         device = next(model.parameters()).device
         labels, inputs = labels_of(batch), to_device(inputs_of(batch), device)
         size = batch_size(inputs)
-        rows = LogitRows(
-            model, batch, choices
-        )  # the host reads its mask of the batch without waiting
+        rows = LogitRows(model, batch, choices)  # from the mask on the host: no wait for the GPU
         inputs.update(rows.options)
         draws = max(n_samples, 1)
         per_pass = samples_per_pass or 1
