@@ -57,8 +57,7 @@ def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
             kl = functional.gaussian_kl(means, rhos, priors, std=std, direction=direction)
             parts.append(kl)
     for variant in dict.fromkeys(type(item.variant) for item in layers):
-        of_modules = variant.module_divergence(model, adapter)
-        parts += [] if of_modules is None else [of_modules]
+        parts += [module.kl() for module in variant.modules(model, adapter)]
     if not parts:
         return layers[0].mean.new_zeros((), dtype=torch.float32)
     total = parts[0]

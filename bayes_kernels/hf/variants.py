@@ -279,14 +279,9 @@ class BayesVariant(LoraVariant):
         """Put plain modules back into a base model whose adapters have been taken off."""
 
     @classmethod
-    def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
-        """The modules of an adapter; None for the active adapter."""
+    def modules(cls, model: nn.Module, adapter: str | None = None) -> list[Any]:
+        """The modules of an adapter, None for the active one; their divergence is `module.kl()`."""
         return []
-
-    @classmethod
-    def module_divergence(cls, model: nn.Module, adapter: str | None = None) -> Tensor | None:
-        """Divergence of these modules from their prior, a 0-dim tensor; None for 0."""
-        return None
 
     @classmethod
     def to_plain(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -238,16 +238,10 @@ class PolarVbllVariant(PolarVariant, method="polar-vbll"):
                     setattr(parent, name, plain_head(child, dtype))
 
     @classmethod
-    def modules(cls, model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
+    def modules(cls, model: nn.Module, adapter: str | None = None) -> list[VBLLClassification]:
         """The last layer."""
         head = find_head(model, adapter)
         return [] if head is None else [head]
-
-    @classmethod
-    def module_divergence(cls, model: nn.Module, adapter: str | None = None) -> Tensor | None:
-        """That of the last layer."""
-        head = find_head(model, adapter)
-        return None if head is None else head.kl()
 
     @classmethod
     def to_plain(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,11 +327,16 @@ def _prepare_template(head: VBLLClassification, config: PolarVbllConfig) -> None
     scale = 1.0 if config.head_prior_scale is None else config.head_prior_scale
     head.prior_variance = 2.0 * scale / head.in_features
     if config.head_init == "rows":
-        variance = config.head_init_variance or 0.1 * head.prior_variance
-        generator = torch.Generator().manual_seed(config.seed)
-        bias = None if head.bias is None else head.bias.clone()
-        head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)
+        _start_again(head, config)
     _make_room(head, config)
+
+
+def _start_again(head: VBLLClassification, config: PolarVbllConfig) -> None:
+    """Give the covariances their first values, for the head's means and its prior."""
+    variance = config.head_init_variance or 0.1 * head.prior_variance
+    generator = torch.Generator().manual_seed(config.seed)
+    bias = None if head.bias is None else head.bias.clone()
+    head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)
 
 
 def _make_room(head: VBLLClassification, config: PolarVbllConfig) -> None:
@@ -460,10 +459,7 @@ def calibrate_head(
     head.prior_variance = logit_variance / max(float(features.square().sum(1).mean()), 1e-12)
     config.head_prior_scale = head.prior_variance * head.in_features / 2
     if config.head_init == "rows" and config.head_init_variance is None:
-        generator = torch.Generator().manual_seed(config.seed)
-        bias = None if head.bias is None else head.bias.clone()
-        variance = 0.1 * head.prior_variance
-        head.init_from(head.weight_mean.clone(), bias, variance=variance, generator=generator)
+        _start_again(head, config)
     return config.head_prior_scale
 
 
