@@ -223,9 +223,9 @@ def laplace_(
         prior_precision: delta at the start, and the one that is kept for prior "fixed".
         prior: how delta is chosen: "mackay" or "gradient" by the evidence, "validation" by the
             likelihood of held-out examples, "fixed" not at all. None: "validation" where there are
-            such examples and structure is "scalar", else "mackay". The evidence takes the size of
-            the weights for the size of the prior, which without weight decay can be far too wide for all
-            layers together: docs/laplace.md.
+            such examples and structure is "scalar", else "mackay". With tokens "expand" the evidence
+            can choose far too wide a prior for all layers together; with "sum" it predicted about as
+            well as "validation": docs/laplace.md.
         structure: "scalar", one delta; "layer", one for each matrix.
         validation: held-out examples with labels, for prior "validation": one prediction of them.
         prediction: from Gaussian logits to probabilities: "mc", "mc_independent", "quadrature" (two
