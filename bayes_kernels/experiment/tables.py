@@ -18,6 +18,8 @@ SCORES = {
     "accuracy": "accuracy ↑",
     "nll": "NLL ↓",
     "ece": "ECE ↓",
+    "ece_floor": "by chance",
+    "signed_calibration_error": "over-confidence",
     "brier": "Brier ↓",
     "aurc": "AURC ↓",
 }
@@ -67,7 +69,10 @@ class Table(NamedTuple):
 
 
 def score_table(summaries: Sequence[Summary], seeds: int = 1, title: str = "") -> Table:
-    """Scores as mean ± standard deviation over seeds.
+    """Scores as mean ± standard deviation over seeds, those that all rows have.
+
+    "by chance" is the ECE of a perfectly calibrated predictor with the row's confidences;
+    "over-confidence" is mean confidence less accuracy, negative for an underconfident predictor.
 
     Args:
         summaries: At least one.
@@ -75,14 +80,15 @@ def score_table(summaries: Sequence[Summary], seeds: int = 1, title: str = "") -
         title: The line above the table.
     """
     first = summaries[0]
-    headings = [text for key, text in SCORES.items() if key in first.mean]
+    known = [key for key in SCORES if all(key in one.mean for one in summaries)]
     rows = []
     for one in summaries:
         name = one.name if len(one.seeds) >= seeds else f"{one.name} ({len(one.seeds)} of {seeds})"
-        cells = [_spread(key, one.mean, one.std) for key in SCORES if key in first.mean]
+        cells = [_spread(key, one.mean, one.std) for key in known]
         cells += [_spread("auroc", one.ood[key], one.ood_std.get(key, {})) for key in first.ood]
         rows.append([name, *cells])
-    return Table(title, ["method", *headings, *(f"AUROC {name} ↑" for name in first.ood)], rows)
+    headings = [*(SCORES[key] for key in known), *(f"AUROC {name} ↑" for name in first.ood)]
+    return Table(title, ["method", *headings], rows)
 
 
 def shift_table(summaries: Sequence[Summary]) -> Table | None:

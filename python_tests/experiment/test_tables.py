@@ -36,6 +36,18 @@ def test_scores_are_means_and_deviations() -> None:
     ]
 
 
+def test_chance_and_the_side_of_the_error_stand_beside_the_ece() -> None:
+    newer = {"ece": 0.0625, "ece_floor": 0.042, "signed_calibration_error": -0.0615}
+    new = Summary("new", (0,), newer, {}, {}, {})
+    table = tables.score_table([new])
+    assert list(table.headings) == ["method", "ECE ↓", "by chance", "over-confidence"]
+    assert table.rows == [["new", ".062", ".042", "-.061"]]
+    # Results of before have neither.
+    old = Summary("old", (0,), {"ece": 0.0625}, {}, {}, {})
+    for rows in ([old, new], [new, old]):
+        assert list(tables.score_table(rows).headings) == ["method", "ECE ↓"]
+
+
 def test_only_sets_with_labels_have_scores_under_shift() -> None:
     table = tables.shift_table([PLAIN, NOISY])
     assert table is not None
