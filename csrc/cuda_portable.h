@@ -32,7 +32,8 @@
 //                float2 float4 double2 int2 int4 uint2 uint4 and make_*, for vector accesses
 //                bk_cp_async_16(dst_smem, src, bytes_valid = 16): 16 bytes, of which those from
 //                bytes_valid (0 to 16) on become zero; bk_cp_async_commit(); bk_cp_async_wait<N>()
-//   Arithmetic   fmaf fma __fmaf_rn rsqrtf rsqrt __expf __logf __fdividef sincospif and C math
+//   Arithmetic   bk_exp2(float): one instruction, 2 ulp, denormal results are 0
+//                fmaf fma __fmaf_rn rsqrtf rsqrt __expf __logf __fdividef sincospif and C math
 //                min max of two equal types
 //                __umulhi __umul64hi __popc __popcll __brev __clz __ffs __trap
 //   Bit casts    __float_as_uint __uint_as_float __float_as_int __int_as_float
@@ -46,6 +47,7 @@
 // What the emulator rejects is listed at the top of simt/simt.h.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -85,6 +87,8 @@ inline int bk_max_shared_memory_per_block() {
 }
 inline bool bk_large_arguments() { return true; }
 inline void bk_zero(void* pointer, std::size_t bytes, void*) { std::memset(pointer, 0, bytes); }
+
+inline float bk_exp2(float x) { return std::exp2(x); }
 
 inline void bk_cp_async_16(void* dst_smem, const void* src, int bytes_valid = 16,
                            const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -161,6 +165,12 @@ inline bool bk_large_arguments() {
 #else
   return false;
 #endif
+}
+
+__device__ __forceinline__ float bk_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // The shared-memory window's address of a generic pointer, as PTX wants it.

@@ -14,7 +14,7 @@ launches are a hundred times as many. Nothing is filled with NaN there, as initc
 initialised.
 
 Shapes lie around what kernels are cut by: tokens 1, 31, 32, 33, 129, 2048; n 130 and 4097; bf16 at an odd
-offset; ranks 1, 8, 17, 64; lists of 1, 61 and 448; classes 2, 5, 33, 1000, 32000. `--small` leaves out
+offset; ranks 1, 8, 17, 64; lists of 1, 61 and 448; classes 2, 5, 33, 1000, 2049, 32000. `--small` leaves out
 what takes the emulator, or a sanitizer, minutes.
 """
 
@@ -394,9 +394,9 @@ def tall(i: Inputs, small: bool) -> Iterator[Case]:
 
 def predict(i: Inputs, small: bool) -> Iterator[Case]:
     for classes, full, antithetic in itertools.product(
-        (2, 5, 33, 1000, 32000), (False, True), (False, True)
+        (2, 5, 33, 1000, 2049, 32000), (False, True), (False, True)
     ):
-        if (full and classes > 32) or (small and classes > 1000):
+        if (full and classes > 32) or (small and classes > 2049):
             continue
         for spread in (1.0, 60.0):  # both ways to add exponentials: bounded noise, and any
             rows, samples = (3, 64) if classes > 1000 else (9, 40)
@@ -588,6 +588,7 @@ COUNTED = (
     "polar 448 x (130, 8)",
     "stiefel_step_ polar 1 x (4097, 17)",
     "mc_predict C5 S40 variance x 1",
+    "mc_predict C1000 S40 variance x 1",
     "mc_predict C32000 S64 antithetic variance x 1",
     "low_rank_update_ 61 x (130, 10), 4 rows",
     "kron_accumulate_ 1 x 128, 300 rows float32",

@@ -186,8 +186,8 @@ def test_launches_do_not_grow_with_the_list(
 def test_launches_of_a_prediction(launches: Callable[[Callable[[], Any]], int]) -> None:
     """A constant number, whatever the number of samples."""
     key = random.key(1)
-    for classes, most in ((5, 3), (70, 4)):
-        mean, variance = torch.randn(3, classes), torch.rand(3, classes)
+    for classes, most in ((5, 1), (32, 1), (70, 1), (2048, 1), (2049, 4)):
+        mean, variance = torch.randn(1, classes), torch.rand(1, classes)
 
         def step(
             samples: int, mean: torch.Tensor = mean, variance: torch.Tensor = variance
@@ -195,12 +195,11 @@ def test_launches_of_a_prediction(launches: Callable[[Callable[[], Any]], int]) 
             return functional.mc_predict(mean, variance, n_samples=samples, key=key)
 
         few, many = launches(lambda step=step: step(8)), launches(lambda step=step: step(64))
-        assert few == many
-        assert 0 < few <= most
-    # Rows in chunks of a bounded workspace, of 16 KiB on the emulator: 28 bytes and more a class.
+        assert few == many == most, classes
+    # Rows in chunks of a bounded workspace, of 16 KiB on the emulator: 12 bytes and more a class.
     mean, variance = torch.randn(60, 70), torch.rand(60, 70)
     many = launches(lambda: functional.mc_predict(mean, variance, n_samples=8, key=key))
-    assert 3 * 4 <= many <= 12 * 4 and many % 4 == 0
+    assert 3 <= many <= 12
 
 
 # --- bytes -----------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ COALESCED = {
     "tall_retract_": 1.10,
     "tall_stiefel_step_": 1.15,
     "tall_landing_field": 1.10,
-    "mc_predict": 5.2,
+    "mc_predict": 3.0,
     "low_rank_update_": 2.6,
 }
 

@@ -413,43 +413,45 @@ def tall_cases() -> dict[str, Case]:
 
 def predict_terms(rows: int, classes: int, samples: int) -> dict[str, int]:
     """A softmax of Gaussian logits with variances; nothing of the size samples x classes is stored."""
-    row, key = rows * classes * F32, 16 + 4  # bytes: key and mode, which each warp reads
+    row, key = rows * classes * F32, 16
     groups = ceil_div(samples, 4)
-    prepared = {
-        "mean three times, variances: largest, sum, logarithms": 4 * row,
-        "scale, weight and log-weight, written": 3 * row,
+    small, held = classes <= 32, classes <= 2048
+    least, most = (32, 128) if small else (4, 16) if held else (64, 16)
+    each = ceil_div(groups, min(ceil_div(groups, least), most))
+    ranges = ceil_div(groups, 32 * ceil_div(each, 32) if small else each)
+    sums = {
+        "sums of each range, written and read": 4 * ranges * row,
+        "the mean and the result at the end": 2 * row,
+        "entropies": rows * (2 * (ranges if held else groups) * F64 + 2 * F32),
     }
-    if classes <= 32:  # a lane has whole samples; a warp a range of them
-        ranges = ceil_div(groups, 32)
-        each = 32 * ceil_div(ceil_div(groups, min(ranges, 128)), 32)
-        ranges, turns = ceil_div(groups, each), ceil_div(groups, 32)
+    if held:  # one launch; a warp of few classes, else a block of two classes a thread, has a range
+        warps = ranges if small else ranges * min(8, ceil_div(classes, 64))
+        blocks = (
+            ceil_div(ranges, min(8, (40 << 10) // (classes * 6 * 32 * F32))) if small else ranges
+        )
         return {
-            **prepared,
-            "scale, log-weight and weight twice, for each 128 samples": 4 * turns * row,
-            "sums and shifts of each range, written": 3 * ranges * row,
-            "the sums, mean, weight, log-weight, the result": (2 * ranges + 4) * row,
-            "entropies": rows * (2 * ranges * F64 + 2 * F32),
-            "key and mode, for each warp": rows * (ranges * key + 2 * 4),
+            "mean three times and variances, for each block": 4 * blocks * row,
+            "the key, for each warp": rows * warps * key,
+            **sums,
         }
-    ranges = min(ceil_div(groups, 64), 16)
     warps = ceil_div(classes, 32)
     return {
-        **prepared,
-        "scale, weight, log-weight for each 4 samples": 3 * groups * row,
+        "mean three times and variances": 4 * row,
+        "scale and log-weight, written": 2 * row,
+        "scale and log-weight, for each 4 samples": 2 * groups * row,
         "normalisers of 4 samples, written": groups * rows * 4 * F32,
-        "scale, weight, log-weight for each range": 3 * ranges * row,
+        "scale and log-weight, for each range": 2 * ranges * row,
         "normalisers, for each 32 classes": groups * rows * warps * 4 * F32,
-        "sums and shifts of each range, written": 3 * ranges * row,
-        "the sums, mean, weight, log-weight, the result": (2 * ranges + 4) * row,
-        "entropies": rows * (2 * groups * F64 + 2 * F32),
-        "key and mode, for each warp": rows * (groups * 8 + ranges * warps + 1) * key,
+        "key and mode, for each warp": rows * (groups * 8 + ranges * warps) * (key + 4),
+        "what was prepared of a row": rows * (1 + 8) * 12,
+        **sums,
     }
 
 
 def predict_cases() -> dict[str, Case]:
     cases = {}
     key = random.key(1)
-    for rows, classes, samples in ((16, 5, 1000), (4, 640, 64)):
+    for rows, classes, samples in ((16, 5, 1000), (4, 640, 64), (1, 2100, 24)):
         mean, cov = normal(rows, classes), normal(rows, classes).square()
         cases[f"mc_predict S{samples} B{rows} C{classes}"] = Case(
             lambda mean=mean, cov=cov, samples=samples: _library.ops.mc_predict(  # type: ignore[misc]

@@ -388,13 +388,14 @@ def test_second_gram_matrices_of_tall_matrices(device, n: int, r: int, kind: str
 
 # Rows, classes, samples. CPU: 64 classes change the layout, 16 vectors of draws are an fp32 sum of few
 # classes, 1024 draws a range; 1024 classes are an fp32 sum of many, 64 draws a range; 16 ranges at most;
-# 256 classes are finished at once. GPU: 32 classes change the layout; 128 draws of few classes are a range,
-# 128 ranges at most; 256 draws of many, 16 at most, and 256 are an fp32 sum; 64, 128 and 256 threads take
-# classes.
+# 256 classes are finished at once. GPU: 32 and 2048 classes change the layout; 128 draws of few classes are
+# a range, 128 ranges at most, 8 of them a block's; 16 draws of up to 2048 classes, 256 of more, 16 ranges at
+# most; 256 draws are an fp32 sum; 32 to 256 threads take two classes each, or more.
 PREDICT = [
     (1, 31, 128), (1, 32, 129), (2, 33, 257), (2, 63, 255), (1, 64, 256), (2, 65, 65), (1, 127, 9),
     (1, 129, 3), (1, 255, 64), (1, 257, 66), (1, 2, 1028), (1, 3, 8197), (1, 1023, 5), (1, 1040, 5),
-    (1, 1041, 4), (1, 2049, 3), (1, 2, 16390), (1, 33, 4105), (2, 70, 1100),
+    (1, 1041, 4), (1, 2048, 17), (1, 2049, 3), (1, 2049, 256), (1, 8, 4101),
+    (1, 2, 16390), (1, 33, 4105), (2, 70, 1100),
 ]  # fmt: skip
 
 
