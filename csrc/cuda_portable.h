@@ -38,7 +38,8 @@
 //                __umulhi __umul64hi __popc __popcll __brev __clz __ffs __trap
 //   Bit casts    __float_as_uint __uint_as_float __float_as_int __int_as_float
 //                __double_as_longlong __longlong_as_double
-//   Tensor cores mma_m16n8k16 ldmatrix_x2 ldmatrix_x4 ldmatrix_x2_trans ldmatrix_x4_trans: mma.h
+//   Tensor cores mma_m16n8k16 mma_m8n8k4_f64 movmatrix_trans_x4
+//                ldmatrix_x2 ldmatrix_x4 ldmatrix_x2_trans ldmatrix_x4_trans: mma.h
 //
 // clang-format on
 //

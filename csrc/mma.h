@@ -27,9 +27,13 @@
 //   B,  8 (n) x 16 (k)   ldmatrix_x2        &tile[lane % 8][lane / 8 % 2 * 8]
 //   B, 16 (k) x  8 (n)   ldmatrix_x2_trans  &tile[lane % 16][0]
 //
+// movmatrix_trans_x4(r): each of the four registers is an 8 x 8 matrix of 16-bit elements, of which
+// a lane holds (g, 2t) and (g, 2t+1); afterwards it holds (2t, g) and (2t+1, g).
+//
 // clang-format on
 //
-// Sources: PTX ISA, "Matrix Fragments for mma.m16n8k16", "mma.m8n8k4" (.f64) and "ldmatrix".
+// Sources: PTX ISA, "Matrix Fragments for mma.m16n8k16", "mma.m8n8k4" (.f64), "ldmatrix" and
+// "movmatrix".
 //
 // The host twin accumulates in fp32 in order of k. Hardware sums a k-slice with its own internal
 // rounding, so results agree bitwise only where every partial sum is exact.
@@ -85,6 +89,11 @@ BK_DEFINE_LDMATRIX(ldmatrix_x4, 4, false)
 BK_DEFINE_LDMATRIX(ldmatrix_x4_trans, 4, true)
 #undef BK_DEFINE_LDMATRIX
 
+inline void movmatrix_trans_x4(std::uint32_t (&r)[4], const char* file = __builtin_FILE(),
+                               int line = __builtin_LINE()) {
+  ::simt::transpose_matrix(4, r, file, line);
+}
+
 #else  // CUDA
 
 #define BK_DEFINE_MMA(NAME, TYPE)                                                     \
@@ -126,6 +135,12 @@ BK_DEFINE_LDMATRIX_X4(ldmatrix_x4, "")
 BK_DEFINE_LDMATRIX_X4(ldmatrix_x4_trans, ".trans")
 #undef BK_DEFINE_LDMATRIX_X2
 #undef BK_DEFINE_LDMATRIX_X4
+
+__device__ __forceinline__ void movmatrix_trans_x4(std::uint32_t (&r)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\n" : "+r"(r[i]));
+}
 
 #endif
 

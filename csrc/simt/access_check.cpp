@@ -18,6 +18,8 @@
 //     whole warp.
 // Atomic operations race neither with each other nor with plain accesses here.
 //
+// Loads of global memory that another block stored: block_order.h.
+//
 // Calls into libc (memcpy with a size unknown at compile time, say) are not seen.
 #include <cstddef>
 #include <cstdint>
@@ -25,6 +27,7 @@
 #include <vector>
 
 #include "access_hooks.h"
+#include "block_order.h"
 #include "simt.h"
 
 namespace simt {
@@ -58,10 +61,13 @@ struct Checker {
   Time warp_time[32] = {};
 } checker;
 
+BlockOrder order;
+
 void block_begins() {
   checker.bytes.resize(shared_arena().bytes);
   checker.block_begin = checker.block_time = ++checker.clock;
   for (Time& time : checker.warp_time) time = checker.clock;
+  order.block_begins();
 }
 void block_barrier() { checker.block_time = ++checker.clock; }
 void warp_barrier(unsigned warp) { checker.warp_time[warp] = ++checker.clock; }
@@ -153,12 +159,15 @@ void on_forget(const void* address, std::size_t n) {
   }
 }
 
-void launch_begins(const char*) {}
+void launch_begins(const char*) { order.launch_begins(); }
 void launch_ends() {}
-void on_global_read(const void*, std::size_t, unsigned) {}
+void on_global_read(const void* address, std::size_t n, unsigned) { order.load(address, n); }
+void fence(unsigned thread) { order.fence(thread); }
+void atomic(unsigned) { order.atomic(); }
 
-const AccessHooks hooks{launch_begins, launch_ends, block_begins, block_barrier, warp_barrier,
-                        on_read,       on_write,    on_forget,    on_global_read};
+const AccessHooks hooks{launch_begins,  launch_ends, block_begins, block_barrier,
+                        warp_barrier,   on_read,     on_write,     on_forget,
+                        on_global_read, fence,       atomic};
 const bool installed = [] {
   access_hooks = &hooks;
   return true;
@@ -169,7 +178,14 @@ inline void instrumented(const void* address, std::size_t n, bool is_store, cons
   const SharedArena& arena = shared_arena();
   const auto offset =
       reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(arena.base);
-  if (offset < arena.bytes) check(address, n, is_store, running_thread);
+  if (offset < arena.bytes) {
+    check(address, n, is_store, running_thread);
+  } else if (!in_warp_operation && !on_stack(address)) {
+    if (is_store)
+      order.store(address, n, static_cast<unsigned>(running_thread));
+    else
+      order.load(address, n);
+  }
 }
 
 }  // namespace

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "access_hooks.h"
+#include "block_order.h"
 #include "simt.h"
 
 namespace simt {
@@ -60,6 +61,8 @@ struct Counter {
   std::vector<std::unordered_map<const void*, Site>> warps;
   Range host_stack, library;
 } counter;
+
+BlockOrder order;
 
 void close_request(std::vector<Span>& request, bool is_store) {
   std::sort(request.begin(), request.end());
@@ -129,6 +132,7 @@ void launch_begins(const char* kernel) {
   counter.library = library;
   counter.host_stack = stack;
   counter.warps.clear();  // of a launch that ended in a fault
+  order.launch_begins();
   const std::string name = kernel;
   counter.kernel = &counter.kernels[name.substr(0, name.find('<'))];
   ++counter.kernel->launches;
@@ -137,13 +141,20 @@ void launch_ends() { close_block(); }
 
 void block_begins() {
   close_block();
+  order.block_begins();
   counter.warps.resize((blockDim.x * blockDim.y * blockDim.z + 31) / 32);
 }
 void ignore(const void*, std::size_t, unsigned) {}
 void forget(const void*, std::size_t) {}
+void fence(unsigned thread) { order.fence(thread); }
+void atomic(unsigned) { order.atomic(); }
 
 void record(const void* address, std::size_t bytes, bool is_store, const void* site) {
   const unsigned thread = static_cast<unsigned>(running_thread), lane = thread % 32;
+  if (is_store)
+    order.store(address, bytes, thread);
+  else
+    order.load(address, bytes);
   Site& at = counter.warps[thread / 32][site];
   at.is_store = is_store;
   const unsigned number = at.accesses[lane]++;
@@ -156,8 +167,8 @@ void on_global_read(const void* address, std::size_t bytes, unsigned) {
   record(address, bytes, false, reinterpret_cast<const void*>(&on_global_read));
 }
 
-const AccessHooks hooks{launch_begins, launch_ends, block_begins, close_block,   close_warp,
-                        ignore,        ignore,      forget,       on_global_read};
+const AccessHooks hooks{launch_begins, launch_ends, block_begins,   close_block, close_warp, ignore,
+                        ignore,        forget,      on_global_read, fence,       atomic};
 const bool installed = [] {
   access_hooks = &hooks;
   return true;

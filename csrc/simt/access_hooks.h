@@ -52,6 +52,9 @@ struct AccessHooks {
   void (*forget)(const void* address, std::size_t bytes);
   // A cp.async of `thread` reads global memory; other reads of it are those of the instrumentation.
   void (*global_read)(const void* address, std::size_t bytes, unsigned thread);
+  // A __threadfence; an atomic operation.
+  void (*fence)(unsigned thread);
+  void (*atomic)(unsigned thread);
 };
 // Null unless one of the two is linked in.
 extern const AccessHooks* access_hooks;

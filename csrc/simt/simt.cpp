@@ -770,6 +770,13 @@ std::uint32_t ballot(const char* name, std::uint32_t mask, bool predicate, const
   return payload;
 }
 
+void thread_fence() {
+  if (access_hooks != nullptr) access_hooks->fence(static_cast<unsigned>(running_thread));
+}
+void atomic_operation() {
+  if (access_hooks != nullptr) access_hooks->atomic(static_cast<unsigned>(running_thread));
+}
+
 // ---- cp.async
 
 void copy_async_16(void* destination, const void* source, int bytes_valid, const char* file,
@@ -962,6 +969,32 @@ void load_matrix(int count, bool transposed, std::uint32_t* out, const void* row
     combine = transposed ? combine_load_matrix<4, true> : combine_load_matrix<4, false>;
   }
   warp_collective("ldmatrix", 0xffffffffu, &payload, combine, file, line);
+}
+
+void transpose_matrix(int count, std::uint32_t* registers, const char* file, int line) {
+  require_kernel("movmatrix");
+  require_full_warp("movmatrix");
+  struct Payload {
+    std::uint32_t* registers;
+    int count;
+  } payload{registers, count};
+  warp_collective(
+      "movmatrix", 0xffffffffu, &payload,
+      [](std::uint32_t, void* const* payloads) {
+        const auto lane = [&](unsigned i) { return static_cast<Payload*>(payloads[i])->registers; };
+        for (int i = 0; i < static_cast<Payload*>(payloads[0])->count; ++i) {
+          std::uint16_t matrix[8][8];
+          for (unsigned l = 0; l < 32; ++l) {
+            matrix[l / 4][2 * (l % 4)] = static_cast<std::uint16_t>(lane(l)[i]);
+            matrix[l / 4][2 * (l % 4) + 1] = static_cast<std::uint16_t>(lane(l)[i] >> 16);
+          }
+          for (unsigned l = 0; l < 32; ++l) {
+            const unsigned g = l / 4, t = l % 4;
+            lane(l)[i] = matrix[2 * t][g] | static_cast<std::uint32_t>(matrix[2 * t + 1][g]) << 16;
+          }
+        }
+      },
+      file, line);
 }
 
 // ---- launch

@@ -33,7 +33,8 @@
 // wild global and shared accesses are found at the access. Compiled with -fsanitize=thread (compile
 // step only, no libtsan) and linked with access_check.cpp, every single access to shared memory is
 // checked for races, initialisation and bounds; linked with access_count.cpp instead, the bytes
-// that each kernel moves to and from global memory are counted.
+// that each kernel moves to and from global memory are counted. Both find loads of what another
+// block stored without the fences and the atomic operation that order them (block_order.h).
 //
 // Not emulated: timing, bank conflicts, register limits, memory-model weakness (stores are visible
 // at once), clusters, TMA. A thread that spins on a value another thread or block shall write never
@@ -140,11 +141,16 @@ void copy_async_16(void* destination, const void* source, int bytes_valid, const
 void copy_async_commit();
 void copy_async_wait(int groups_in_flight);
 
+// For the checks of access_check.cpp and access_count.cpp.
+void thread_fence();
+void atomic_operation();
+
 enum class MmaInput { bf16, fp16 };
 void mma_m16n8k16(MmaInput input, float* d, const std::uint32_t* a, const std::uint32_t* b,
                   const char* file, int line);
 void load_matrix(int count, bool transposed, std::uint32_t* out, const void* row, const char* file,
                  int line);
+void transpose_matrix(int count, std::uint32_t* registers, const char* file, int line);
 
 // Throws std::runtime_error; from inside a kernel the text is led by kernel, block and thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -290,12 +296,13 @@ template <class T>
 inline void __stcg(T* pointer, T value) {
   *pointer = value;
 }
-inline void __threadfence() {}
+inline void __threadfence() { simt::thread_fence(); }
 inline void __threadfence_block() {}
 
 namespace simt {
 template <class T>
 inline T fetch_add(T* pointer, T value) {
+  atomic_operation();
   // Through the builtin, so that the access check sees an atomic and reports no race.
   return __atomic_fetch_add(pointer, value, __ATOMIC_RELAXED);
 }

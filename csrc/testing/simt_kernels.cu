@@ -265,6 +265,42 @@ __global__ void block_counter_kernel(unsigned* counter, int* is_last) {
   if (ticket == gridDim.x - 1) is_last[threadIdx.x] = 1;
 }
 
+__global__ void last_block_sum_kernel(TicketFault fault, const float* in, float* partial,
+                                      int* ticket, float* out) {
+  BK_SHARED(int, found, );
+  const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  partial[at] = in[at];
+  if (fault != TicketFault::no_fence && fault != TicketFault::fence_too_late) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int last = static_cast<int>(gridDim.x) - (fault == TicketFault::one_too_early ? 2 : 1);
+    found = atomicAdd(ticket, 1) == last;
+    if (fault != TicketFault::no_fence_of_the_last) __threadfence();
+  }
+  __syncthreads();
+  if (fault == TicketFault::fence_too_late) __threadfence();
+  if (found == 0) return;
+  float sum = 0.0f;
+  for (unsigned block = 0; block < gridDim.x; ++block)
+    sum += __ldcg(partial + block * blockDim.x + threadIdx.x);
+  out[threadIdx.x] = sum;
+}
+
+__global__ void transpose_registers_kernel(const unsigned short* in, unsigned short* out) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  std::uint32_t word[4];
+  for (int i = 0; i < 4; ++i) {
+    const unsigned short* from = in + 64 * i + 8 * g + 2 * t;
+    word[i] = from[0] | static_cast<std::uint32_t>(from[1]) << 16;
+  }
+  movmatrix_trans_x4(word);
+  for (int i = 0; i < 4; ++i) {
+    unsigned short* to = out + 64 * i + 8 * g + 2 * t;
+    to[0] = static_cast<unsigned short>(word[i]);
+    to[1] = static_cast<unsigned short>(word[i] >> 16);
+  }
+}
+
 __global__ void grid_of_three_dimensions_kernel(int* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
@@ -442,6 +478,14 @@ void warp_private_exchange(int* out) {
 }
 void block_counter(unsigned* counter, int* is_last) {
   BK_LAUNCH(block_counter_kernel, 7, 32, 0, nullptr, counter, is_last);
+  check_launch();
+}
+void last_block_sum(TicketFault fault, const float* in, float* partial, int* ticket, float* out) {
+  BK_LAUNCH(last_block_sum_kernel, 5, 64, 0, nullptr, fault, in, partial, ticket, out);
+  check_launch();
+}
+void transpose_registers(const unsigned short* in, unsigned short* out) {
+  BK_LAUNCH(transpose_registers_kernel, 1, 32, 0, nullptr, in, out);
   check_launch();
 }
 void grid_of_three_dimensions(int* out) {

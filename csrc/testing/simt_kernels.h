@@ -52,6 +52,13 @@ void misaligned_ldmatrix(float* out);
 void early_return(int* out, int n);
 void warp_private_exchange(int* out);
 void block_counter(unsigned* counter, int* is_last);
+
+// out[i] = sum of in[b][i] over 5 blocks b, added by the last of them.
+enum class TicketFault { none, no_fence, fence_too_late, no_fence_of_the_last, one_too_early };
+void last_block_sum(TicketFault fault, const float* in, float* partial, int* ticket, float* out);
+
+// out[register][row][column] = in[register][column][row], 8 x 8 each.
+void transpose_registers(const unsigned short* in, unsigned short* out);
 void grid_of_three_dimensions(int* out);
 void block_of_any_size(int* out, int n_threads);
 void intrinsics(float* out, unsigned* bits);

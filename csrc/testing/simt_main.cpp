@@ -208,6 +208,31 @@ void block_counter_is_right() {
   for (std::size_t i = 0; i < 32; ++i) require(is_last[i] == 1, "last block");
 }
 
+void last_block_sum_is(TicketFault fault) {
+  GuardedArray<float> in(5 * 64), partial(5 * 64), out(64);
+  Random random{7};
+  for (std::size_t i = 0; i < in.size(); ++i) in[i] = random.uniform();
+  const auto launch = [&] {
+    int ticket = 0;
+    for (std::size_t i = 0; i < partial.size(); ++i) partial[i] = -1.0f;
+    last_block_sum(fault, in.data(), partial.data(), &ticket, out.data());
+  };
+  stable(launch, out);
+  for (std::size_t i = 0; i < 64; ++i) {
+    float expected = 0.0f;
+    for (std::size_t block = 0; block < 5; ++block) expected += in[64 * block + i];
+    require(out[i] == expected, "sum of the last block");
+  }
+}
+
+void transpose_registers_is_right() {
+  GuardedArray<unsigned short> in(256), out(256);
+  for (std::size_t i = 0; i < 256; ++i) in[i] = static_cast<unsigned short>(257 * i);
+  stable([&] { transpose_registers(in.data(), out.data()); }, out);
+  for (std::size_t i = 0; i < 256; ++i)
+    require(out[i] == in[i / 64 * 64 + i % 8 * 8 + i / 8 % 8], "movmatrix");
+}
+
 void grid_of_three_dimensions_is_right() {
   GuardedArray<int> out(24 * 40);
   stable([&] { grid_of_three_dimensions(out.data()); }, out);
@@ -344,6 +369,8 @@ const Case cases[] = {
     {"early_return", early_return_is_allowed},
     {"warp_private_exchange", warp_private_exchange_is_right},
     {"block_counter", block_counter_is_right},
+    {"last_block_sum", [] { last_block_sum_is(TicketFault::none); }},
+    {"transpose_registers", transpose_registers_is_right},
     {"grid_of_three_dimensions", grid_of_three_dimensions_is_right},
     {"block_of_any_size", blocks_of_any_size_are_right},
     {"intrinsics", intrinsics_are_right},
@@ -364,6 +391,10 @@ const Case cases[] = {
     {"copy_no_commit", [] { copy_fault(CopyFault::no_commit); }},
     {"copy_wait_too_few", [] { copy_fault(CopyFault::wait_too_few); }},
     {"copy_no_barrier", [] { copy_fault(CopyFault::no_barrier); }},
+    {"ticket_no_fence", [] { last_block_sum_is(TicketFault::no_fence); }},
+    {"ticket_fence_too_late", [] { last_block_sum_is(TicketFault::fence_too_late); }},
+    {"ticket_no_fence_of_the_last", [] { last_block_sum_is(TicketFault::no_fence_of_the_last); }},
+    {"ticket_one_too_early", [] { last_block_sum_is(TicketFault::one_too_early); }},
     {"divergent_barrier", plain<int, divergent_barrier>},
     {"divergent_shuffle", plain<int, divergent_shuffle>},
     {"shuffle_outside_mask", plain<int, shuffle_outside_mask>},

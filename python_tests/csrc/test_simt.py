@@ -109,6 +109,8 @@ RIGHT = [
     "early_return",
     "warp_private_exchange",
     "block_counter",
+    "last_block_sum",
+    "transpose_registers",
     "grid_of_three_dimensions",
     "block_of_any_size",
     "intrinsics",
@@ -136,6 +138,7 @@ CAUGHT = {
     "copy_no_wait": ["uninitialised read", "poison byte"],
     "copy_wait_too_few": ["uninitialised read", "poison byte"],
     "copy_no_commit": ["copy_async_kernel", "thread (24,0,0)", "still in flight"],
+    "ticket_one_too_early": ["race", "forward order", "reverse order"],
     "divergent_barrier": [
         "kernel divergent_barrier_kernel, block (0,0,0), thread (40,0,0)",
         "divergent barrier",
@@ -180,6 +183,9 @@ CAUGHT_AT_THE_ACCESS = {
     "shared_store_above": ["thread (5,0,0)", "out-of-bounds store"],
     "shared_store_below": ["thread (5,0,0)", "out-of-bounds store"],
     "dynamic_shared_store_above": ["thread (5,0,0)", "out-of-bounds store"],
+    "ticket_no_fence": ["last_block_sum_kernel", "no __threadfence before its atomic operation"],
+    "ticket_fence_too_late": ["last_block_sum_kernel", "no __threadfence before its atomic"],
+    "ticket_no_fence_of_the_last": ["no atomic operation and __threadfence of its own block"],
 }
 
 
