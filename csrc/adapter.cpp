@@ -1,6 +1,8 @@
 // Host side of the adapter family, shared by all devices: checks, allocation, launch.
 #include "adapter.h"
 
+#include <algorithm>
+
 #include "kept_draws.h"
 #include "scaled_normal.h"
 #include "torch_stable.h"
@@ -9,7 +11,7 @@ namespace bayes_kernels {
 namespace {
 
 struct Cpu {
-  static constexpr bool takes_draws = true;  // in place of E, for few tokens
+  static constexpr bool always_draws = false;  // in place of E: for few tokens only
   static constexpr auto shrink_workspace = shrink_workspace_cpu;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cpu;
   static constexpr auto expand_workspace = expand_workspace_cpu;
@@ -22,7 +24,7 @@ struct Cpu {
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cpu;
 };
 struct Cuda {
-  static constexpr bool takes_draws = false;
+  static constexpr bool always_draws = true;
   static constexpr auto shrink_workspace = shrink_workspace_cuda;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cuda;
   static constexpr auto expand_workspace = expand_workspace_cuda;
@@ -75,19 +77,19 @@ struct NoiseMatrix {
   std::optional<Tensor> rho = {};          // contiguous, of the draw
   std::shared_ptr<const float> kept = {};  // likewise, its normals where they are known
   AdapterDraw draw = {};
-  bool exists() const { return e.has_value() || draw.rho != nullptr; }
+  bool exists() const { return e.has_value() || rho.has_value(); }
 };
 
-// E = std(rho) . eps; as a draw where `drawn`.
+// E = std(rho) . eps; as a draw on a GPU, and where there are `few` tokens.
 template <class Device>
 NoiseMatrix noise_matrix(const char* op, const std::optional<Tensor>& rho, const Tensor& a,
                          const NoiseArguments& noise, const std::string& std, const Tensor& x,
-                         bool drawn) {
+                         bool few) {
   NoiseMatrix made;
   if (!rho.has_value()) return made;
   BK_CHECK(noise.key.has_value(), op, ": key is needed with rho; make it with random.key(seed)");
   check_device(op, "rho", *rho, x);
-  if (!Device::takes_draws || !drawn) {
+  if (!Device::always_draws && !few) {
     made.e = draw_scaled_normal(op, *rho, a.size(1), *noise.key, noise.stream, std,
                                 Device::scaled_normal);
     return made;
@@ -160,12 +162,13 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
                              {key, stream, row0, rows_per_id, ids, dropout});
 }
 
-// dx, da, de, or drho in place of de where there is a draw.
+// dx, da, de, or drho in place of de where there is a draw (of rho (r, n) on a GPU).
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor dh, Tensor x,
                                                         Tensor a, NoiseMatrix matrix,
                                                         const NoiseArguments& noise, bool need_dx,
-                                                        bool need_da, bool need_de) {
+                                                        bool need_da, bool need_de,
+                                                        const AdapterTickets& tickets = {}) {
   BK_CHECK(x.dim() == 2 && dh.dim() == 2, op, ": x and dh must have two dimensions");
   x = unit_column_stride(x);
   a = factor(op, "a", a, x);
@@ -182,6 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor d
   p.x = x.data_ptr();
   p.x_stride = row_stride(x);
   p.a = a.data_ptr();
+  p.tickets = tickets;
   set_noise(op, p, matrix, noise, a, x);
   need_de = need_de && matrix.exists();
   const ScalarType acc = accumulate_type(x);
@@ -264,7 +268,8 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
 
 template <class Device>
 std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tensor h, Tensor b,
-                                                double scaling, bool need_dh, bool need_db) {
+                                                double scaling, bool need_dh, bool need_db,
+                                                const AdapterTickets& tickets = {}) {
   BK_CHECK(dy.dim() == 2 && h.dim() == 2, op, ": dy and h must have two dimensions");
   dy = unit_column_stride(dy);
   h = factor(op, "h", h, dy);
@@ -281,6 +286,7 @@ std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tenso
   p.h = h.data_ptr();
   p.b = b.data_ptr();
   p.scaling = scaling;
+  p.tickets = tickets;
   const ScalarType acc = accumulate_type(dy);
   Tensor dh = empty_like_shape(dy, {need_dh ? p.tokens : 0, need_dh ? p.r : 0}, acc);
   Tensor db = empty_like_shape(dy, {need_db ? p.m : 0, need_db ? p.r : 0}, acc);
@@ -305,9 +311,9 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
                                       need_db);
 }
 
-// The whole adapter in one call: the kernels of scaled_normal, shrink and expand in turn, or, for
-// few tokens on the CPU, of shrink and expand; with keep_draw normals are kept from call to call.
-// Returns the output and h.
+// The whole adapter in one call: the kernels of scaled_normal, shrink and expand in turn, or, on a
+// GPU and for few tokens, of shrink and expand; with keep_draw the CPU keeps normals from call to
+// call. Returns the output and h.
 template <class Device>
 std::tuple<Tensor, Tensor> whole(const char* op, Tensor x, const Tensor& a,
                                  const std::optional<Tensor>& rho, const Tensor& b,
@@ -329,7 +335,7 @@ std::tuple<Tensor, Tensor> whole(const char* op, Tensor x, const Tensor& a,
   x = as_rows(x);
   const bool few = tokens > 0 && tokens <= few_shrink_tokens(checked_rank(op, a.size(0)));
   NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
-  if (keep_draw && matrix.draw.rho != nullptr) {
+  if (!Device::always_draws && keep_draw && matrix.draw.rho != nullptr) {
     matrix.kept = kept_normals(noise.key->const_data_ptr<int64_t>(), noise.stream, a.numel());
     matrix.draw.eps = matrix.kept.get();
   }
@@ -370,7 +376,7 @@ std::optional<Tensor> infer(Tensor x, Tensor a, std::optional<Tensor> rho, Tenso
 }
 
 // The derivatives of forward in one call: the kernels of expand_backward, scaled_normal,
-// shrink_backward and scaled_normal_backward in turn; for few tokens on the CPU shrink_backward
+// shrink_backward and scaled_normal_backward in turn; on a GPU and for few tokens shrink_backward
 // does the work of the other two of the latter three, and draws the noise once.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor a,
@@ -386,7 +392,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   OptionalDeviceGuard guard(x);
   need_drho = need_drho && rho.has_value();
   const bool need_dh = need_dx || need_da || need_drho;
-  auto [dh, db] = expand_backward_rows<Device>(op, dy, h, b, scaling, need_dh, need_db);
+  // Both ops count with the same tickets, which are zeroed once.
+  AdapterTickets tickets;
+  std::optional<Tensor> counters;
+  if (Device::always_draws && need_dh && b.dim() == 2 && b.size(0) > 0) {
+    tickets.count = adapter_tickets(x.size(0), std::max(x.size(1), b.size(0)));
+    counters = empty_like_shape(x, {tickets.count}, ScalarType::Int);
+    tickets.at = static_cast<int*>(counters->mutable_data_ptr());
+  }
+  auto [dh, db] = expand_backward_rows<Device>(op, dy, h, b, scaling, need_dh, need_db, tickets);
+  tickets.zero = true;
   if (!need_dh) {
     const auto nothing = [&](ScalarType type) { return empty_like_shape(x, {0, 0}, type); };
     const ScalarType acc = accumulate_type(x);
@@ -396,9 +411,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   const bool few = x.size(0) > 0 && x.size(0) <= kFewBackwardTokens && x.size(1) > 0 &&
                    rho.has_value() && rho->dim() == 2 && rho->size(1) == a.size(1);
   const NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
-  auto [dx, da, de] =
-      shrink_backward_rows<Device>(op, dh, x, a, matrix, noise, need_dx, need_da, need_drho);
-  if (need_drho && matrix.e.has_value())
+  auto [dx, da, de] = shrink_backward_rows<Device>(op, dh, x, a, matrix, noise, need_dx, need_da,
+                                                   need_drho, tickets);
+  if (need_drho && (matrix.e.has_value() || matrix.draw.row_constant))
     de = scaled_normal_gradient(op, de, *rho, *key, stream, std, Device::scaled_normal_backward);
   return {dx, da, de, db};
 }

@@ -19,19 +19,31 @@ struct AdapterNoise {
   double dropout;
 };
 
-// What a CPU kernel makes E = std(rho) . eps from, one block of columns at a time, so that few
-// tokens need no matrix in memory. The numbers are those of scaled_normal, bit for bit.
+// What kernels make E = std(rho) . eps from, with the key and stream of the noise: one block of
+// columns at a time on the CPU (few tokens only), in fragment order on a GPU. The numbers are those
+// of scaled_normal, bit for bit.
 struct AdapterDraw {
   const void* rho = nullptr;  // (r, n) or (r, 1), like a; null where `e` holds E, or without noise
   bool row_constant = false;  // rho is (r, 1)
   Std std = Std::kSquare;
-  const float* eps = nullptr;  // (r, n) where it is known already; else it is drawn
+  const float* eps = nullptr;  // (r, n) where the CPU knows it already; else it is drawn
 };
 
 // Tokens up to which the CPU kernels take an AdapterDraw: one task's worth, so that each normal is
 // drawn once. Beyond, the draw is a small part of the work.
 constexpr int64_t few_shrink_tokens(int64_t r) { return r <= 8 ? 64 : 512 / r; }
 constexpr int64_t kFewBackwardTokens = 128;
+
+// CUDA only: counters with which the blocks of expand_backward and shrink_backward find their last
+// one. Kernels leave them at zero, so that the second op need not set them where the first has.
+struct AdapterTickets {
+  int* at = nullptr;  // null: in the workspace
+  int64_t count = 0;
+  bool zero = false;  // already
+};
+constexpr int64_t adapter_tickets(int64_t tokens, int64_t columns) {
+  return 8 * ((tokens + 31) / 32 + (columns + 127) / 128);
+}
 
 // h = x' a^T + ((x' . R_in) e^T) . R_out with x' = dropout(x)
 struct ShrinkParams {
@@ -45,11 +57,11 @@ struct ShrinkParams {
   void* workspace;  // shrink_workspace bytes
   int64_t tokens, n;
   int r;
-  AdapterDraw draw = {};  // CPU only, in place of e
+  AdapterDraw draw = {};  // in place of e
 };
 
 // dx = (dh a + ((dh . R_out) e) . R_in) . dropout', da = dh^T x', de = (dh . R_out)^T (x' . R_in);
-// with a draw drho = de . eps . std'(rho) in place of de
+// with a draw drho = de . eps . std'(rho) in place of de, but on a GPU where rho is (r, 1)
 struct ShrinkBackwardParams {
   DType dtype;
   const void* dh;  // (tokens, r) contiguous, fp32 (fp64)
@@ -64,7 +76,8 @@ struct ShrinkBackwardParams {
   void* workspace;  // shrink_backward_workspace bytes
   int64_t tokens, n;
   int r;
-  AdapterDraw draw = {};  // CPU only, in place of e; rho (r, n)
+  AdapterDraw draw = {};  // in place of e; rho (r, n) on the CPU
+  AdapterTickets tickets = {};
 };
 
 // y = base + scaling * h b^T
@@ -94,6 +107,7 @@ struct ExpandBackwardParams {
   double scaling;
   int64_t tokens, m;
   int r;
+  AdapterTickets tickets = {};
 };
 
 // Each returns null on success or the text of an error. Zero tokens are handled by the caller.

@@ -1,50 +1,32 @@
 // Adapter family on the GPU: which kernels run, over which grid, with what workspace.
 //
-//   shrink           [pack F]  down  [sum of column splits]
-//   shrink_backward  [pack dh] up (dx)  outer (da, de)  sum of token splits
-//   expand           [pack h]  up
-//   expand_backward  [pack b, h]  down (dh) [sum]  outer (db)  sum
+//   shrink           [prepare: E, fragments]  down
+//   expand                                    tile (up)
+//   expand_backward  [prepare: tickets]       tile (down and outer)
+//   shrink_backward  [prepare: E]             tile (up and outer)
 //
-// Packing belongs to the tensor-core kernels. Splits are functions of the shape alone, never of the
-// device, and partial sums are added in order of the split: the same inputs give the same bits.
+// and for fp16 largest magnitudes before. The 32-bit kernels take the same places: down_fma (shrink
+// and expand_backward) and tile_fma. Splits are functions of the shape alone, never of the device,
+// and partial sums are added in order of the split: the same inputs give the same bits.
 #include "adapter.h"
 
 #include <type_traits>
 
 #include "adapter_fma.cuh"
 #include "adapter_mma.cuh"
+#include "adapter_prepare.cuh"
 
 namespace bayes_kernels {
 namespace {
 
 constexpr const char* kNoDouble = "float64 is supported on the CPU only; use float32";
 
-// Blocks that fill the largest GPU in mind: 132 multiprocessors with four blocks of 128 threads.
-constexpr int64_t kFullGrid = 512;
+// Blocks of 128 threads that fill the largest GPU in mind, 132 multiprocessors: four each, and two
+// where each more is a partial sum more.
+constexpr int64_t kFullGrid = 512, kSplitGrid = 256;
 // 16-bit activations with fewer tokens than this take the fp32 kernels, which read the factors as
 // they are.
 constexpr int64_t kMmaTokens = 32;
-
-constexpr int kSumThreads = 256;
-
-struct SumArgs {
-  const float* partial;  // (splits, rows, columns)
-  int64_t rows, columns;
-  int64_t splits;
-  float scale;
-  bool transpose;  // write (columns, rows)
-  float* out;
-};
-
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(SumArgs p) {
-  const int64_t count = p.rows * p.columns;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (index >= count) return;
-  float sum = p.partial[index];
-  for (int64_t split = 1; split < p.splits; ++split) sum += p.partial[split * count + index];
-  const int64_t row = index / p.columns;
-  p.out[p.transpose ? (index - row * p.columns) * p.rows + row : index] = p.scale * sum;
-}
 
 // ---- host-side helpers --------------------------------------------------------------------------
 
@@ -57,6 +39,8 @@ int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
 int padded_rank(int r) { return r <= 8 ? 8 : r <= 16 ? 16 : r <= 32 ? 32 : 64; }
 
 int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+
+int64_t round_up(int64_t v, int64_t quantum) { return ceil_div(v, quantum) * quantum; }
 
 bool uses_mma(DType dtype, int64_t tokens) { return dtype != DType::kF32 && tokens >= kMmaTokens; }
 
@@ -121,515 +105,384 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// ---- pack ---------------------------------------------------------------------------------------
+// ---- what comes before the products -------------------------------------------------------------
 
-class PackList {
+// Largest magnitudes (fp16), then E and fragments and zero tickets.
+class Before {
  public:
-  PackList(const AdapterNoise& noise, int r) : r_(r) {
-    args_.noise = noise;
-    args_.r = r;
+  Before(DType dtype, int64_t tokens, int r) : mma_(uses_mma(dtype, tokens)), r_(r) {
+    half_ = mma_ && dtype == DType::kF16;
   }
-  // Parts of the largest magnitude of an operand, or of two that share a scale; null where the type
-  // of the activations needs none. Called before the operand is packed.
-  const float* amax(Workspace& workspace, DType dtype, const float* data, const float* also,
-                    int64_t count) {
-    if (dtype != DType::kF16) return nullptr;
-    if (const AmaxJob* known = amax_of(data)) return known->parts;
-    amax_.job[amaxes_] = {data, also, count, workspace.take<float>(kAmaxParts)};
+  bool mma() const { return mma_; }
+  // Parts of the largest magnitude of an operand, and of the noise matrix beside it; null where the
+  // type of the activations needs none.
+  const float* amax(Workspace& workspace, const float* data, int64_t count,
+                    const float* e = nullptr, const AdapterDraw& draw = {}) {
+    if (!half_) return nullptr;
+    const bool drawn = e == nullptr && draw.rho != nullptr;
+    amax_.job[amaxes_] = {data,
+                          count,
+                          drawn ? static_cast<const float*>(draw.rho) : e,
+                          drawn && draw.row_constant ? r_ : count,
+                          drawn,
+                          draw.std,
+                          workspace.take<float>(kAmaxParts)};
     return amax_.job[amaxes_++].parts;
   }
-  // F (r, n) for down.
-  const uint4* factor(Workspace& workspace, const float* source, int64_t rank_stride,
-                      int64_t column_stride, int64_t columns) {
-    const int bits = log2_of(padded_rank(r_) / 8);
-    const int64_t count = 4 * ceil_div(columns, kSignsPerBlock) * 32 << bits;
-    return add(workspace, PackJob{Fragment::kDown, source, rank_stride, column_stride, r_, columns,
-                                  false, parts_of(source), nullptr, count, bits});
-  }
-  // h (tokens, r) for up or outer.
-  const uint4* low(Workspace& workspace, Fragment kind, const float* source, int64_t tokens,
-                   bool flip) {
-    const int bits = log2_of((padded_rank(r_) + 15) / 16);
-    const int64_t count = 2 * ceil_div(tokens, 32) * 32 << bits;
-    return add(workspace, PackJob{kind, source, r_, 1, tokens, r_, flip, parts_of(source), nullptr,
-                                  count, bits});
-  }
-  template <class T>
-  const char* launch(void* stream) {
-    if constexpr (sizeof(T) == 2) {
-      if (amaxes_ > 0) {
-        BK_LAUNCH(amax_kernel, grid_of(kAmaxParts, amaxes_), kAmaxThreads, 0, stream, amax_);
-        if (const char* error = bk_last_error()) return error;
-      }
-      if (most_ == 0) return nullptr;
-      BK_LAUNCH((pack_kernel<T>), grid_of(ceil_div(most_, kPackThreads), jobs_), kPackThreads, 0,
-                stream, args_);
-      return bk_last_error();
+  // The noise matrix for kernels that read fragments (and F beside it where `a` is given) or fp32.
+  void noise(Workspace& workspace, const float* a, const float* e, const AdapterDraw& draw,
+             const AdapterNoise& noise, int64_t n, const float* amax) {
+    args_.rho = e == nullptr ? static_cast<const float*>(draw.rho) : nullptr;
+    args_.row_constant = draw.row_constant;
+    args_.std = draw.std;
+    args_.noise = noise;
+    args_.n = n;
+    args_.r = r_;
+    args_.amax = amax;
+    if (mma_) {
+      args_.group_bits = log2_of(padded_rank(r_) / 8);
+      args_.count = 4 * ceil_div(n, kSignsPerBlock) * 32 << args_.group_bits;
+      args_.a = a;
+      args_.e = e;
+      args_.packed = a == nullptr ? nullptr : workspace.take<uint4>(args_.count);
+      args_.packed_e = workspace.take<uint4>(args_.count);
     } else {
-      return nullptr;
+      args_.count = ceil_div(r_ * n, 4);
+      args_.drawn = workspace.take<float>(r_ * n);
     }
+  }
+  int* tickets(Workspace& workspace, int64_t count, const AdapterTickets& given) {
+    args_.tickets = given.at == nullptr ? workspace.take<int>(count) : given.at;
+    args_.n_tickets = given.at == nullptr ? count : given.zero ? 0 : given.count;
+    return args_.tickets;
+  }
+  const PrepareArgs& args() const { return args_; }
+  template <class T>
+  const char* launch(void* stream) const {
+    if (amaxes_ > 0) {
+      BK_LAUNCH(amax_kernel, grid_of(kAmaxParts, amaxes_), kAmaxThreads, 0, stream, amax_);
+      if (const char* error = bk_last_error()) return error;
+    }
+    if (args_.count == 0 && args_.n_tickets == 0) return nullptr;
+    const dim3 grid = grid_of(at_least_one(ceil_div(args_.count, kPrepareThreads)));
+    if (mma_)
+      BK_LAUNCH((prepare_kernel<T>), grid, kPrepareThreads, 0, stream, args_);
+    else
+      BK_LAUNCH((prepare_kernel<float>), grid, kPrepareThreads, 0, stream, args_);
+    return bk_last_error();
   }
 
  private:
-  const uint4* add(Workspace& workspace, PackJob job) {
-    job.out = workspace.take<uint4>(job.count);
-    if (job.count > most_) most_ = job.count;
-    args_.job[jobs_++] = job;
-    return job.out;
-  }
-  const AmaxJob* amax_of(const float* data) const {
-    for (int i = 0; i < amaxes_; ++i)
-      if (amax_.job[i].data == data || amax_.job[i].also == data) return &amax_.job[i];
-    return nullptr;
-  }
-  const float* parts_of(const float* data) const {
-    const AmaxJob* known = amax_of(data);
-    return known == nullptr ? nullptr : known->parts;
-  }
-  PackArgs args_{};
+  bool mma_, half_;
+  int r_;
+  PrepareArgs args_{};
   AmaxArgs amax_{};
   int amaxes_ = 0;
-  int r_;
-  int jobs_ = 0;
-  int64_t most_ = 0;
 };
 
-// ---- the three products, each as a plan that sizes and then launches ----------------------------
+// Tokens of a block: `grid` blocks in all with those over the columns, a multiple of 32.
+int64_t tokens_of_block(int64_t tokens, int64_t column_blocks, int64_t grid) {
+  return round_up(ceil_div(tokens, at_least_one(grid / at_least_one(column_blocks))), 32);
+}
 
-struct Rows {  // a matrix of activations
-  const void* data;
-  int64_t stride, tokens, columns;
-};
+const float* fp32(const void* data) { return static_cast<const float*>(data); }
 
-struct Factor {  // F[k][j] at k * rank_stride + j * column_stride; e: the noise matrix or null
-  const float* data;
-  const float* e;
-  int64_t rank_stride, column_stride;
-};
+// ---- shrink -------------------------------------------------------------------------------------
 
-// out (tokens, r) = scale * rows F^T
-struct Down {
-  DType dtype;
-  Rows rows;
-  Factor factor;
-  AdapterNoise noise;
-  float scale;
+struct ShrinkPlan {
+  Before before;
+  DownArgs mma{};
+  DownFmaArgs fma{};
+  dim3 grid;
   int r;
-  float* out;
+  bool flip;
+  int64_t bytes;
 
-  bool mma;
-  int64_t splits, per_split;
-  const uint4 *packed, *packed_e;
-  const float* amax;
-  float* partial;
-
-  void plan(PackList& packs, Workspace& workspace) {
-    mma = uses_mma(dtype, rows.tokens);
-    if (mma) {
-      amax = packs.amax(workspace, dtype, factor.data, factor.e, r * rows.columns);
-      const int64_t blocks = ceil_div(rows.tokens, kDownTokens * (kMmaThreads / 32));
-      const int64_t tiles = at_least_one(ceil_div(rows.columns, kSignsPerBlock));
-      const int64_t wanted = at_least_one(kFullGrid / blocks);
-      per_split = ceil_div(tiles, wanted < tiles ? wanted : tiles);
-      splits = ceil_div(tiles, per_split);
-      packed = packs.factor(workspace, factor.data, factor.rank_stride, factor.column_stride,
-                            rows.columns);
-      packed_e = factor.e == nullptr ? nullptr
-                                     : packs.factor(workspace, factor.e, factor.rank_stride,
-                                                    factor.column_stride, rows.columns);
+  explicit ShrinkPlan(const ShrinkParams& p) : before(p.dtype, p.tokens, p.r), r(p.r) {
+    Workspace workspace(p.workspace);
+    flip = p.e != nullptr || p.draw.rho != nullptr;
+    RowSum sum{static_cast<float*>(p.h), nullptr, nullptr, 1.0f};
+    if (before.mma()) {
+      const float* amax = before.amax(workspace, fp32(p.a), p.r * p.n, fp32(p.e), p.draw);
+      if (flip) before.noise(workspace, fp32(p.a), fp32(p.e), p.draw, p.noise, p.n, amax);
+      const int rank = padded_rank(p.r);
+      int warps = rank <= 16 ? 2 : 4;
+      while (warps > 1 && ceil_div(p.tokens, warps * kDownTokens) < 64) warps /= 2;
+      const int64_t blocks = ceil_div(p.tokens, warps * kDownTokens);
+      const int64_t tiles = at_least_one(ceil_div(p.n, kSignsPerBlock));
+      // Tickets are zeroed by prepare, which is launched for the noise only.
+      const int64_t wanted = flip ? at_least_one(kSplitGrid / blocks) : 1;
+      const int64_t per_split = round_up(ceil_div(tiles, wanted), kDownWarps / warps);
+      const int64_t splits = ceil_div(tiles, per_split);
+      share(workspace, sum, splits, p.tokens * rank, blocks);
+      sum.scale = keep_scale(p.noise);
+      grid = grid_of(blocks, splits);
+      // clang-format off
+      mma = {p.x, p.x_stride, p.tokens, p.n, fp32(p.a), before.args().packed,
+             before.args().packed_e, amax, p.noise, sum, p.r, warps, per_split,
+             vector_access(p.x, p.x_stride * 2, 16), vector_access(p.a, p.n * 4, 16)};
+      // clang-format on
     } else {
-      splits = at_least_one(ceil_div(rows.columns, kDownFmaColumns));
+      const bool drawn = flip && p.e == nullptr;
+      if (drawn) before.noise(workspace, nullptr, nullptr, p.draw, p.noise, p.n, nullptr);
+      const int64_t groups = ceil_div(p.r, kDownFmaRanks);
+      const int64_t tokens = ceil_div(p.tokens * groups, kSplitGrid / 2);
+      const int64_t per_block = round_up(tokens, tokens < kFmaTokens ? 2 * kFmaAhead : kFmaTokens);
+      const int64_t blocks = ceil_div(p.tokens, per_block);
+      const int64_t passes = at_least_one(ceil_div(p.n, kShrinkFmaWarps * kSignsPerBlock));
+      const int64_t wanted = drawn ? at_least_one(kSplitGrid / 2 / (blocks * groups)) : 1;
+      const int64_t per_split = ceil_div(passes, wanted < passes ? wanted : passes);
+      const int64_t splits = ceil_div(passes, per_split);
+      share(workspace, sum, splits, groups * p.tokens * kDownFmaRanks, blocks * groups);
+      grid = grid_of(splits, blocks, groups);
+      const int item = p.dtype == DType::kF32 ? 4 : 2;
+      // clang-format off
+      fma = {p.dtype, p.x, p.x_stride, p.tokens, p.n, fp32(p.a),
+             drawn ? before.args().drawn : fp32(p.e), p.n, 1, p.noise, keep_scale(p.noise), nullptr,
+             sum, Gradients{}, p.r, per_block, per_split,
+             vector_access(p.x, p.x_stride * item, 4 * item),
+             vector_access(p.a, p.n * 4, 16) && (p.e == nullptr || vector_access(p.e, 16, 16))};
+      // clang-format on
     }
-    partial = splits > 1 ? workspace.take<float>(splits * rows.tokens * r) : nullptr;
+    bytes = workspace.used();
   }
 
   template <class T>
   const char* launch(void* stream) const {
-    const bool flip = factor.e != nullptr;
-    const float first_scale = splits > 1 ? 1.0f : scale;
-    float* first_out = splits > 1 ? partial : out;
-    const char* error = nullptr;
+    if (const char* error = before.launch<T>(stream)) return error;
     if constexpr (sizeof(T) == 2) {
-      if (mma)
-        error = with_rank(r, flip, [&](auto rank, auto flips) {
-          // clang-format off
-          const DownArgs args{
-              rows.data, rows.stride, rows.tokens, rows.columns, packed, packed_e, amax, noise,
-              first_scale * keep_scale(noise), first_out, r, per_split,
-              vector_access(rows.data, rows.stride * 2, 16)};
-          // clang-format on
-          BK_LAUNCH((down_mma_kernel<T, decltype(rank)::value, decltype(flips)::value>),
-                    grid_of(ceil_div(rows.tokens, kDownTokens * (kMmaThreads / 32)), splits),
-                    kMmaThreads, 0, stream, args);
+      if (before.mma())
+        return with_rank(r, flip, [&](auto rank, auto flips) {
+          BK_LAUNCH((down_mma_kernel<T, decltype(rank)::value, decltype(flips)::value>), grid,
+                    kDownThreads, 0, stream, mma);
           return bk_last_error();
         });
     }
-    if (!mma) {
-      const int64_t groups = ceil_div(r, kDownFmaRanks);
-      const int64_t blocks = at_least_one(kFullGrid / (splits * groups));
-      const int64_t tokens_per_block =
-          ceil_div(ceil_div(rows.tokens, blocks), kFmaTokens) * kFmaTokens;
-      // clang-format off
-      const DownFmaArgs args{
-          dtype, rows.data, rows.stride, rows.tokens, rows.columns, factor.data, factor.e,
-          factor.rank_stride, factor.column_stride, noise, first_scale, keep_scale(noise),
-          first_out, r, tokens_per_block,
-          vector_access(rows.data, rows.stride * static_cast<int64_t>(sizeof(T)),
-                        4 * static_cast<int>(sizeof(T)))};
-      // clang-format on
-      const dim3 grid = grid_of(splits, ceil_div(rows.tokens, tokens_per_block), groups);
-      if (flip)
-        BK_LAUNCH((down_fma_kernel<true>), grid, kFmaThreads, 0, stream, args);
-      else
-        BK_LAUNCH((down_fma_kernel<false>), grid, kFmaThreads, 0, stream, args);
-      error = bk_last_error();
-    }
-    if (error != nullptr || splits == 1) return error;
-    const SumArgs sum{partial, rows.tokens, r, splits, scale, false, out};
-    BK_LAUNCH(sum_kernel, grid_of(ceil_div(rows.tokens * r, kSumThreads)), kSumThreads, 0, stream,
-              sum);
+    constexpr int kWarps = kShrinkFmaWarps;
+    if (flip)
+      BK_LAUNCH((down_fma_kernel<true, false, kWarps>), grid, 32 * kWarps, 0, stream, fma);
+    else
+      BK_LAUNCH((down_fma_kernel<false, false, kWarps>), grid, 32 * kWarps, 0, stream, fma);
     return bk_last_error();
-  }
-};
-
-// out (tokens, columns) = base + scale * low F
-struct Up {
-  DType dtype;
-  Rows base;  // data may be null; extents are those of out
-  void* out;
-  Factor factor;
-  const float* low;
-  AdapterNoise noise;
-  float scale;
-  int r;
-
-  bool mma;
-  const uint4 *packed, *packed_e;
-  const float *amax_low, *amax;
-
-  void plan(PackList& packs, Workspace& workspace) {
-    mma = uses_mma(dtype, base.tokens);
-    if (!mma) return;
-    amax_low = packs.amax(workspace, dtype, low, nullptr, base.tokens * r);
-    amax = packs.amax(workspace, dtype, factor.data, factor.e, r * base.columns);
-    packed = packs.low(workspace, Fragment::kUp, low, base.tokens, false);
-    packed_e =
-        factor.e == nullptr ? nullptr : packs.low(workspace, Fragment::kUp, low, base.tokens, true);
-  }
-
-  int64_t tokens_per_block(int64_t column_blocks) const {
-    const int64_t blocks = at_least_one(kFullGrid / column_blocks);
-    return ceil_div(ceil_div(base.tokens, blocks), 32) * 32;
-  }
-
-  template <class T>
-  const char* launch(void* stream) const {
-    const bool flip = factor.e != nullptr;
-    return with_rank(r, flip, [&](auto rank, auto flips) {
-      constexpr int kRank = decltype(rank)::value;
-      constexpr bool kFlip = decltype(flips)::value;
-      if constexpr (sizeof(T) == 2) {
-        if (mma) {
-          const int64_t column_blocks = ceil_div(base.columns, kSlab * (kMmaThreads / 32));
-          const int64_t tokens = tokens_per_block(column_blocks);
-          const bool vector =
-              vector_access(out, base.columns * 2, 16) &&
-              (base.data == nullptr || vector_access(base.data, base.stride * 2, 16));
-          // clang-format off
-          const UpArgs args{
-              base.data, base.stride, out, base.tokens, base.columns, factor.data, factor.e,
-              factor.rank_stride, factor.column_stride, packed, packed_e, amax_low, amax, noise,
-              scale * keep_scale(noise), r, tokens, vector};
-          // clang-format on
-          BK_LAUNCH((up_mma_kernel<T, (kRank + 15) / 16, kFlip>),
-                    grid_of(column_blocks, ceil_div(base.tokens, tokens)), kMmaThreads, 0, stream,
-                    args);
-          return bk_last_error();
-        }
-      }
-      const int64_t column_blocks = ceil_div(base.columns, fma_columns<kRank>() * kFmaThreads);
-      const int64_t tokens = tokens_per_block(column_blocks);
-      // clang-format off
-      const UpFmaArgs args{
-          dtype, base.data, base.stride, out, base.tokens, base.columns, factor.data, factor.e,
-          factor.rank_stride, factor.column_stride, low, noise, scale * keep_scale(noise), r,
-          tokens};
-      // clang-format on
-      BK_LAUNCH((up_fma_kernel<kRank, kFlip>),
-                grid_of(column_blocks, ceil_div(base.tokens, tokens)), kFmaThreads, 0, stream,
-                args);
-      return bk_last_error();
-    });
-  }
-};
-
-// out (r, columns) = scale * low^T rows, or its transpose; out_e with signs on both
-struct Outer {
-  DType dtype;
-  Rows rows;
-  const float* low;
-  AdapterNoise noise;
-  float scale;
-  int r;
-  bool flip;       // whether the second product is computed
-  bool transpose;  // out is (columns, r)
-  float* out;      // may be null
-  float* out_e;    // may be null
-
-  bool mma;
-  int64_t splits, tokens_per_block;
-  const uint4 *packed, *packed_e;
-  const float* amax_low;
-  float *partial, *partial_e;
-
-  void plan(PackList& packs, Workspace& workspace) {
-    mma = uses_mma(dtype, rows.tokens);
-    const int rank = padded_rank(r);
-    const int columns_per_thread = rank <= 16 ? 4 : rank == 32 ? 2 : 1;
-    const int64_t columns_per_block = mma ? kSlab : columns_per_thread * kFmaThreads;
-    // Three blocks of the tensor-core kernel fit a multiprocessor.
-    const int64_t full = mma ? kFullGrid * 3 / 4 : kFullGrid;
-    const int64_t quantum = mma ? 128 : kFmaTokens;
-    const int64_t wanted =
-        at_least_one(full / at_least_one(ceil_div(rows.columns, columns_per_block)));
-    tokens_per_block = ceil_div(ceil_div(rows.tokens, wanted), quantum) * quantum;
-    splits = ceil_div(rows.tokens, tokens_per_block);
-    if (mma) {
-      amax_low = packs.amax(workspace, dtype, low, nullptr, rows.tokens * r);
-      packed = packs.low(workspace, Fragment::kOuter, low, rows.tokens, false);
-      packed_e = flip ? packs.low(workspace, Fragment::kOuter, low, rows.tokens, true) : nullptr;
-    }
-    partial = workspace.take<float>(splits * r * rows.columns);
-    partial_e = flip ? workspace.take<float>(splits * r * rows.columns) : nullptr;
-  }
-
-  template <class T>
-  const char* launch(void* stream) const {
-    const char* error = with_rank(r, flip, [&](auto rank, auto flips) {
-      constexpr int kRank = decltype(rank)::value;
-      constexpr bool kFlip = decltype(flips)::value;
-      if constexpr (sizeof(T) == 2) {
-        if (mma) {
-          constexpr int kSteps = kRank <= 16 ? 1 : 2;
-          const int steps = (kRank + 15) / 16;
-          // clang-format off
-          const OuterArgs args{
-              rows.data, rows.stride, rows.tokens, rows.columns, packed, packed_e, amax_low, steps,
-              noise, partial, partial_e, r, tokens_per_block,
-              vector_access(rows.data, rows.stride * 2, 16)};
-          // clang-format on
-          BK_LAUNCH((outer_mma_kernel<T, kSteps, kFlip>),
-                    grid_of(ceil_div(rows.columns, kSlab), splits, steps / kSteps), kMmaThreads, 0,
-                    stream, args);
-          return bk_last_error();
-        }
-      }
-      // clang-format off
-      const OuterFmaArgs args{
-          dtype, rows.data, rows.stride, rows.tokens, rows.columns, low, noise, partial, partial_e,
-          r, tokens_per_block};
-      // clang-format on
-      BK_LAUNCH((outer_fma_kernel<kRank, kFlip>),
-                grid_of(ceil_div(rows.columns, fma_columns<kRank>() * kFmaThreads), splits),
-                kFmaThreads, 0, stream, args);
-      return bk_last_error();
-    });
-    if (error == nullptr) error = total(partial, out, stream);
-    if (error == nullptr) error = total(partial_e, out_e, stream);
-    return error;
   }
 
  private:
-  const char* total(const float* from, float* to, void* stream) const {
-    if (to == nullptr) return nullptr;
-    const SumArgs sum{from, r, rows.columns, splits, scale * keep_scale(noise), transpose, to};
-    BK_LAUNCH(sum_kernel, grid_of(ceil_div(r * rows.columns, kSumThreads)), kSumThreads, 0, stream,
-              sum);
-    return bk_last_error();
+  void share(Workspace& workspace, RowSum& sum, int64_t splits, int64_t count, int64_t tickets) {
+    if (splits == 1) return;
+    sum.partial = workspace.take<float>(splits * count);
+    sum.tickets = before.tickets(workspace, tickets, {});
   }
 };
 
-// ---- the four ops -------------------------------------------------------------------------------
+// ---- the others ---------------------------------------------------------------------------------
 
-struct ShrinkPlan {
-  PackList packs;
-  Down down{};
+// Products over rows (tokens, columns): up writes `out`, down `dh`, outer the gradients.
+struct TilePlan {
+  struct Inputs {
+    DType dtype;
+    const void* x;
+    int64_t stride, tokens, columns;
+    const void* low;
+    const void* factor;
+    const void* e;
+    int64_t rank_stride, column_stride;
+    AdapterNoise noise;
+    AdapterDraw draw;
+    float scale;
+    int r;
+    AdapterTickets tickets;
+  };
+  // The kernel of up (expand), of up and outer, or of down and outer; any of these may be unwanted.
+  enum class Kernel { kUp, kUpOuter, kDownOuter };
+
+  Before before;
+  TileArgs mma{};
+  DownFmaArgs down_fma{};
+  TileFmaArgs fma{};
+  dim3 grid;
+  int r, shared_bytes = 0;
+  bool flip, up, down, outer;
   int64_t bytes;
 
-  explicit ShrinkPlan(const ShrinkParams& p) : packs(p.noise, p.r) {
-    Workspace workspace(p.workspace);
-    down.dtype = p.dtype;
-    down.rows = Rows{p.x, p.x_stride, p.tokens, p.n};
-    down.factor = Factor{static_cast<const float*>(p.a), static_cast<const float*>(p.e), p.n, 1};
-    down.noise = p.noise;
-    down.scale = 1.0f;
-    down.r = p.r;
-    down.out = static_cast<float*>(p.h);
-    down.plan(packs, workspace);
+  TilePlan(Kernel kernel, const Inputs& i, void* at, void* out, void* dh, void* grad, void* grad_e,
+           bool transposed)
+      : before(i.dtype, i.tokens, i.r), r(i.r) {
+    Workspace workspace(at);
+    up = out != nullptr;
+    down = dh != nullptr;
+    outer = grad != nullptr || grad_e != nullptr;
+    const bool noisy = i.e != nullptr || i.draw.rho != nullptr;
+    flip = noisy && (up || grad_e != nullptr);
+    const int rank = padded_rank(i.r), matrices = flip ? 2 : 1;
+    const float keep = keep_scale(i.noise), scale = i.scale * keep;
+    const bool needs_e = noisy && up;
+    RowSum sum{static_cast<float*>(dh), nullptr, nullptr, i.scale};
+    Gradients gradients{static_cast<float*>(grad),
+                        static_cast<float*>(grad_e),
+                        transposed,
+                        nullptr,
+                        nullptr,
+                        scale,
+                        i.draw.row_constant ? nullptr : fp32(i.draw.rho),
+                        i.draw.std};
+    const float *amax = nullptr, *amax_low = nullptr;
+    if (before.mma()) {
+      if (up || outer) amax_low = before.amax(workspace, fp32(i.low), i.tokens * i.r);
+      if (up || down)
+        amax = before.amax(workspace, fp32(i.factor), i.r * i.columns, fp32(i.e), i.draw);
+    }
+    const bool drawn = needs_e && i.e == nullptr;
+    if (drawn) before.noise(workspace, nullptr, nullptr, i.draw, i.noise, i.columns, amax);
+
+    // Blocks of columns and of ranks; sums over blocks.
+    const bool has_down = kernel == Kernel::kDownOuter, walks_ranks = !before.mma() && has_down;
+    const int64_t width =
+        before.mma()  ? kTileColumns
+        : walks_ranks ? kOuterFmaWarps * kSignsPerBlock
+                      : fma_columns(rank, kernel == Kernel::kUpOuter && rank <= 32) * kFmaThreads;
+    const int64_t column_blocks = ceil_div(i.columns, width);
+    const int64_t groups = walks_ranks                          ? ceil_div(i.r, kDownFmaRanks)
+                           : before.mma() && outer && rank > 32 ? rank / outer_ranks(rank)
+                                                                : 1;
+    const int64_t tokens =
+        tokens_of_block(i.tokens, column_blocks * groups, outer || down ? kSplitGrid : kFullGrid);
+    const int64_t splits = ceil_div(i.tokens, tokens);
+    const int part = walks_ranks ? kDownFmaRanks : rank;
+    int64_t tickets = 0;
+    if (down && column_blocks > 1) {
+      sum.partial =
+          workspace.take<float>((walks_ranks ? groups : 1) * column_blocks * i.tokens * part);
+      tickets += (walks_ranks ? groups : 1) * splits;
+    }
+    const int64_t gradient_tickets = tickets;
+    if (outer) {
+      gradients.partial = workspace.take<float>((walks_ranks ? groups : 1) * splits * matrices *
+                                                column_blocks * width * part);
+      if (splits > 1) tickets += groups * column_blocks;
+    }
+    if (tickets > 0 || i.tickets.at != nullptr) {
+      sum.tickets = before.tickets(workspace, tickets, i.tickets);
+      gradients.tickets = sum.tickets + gradient_tickets;
+    }
+    grid = grid_of(column_blocks, splits, groups);
+
+    const float* e = drawn ? before.args().drawn : fp32(i.e);
+    const bool vector_x = i.x == nullptr || vector_access(i.x, i.stride * 2, 16);
+    if (before.mma()) {
+      shared_bytes = tile_shared_bytes(rank, flip, has_down);
+      // clang-format off
+      mma = {i.x, i.stride, i.tokens, i.columns, out, fp32(i.low), fp32(i.factor), fp32(i.e),
+             i.rank_stride, i.column_stride, drawn ? before.args().packed_e : nullptr, amax_low,
+             amax, i.noise, scale, sum, gradients, i.r, tokens,
+             vector_x && (out == nullptr || vector_access(out, i.columns * 2, 16)),
+             i.r % 2 == 0 && vector_access(i.low, 8, 8)};
+    } else if (walks_ranks) {
+      const int item = i.dtype == DType::kF32 ? 4 : 2;
+      down_fma = {i.dtype, i.x, i.stride, i.tokens, i.columns, fp32(i.factor), nullptr,
+                  i.rank_stride, i.column_stride, i.noise, keep, fp32(i.low), sum, gradients, i.r,
+                  tokens, 1, vector_access(i.x, i.stride * item, 4 * item), false};
+    } else {
+      fma = {i.dtype, i.x, i.stride, i.tokens, i.columns, out, fp32(i.factor), e, i.rank_stride,
+             i.column_stride, fp32(i.low), i.noise, scale, gradients, i.r, tokens};
+    }
+    // clang-format on
     bytes = workspace.used();
+  }
+
+  template <class T, Kernel kKernel>
+  const char* launch(void* stream) const {
+    constexpr bool kUp = kKernel != Kernel::kDownOuter, kOuter = kKernel != Kernel::kUp;
+    if (const char* error = before.launch<T>(stream)) return error;
+    return with_rank(r, flip, [&](auto rank, auto flips) {
+      [[maybe_unused]] constexpr int kRank = decltype(rank)::value;
+      [[maybe_unused]] constexpr bool kFlip = decltype(flips)::value && kKernel == Kernel::kUpOuter;
+      if constexpr (sizeof(T) == 2) {
+        if (before.mma()) {
+          const auto kernel = tile_mma_kernel<T, kRank, kFlip, !kUp, kUp, kOuter>;
+          if (shared_bytes > 47 * 1024) bk_set_max_dynamic_smem(kernel, shared_bytes);
+          BK_LAUNCH((tile_mma_kernel<T, kRank, kFlip, !kUp, kUp, kOuter>), grid, kTileThreads,
+                    shared_bytes, stream, mma);
+          return bk_last_error();
+        }
+      }
+      if constexpr (!kUp) {
+        BK_LAUNCH((down_fma_kernel<false, true, kOuterFmaWarps>), grid, 32 * kOuterFmaWarps, 0,
+                  stream, down_fma);
+      } else if constexpr (kRank <= 32 || !kOuter) {
+        BK_LAUNCH((tile_fma_kernel<kRank, kFlip, true, kOuter>), grid, kFmaThreads, 0, stream, fma);
+      } else {
+        if (up) {
+          TileFmaArgs args = fma;
+          args.x = nullptr;
+          BK_LAUNCH((tile_fma_kernel<kRank, kFlip, true, false>), grid, kFmaThreads, 0, stream,
+                    args);
+          if (const char* error = bk_last_error()) return error;
+        }
+        if (outer)
+          BK_LAUNCH((tile_fma_kernel<kRank, kFlip, false, true>), grid, kFmaThreads, 0, stream,
+                    fma);
+      }
+      return bk_last_error();
+    });
   }
 };
 
-struct ShrinkBackwardPlan {
-  PackList packs;
-  Up up{};
-  Outer outer{};
-  bool has_up, has_outer;
-  int64_t bytes;
+TilePlan plan(const ExpandParams& p) {
+  // clang-format off
+  const TilePlan::Inputs inputs{p.dtype, p.base, p.base_stride, p.tokens, p.m, p.h, p.b, nullptr, 1,
+                                p.r, no_noise(), {}, static_cast<float>(p.scaling), p.r, {}};
+  // clang-format on
+  return {TilePlan::Kernel::kUp, inputs, p.workspace, p.y, nullptr, nullptr, nullptr, false};
+}
 
-  explicit ShrinkBackwardPlan(const ShrinkBackwardParams& p) : packs(p.noise, p.r) {
-    Workspace workspace(p.workspace);
-    const float* dh = static_cast<const float*>(p.dh);
-    has_up = p.dx != nullptr;
-    has_outer = p.da != nullptr || p.de != nullptr;
-    if (has_up) {
-      up.dtype = p.dtype;
-      up.base = Rows{nullptr, 0, p.tokens, p.n};
-      up.out = p.dx;
-      up.factor = Factor{static_cast<const float*>(p.a), static_cast<const float*>(p.e), p.n, 1};
-      up.low = dh;
-      up.noise = p.noise;
-      up.scale = 1.0f;
-      up.r = p.r;
-      up.plan(packs, workspace);
-    }
-    if (has_outer) {
-      outer.dtype = p.dtype;
-      outer.rows = Rows{p.x, p.x_stride, p.tokens, p.n};
-      outer.low = dh;
-      outer.noise = p.noise;
-      outer.scale = 1.0f;
-      outer.r = p.r;
-      outer.flip = p.de != nullptr;
-      outer.transpose = false;
-      outer.out = static_cast<float*>(p.da);
-      outer.out_e = static_cast<float*>(p.de);
-      outer.plan(packs, workspace);
-    }
-    bytes = workspace.used();
-  }
-};
+TilePlan plan(const ExpandBackwardParams& p) {
+  // clang-format off
+  const TilePlan::Inputs inputs{p.dtype, p.dy, p.dy_stride, p.tokens, p.m, p.h, p.b, nullptr, 1, p.r,
+                                no_noise(), {}, static_cast<float>(p.scaling), p.r, p.tickets};
+  // clang-format on
+  return {TilePlan::Kernel::kDownOuter, inputs, p.workspace, nullptr, p.dh, p.db, nullptr, true};
+}
 
-struct ExpandPlan {
-  PackList packs;
-  Up up{};
-  int64_t bytes;
+TilePlan plan(const ShrinkBackwardParams& p) {
+  // clang-format off
+  const TilePlan::Inputs inputs{p.dtype, p.x, p.x_stride, p.tokens, p.n, p.dh, p.a, p.e, p.n, 1,
+                                p.noise, p.draw, 1.0f, p.r, p.tickets};
+  // clang-format on
+  return {TilePlan::Kernel::kUpOuter, inputs, p.workspace, p.dx, nullptr, p.da, p.de, false};
+}
 
-  explicit ExpandPlan(const ExpandParams& p) : packs(no_noise(), p.r) {
-    Workspace workspace(p.workspace);
-    up.dtype = p.dtype;
-    up.base = Rows{p.base, p.base_stride, p.tokens, p.m};
-    up.out = p.y;
-    up.factor = Factor{static_cast<const float*>(p.b), nullptr, 1, p.r};
-    up.low = static_cast<const float*>(p.h);
-    up.noise = no_noise();
-    up.scale = static_cast<float>(p.scaling);
-    up.r = p.r;
-    up.plan(packs, workspace);
-    bytes = workspace.used();
-  }
-};
+ShrinkPlan plan(const ShrinkParams& p) { return ShrinkPlan(p); }
 
-struct ExpandBackwardPlan {
-  PackList packs;
-  Down down{};
-  Outer outer{};
-  bool has_down, has_outer;
-  int64_t bytes;
-
-  explicit ExpandBackwardPlan(const ExpandBackwardParams& p) : packs(no_noise(), p.r) {
-    Workspace workspace(p.workspace);
-    const Rows rows{p.dy, p.dy_stride, p.tokens, p.m};
-    has_down = p.dh != nullptr;
-    has_outer = p.db != nullptr;
-    if (has_down) {
-      down.dtype = p.dtype;
-      down.rows = rows;
-      down.factor = Factor{static_cast<const float*>(p.b), nullptr, 1, p.r};
-      down.noise = no_noise();
-      down.scale = static_cast<float>(p.scaling);
-      down.r = p.r;
-      down.out = static_cast<float*>(p.dh);
-      down.plan(packs, workspace);
-    }
-    if (has_outer) {
-      outer.dtype = p.dtype;
-      outer.rows = rows;
-      outer.low = static_cast<const float*>(p.h);
-      outer.noise = no_noise();
-      outer.scale = static_cast<float>(p.scaling);
-      outer.r = p.r;
-      outer.flip = false;
-      outer.transpose = true;
-      outer.out = static_cast<float*>(p.db);
-      outer.out_e = nullptr;
-      outer.plan(packs, workspace);
-    }
-    bytes = workspace.used();
-  }
-};
+// Sizing runs the plan without a workspace, launching runs it again with one.
+template <class Params>
+int64_t workspace_of(Params p) {
+  p.workspace = nullptr;
+  return plan(p).bytes;
+}
 
 }  // namespace
 
-// Sizing runs the plan without a workspace, launching runs it again with one.
-int64_t shrink_workspace_cuda(const ShrinkParams& p) {
-  ShrinkParams sizing = p;
-  sizing.workspace = nullptr;
-  return ShrinkPlan(sizing).bytes;
-}
-int64_t shrink_backward_workspace_cuda(const ShrinkBackwardParams& p) {
-  ShrinkBackwardParams sizing = p;
-  sizing.workspace = nullptr;
-  return ShrinkBackwardPlan(sizing).bytes;
-}
-int64_t expand_workspace_cuda(const ExpandParams& p) {
-  ExpandParams sizing = p;
-  sizing.workspace = nullptr;
-  return ExpandPlan(sizing).bytes;
-}
-int64_t expand_backward_workspace_cuda(const ExpandBackwardParams& p) {
-  ExpandBackwardParams sizing = p;
-  sizing.workspace = nullptr;
-  return ExpandBackwardPlan(sizing).bytes;
-}
+int64_t shrink_workspace_cuda(const ShrinkParams& p) { return workspace_of(p); }
+int64_t shrink_backward_workspace_cuda(const ShrinkBackwardParams& p) { return workspace_of(p); }
+int64_t expand_workspace_cuda(const ExpandParams& p) { return workspace_of(p); }
+int64_t expand_backward_workspace_cuda(const ExpandBackwardParams& p) { return workspace_of(p); }
 
 const char* shrink_cuda(const ShrinkParams& p, void* stream) {
-  return with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    ShrinkPlan plan(p);
-    const char* error = plan.packs.template launch<T>(stream);
-    return error != nullptr ? error : plan.down.template launch<T>(stream);
-  });
+  return with_dtype(p.dtype, [&](auto zero) { return plan(p).launch<decltype(zero)>(stream); });
 }
-
 const char* shrink_backward_cuda(const ShrinkBackwardParams& p, void* stream) {
   return with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    ShrinkBackwardPlan plan(p);
-    const char* error = plan.packs.template launch<T>(stream);
-    if (error == nullptr && plan.has_up) error = plan.up.template launch<T>(stream);
-    if (error == nullptr && plan.has_outer) error = plan.outer.template launch<T>(stream);
-    return error;
+    return plan(p).launch<decltype(zero), TilePlan::Kernel::kUpOuter>(stream);
   });
 }
-
 const char* expand_cuda(const ExpandParams& p, void* stream) {
   return with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    ExpandPlan plan(p);
-    const char* error = plan.packs.template launch<T>(stream);
-    return error != nullptr ? error : plan.up.template launch<T>(stream);
+    return plan(p).launch<decltype(zero), TilePlan::Kernel::kUp>(stream);
   });
 }
-
 const char* expand_backward_cuda(const ExpandBackwardParams& p, void* stream) {
   return with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    ExpandBackwardPlan plan(p);
-    const char* error = plan.packs.template launch<T>(stream);
-    if (error == nullptr && plan.has_down) error = plan.down.template launch<T>(stream);
-    if (error == nullptr && plan.has_outer) error = plan.outer.template launch<T>(stream);
-    return error;
+    return plan(p).launch<decltype(zero), TilePlan::Kernel::kDownOuter>(stream);
   });
 }
 

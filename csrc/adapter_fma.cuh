@@ -5,12 +5,15 @@
 // may.
 //
 // Names as in adapter_mma.cuh: down contracts columns, up contracts ranks, outer contracts tokens.
+// down_fma_kernel is shrink and, with outer, expand_backward; tile_fma_kernel is expand (up) and
+// shrink_backward (up and outer; one after the other above rank 32, whose sums and factors do not
+// fit the registers together).
 // The dtype of the activations is a run-time branch, the same for all threads, around the loads of
 // four tokens. A thread that waited for each token would keep 2 KB of a block in flight, 8 KB of a
 // multiprocessor, where some 20 KB cover the latency of memory.
 #pragma once
 
-#include "adapter_noise.cuh"
+#include "adapter_sums.cuh"
 
 namespace bayes_kernels {
 namespace {
@@ -50,15 +53,18 @@ struct DownFmaArgs {
   const float* factor_e;
   int64_t rank_stride, column_stride;
   AdapterNoise noise;
-  float scale, keep_scale;
-  float* out;  // (splits, tokens, r): one split for each block of columns
+  float keep_scale;
+  const float* low;     // outer: (tokens, r)
+  RowSum sum;           // h or dh; out may be null
+  Gradients gradients;  // of outer
   int r;
-  int64_t tokens_per_block;  // a multiple of 32
-  bool vector;               // rows of x may be read four elements at a time
+  int64_t tokens_per_block;
+  int64_t passes_per_split;    // of the columns of a block; one with outer
+  bool vector, vector_factor;  // rows of x, of the factors may be read four elements at a time
 };
 
 constexpr int kDownFmaRanks = 8;
-constexpr int kDownFmaColumns = kFmaThreads * 4;
+constexpr int kShrinkFmaWarps = 16, kOuterFmaWarps = 4;
 
 // Four neighbouring elements, aligned to 16 (fp32) or 8 bytes.
 template <class T>
@@ -99,34 +105,50 @@ __device__ __forceinline__ void load_ahead(DType dtype, const void* data, int64_
   });
 }
 
-// A lane keeps four columns of eight ranks of the factor in registers and walks over tokens, so the
-// factor is read once per block; a warp's 128 columns are one sign block. The eight sums of a token
-// are added over the warp by halving: each exchange also halves the number of sums a lane looks
-// after, 9 shuffles in all instead of 40.
-template <bool kFlip>
-__global__ void __launch_bounds__(kFmaThreads, 2)
+// A lane keeps four columns of eight ranks of the factor in registers and walks over tokens; a
+// warp's 128 columns are one sign block. The eight sums of a token are added over the warp by
+// halving: each exchange also halves the number of sums a lane looks after, 9 shuffles in all
+// instead of 40. A block goes over the columns of its split in passes; with outer there is one, and
+// the gradients of a lane's columns stay in registers. blockIdx.z counts runs of eight ranks.
+template <bool kFlip, bool kOuter, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
     down_fma_kernel(const __grid_constant__ DownFmaArgs p) {
-  constexpr int kWarps = kFmaThreads / 32;
+  constexpr int kThreads = 32 * kWarps, kColumns = kWarps * kSignsPerBlock;
   BK_SHARED(uint32_t, sign_words, [kWarps][kFmaTokens][4]);
   BK_SHARED(uint32_t, rank_signs, [kWarps][kFmaTokens]);
   BK_SHARED(float, partial, [kWarps][kFmaTokens][kDownFmaRanks]);
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int64_t column0 =
-      static_cast<int64_t>(blockIdx.x) * kDownFmaColumns + warp * kSignsPerBlock;
-  const int64_t column = column0 + 4 * lane;
+  BK_SHARED(float, low, [kFmaTokens][kDownFmaRanks]);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int rank0 = static_cast<int>(blockIdx.z) * kDownFmaRanks;
+  const int64_t passes = ceil_div(p.n, kColumns), first_pass = blockIdx.x * p.passes_per_split;
+  const int64_t end_pass =
+      first_pass + p.passes_per_split < passes ? first_pass + p.passes_per_split : passes;
+  const bool has_down = p.sum.out != nullptr;
+  const bool has_outer = kOuter && p.gradients.partial != nullptr;
 
-  float factor[kDownFmaRanks][4], factor_e[kFlip ? kDownFmaRanks : 1][4];
-  BK_UNROLL
-  for (int k = 0; k < kDownFmaRanks; ++k) {
-    BK_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = rank0 + k < p.r && column + i < p.n;
-      const int64_t at = (rank0 + k) * p.rank_stride + (column + i) * p.column_stride;
-      factor[k][i] = inside ? __ldg(p.factor + at) : 0.0f;
-      if constexpr (kFlip) factor_e[k][i] = inside ? __ldg(p.factor_e + at) : 0.0f;
-    }
-  }
+  float factor[kDownFmaRanks][4] = {}, factor_e[kFlip ? kDownFmaRanks : 1][4] = {};
+  const auto load_factor = [&](int64_t column) {
+    const auto load = [&](const float* source, float (&out)[kDownFmaRanks][4]) {
+      BK_UNROLL
+      for (int k = 0; k < kDownFmaRanks; ++k) {
+        const bool inside = rank0 + k < p.r;
+        const float* from = source + (rank0 + k) * p.rank_stride + column * p.column_stride;
+        if (p.vector_factor && column + 4 <= p.n) {
+          const float4 v = inside ? __ldg(reinterpret_cast<const float4*>(from))
+                                  : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          out[k][0] = v.x, out[k][1] = v.y, out[k][2] = v.z, out[k][3] = v.w;
+        } else {
+          BK_UNROLL
+          for (int i = 0; i < 4; ++i)
+            out[k][i] = inside && column + i < p.n ? __ldg(from + i * p.column_stride) : 0.0f;
+        }
+      }
+    };
+    load(p.factor, factor);
+    if constexpr (kFlip) load(p.factor_e, factor_e);
+  };
+  const bool one_pass = end_pass - first_pass <= 1;
+  if (one_pass && has_down) load_factor(first_pass * kColumns + 4 * thread);
   Key in_key{}, out_key{}, dropout_key{};
   if (kFlip) {
     in_key = noise_key(p.noise, kSignIn);
@@ -135,98 +157,161 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
   const bool dropout = p.noise.dropout > 0.0;
   if (dropout) dropout_key = noise_key(p.noise, kDropout);
   const uint32_t threshold = dropout_threshold(p.noise.dropout);
+  float outer[kOuter ? 4 : 1][kDownFmaRanks] = {};  // of each column
+
+  // Parts of this block's eight ranks.
+  const int parts = static_cast<int>(gridDim.x);
+  RowSum sums = p.sum;
+  if (sums.partial != nullptr)
+    sums.partial += blockIdx.z * parts * p.tokens * kDownFmaRanks - rank0;
 
   const int64_t begin = blockIdx.y * p.tokens_per_block;
   const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
   for (int64_t row0 = begin; row0 < end; row0 += kFmaTokens) {
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
+    if (has_outer) {
+      for (int at = thread; at < count * kDownFmaRanks; at += kThreads) {
+        const int i = at / kDownFmaRanks, k = at % kDownFmaRanks;
+        low[i][k] = rank0 + k < p.r ? __ldg(p.low + (row0 + i) * p.r + rank0 + k) : 0.0f;
+      }
+      __syncthreads();
+    }
     if (kFlip && lane < count) {
       const int64_t id = sign_row_of(p.noise.rows, row0 + lane);
-      const PhiloxBlock b = sign_block(in_key, id, p.n, column0 / kSignsPerBlock);
-      BK_UNROLL
-      for (int w = 0; w < 4; ++w) sign_words[warp][lane][w] = b.word[w];
       const PhiloxBlock o = sign_block(out_key, id, p.r, 0);
       rank_signs[warp][lane] = (rank0 < 32 ? o.word[0] : o.word[1]) >> (rank0 % 32);
     }
-    __syncwarp();
-    for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
-      float ahead[kFmaAhead][4];
-      load_ahead(p.dtype, p.x, (row0 + i0) * p.stride + column, p.stride, count - i0, p.n - column,
-                 p.vector, ahead);
-      BK_UNROLL
-      for (int u = 0; u < kFmaAhead; ++u) {
-        const int i = i0 + u;
-        if (i >= count) break;
-        float (&x)[4] = ahead[u];
-        if (dropout) {
-          const PhiloxBlock b = dropout_block(dropout_key, dropout_row(p.noise.rows, row0 + i), p.n,
-                                              column / kDropoutPerBlock);
-          const uint32_t keep = kept_bits(b, threshold) >> (4 * (lane % 2));
-          BK_UNROLL
-          for (int j = 0; j < 4; ++j) x[j] = (keep >> j & 1u) != 0 ? p.keep_scale * x[j] : 0.0f;
-        }
-        float sum[kDownFmaRanks];
+    for (int64_t pass = first_pass; pass < end_pass; ++pass) {
+      const int64_t column0 = pass * kColumns + warp * kSignsPerBlock, column = column0 + 4 * lane;
+      if (!one_pass) load_factor(column);
+      if (kFlip && lane < count) {
+        const int64_t id = sign_row_of(p.noise.rows, row0 + lane);
+        const PhiloxBlock b = sign_block(in_key, id, p.n, column0 / kSignsPerBlock);
         BK_UNROLL
-        for (int k = 0; k < kDownFmaRanks; ++k) {
-          sum[k] = 0;
-          BK_UNROLL
-          for (int j = 0; j < 4; ++j) sum[k] = fmaf(factor[k][j], x[j], sum[k]);
-        }
-        if constexpr (kFlip) {
-          const uint32_t signs = sign_words[warp][i][lane / 8] >> (4 * (lane % 8));
-          BK_UNROLL
-          for (int j = 0; j < 4; ++j) x[j] = (signs >> j & 1u) != 0 ? -x[j] : x[j];
+        for (int w = 0; w < 4; ++w) sign_words[warp][lane][w] = b.word[w];
+      }
+      __syncwarp();
+      for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
+        float ahead[kFmaAhead][4];
+        load_ahead(p.dtype, p.x, (row0 + i0) * p.stride + column, p.stride, count - i0,
+                   p.n - column, p.vector, ahead);
+        BK_UNROLL
+        for (int u = 0; u < kFmaAhead; ++u) {
+          const int i = i0 + u;
+          if (i >= count) break;
+          float (&x)[4] = ahead[u];
+          if (dropout) {
+            const PhiloxBlock b = dropout_block(dropout_key, dropout_row(p.noise.rows, row0 + i),
+                                                p.n, column / kDropoutPerBlock);
+            const uint32_t keep = kept_bits(b, threshold) >> (4 * (lane % 2));
+            BK_UNROLL
+            for (int j = 0; j < 4; ++j) x[j] = (keep >> j & 1u) != 0 ? p.keep_scale * x[j] : 0.0f;
+          }
+          if (kOuter && has_outer) {
+            BK_UNROLL
+            for (int k = 0; k < kDownFmaRanks; k += 4) {
+              const float4 l = *reinterpret_cast<const float4*>(&low[i][k]);
+              BK_UNROLL
+              for (int j = 0; j < 4; ++j) {
+                float (&to)[kDownFmaRanks] = outer[kOuter ? j : 0];
+                to[k] = fmaf(l.x, x[j], to[k]);
+                to[k + 1] = fmaf(l.y, x[j], to[k + 1]);
+                to[k + 2] = fmaf(l.z, x[j], to[k + 2]);
+                to[k + 3] = fmaf(l.w, x[j], to[k + 3]);
+              }
+            }
+          }
+          if (!has_down) continue;
+          float sum[kDownFmaRanks];
           BK_UNROLL
           for (int k = 0; k < kDownFmaRanks; ++k) {
-            float noise = 0;
+            sum[k] = 0;
             BK_UNROLL
-            for (int j = 0; j < 4; ++j) noise = fmaf(factor_e[k][j], x[j], noise);
-            sum[k] += (rank_signs[warp][i] >> k & 1u) != 0 ? -noise : noise;
+            for (int j = 0; j < 4; ++j) sum[k] = fmaf(factor[k][j], x[j], sum[k]);
           }
-        }
-        BK_UNROLL
-        for (int half = 4; half > 0; half /= 2) {
-          // Lanes with this bit set go on with the upper half of the sums.
-          const bool upper = (lane & 4 * half) != 0;
+          if constexpr (kFlip) {
+            const uint32_t signs = sign_words[warp][i][lane / 8] >> (4 * (lane % 8));
+            BK_UNROLL
+            for (int j = 0; j < 4; ++j) x[j] = (signs >> j & 1u) != 0 ? -x[j] : x[j];
+            BK_UNROLL
+            for (int k = 0; k < kDownFmaRanks; ++k) {
+              float noise = 0;
+              BK_UNROLL
+              for (int j = 0; j < 4; ++j) noise = fmaf(factor_e[k][j], x[j], noise);
+              sum[k] += (rank_signs[warp][i] >> k & 1u) != 0 ? -noise : noise;
+            }
+          }
           BK_UNROLL
-          for (int k = 0; k < half; ++k) {
-            const float give = upper ? sum[k] : sum[k + half];
-            const float keep = upper ? sum[k + half] : sum[k];
-            sum[k] = keep + __shfl_xor_sync(kAllLanes, give, 4 * half);
+          for (int half = 4; half > 0; half /= 2) {
+            // Lanes with this bit set go on with the upper half of the sums.
+            const bool upper = (lane & 4 * half) != 0;
+            BK_UNROLL
+            for (int k = 0; k < half; ++k) {
+              const float give = upper ? sum[k] : sum[k + half];
+              const float keep = upper ? sum[k + half] : sum[k];
+              sum[k] = keep + __shfl_xor_sync(kAllLanes, give, 4 * half);
+            }
+          }
+          sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
+          sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 1);
+          if (lane % 4 == 0) {  // bits 4, 3, 2 of the lane are the rank's
+            float& to = partial[warp][i][lane / 4];
+            to = pass == first_pass ? sum[0] : to + sum[0];
           }
         }
-        sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
-        sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 1);
-        if (lane % 4 == 0)
-          partial[warp][i][lane / 4] = sum[0];  // bits 4, 3, 2 of the lane are the rank's
       }
+      __syncwarp();
     }
     __syncthreads();
-    for (int at = static_cast<int>(threadIdx.x); at < count * kDownFmaRanks; at += kFmaThreads) {
-      const int i = at / kDownFmaRanks, k = at % kDownFmaRanks;
-      float sum = partial[0][i][k];
-      BK_UNROLL
-      for (int w = 1; w < kWarps; ++w) sum += partial[w][i][k];
-      if (rank0 + k < p.r)
-        p.out[(blockIdx.x * p.tokens + row0 + i) * p.r + rank0 + k] = p.scale * sum;
+    for (int at = thread; has_down && at < count * kDownFmaRanks / 2; at += kThreads) {
+      const int i = at / (kDownFmaRanks / 2), k = 2 * (at % (kDownFmaRanks / 2));
+      float sum[2] = {};
+      for (int w = 0; w < kWarps && first_pass < end_pass; ++w) {
+        BK_UNROLL
+        for (int j = 0; j < 2; ++j) sum[j] += partial[w][i][k + j];
+      }
+      store_part<kDownFmaRanks>(sums, blockIdx.x, p.tokens, p.r, row0 + i, rank0 + k, sum[0],
+                                sum[1]);
     }
     __syncthreads();
+  }
+
+  if (has_down && parts > 1 && last_of(sums.tickets + blockIdx.z * gridDim.y + blockIdx.y, parts))
+    sum_rows<kDownFmaRanks, kDownFmaRanks, kThreads>(sums, parts, p.tokens, p.r, begin, end, rank0);
+  if constexpr (kOuter) {
+    if (!has_outer) return;
+    const int splits = static_cast<int>(gridDim.y);
+    const int64_t padded = static_cast<int64_t>(parts) * kColumns, column0 = blockIdx.x * kColumns;
+    Gradients gradients = p.gradients;
+    gradients.partial += blockIdx.z * splits * padded * kDownFmaRanks - rank0;
+    BK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      float* to = gradients.partial +
+                  (blockIdx.y * padded + column0 + 4 * thread + j) * kDownFmaRanks + rank0;
+      *reinterpret_cast<float4*>(to) =
+          make_float4(outer[j][0], outer[j][1], outer[j][2], outer[j][3]);
+      *reinterpret_cast<float4*>(to + 4) =
+          make_float4(outer[j][4], outer[j][5], outer[j][6], outer[j][7]);
+    }
+    if (last_of(gradients.tickets + blockIdx.z * parts + blockIdx.x, splits))
+      sum_gradients<kDownFmaRanks, kDownFmaRanks, 1, kColumns, kThreads>(
+          gradients, p.noise, splits, padded, p.n, p.r, column0, rank0, gradients.scale);
   }
 }
 
 // ---- up and outer -------------------------------------------------------------------------------
 
-// Columns per thread: as many as keep factors or sums in registers, 64 a matrix.
-template <int R>
-constexpr int fma_columns() {
-  return R <= 16 ? 4 : R == 32 ? 2 : 1;
+// Columns per thread: as many as keep factors and sums in registers, 64 a matrix.
+BK_HD constexpr int fma_columns(int rank, bool both) {
+  const int most = both ? 32 : 64;
+  return rank >= most ? 1 : most / rank < 4 ? most / rank : 4;
 }
 
 // What 32 tokens need beside the activations, made once per block. Thread i owns columns i, 128 +
 // i, ... of the block: each run of 128 is a sign block, each warp's 32 columns one word of it.
-template <int R, bool kFlip>
+template <int R, bool kFlip, int kColumnsOfThread>
 struct TokenTile {
-  static constexpr int kColumns = fma_columns<R>();
+  static constexpr int kColumns = kColumnsOfThread;
   static constexpr int kDropoutBlocks = kColumns * kSignsPerBlock / kDropoutPerBlock;
   float low[kFlip ? 2 : 1][kFmaTokens][R];  // h or dh, and the same with rank signs
   uint32_t signs[kFlip ? kFmaTokens : 1][kColumns][4];
@@ -247,11 +332,11 @@ __device__ __forceinline__ TileKeys tile_keys(const AdapterNoise& noise, bool fl
   return keys;
 }
 
-template <int R, bool kFlip>
-__device__ void fill_tile(TokenTile<R, kFlip>& tile, const AdapterNoise& noise,
+template <int R, bool kFlip, int kColumns>
+__device__ void fill_tile(TokenTile<R, kFlip, kColumns>& tile, const AdapterNoise& noise,
                           const TileKeys& keys, const float* low, int r, int64_t row0, int count,
                           int64_t block, int64_t columns) {
-  using Tile = TokenTile<R, kFlip>;
+  using Tile = TokenTile<R, kFlip, kColumns>;
   const int thread = static_cast<int>(threadIdx.x);
   for (int at = thread; at < count * R; at += kFmaThreads) {
     const int i = at / R, k = at % R;
@@ -306,186 +391,150 @@ __device__ __forceinline__ void load_columns_ahead(DType dtype, const void* data
   });
 }
 
-struct UpFmaArgs {
+struct TileFmaArgs {
   DType dtype;
-  const void* base;
-  int64_t base_stride;
-  void* out;
-  int64_t tokens, columns;
+  const void* x;  // x, or base, which may be null
+  int64_t stride, tokens, columns;
+  void* out;  // up: contiguous, or null
   const float* factor;
   const float* factor_e;
   int64_t rank_stride, column_stride;
   const float* low;  // (tokens, r)
   AdapterNoise noise;
-  float scale;  // with 1 / (1 - p)
+  float scale;          // of up, with 1 / (1 - p)
+  Gradients gradients;  // of outer, scale with 1 / (1 - p)
   int r;
   int64_t tokens_per_block;
 };
 
-template <int R, bool kFlip>
+template <int R, bool kFlip, bool kUp, bool kOuter>
 __global__ void __launch_bounds__(kFmaThreads, 2)
-    up_fma_kernel(const __grid_constant__ UpFmaArgs p) {
-  using Tile = TokenTile<R, kFlip>;
-  constexpr int kColumns = Tile::kColumns;
+    tile_fma_kernel(const __grid_constant__ TileFmaArgs p) {
+  constexpr int kColumns = fma_columns(R, kUp && kOuter), kMatrices = kFlip ? 2 : 1;
+  using Tile = TokenTile<R, kFlip, kColumns>;
   BK_SHARED(Tile, tile, );
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t block = blockIdx.x;
   const int64_t column0 = block * kColumns * kSignsPerBlock + thread;
-  float factor[kColumns][R], factor_e[kFlip ? kColumns : 1][R];
-  BK_UNROLL
-  for (int c = 0; c < kColumns; ++c) {
-    const int64_t column = column0 + c * kSignsPerBlock;
+  const bool has_up = kUp && p.out != nullptr, has_outer = kOuter && p.gradients.partial != nullptr;
+  float factor[kUp ? kColumns : 1][R] = {}, factor_e[kUp && kFlip ? kColumns : 1][R] = {};
+  if (kUp && has_up) {
     BK_UNROLL
-    for (int k = 0; k < R; ++k) {
-      const bool inside = k < p.r && column < p.columns;
-      const int64_t at = k * p.rank_stride + column * p.column_stride;
-      factor[c][k] = inside ? __ldg(p.factor + at) : 0.0f;
-      if constexpr (kFlip) factor_e[c][k] = inside ? __ldg(p.factor_e + at) : 0.0f;
-    }
-  }
-  const TileKeys keys = tile_keys(p.noise, kFlip);
-  const bool dropout = p.noise.dropout > 0.0;
-  const int64_t begin = blockIdx.y * p.tokens_per_block;
-  const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
-  for (int64_t row0 = begin; row0 < end; row0 += kFmaTokens) {
-    const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
-    fill_tile<R, kFlip>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns);
-    __syncthreads();
-    for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
-      float base[kFmaAhead][kColumns] = {};
-      if (p.base != nullptr)
-        load_columns_ahead<kColumns>(p.dtype, p.base, (row0 + i0) * p.base_stride + column0,
-                                     p.base_stride, count - i0, p.columns - column0, base);
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t column = column0 + c * kSignsPerBlock;
       BK_UNROLL
-      for (int u = 0; u < kFmaAhead; ++u) {
-        const int i = i0 + u;
-        if (i >= count) break;
-        const int64_t row = row0 + i;
-        float y[kColumns], z[kColumns];
-        BK_UNROLL
-        for (int c = 0; c < kColumns; ++c) y[c] = z[c] = 0.0f;
-        BK_UNROLL
-        for (int k = 0; k < R; k += 4) {
-          const float4 l = *reinterpret_cast<const float4*>(&tile.low[0][i][k]);
-          BK_UNROLL
-          for (int c = 0; c < kColumns; ++c)
-            y[c] = fmaf(factor[c][k + 3], l.w,
-                        fmaf(factor[c][k + 2], l.z,
-                             fmaf(factor[c][k + 1], l.y, fmaf(factor[c][k], l.x, y[c]))));
-          if constexpr (kFlip) {
-            const float4 e = *reinterpret_cast<const float4*>(&tile.low[1][i][k]);
-            BK_UNROLL
-            for (int c = 0; c < kColumns; ++c)
-              z[c] = fmaf(factor_e[c][k + 3], e.w,
-                          fmaf(factor_e[c][k + 2], e.z,
-                               fmaf(factor_e[c][k + 1], e.y, fmaf(factor_e[c][k], e.x, z[c]))));
-          }
-        }
-        BK_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
-          const int64_t column = column0 + c * kSignsPerBlock;
-          if (column >= p.columns) continue;
-          float value = y[c];
-          if constexpr (kFlip)
-            value += (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0 ? -z[c] : z[c];
-          if (dropout && (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) == 0)
-            value = 0.0f;
-          value *= p.scale;
-          value += base[u][c];
-          store_1(p.dtype, p.out, row * p.columns + column, value);
-        }
+      for (int k = 0; k < R; ++k) {
+        const bool inside = k < p.r && column < p.columns;
+        const int64_t at = k * p.rank_stride + column * p.column_stride;
+        factor[kUp ? c : 0][k] = inside ? __ldg(p.factor + at) : 0.0f;
+        if constexpr (kUp && kFlip) factor_e[c][k] = inside ? __ldg(p.factor_e + at) : 0.0f;
       }
     }
-    __syncthreads();
   }
-}
-
-struct OuterFmaArgs {
-  DType dtype;
-  const void* x;
-  int64_t stride, tokens, columns;
-  const float* low;
-  AdapterNoise noise;
-  float* out;  // (splits, r, columns)
-  float* out_e;
-  int r;
-  int64_t tokens_per_block;
-};
-
-template <int R, bool kFlip>
-__global__ void __launch_bounds__(kFmaThreads, 2)
-    outer_fma_kernel(const __grid_constant__ OuterFmaArgs p) {
-  using Tile = TokenTile<R, kFlip>;
-  constexpr int kColumns = Tile::kColumns;
-  BK_SHARED(Tile, tile, );
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t block = blockIdx.x;
-  const int64_t column0 = block * kColumns * kSignsPerBlock + thread;
   const TileKeys keys = tile_keys(p.noise, kFlip);
   const bool dropout = p.noise.dropout > 0.0;
-  float sum[kColumns][R] = {}, sum_e[kFlip ? kColumns : 1][R] = {};
+  float sum[kOuter ? kMatrices : 1][kColumns][R] = {};
   const int64_t begin = blockIdx.y * p.tokens_per_block;
   const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
   for (int64_t row0 = begin; row0 < end; row0 += kFmaTokens) {
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
-    fill_tile<R, kFlip>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns);
+    fill_tile<R, kFlip, kColumns>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns);
     __syncthreads();
     for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
-      float ahead[kFmaAhead][kColumns];
-      load_columns_ahead<kColumns>(p.dtype, p.x, (row0 + i0) * p.stride + column0, p.stride,
-                                   count - i0, p.columns - column0, ahead);
+      float ahead[kFmaAhead][kColumns] = {};
+      if (p.x != nullptr)
+        load_columns_ahead<kColumns>(p.dtype, p.x, (row0 + i0) * p.stride + column0, p.stride,
+                                     count - i0, p.columns - column0, ahead);
       BK_UNROLL
       for (int u = 0; u < kFmaAhead; ++u) {
         const int i = i0 + u;
         if (i >= count) break;
         float (&x)[kColumns] = ahead[u];
-        BK_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
-          if (dropout && (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) == 0)
-            x[c] = 0.0f;
-        }
-        BK_UNROLL
-        for (int k = 0; k < R; k += 4) {
-          const float4 l = *reinterpret_cast<const float4*>(&tile.low[0][i][k]);
+        const auto kept = [&](int c) {
+          return !dropout ||
+                 (tile.keep[i][(c * kSignsPerBlock + thread) / 8] >> (thread % 8) & 1) != 0;
+        };
+        const auto negative = [&](int c) {
+          return (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0;
+        };
+        if (kUp && has_up) {
+          const auto product = [&](const float (&f)[kUp ? kColumns : 1][R], int matrix, int c) {
+            float y = 0;
+            BK_UNROLL
+            for (int k = 0; k < R; k += 4) {
+              const float4 l = *reinterpret_cast<const float4*>(&tile.low[matrix][i][k]);
+              const int at = kUp ? c : 0;
+              y = fmaf(f[at][k + 3], l.w,
+                       fmaf(f[at][k + 2], l.z, fmaf(f[at][k + 1], l.y, fmaf(f[at][k], l.x, y))));
+            }
+            return y;
+          };
           BK_UNROLL
           for (int c = 0; c < kColumns; ++c) {
-            sum[c][k] = fmaf(l.x, x[c], sum[c][k]);
-            sum[c][k + 1] = fmaf(l.y, x[c], sum[c][k + 1]);
-            sum[c][k + 2] = fmaf(l.z, x[c], sum[c][k + 2]);
-            sum[c][k + 3] = fmaf(l.w, x[c], sum[c][k + 3]);
+            const int64_t column = column0 + c * kSignsPerBlock;
+            if (column >= p.columns) continue;
+            float value = product(factor, 0, c);
+            if constexpr (kUp && kFlip) {
+              const float z = product(factor_e, 1, c);
+              value += negative(c) ? -z : z;
+            }
+            if (!kept(c)) value = 0.0f;
+            value *= p.scale;
+            if (!kOuter) value += x[c];
+            store_1(p.dtype, p.out, (row0 + i) * p.columns + column, value);
           }
         }
-        if constexpr (kFlip) {
+        if constexpr (kOuter) {
+          const auto add = [&](float (&to)[kColumns][R], int matrix) {
+            BK_UNROLL
+            for (int k = 0; k < R; k += 4) {
+              const float4 l = *reinterpret_cast<const float4*>(&tile.low[matrix][i][k]);
+              BK_UNROLL
+              for (int c = 0; c < kColumns; ++c) {
+                to[c][k] = fmaf(l.x, x[c], to[c][k]);
+                to[c][k + 1] = fmaf(l.y, x[c], to[c][k + 1]);
+                to[c][k + 2] = fmaf(l.z, x[c], to[c][k + 2]);
+                to[c][k + 3] = fmaf(l.w, x[c], to[c][k + 3]);
+              }
+            }
+          };
+          if (!has_outer) continue;
           BK_UNROLL
           for (int c = 0; c < kColumns; ++c)
-            x[c] = (tile.signs[i][c][thread / 32] >> (thread % 32) & 1u) != 0 ? -x[c] : x[c];
-          BK_UNROLL
-          for (int k = 0; k < R; k += 4) {
-            const float4 l = *reinterpret_cast<const float4*>(&tile.low[1][i][k]);
+            if (!kept(c)) x[c] = 0.0f;
+          add(sum[0], 0);
+          if constexpr (kFlip) {
             BK_UNROLL
-            for (int c = 0; c < kColumns; ++c) {
-              sum_e[c][k] = fmaf(l.x, x[c], sum_e[c][k]);
-              sum_e[c][k + 1] = fmaf(l.y, x[c], sum_e[c][k + 1]);
-              sum_e[c][k + 2] = fmaf(l.z, x[c], sum_e[c][k + 2]);
-              sum_e[c][k + 3] = fmaf(l.w, x[c], sum_e[c][k + 3]);
-            }
+            for (int c = 0; c < kColumns; ++c) x[c] = negative(c) ? -x[c] : x[c];
+            add(sum[1], 1);
           }
         }
       }
     }
     __syncthreads();
   }
-  BK_UNROLL
-  for (int c = 0; c < kColumns; ++c) {
-    const int64_t column = column0 + c * kSignsPerBlock;
-    if (column >= p.columns) continue;
+  if constexpr (kOuter) {
+    if (!has_outer) return;
+    constexpr int kWidth = kColumns * kFmaThreads;
+    const int64_t padded = static_cast<int64_t>(gridDim.x) * kWidth;
     BK_UNROLL
-    for (int k = 0; k < R; ++k) {
-      if (k >= p.r) continue;
-      const int64_t at = (static_cast<int64_t>(blockIdx.y) * p.r + k) * p.columns + column;
-      p.out[at] = sum[c][k];
-      if constexpr (kFlip) p.out_e[at] = sum_e[c][k];
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      BK_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        float* to = p.gradients.partial +
+                    ((blockIdx.y * kMatrices + matrix) * padded + column0 + c * kSignsPerBlock) * R;
+        BK_UNROLL
+        for (int k = 0; k < R; k += 4)
+          *reinterpret_cast<float4*>(to + k) =
+              make_float4(sum[matrix][c][k], sum[matrix][c][k + 1], sum[matrix][c][k + 2],
+                          sum[matrix][c][k + 3]);
+      }
     }
+    const int splits = static_cast<int>(gridDim.y);
+    if (last_of(p.gradients.tickets + blockIdx.x, splits))
+      sum_gradients<R, R, kMatrices, kWidth, kFmaThreads>(p.gradients, p.noise, splits, padded,
+                                                          p.columns, p.r, block * kWidth, 0,
+                                                          p.gradients.scale);
   }
 }
 

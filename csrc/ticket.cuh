@@ -9,8 +9,9 @@ namespace {
 
 // Whether this block is the last of `count` to come here. What the others stored before is seen
 // from here on, by loads that pass over the first-level cache (__ldcg). The ticket is zero before
-// the first comes: bk_zero clears it on the stream of the launch, so a replayed graph clears it
-// again, and calls on several streams have tickets of their own.
+// the first comes, and again after the last: whoever clears it (bk_zero, or a kernel that runs
+// before on the same stream) is part of a captured graph, and calls on several streams have tickets
+// of their own.
 __device__ __forceinline__ bool last_of(int* ticket, int count) {
   BK_SHARED(int, last, );
   if (count == 1) {
@@ -21,6 +22,7 @@ __device__ __forceinline__ bool last_of(int* ticket, int count) {
   __syncthreads();
   if (threadIdx.x == 0) {
     last = atomicAdd(ticket, 1) == count - 1 ? 1 : 0;
+    if (last != 0) *ticket = 0;
     __threadfence();
   }
   __syncthreads();

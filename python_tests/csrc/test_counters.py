@@ -103,43 +103,40 @@ def launches() -> Iterator[Callable[[Callable[[], Any]], int]]:
         yield of
 
 
-def adapter(dtype: torch.dtype, tokens: int) -> dict[str, Any]:
+def adapter(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
     return {
-        "x": normal(tokens, 64).to(dtype).requires_grad_(),
-        "a": normal(8, 64).requires_grad_(),
-        "rho": (0.1 * normal(8, 64)).requires_grad_(),
-        "b": normal(48, 8).requires_grad_(),
-        "base": normal(tokens, 48).to(dtype).requires_grad_(),
+        "x": normal(tokens, 1100).to(dtype).requires_grad_(),
+        "a": normal(rank, 1100).requires_grad_(),
+        "rho": (0.1 * normal(rank, 1100)).requires_grad_(),
+        "b": normal(600, rank).requires_grad_(),
+        "base": normal(tokens, 600).to(dtype).requires_grad_(),
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tokens", "packed"),
-    [
-        (torch.float32, 3, 0),
-        (torch.float32, 40, 0),
-        (torch.bfloat16, 3, 0),
-        (torch.bfloat16, 40, 2),
-    ],
-)
+@pytest.mark.parametrize("tokens", [3, 40, 200])
+@pytest.mark.parametrize("rank", [1, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_launches_of_an_adapter(
-    dtype: torch.dtype, tokens: int, packed: int, launches: Callable[[Callable[[], Any]], int]
+    dtype: torch.dtype, rank: int, tokens: int, launches: Callable[[Callable[[], Any]], int]
 ) -> None:
-    """Forward: two products, with noise its matrix as well; tensor cores pack both factors first."""
-    i = adapter(dtype, tokens)
+    """Forward: two products, with noise its matrix before. Backward: a kernel for both products of dy and
+    one for both of x, before each of them at most one launch. fp16 has a launch more for each op that
+    takes tensor cores, which finds the largest magnitudes."""
+    i = adapter(dtype, tokens, rank)
     key = random.key(1)
+    largest = 2 if dtype == torch.float16 and tokens >= 32 else 0
     plain = lambda: functional.lora(i["x"], i["a"], i["b"], i["base"])  # noqa: E731
     noisy = lambda: functional.flipout_lora(i["x"], i["a"], i["rho"], i["b"], i["base"], key=key)  # noqa: E731
-    assert launches(plain) <= 2 + packed
-    assert launches(noisy) <= 3 + packed
+    assert launches(plain) == 2 + largest
+    assert launches(noisy) == 3 + largest
     y, z = plain(), noisy()
-    assert launches(lambda: y.backward(torch.ones_like(y))) <= 6 + packed
-    assert launches(lambda: z.backward(torch.ones_like(z))) <= 9 + packed
+    assert launches(lambda: y.backward(torch.ones_like(y))) == 3 + largest
+    assert launches(lambda: z.backward(torch.ones_like(z))) == 4 + largest
 
 
 def test_launches_do_not_grow_with_the_list(
@@ -214,7 +211,9 @@ COALESCED = {
     "adapter_shrink": 2.6,
     "adapter_shrink_backward": 3.1,
     "adapter_expand": 3.4,
-    "adapter_expand_backward": 2.5,
+    "adapter_expand_backward": 2.6,
+    "adapter_forward": 1.8,
+    "adapter_backward": 1.8,
     "gaussian_kl": 1.01,
     "gaussian_kl_backward": 1.01,
     "gaussian_kl_step_": 1.01,

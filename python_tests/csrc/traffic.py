@@ -30,8 +30,7 @@ LIBRARY = "libbayes_kernels_sim_traffic.so"
 F32, F64, ITEM = 4, 8, 64
 
 # As in the kernels: constants of the plans.
-FULL_GRID = 512
-FMA_TOKENS = 32
+FULL_GRID, SPLIT_GRID = 512, 256
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -139,9 +138,10 @@ def noise_cases() -> dict[str, Case]:
 
 # --- adapter ---------------------------------------------------------------------------------------
 #
-# x (T, n) or y (T, m) are read or written once whatever the rank up to 8 (fp32; each eight ranks read
-# x again) or 32 (16 bits). Beside that: factors once for each block of tokens, h once for each block
-# of columns, partial sums of split reductions.
+# x (T, n) or y (T, m) are read or written once whatever the rank up to 8 (fp32 shrink and
+# expand_backward; each eight ranks read x again) or 32. Beside that: factors once for each block of
+# tokens, h once for each warp or block of columns, partial sums of split reductions. Tickets are a few
+# bytes.
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class Layer:
     r: int
     dtype: torch.dtype
     noise: bool
+    drawn: bool = False  # its matrix is made by the op
 
     @property
     def item(self) -> int:
@@ -173,97 +174,100 @@ class Layer:
         return 2 if self.noise else 1
 
     @property
-    def padded(self) -> int:
-        """The rank of the tensor-core kernels: 8, 16, 32 or 64."""
-        return next(r for r in (8, 16, 32, 64) if self.r <= r)
+    def factors(self) -> int:
+        return self.matrices * self.r * self.n * F32
 
     @property
-    def padded16(self) -> int:
-        """The same in fragments of 16 ranks."""
-        return max(16, self.padded)
+    def h(self) -> int:
+        return self.tokens * self.r * F32
+
+    @property
+    def fragments(self) -> int:
+        """A packed factor: 16 bits, whole runs of 128 columns."""
+        return self.padded * 128 * ceil_div(self.n, 128) * 2
+
+    @property
+    def padded(self) -> int:
+        """The rank of the kernels: 8, 16, 32 or 64."""
+        return next(r for r in (8, 16, 32, 64) if self.r <= r)
 
 
-def partial_sums(splits: int, count: int) -> int:
-    """Partial sums written, read and added; the result is written once more."""
-    return (2 * splits + 1) * count * F32
+def partial_sums(splits: int, padded: int, result: int) -> int:
+    """Partial sums written and read; the result is written once."""
+    return (2 * splits * padded if splits > 1 else 0) + result
 
 
-def pack_factor(at: Layer) -> dict[str, int]:
-    """Factors to 16-bit fragments of 128 columns."""
-    count = at.matrices * at.r * at.n
-    padded = at.matrices * at.padded * 128 * ceil_div(at.n, 128)
-    return {"factors, to be packed": count * F32, "packed factors": padded * 2}
+def tokens_of_block(tokens: int, column_blocks: int, grid: int) -> int:
+    return 32 * ceil_div(ceil_div(tokens, max(1, grid // column_blocks)), 32)
 
 
-def pack_low(at: Layer) -> dict[str, int]:
-    """h to 16-bit fragments of 32 tokens and 16 ranks."""
-    count = at.matrices * at.tokens * at.r
-    padded = at.matrices * at.padded16 * 32 * ceil_div(at.tokens, 32)
-    return {"h, to be packed": count * F32, "packed h": padded * 2}
-
-
-def down(at: Layer) -> dict[str, int]:
+def shrink(at: Layer) -> dict[str, int]:
     """h (T, r) = x F^T."""
-    h = at.tokens * at.r
     if at.wide:
-        splits, groups = ceil_div(at.n, 512), ceil_div(at.r, 8)
-        blocks = max(1, FULL_GRID // (splits * groups))
-        tokens = FMA_TOKENS * ceil_div(ceil_div(at.tokens, blocks), FMA_TOKENS)
-        again = ceil_div(at.tokens, tokens)
-        terms = {
+        groups = ceil_div(at.r, 8)
+        tokens = ceil_div(at.tokens * groups, SPLIT_GRID // 2)
+        quantum = 8 if tokens < 32 else 32
+        tokens = min(32, quantum * ceil_div(tokens, quantum))
+        return {
             "x, for each eight ranks": groups * at.rows,
-            "factors, for each block of tokens": again * at.matrices * at.r * at.n * F32,
+            "factors, for each block of tokens": ceil_div(at.tokens, tokens) * at.factors,
+            "h, once": at.h,
         }
-    else:
-        blocks, tiles = ceil_div(at.tokens, 128), ceil_div(at.n, 128)
-        per_split = ceil_div(tiles, min(max(1, FULL_GRID // blocks), tiles))
-        splits = ceil_div(tiles, per_split)
-        warps = ceil_div(at.tokens, 32)
-        padded = at.padded * 128 * tiles
-        terms = {
-            **pack_factor(at),
-            "x, once": at.rows,
-            "packed factors, for each 32 tokens": warps * at.matrices * padded * 2,
+    warps = 2 if at.padded <= 16 else 4
+    while warps > 1 and ceil_div(at.tokens, 32 * warps) < 64:
+        warps //= 2
+    blocks, tiles = ceil_div(at.tokens, 32 * warps), ceil_div(at.n, 128)
+    wanted = max(1, SPLIT_GRID // blocks) if at.noise else 1
+    quantum = 8 // warps
+    splits = ceil_div(tiles, quantum * ceil_div(ceil_div(tiles, wanted), quantum))
+    again = ceil_div(at.tokens, 32)
+    factors = (
+        {
+            "factors, to be packed": at.factors,
+            "packed factors, and for each 32 tokens": (1 + again) * 2 * at.fragments,
         }
-    if splits > 1:
-        return {**terms, "h, in partial sums": partial_sums(splits, h)}
-    return {**terms, "h, once": h * F32}
-
-
-def up(at: Layer, base: bool) -> dict[str, int]:
-    """y (T, n) = base + h F, or dx."""
-    columns = (4 if at.r <= 16 else 2 if at.r <= 32 else 1) * 128 if at.wide else 256
-    column_blocks = ceil_div(at.n, columns)
-    blocks = max(1, FULL_GRID // column_blocks)
-    again = ceil_div(at.tokens, 32 * ceil_div(ceil_div(at.tokens, blocks), 32))
-    terms = {
-        "the result, and base, once": (2 if base else 1) * at.rows,
-        "factors, for each block of tokens": again * at.matrices * at.r * at.n * F32,
-    }
-    if at.wide:
-        return {**terms, "h, for each block of columns": column_blocks * at.tokens * at.r * F32}
-    warps = ceil_div(at.n, 64)
-    packed = at.matrices * 16 * ceil_div(at.tokens, 16) * at.padded16 * 2
+        if at.noise
+        else {"factors, for each 32 tokens": again * at.factors}
+    )
     return {
-        **terms,
-        **pack_low(at),
-        "packed h, four times for each 64 columns": 4 * warps * packed,
+        **factors,
+        "x, once": at.rows,
+        "h, in partial sums": partial_sums(splits, at.tokens * at.padded * F32, at.h),
     }
 
 
-def outer(at: Layer) -> dict[str, int]:
-    """The gradients (r, n) = h^T x of all factors."""
-    matrix = at.matrices * at.r * at.n
-    columns = (4 if at.r <= 16 else 2 if at.r <= 32 else 1) * 128 if at.wide else 64
-    column_blocks = ceil_div(at.n, columns)
-    full, quantum = (FULL_GRID, FMA_TOKENS) if at.wide else (FULL_GRID * 3 // 4, 128)
-    wanted = max(1, full // column_blocks)
-    splits = ceil_div(at.tokens, quantum * ceil_div(ceil_div(at.tokens, wanted), quantum))
-    terms = {"x, once": at.rows, "gradients, in partial sums": partial_sums(splits, matrix)}
+def tile(at: Layer, *, up: bool, base: bool, down: bool, outer: bool) -> dict[str, int]:
+    """expand (up), shrink_backward (up and outer), expand_backward (down and outer)."""
+    walks_ranks = at.wide and down
     if at.wide:
-        return {**terms, "dh, for each block of columns": column_blocks * at.tokens * at.r * F32}
-    packed = at.matrices * 32 * ceil_div(at.tokens, 32) * at.padded16 * 2
-    return {**terms, **pack_low(at), "packed dh, for each 64 columns": column_blocks * packed}
+        most = 32 if up and outer else 64
+        width = 512 if walks_ranks else 128 * max(1, min(4, most // at.padded))
+    else:
+        width = 256
+    blocks, groups = ceil_div(at.n, width), ceil_div(at.r, 8) if walks_ranks else 1
+    tokens = tokens_of_block(at.tokens, blocks * groups, SPLIT_GRID if outer or down else FULL_GRID)
+    splits = ceil_div(at.tokens, tokens)
+    part = 8 * groups if walks_ranks else at.padded
+    passes = groups if walks_ranks else 1
+    terms = {
+        "x, dx, base, y or dy, once": passes * (1 + (base or (up and outer))) * at.rows,
+        "factors, for each block of tokens": splits * at.factors,
+        "h, for each block of columns": blocks * at.h if at.wide else ceil_div(at.n, 64) * at.h,
+    }
+    if at.drawn:  # the noise matrix in fragments
+        terms["rho, and E written"] = at.factors // 2 + at.fragments
+        terms["factors, for each block of tokens"] = splits * (
+            at.factors // 2 + at.padded * 2 * 64 * ceil_div(at.n, 64)
+        )
+    if down:
+        terms["dh, in partial sums"] = partial_sums(blocks, at.tokens * part * F32, at.h)
+    if outer:
+        # Written and read even where there is one split.
+        columns = blocks * width if at.wide else 64 * ceil_div(at.n, 64)
+        written = at.matrices * splits * columns * part * F32
+        read = at.matrices * splits * 4 * ceil_div(at.n, 4) * 4 * ceil_div(at.r, 4) * F32
+        terms["gradients, in partial sums"] = written + read + at.factors
+    return terms
 
 
 def merged(*parts: Mapping[str, int]) -> dict[str, int]:
@@ -285,22 +289,50 @@ def adapter_cases(dtype: torch.dtype, tokens: int, n: int, r: int) -> dict[str, 
     name = f"T{tokens} n{n} r{r} {str(dtype).removeprefix('torch.')}"
     return {
         f"adapter_shrink {name}": Case(
-            lambda: _library.ops.adapter_shrink(x, a, e, *noise), size_of(x, a, e, h), down(noisy)
+            lambda: _library.ops.adapter_shrink(x, a, e, *noise), size_of(x, a, e, h), shrink(noisy)
         ),
         f"adapter_shrink_backward {name}": Case(
             lambda: _library.ops.adapter_shrink_backward(h, x, a, e, *noise, True, True, True),
             2 * size_of(x, a, e) + size_of(h),
-            merged(up(noisy, base=False), outer(noisy)),
+            tile(noisy, up=True, base=False, down=False, outer=True),
         ),
         f"adapter_expand {name}": Case(
             lambda: _library.ops.adapter_expand(h, b, base, 2.0, dtype),
             2 * size_of(base) + size_of(h, b),
-            up(plain, base=True),
+            tile(plain, up=True, base=True, down=False, outer=False),
         ),
         f"adapter_expand_backward {name}": Case(
             lambda: _library.ops.adapter_expand_backward(base, h, b, 2.0, True, True),
             size_of(base) + 2 * size_of(h, b),
-            merged(down(plain), outer(plain)),
+            tile(plain, up=False, base=False, down=True, outer=True),
+        ),
+    }
+
+
+def layer_cases(tokens: int, n: int, m: int, r: int) -> dict[str, Case]:
+    """A BLoB layer of bf16 activations forward and backward: 3 + 4 launches."""
+    dtype = torch.bfloat16
+    noisy, expanding = Layer(tokens, n, r, dtype, True, True), Layer(tokens, m, r, dtype, False)
+    x, base = normal(tokens, n, dtype=dtype), normal(tokens, m, dtype=dtype)
+    a, rho, b, h = normal(r, n), normal(r, n), normal(m, r), normal(tokens, r)
+    noise = (random.key(1), 0, 0, 1, None, 0.0, "square", 2.0)
+    name = f"T{tokens} n{n} m{m} r{r} bfloat16"
+    return {
+        f"adapter_forward {name}": Case(
+            lambda: _library.ops.adapter_forward(x, a, rho, b, base, *noise),
+            size_of(x, a, rho, b, h) + 2 * size_of(base),
+            merged(shrink(noisy), tile(expanding, up=True, base=True, down=False, outer=False)),
+        ),
+        f"adapter_backward {name}": Case(
+            lambda: _library.ops.adapter_backward(
+                base, x, a, rho, b, h, *noise, True, True, True, True
+            ),
+            2 * size_of(x, a, rho, b) + size_of(base, h),
+            merged(
+                tile(expanding, up=False, base=False, down=True, outer=True),
+                tile(noisy, up=True, base=False, down=False, outer=True),
+                {"rho, for its gradient": size_of(rho)},
+            ),
         ),
     }
 
@@ -500,6 +532,7 @@ def all_cases() -> dict[str, Case]:
         **adapter_cases(torch.bfloat16, 160, 1024, 8),
         **adapter_cases(torch.float32, 40, 200, 20),
         **adapter_cases(torch.bfloat16, 40, 200, 20),
+        **layer_cases(160, 1024, 512, 8),
         **divergence_cases(),
         **tall_cases(),
         **predict_cases(),

@@ -150,10 +150,12 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
     def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(size, generator=g).to(device, dtype)
 
-    def adapter(dtype: torch.dtype, tokens: int) -> Callable[[], list[Tensor]]:
-        x, base = normal(tokens, 72, dtype=dtype).requires_grad_(), normal(tokens, 40, dtype=dtype)
-        mean, b = normal(8, 72).requires_grad_(), normal(40, 8).requires_grad_()
-        rho = normal(8, 72).abs().add(0.1).requires_grad_()
+    def adapter(
+        dtype: torch.dtype, tokens: int, n: int = 72, m: int = 40
+    ) -> Callable[[], list[Tensor]]:
+        x, base = normal(tokens, n, dtype=dtype).requires_grad_(), normal(tokens, m, dtype=dtype)
+        mean, b = normal(8, n).requires_grad_(), normal(m, 8).requires_grad_()
+        rho = normal(8, n).abs().add(0.1).requires_grad_()
 
         def step() -> list[Tensor]:
             y = F.flipout_lora(x, mean, rho, b, base, key=key, stream=1, dropout=0.2)
@@ -210,6 +212,9 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
         "adapter bf16": (adapter(torch.bfloat16, 40), [key]),
         "adapter fp16": (adapter(torch.float16, 40), [key]),
         "one token": (adapter(torch.bfloat16, 1), [key]),
+        # Sums over several blocks, whose last one is found by a ticket.
+        "adapter fp32 in splits": (adapter(torch.float32, 70, 1100, 600), [key]),
+        "adapter bf16 in splits": (adapter(torch.bfloat16, 70, 1100, 600), [key]),
         "gaussian_kl": (kl, [key, *means, *rhos]),
         "kl_step_": (step_kl, [key, *means, *rhos]),
         "polar": (retract(F.polar_retract_), [key, *tall]),

@@ -1,0 +1,159 @@
+// Partial sums of the adapter kernels. A block stores its own, and the last block of a group, found
+// by an integer ticket, adds all of the group in order of their splits: no launch more, no float
+// atomics, and the same bits whichever block comes last.
+#pragma once
+
+#include "adapter_noise.cuh"
+#include "ticket.cuh"
+
+namespace bayes_kernels {
+namespace {
+
+constexpr int kSumAhead = 8;  // partial sums loaded before the first is added
+
+__device__ __forceinline__ void add_to(float (&sum)[4], const float4& v) {
+  sum[0] += v.x;
+  sum[1] += v.y;
+  sum[2] += v.z;
+  sum[3] += v.w;
+}
+
+// h or dh: rows of (tokens, r). Partial sums are (splits, tokens, R).
+struct RowSum {
+  float* out;
+  float* partial;  // null with one split
+  int* tickets;    // of each block of tokens
+  float scale;
+};
+
+// Stores two neighbouring ranks of a token: the result where there is one split, else its part.
+template <int R>
+__device__ __forceinline__ void store_part(const RowSum& p, int64_t split, int64_t tokens, int r,
+                                           int64_t token, int k, float first, float second) {
+  if (token >= tokens) return;
+  if (p.partial != nullptr) {
+    *reinterpret_cast<float2*>(p.partial + (split * tokens + token) * R + k) =
+        make_float2(first, second);
+    return;
+  }
+  if (k < r) p.out[token * r + k] = p.scale * first;
+  if (k + 1 < r) p.out[token * r + k + 1] = p.scale * second;
+}
+
+// Ranks k0 to k0 + K - 1 of tokens begin to end - 1.
+template <int R, int K, int kThreads>
+__device__ void sum_rows(const RowSum& p, int splits, int64_t tokens, int r, int64_t begin,
+                         int64_t end, int k0) {
+  constexpr int kQuads = K / 4;
+  const int64_t count = (end - begin) * kQuads;
+  for (int64_t at = threadIdx.x; at < count; at += kThreads) {
+    const int64_t token = begin + at / kQuads;
+    const int k = k0 + 4 * static_cast<int>(at % kQuads);
+    const float* from = p.partial + token * R + k;
+    float sum[4] = {};
+    for (int first = 0; first < splits; first += kSumAhead) {
+      float4 v[kSumAhead] = {};
+      BK_UNROLL
+      for (int i = 0; i < kSumAhead; ++i)
+        if (first + i < splits)
+          v[i] = __ldcg(reinterpret_cast<const float4*>(from + (first + i) * tokens * R));
+      BK_UNROLL
+      for (int i = 0; i < kSumAhead; ++i)
+        if (first + i < splits) add_to(sum, v[i]);
+    }
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (k + i < r) p.out[token * r + k + i] = p.scale * sum[i];
+  }
+}
+
+// da and de, or da and drho, or db. Partial sums are (splits, matrices, padded columns, R).
+struct Gradients {
+  float* out;    // (r, columns), or (columns, r) where transposed; may be null
+  float* out_e;  // likewise
+  bool transposed;
+  float* partial;
+  int* tickets;  // of each block of columns, for each block of ranks
+  float scale;
+  const float* rho;  // (r, columns): out_e is de . eps . std'(rho); else null
+  Std std;
+};
+
+// Normals first to first + 3 of a subkey.
+__device__ __forceinline__ void four_normals(Key sub, int64_t first, float (&eps)[4]) {
+  float v[8] = {};
+  const int skip = static_cast<int>(first % 4);
+  float block[4];
+  normal_block(sub, static_cast<uint64_t>(first / 4), block);
+  BK_UNROLL
+  for (int i = 0; i < 4; ++i) v[i] = block[i];
+  if (skip != 0) {
+    normal_block(sub, static_cast<uint64_t>(first / 4 + 1), block);
+    BK_UNROLL
+    for (int i = 0; i < 4; ++i) v[4 + i] = block[i];
+  }
+  if ((skip & 1) != 0) {
+    BK_UNROLL
+    for (int i = 0; i < 7; ++i) v[i] = v[i + 1];
+  }
+  BK_UNROLL
+  for (int i = 0; i < 4; ++i) eps[i] = (skip & 2) != 0 ? v[i + 2] : v[i];
+}
+
+// Ranks k0 to k0 + K - 1 of columns column0 to column0 + kWidth - 1. A thread adds four columns of
+// four ranks at a time.
+template <int R, int K, int kMatrices, int kWidth, int kThreads>
+__device__ void sum_gradients(const Gradients& p, const AdapterNoise& noise, int splits,
+                              int64_t padded, int64_t columns, int r, int64_t column0, int k0,
+                              float scale) {
+  constexpr int kQuads = K / 4, kAhead = kSumAhead / 2;
+  Key sub{};
+  if (kMatrices == 2 && p.rho != nullptr) sub = noise_key(noise, kNormal);
+  BK_ROLLED
+  for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    float* out = matrix == 0 ? p.out : p.out_e;
+    if (out == nullptr) continue;
+    for (int at = static_cast<int>(threadIdx.x); at < kWidth / 4 * kQuads; at += kThreads) {
+      const int64_t column = column0 + 4 * (at / kQuads);
+      const int k = k0 + 4 * (at % kQuads);
+      if (column >= columns || k >= r) continue;
+      const float* from = p.partial + (matrix * padded + column) * R + k;
+      float sum[4][4] = {};  // [column][rank]
+      for (int first = 0; first < splits; first += kAhead) {
+        float4 v[kAhead][4] = {};
+        BK_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+          BK_UNROLL
+          for (int c = 0; c < 4; ++c)
+            if (first + i < splits)
+              v[i][c] = __ldcg(reinterpret_cast<const float4*>(
+                  from + ((first + i) * kMatrices * padded + c) * R));
+        }
+        BK_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+          BK_UNROLL
+          for (int c = 0; c < 4; ++c)
+            if (first + i < splits) add_to(sum[c], v[i][c]);
+        }
+      }
+      BK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (k + i >= r) continue;
+        const int64_t index = (k + i) * columns + column;
+        float eps[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+        if (kMatrices == 2 && matrix == 1 && p.rho != nullptr) four_normals(sub, index, eps);
+        BK_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          if (column + c >= columns) continue;
+          float value = scale * sum[c][i];
+          if (kMatrices == 2 && matrix == 1 && p.rho != nullptr)
+            value = value * eps[c] * std_derivative<float>(p.std, __ldg(p.rho + index + c));
+          out[p.transposed ? (column + c) * r + k + i : index + c] = value;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bayes_kernels
