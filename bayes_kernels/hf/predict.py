@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..batches import as_batches
 from .draws import Predictor
+from .layers import bayes_variants
 from .logits import AnyPrediction
 from .method import METHODS
 
@@ -100,12 +101,16 @@ def predict(
 def predictor_of(model: nn.Module) -> Predictor:
     """The predictor of a model's adapter.
 
-    Methods are asked from the end of the table, whose first row takes any plain adapter.
+    Asked are first methods that join models, and those of the model's Bayesian adapters; then all, from
+    the end of the table, whose first row takes any plain adapter.
 
     Raises:
         ValueError: the model has no adapter of any method.
     """
-    for ask in dict.fromkeys(row.predictor for row in reversed(METHODS.values())):
+    own = {variant.config.method for variant in bayes_variants(model)}
+    rows = list(METHODS.values())[::-1]
+    rows.sort(key=lambda row: row.join is None and row.name not in own)
+    for ask in dict.fromkeys(row.predictor for row in rows):
         found = ask(model)
         if found is not None:
             return found

@@ -56,6 +56,28 @@ def test_the_predictor_of_each_method(name: str) -> None:
             assert other.predictor(model) is None or other.name == PLAIN
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_predictor_does_not_depend_on_rows_that_come_later(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(METHODS[name])
+    kind = type(predictor_of(model))
+    for later in ("other", *METHODS):  # the last row has a predictor for Bayesian adapters
+        row = dataclasses.replace(METHODS.get(later, Method("other", "Other")), name="later")
+        with monkeypatch.context() as patch:
+            patch.setitem(METHODS, "later", row)
+            if row.predictor is not METHODS[PLAIN].predictor:
+                assert type(predictor_of(model)) is kind, later
+
+
+def test_an_ensemble_predicts_with_its_members_whatever_they_have() -> None:
+    member = model_of(METHODS["laplace"])
+    other = tiny_models.fill(tiny_models.adapted(tiny_models.BASES["bert"](), LoraConfig))
+    ensemble = Ensemble([member, other], ["a", "b"])
+    assert type(predictor_of(ensemble)) is type(METHODS["ensemble"].predictor(ensemble))
+    assert predict(ensemble, BATCH).n_samples == 2
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_plain_lora_predicts_by_one_pass(kind: str, dropout: float) -> None:
@@ -85,6 +107,7 @@ def test_a_model_of_no_method() -> None:
 def test_options_are_those_of_the_class_or_of_the_function(name: str) -> None:
     method = METHODS[name]
     own = {one.name: one for one in dataclasses.fields(method.config)}
+    assert method.conversion is not None or "seed" not in method.options  # it is the run's
     for option in method.options.values():
         assert option.type and option.help, option
         if option.name in (one.name for one in method.training_options) or option.name == "anchors":
