@@ -102,7 +102,7 @@ def decoupled_kl(
         ValueError: active adapters differ in method or in how the deviation is parameterised, there
             is none, or "auto" has no rule for their options.
     """
-    layers = layers_of_one_method(model)
+    layers = _layers_of_one_method(model)
     config = layers[0].variant.config
     if not isinstance(config, VariationalConfig):
         return None
@@ -137,11 +137,11 @@ def kl_starts(model: nn.Module) -> list[float]:
     Raises:
         ValueError: there is no Bayesian layer, or active adapters differ in method.
     """
-    layers = layers_of_one_method(model)
+    layers = _layers_of_one_method(model)
     return layers[0].variant.kl_starts(layers)
 
 
-def layers_of_one_method(model: nn.Module) -> list[BayesLayer]:
+def _layers_of_one_method(model: nn.Module) -> list[BayesLayer]:
     """The active Bayesian layers.
 
     Raises:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim import KLSchedule
 from ._compat import loss_is_scaled
-from .kl import decoupled_kl, kl_divergence, kl_starts, layers_of_one_method
+from .kl import decoupled_kl, kl_divergence, kl_starts
 from .layers import bayes_layers, warn_uncalled, without_effect
 from .logits import LabelPrediction, NumberPrediction
 from .posterior import refresh_noise
@@ -117,19 +117,26 @@ class BayesTrainerMixin(_Base):
         self._nll = torch.zeros(())
         self._logged_step = 0
         self._last_size = 0.0
-        variant = layers_of_one_method(self.model)[0].variant  # type: ignore[attr-defined]
-        if not variant.trained:
+        variants = [item.variant for item in bayes_layers(self.model)]  # type: ignore[attr-defined]
+        for variant in variants:
+            if not variant.trained:
+                raise ValueError(
+                    f"BayesTrainer: the adapter must be of a method that is trained, got "
+                    f"{variant.config.method!r}; train plain LoRA and convert it with "
+                    "bayes_kernels.hf.bayesianize"
+                )
+        if len({variant.training for variant in variants}) != 1:
+            methods = sorted({variant.config.method for variant in variants})
             raise ValueError(
-                f"BayesTrainer: the adapter must be of a method that is trained, got "
-                f"{variant.config.method!r}; train plain LoRA and convert it with "
-                "bayes_kernels.hf.bayesianize"
+                f"BayesTrainer: active adapters must be trained in one way, got {methods}; train one "
+                "adapter at a time"
             )
         if self.args.n_gpu > 1:  # type: ignore[attr-defined]
             raise ValueError(
                 f"BayesTrainer: each process must use one GPU, got {self.args.n_gpu}; launch with "
                 "torchrun or accelerate, or name one in CUDA_VISIBLE_DEVICES"
             )
-        self._hooks = variant.training(self, variant.config)
+        self._hooks = variants[0].training(self, variants[0].config)
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
         # Passes that were looked at, and layers without a gradient in all of them.
         self._passes, self._idle = 0, set[str]()

@@ -21,7 +21,14 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from bayes_kernels import random
-from bayes_kernels.hf import BayesTrainer, decoupled_kl, kl_divergence, predict_dataset
+from bayes_kernels.hf import (
+    BayesTrainer,
+    PolarConfig,
+    ScalablConfig,
+    decoupled_kl,
+    kl_divergence,
+    predict_dataset,
+)
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from bayes_kernels.hf.trainer import last_checkpoint
 from bayes_kernels.optim import KLSchedule, flow_time, kl_cycle_length, kl_step_
@@ -465,6 +472,31 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="n_train must be given"):
         trainer.train()
     BayesTrainer(model=bert(), args=args, train_dataset=Stream(), n_train=N_TRAIN).train()
+
+
+def two_active(other: Any) -> Any:
+    """A model with two active adapters, of BLoB and of another method."""
+    model = llama()
+    model.add_adapter("second", other(r=2, target_modules=["k_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def test_active_adapters_of_two_methods(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=2)
+    options = {"args": args, "train_dataset": TOKENS, "n_train": N_TRAIN}
+    model = two_active(ScalablConfig)
+    before = parameters(model)
+    BayesTrainer(model=model, kl_mode="loss", **options).train()
+    changed = [name for name, p in parameters(model).items() if not torch.equal(p, before[name])]
+    for name in ("q_proj.lora_A_rho.default", "k_proj.lora_log_s_sigma.second"):
+        assert any(name in one for one in changed), (name, changed)
+    with pytest.raises(ValueError, match="decoupled_kl: active adapters must share one method"):
+        BayesTrainer(model=two_active(ScalablConfig), **options).train()
+    with pytest.raises(
+        ValueError, match="BayesTrainer: active adapters must be trained in one way"
+    ):
+        BayesTrainer(model=two_active(PolarConfig), **options)
 
 
 # --- two processes -------------------------------------------------------------------------------
