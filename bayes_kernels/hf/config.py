@@ -115,8 +115,8 @@ class BayesLoraConfig(LoraConfig):
         """An instance of the method's class."""
         made: Any = cls
         if cls is BayesLoraConfig:
-            method = options.get("method") or DEFAULT_METHOD
-            if method not in CONFIGS:
+            method = options.get("method", DEFAULT_METHOD)
+            if method not in tuple(CONFIGS):
                 raise ValueError(
                     f"BayesLoraConfig: method must be one of {tuple(CONFIGS)}, got {method!r}; "
                     "choose one"

@@ -76,6 +76,9 @@ def test_options_of_other_methods_are_refused_with_their_names(general: bool) ->
 def test_unknown_methods_and_those_of_another_class_are_refused() -> None:
     with pytest.raises(ValueError, match=r"BayesLoraConfig: method must be one of .* got 'vi'"):
         BayesLoraConfig(method="vi")
+    for wrong in (None, "", ["blob"]):
+        with pytest.raises(ValueError, match="BayesLoraConfig: method must be one of"):
+            BayesLoraConfig(method=wrong)
     with pytest.raises(ValueError, match="BlobConfig: method must be 'blob', got 'polar'"):
         BlobConfig(method="polar")
 
