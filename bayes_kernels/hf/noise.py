@@ -77,19 +77,20 @@ class NoiseState:
 
     def advance(self) -> None:
         """Draw a new key from the present one."""
-        with _normal_tensors():
+        with normal_tensors():
             self.keys = {device: random.fold_in(key, 0) for device, key in self.keys.items()}
 
 
-def _normal_tensors() -> contextlib.AbstractContextManager[Any]:
-    """Keys made in inference mode could not be saved for a later backward pass."""
+def normal_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Inside, new tensors are normal: keys of inference mode cannot be saved for a backward pass."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
     return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _using(state: NoiseState, snapshot: tuple[Any, ...]) -> Iterator[None]:
+def using(state: NoiseState, snapshot: tuple[Any, ...]) -> Iterator[None]:
+    """Inside, the state is the one of a snapshot."""
     before = state.snapshot()
     state.restore(snapshot)
     try:

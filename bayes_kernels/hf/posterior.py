@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import random
 from ._compat import continues_a_text
 from .layers import active_layers, adapter_devices, bayes_variants, draws_weights, noise_state
-from .noise import NoiseState, _normal_tensors, _using, process_rank
+from .noise import NoiseState, normal_tensors, process_rank, using
 
 MODES = ("sample", "mean", "flipout")
 
@@ -144,7 +144,7 @@ def refresh_noise(
         key = random.key(state.seed if seed is None else seed, device)
         return random.fold_in(random.fold_in(key, process), number)
 
-    with _normal_tensors():
+    with normal_tensors():
         state.make_key(made, adapter_devices(model))
 
 
@@ -171,7 +171,7 @@ def checkpoint_noise(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
     state = noise_state(model)
 
     def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), _using(state, state.snapshot())
+        return contextlib.nullcontext(), using(state, state.snapshot())
 
     return contexts
 
@@ -230,7 +230,7 @@ def posterior(
             "'sample'; draws of a variational last layer come from predict"
         )
     before = state.snapshot()
-    with _normal_tensors():
+    with normal_tensors():
         state.make_key(lambda device: random.key(seed, device), adapter_devices(model))
     state.mode, state.n_samples, state.first_sample = mode, n_samples, first_sample
     try:
