@@ -23,7 +23,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kSplitRows = 512;  // rows of a block, at least: 32 KB at rank 16
 constexpr int kMaxSplits = 64;
 constexpr int kGroup = 32;       // columns of a Gram job's operand, at most
-constexpr int kRefineRows = 32;  // rows at a time in the refinement
+constexpr int kRefineRows = 32;  // rows at a time in the refinement, at most
 constexpr int kSolveBuffers = 6;
 
 struct Item {
@@ -64,10 +64,10 @@ BK_HD int kinds_of(TallOp op) {
 BK_HD int pitch_of(int r) { return r | 1; }  // odd: columns lie in different banks
 
 // Numbers of an item's region: partial sums (splits, kinds, r, r); matrices of r * pitch: p, a (of
-// the step), and the coefficients of the second pass; the state; and, where shared memory is too
-// small, what the solve works in.
+// the step), and the coefficients of the second pass; and, where shared memory is too small, what
+// the solve works in.
 struct Region {
-  int64_t p, a, first, second, state, work, end;
+  int64_t p, a, first, second, work, end;
 };
 BK_HD Region region_of(TallOp op, int64_t n, int r, bool work_in_global) {
   const int64_t matrix = int64_t{r} * pitch_of(r);
@@ -76,8 +76,7 @@ BK_HD Region region_of(TallOp op, int64_t n, int r, bool work_in_global) {
   g.a = g.p + matrix;
   g.first = g.a + matrix;
   g.second = g.first + matrix;
-  g.state = g.second + matrix;
-  g.work = g.state + 2;
+  g.work = g.second + matrix;
   g.end = g.work + (work_in_global ? kSolveBuffers * matrix + kSolveNumbers : 0);
   g.end += g.end % 2;  // 16-byte aligned
   return g;
@@ -267,12 +266,6 @@ __device__ void add_partials(const Item& item, TallOp op, int kind, bool symmetr
   BlockTeam::sync();
 }
 
-struct State {
-  int32_t info, more;
-  double spread;
-};
-static_assert(sizeof(State) == 2 * sizeof(double), "room in Region");
-
 struct SolveArguments {
   const Item* items;
   TallOp op;
@@ -309,6 +302,49 @@ __device__ void copy_matrix(const double* from, double* to, int r, int ld) {
 __device__ void write_gram(const double* from, float* out, int r, int ld) {
   for (int e = BlockTeam::thread(); e < r * r; e += kThreads)
     out[e] = static_cast<float>(from[e / r * ld + e % r]);
+}
+
+// Where the condition number asks for another Gram matrix: that of t p, whose rows are made on the
+// fly. Seldom needed, and by few matrices of a list; sums stay in the buffers, not in registers.
+__device__ __forceinline__ void refine(const SolveArguments& s, const Item& item, const Region& g,
+                                       double* buffers, RetractState* state) {
+  const int r = item.r, ld = pitch_of(r), matrix = r * ld;
+  double* numbers = buffers + kSolveBuffers * matrix;
+  double *gram = buffers, *tile = buffers + matrix;  // rows of t p, in the other buffers
+  const int most = (kSolveBuffers - 1) * ld, rows = most < kRefineRows ? most : kRefineRows;
+  const double *first = item.region + g.first, *second = item.region + g.second;
+  const Source a = source_of(s.op, item, false);
+  const bool pair = s.op == TallOp::kStiefelStep;
+  for (int again = 0; again < kMaxRefinements && state->more != 0; ++again) {
+    for (int e = BlockTeam::thread(); e < matrix; e += kThreads) gram[e] = 0;
+    for (int64_t row0 = 0; row0 < item.n; row0 += rows) {
+      BlockTeam::sync();  // the tile before has been read
+      for (int e = BlockTeam::thread(); e < rows * r; e += kThreads) {
+        const int64_t row = row0 + e / r;
+        const int j = e % r;
+        double y = 0;
+        if (row < item.n)
+          for (int k = 0; k < r; ++k) {
+            float w = a.matrix[row * r + k];
+            if (a.added != nullptr) w += a.added[row * r + k];
+            y = fma(static_cast<double>(w), first[k * ld + j], y);
+            if (pair) y = fma(static_cast<double>(item.d[row * r + k]), second[k * ld + j], y);
+          }
+        tile[e] = y;
+      }
+      BlockTeam::sync();
+      for (int e = BlockTeam::thread(); e < r * r; e += kThreads) {
+        const int i = e / r, j = e % r;
+        double sum = gram[i * ld + j];
+        for (int k = 0; k < rows; ++k) sum = fma(tile[k * r + i], tile[k * r + j], sum);
+        gram[i * ld + j] = sum;
+      }
+    }
+    BlockTeam::sync();
+    next_factor<BlockTeam>(s.retraction, gram, item.region + g.p, buffers + matrix,
+                           buffers + 2 * matrix, numbers, r, ld, state);
+    if (state->info < kRankDeficient) retraction_coefficients(s, g, item.region, r, ld);
+  }
 }
 
 // One block for each matrix.
@@ -352,71 +388,7 @@ __global__ void __launch_bounds__(kThreads, 4) solve_kernel(SolveArguments s) {
     copy_matrix(p, region + g.p, r, ld);
     retraction_coefficients(s, g, region, r, ld);
   }
-  if (BlockTeam::thread() == 0) {
-    *reinterpret_cast<State*>(region + g.state) = State{state.info, state.more, state.spread};
-    s.info[item.index] = state.info;
-  }
-}
-
-// Matrices whose condition number asks for another Gram matrix: that of t p, whose rows are made on
-// the fly. One block for each matrix; the others leave at once.
-__global__ void __launch_bounds__(kThreads) refine_kernel(SolveArguments s) {
-  BK_DYNAMIC_SHARED(double, shared);
-  BK_SHARED(double, tile, [kRefineRows * kMaxTallRank]);
-  const Item item = s.items[blockIdx.x];
-  const int r = item.r, ld = pitch_of(r), matrix = r * ld;
-  const bool in_global = r > s.shared_rank;
-  const Region g = region_of(s.op, item.n, r, in_global);
-  double* region = item.region;
-  const State before = *reinterpret_cast<const State*>(region + g.state);
-  if (before.more == 0) return;
-  RetractState state{before.info, before.more, before.spread};
-  double* buffers = in_global ? region + g.work : shared;
-  double* numbers = buffers + kSolveBuffers * matrix;
-  const double *first = region + g.first, *second = region + g.second;
-  const Source a = source_of(s.op, item, false);
-  const bool pair = s.op == TallOp::kStiefelStep;
-  constexpr int kEntries = kMaxTallRank * kMaxTallRank / kThreads;
-  for (int again = 0; again < kMaxRefinements && state.more != 0; ++again) {
-    double acc[kEntries];
-    BK_UNROLL
-    for (int e = 0; e < kEntries; ++e) acc[e] = 0;
-    for (int64_t row0 = 0; row0 < item.n; row0 += kRefineRows) {
-      for (int e = BlockTeam::thread(); e < kRefineRows * r; e += kThreads) {
-        const int64_t row = row0 + e / r;
-        const int j = e % r;
-        double y = 0;
-        if (row < item.n)
-          for (int k = 0; k < r; ++k) {
-            float w = a.matrix[row * r + k];
-            if (a.added != nullptr) w += a.added[row * r + k];
-            y = fma(static_cast<double>(w), first[k * ld + j], y);
-            if (pair) y = fma(static_cast<double>(item.d[row * r + k]), second[k * ld + j], y);
-          }
-        tile[e] = y;
-      }
-      BlockTeam::sync();
-      BK_UNROLL
-      for (int e = 0; e < kEntries; ++e) {
-        const int entry = BlockTeam::thread() + e * kThreads;
-        if (entry >= r * r) break;
-        const int i = entry / r, j = entry % r;
-        double sum = acc[e];
-        for (int k = 0; k < kRefineRows; ++k) sum = fma(tile[k * r + i], tile[k * r + j], sum);
-        acc[e] = sum;
-      }
-      BlockTeam::sync();
-    }
-    BK_UNROLL
-    for (int e = 0; e < kEntries; ++e) {
-      const int entry = BlockTeam::thread() + e * kThreads;
-      if (entry < r * r) buffers[entry / r * ld + entry % r] = acc[e];
-    }
-    BlockTeam::sync();
-    next_factor<BlockTeam>(s.retraction, buffers, region + g.p, buffers + matrix,
-                           buffers + 2 * matrix, numbers, r, ld, &state);
-    if (state.info < kRankDeficient) retraction_coefficients(s, g, region, r, ld);
-  }
+  if (state.more != 0) refine(s, item, g, buffers, &state);
   if (BlockTeam::thread() == 0) s.info[item.index] = state.info;
 }
 
@@ -631,13 +603,6 @@ const char* tall_cuda(const TallParams& p, void* stream) {
   BK_LAUNCH(solve_kernel, grid, kThreads, bytes, stream, arguments);
   error = bk_last_error();
   if (error != nullptr || p.op == TallOp::kGram) return error;
-  if (p.info != nullptr) {
-    // Beside the tile of its own; above 48 KiB in all it has to be asked for.
-    if (bytes + 17 * 1024 > 48 * 1024) bk_set_max_dynamic_smem(refine_kernel, bytes);
-    BK_LAUNCH(refine_kernel, grid, kThreads, bytes, stream, arguments);
-    error = bk_last_error();
-    if (error != nullptr) return error;
-  }
   for (int c = 0; c < kClasses; ++c) {
     if (classes[c].count == 0) continue;
     const Item* items = all + classes[c].first;

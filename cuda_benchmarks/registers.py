@@ -40,9 +40,8 @@ LOCAL_MEMORY = {
      "take 128 registers, rows of x 32, those of dh 16 or 32."),
     ("adapter", "down_fma_kernel"): (48, "with noise: two factors of 32 registers each, under the 128 of "
      "16 warps, which are what keeps 32 KB of a multiprocessor in flight."),
-    ("tall", "solve_kernel"): (40, "addresses of six matrices, kept while they are multiplied; a few reads "
-     "for each matrix; hits in the first-level cache."),
-    ("tall", "refine_kernel"): (80, "as `solve_kernel`; most matrices need no refinement."),
+    ("tall", "solve_kernel"): (136, "four blocks on a multiprocessor, so 64 registers; addresses of six "
+     "matrices, and what a refinement takes, which few matrices need; hits in the first-level cache."),
 }  # fmt: skip
 
 # Kernels that stream activations or tall matrices, by what a thread must have in flight, in bytes: four
@@ -55,6 +54,7 @@ STREAMING = {
     ("tall", "gram_kernel"): 64,
     ("tall", "combine_kernel"): 32,
     ("curvature", "gram_kernel"): 64,
+    ("curvature", "apply_kernel"): 64,
     ("curvature", "dense_sum_kernel"): 64,
     ("divergence", "value_kernel"): 64,
     ("divergence", "gradient_kernel"): 64,

@@ -457,6 +457,7 @@ def curvature(i: Inputs, small: bool) -> Iterator[Case]:
         (61, 130, 10, 4),
         (448, 40, 3, 2),
         (1, 260, 30, 32),
+        (1, 260, 20, 8),
     ):
         if small and number == 448:
             continue

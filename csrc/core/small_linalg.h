@@ -288,6 +288,31 @@ BK_HD_LARGE void invert_upper(const double* u, double* x, int r, int ld) {
   }
 }
 
+BK_HD double reciprocal_root(double x) {
+#if defined(__CUDACC__)
+  return rsqrt(x);
+#else
+  return 1.0 / sqrt(x);
+#endif
+}
+
+// Cosine and sine of the smaller rotation that makes two vectors orthogonal, from their products.
+BK_HD void rotation(double pp, double qq, double pq, double* c, double* s) {
+#if defined(BK_SMALL_VECTORS)
+  const double zeta = (qq - pp) / (2.0 * pq);
+  const double t = (zeta < 0 ? -1.0 : 1.0) / (fabs(zeta) + sqrt(1.0 + zeta * zeta));
+  *c = 1.0 / sqrt(1.0 + t * t);
+  *s = *c * t;
+#else
+  // On a GPU a thread waits for each quotient and each root in turn: two inverse roots in place of
+  // three quotients and two roots. cos(2 t) = |d| r, sin(2 t) = pq r.
+  const double d = 0.5 * (qq - pp), r = reciprocal_root(fma(d, d, pq * pq));
+  const double square = fma(0.5 * fabs(d), r, 0.5), inverse = reciprocal_root(square);
+  *c = square * inverse;
+  *s = (d < 0 ? -0.5 : 0.5) * pq * r * inverse;
+#endif
+}
+
 // Eigenvalues and eigenvectors of a symmetric positive semidefinite matrix by one-sided Jacobi
 // rotations in a round-robin order: all pairs of a round are disjoint, and rotated at once by one
 // group each. In: w = the matrix. Out: row i of v an eigenvector, values[i] its eigenvalue, in no
@@ -326,9 +351,8 @@ BK_HD_LARGE int symmetric_eigen(double* w, double* v, double* values, double* fl
         pair_products<Team>(wp, wq, r, &pp, &qq, &pq);
         if (pp <= nothing || qq <= nothing || pq * pq <= tolerance * tolerance * pp * qq) continue;
         rotations += 1;
-        const double zeta = (qq - pp) / (2.0 * pq);
-        const double t = (zeta < 0 ? -1.0 : 1.0) / (fabs(zeta) + sqrt(1.0 + zeta * zeta));
-        const double c = 1.0 / sqrt(1.0 + t * t), s = c * t;
+        double c, s;
+        rotation(pp, qq, pq, &c, &s);
         for (int k = Team::lane(); k < r; k += Team::lanes()) {
           const double a = wp[k], b = wq[k], e = vp[k], f = vq[k];
           wp[k] = c * a - s * b;

@@ -27,7 +27,7 @@ from torch import Tensor
 from bayes_kernels import _library, random
 
 LIBRARY = "libbayes_kernels_sim_traffic.so"
-F32, F64, ITEM = 4, 8, 64
+F32, F64, ITEM = 4, 8, 48
 
 # As in the kernels: constants of the plans.
 FULL_GRID, SPLIT_GRID = 512, 256
@@ -398,7 +398,7 @@ def tall_cases() -> dict[str, Case]:
             "coefficients, written, and read for each 512 rows": (1 + splits)
             * coefficients
             * square,
-            "the list of matrices, for each warp": (1 + 8 * (2 + splits)) * layers * ITEM,
+            "the list of matrices, for each warp": (1 + 8 * (1 + splits)) * layers * ITEM,
         }
 
     def copies() -> list[Tensor]:
@@ -511,8 +511,8 @@ def curvature_cases() -> dict[str, Case]:
                 "factor and rows for the Gram matrix": layers * d * c * F32,
                 "factor and rows again, factor written": layers * d * (c + k) * F32,
                 "Gram matrices of 1,024 rows, written and read": 2 * layers * splits * c * c * F64,
-                "eigenvectors, written, and read for each 32 rows": layers
-                * (1 + ceil_div(d, 32))
+                "eigenvectors, written, and read for each 256 rows": layers
+                * (1 + ceil_div(d, 256))
                 * c
                 * k
                 * F64,

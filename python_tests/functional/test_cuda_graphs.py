@@ -170,6 +170,7 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
     steps = [0.01 * normal(50, 5) for _ in range(3)]
     logits, variance = normal(6, 5), normal(6, 5).abs()
     wide, spread = normal(6, 70), normal(6, 70).abs()
+    widest = normal(1, 2100)  # without tickets
     factors, rows = [normal(60, 3)], [normal(4, 60)]
     square, inputs = [torch.zeros(8, 8, device=device)], [normal(40, 8)]
     half = torch.full((), 0.5, device=device, dtype=torch.float64)
@@ -192,7 +193,7 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
 
     def predict(mean: Tensor, cov: Tensor) -> Callable[[], list[Tensor]]:
         def step() -> list[Tensor]:
-            p = F.mc_predict(mean, cov, n_samples=8, key=key)
+            p = F.mc_predict(mean, cov, n_samples=40, key=key)  # several blocks of many classes
             return [p.log_probs, p.entropy, p.expected_entropy]
 
         return step
@@ -221,6 +222,7 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
         "qr": (retract(F.qr_retract_), [key, *tall]),
         "predict few": (predict(logits, variance), [key]),
         "predict many": (predict(wide, spread), [key]),
+        "predict most": (predict(widest, widest.abs()), [key]),
         "low rank": (low_rank, [key, *factors]),
         "kron": (kron, [key, *square]),
     }

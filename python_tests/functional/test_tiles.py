@@ -448,10 +448,12 @@ def test_predictions_in_more_than_one_wave():
 # --- curvature ----------------------------------------------------------------------------------
 
 # d, k, rows. CPU: 256 rows of the factor are a partial sum, 8 are written at once; a vector of columns, 8 or
-# 16 columns and 32 new rows are taken at a time. GPU: 32 rows of 1024; 4 columns.
+# 16 columns and 32 new rows are taken at a time. GPU: 32 to 256 rows of 1024; 16, 32 and 64 columns decide
+# how many, and how many lanes a pair of rows has; 4 columns.
 LOW_RANK = [
     (255, 7, 31), (256, 8, 32), (257, 9, 33), (263, 4, 17), (264, 15, 5), (1023, 16, 9), (1024, 17, 4),
-    (1025, 5, 3), (2049, 3, 33), (513, 31, 3), (31, 2, 65), (33, 24, 8), (65, 33, 20),
+    (1025, 5, 3), (2049, 3, 33), (513, 31, 3), (31, 2, 65), (33, 24, 8), (65, 33, 20), (300, 12, 4),
+    (301, 12, 5), (129, 24, 9),
 ]  # fmt: skip
 
 
