@@ -1,0 +1,79 @@
+"""Kernels whose blocks add up each other's sums: the same bits in whatever order blocks come.
+
+The last block of a group, found by a ticket, adds the parts of all. On a GPU any block may be last; the
+emulator runs blocks and threads forward, backward and shuffled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_kernels import _library, random
+from bayes_kernels import functional as F
+
+FORWARD, REVERSE, RANDOM = 0, 1, 2
+
+# Tokens, n, m, rank: several blocks of columns and of tokens in every product; partial tiles.
+SHAPES = [(33, 1100, 600, 8), (200, 530, 300, 20), (70, 1030, 530, 64)]
+
+
+@pytest.fixture
+def in_order() -> Iterator[Callable[[int, int], None]]:
+    """Sets the order of blocks and threads, and its seed; put back afterwards."""
+    path = _library.find_library("libbayes_kernels_sim.so")
+    if path is None or _library.load_simulator() is None:
+        pytest.skip("the emulator library is not built")
+    library = ctypes.CDLL(str(path))
+    library.bayes_kernels_sim_set_seed.argtypes = [ctypes.c_uint64]
+    library.bayes_kernels_sim_get_seed.restype = ctypes.c_uint64
+    order, seed = library.bayes_kernels_sim_get_order(), library.bayes_kernels_sim_get_seed()
+
+    def choose(order: int, seed: int) -> None:
+        assert library.bayes_kernels_sim_set_order(order) == 0
+        library.bayes_kernels_sim_set_seed(seed)
+
+    with _library.simulator():
+        yield choose
+    choose(order, seed)
+
+
+def layer(shape: tuple[int, int, int, int], dtype: torch.dtype, noise: bool) -> list[Tensor]:
+    """A layer's output and all its gradients."""
+    tokens, n, m, r = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(size, generator=generator).to(of).requires_grad_()
+
+    x, base = leaf(tokens, n, of=dtype), leaf(tokens, m, of=dtype)
+    a, rho, b = leaf(r, n), leaf(r, n), leaf(m, r)
+    if noise:
+        leaves = [x, a, rho, b, base]
+        y = F.flipout_lora(x, a, rho, b, base, key=random.key(3), dropout=0.1)
+    else:
+        leaves = [x, a, b, base]
+        y = F.lora(x, a, b, base)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["plain", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_order_of_blocks_changes_no_bit(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    noise: bool,
+    in_order: Callable[[int, int], None],
+) -> None:
+    in_order(FORWARD, 0)
+    expected = layer(shape, dtype, noise)
+    assert all(torch.isfinite(t).all() for t in expected)
+    for order, seed in ((REVERSE, 0), (RANDOM, 1)):
+        in_order(order, seed)
+        for one, other in zip(layer(shape, dtype, noise), expected, strict=True):
+            assert torch.equal(one, other), f"order {order}, seed {seed}"

@@ -1,0 +1,154 @@
+"""Plants faults in the CUDA kernels, one at a time, and sees whether the tests on the emulator notice them.
+
+    python python_tests/tools/plant.py [NAME...]
+
+Each fault replaces one piece of a source by another, builds the emulator, and runs tests until one fails.
+The sources and the emulator are put back afterwards. Minutes a fault, so it is no part of the suite, which
+only checks that every piece is still in its source. The exit code is the number of faults unnoticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FUNCTIONAL = "python_tests/functional"
+SIM, TRAFFIC = "bayes_kernels_sim", "bayes_kernels_sim_traffic"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` in csrc/`file` becomes `new`; `library` is what `tests` load of the emulator."""
+
+    file: str
+    old: str
+    new: str
+    library: str
+    tests: tuple[str, ...]
+
+
+def seen_by_ops(file: str, old: str, new: str) -> Fault:
+    names = ("test_adapter", "test_adapter_gradients", "test_block_orders", "test_tiles")
+    tests = (*(f"{FUNCTIONAL}/{name}.py" for name in names), "--device", "sim")
+    return Fault(file, old, new, SIM, tests)
+
+
+def seen_by_counts(file: str, old: str, new: str) -> Fault:
+    """Faults that change no result on the emulator: it runs blocks one after another."""
+    return Fault(
+        file, old, new, TRAFFIC, ("python_tests/csrc/test_counters.py", "-k", "bytes or launches")
+    )
+
+
+FAULTS = {
+    "a ticket too early": seen_by_ops("ticket.cuh", "count - 1 ? 1", "count - 2 ? 1"),
+    "a ticket not reset": seen_by_ops("ticket.cuh", "if (last != 0) *ticket = 0;", ""),
+    "no fence before a ticket": seen_by_counts(
+        "ticket.cuh",
+        "  __threadfence();\n  __syncthreads();\n  if (thread",
+        "  __syncthreads();\n  if (thread",
+    ),
+    "no fence after a ticket": seen_by_counts("ticket.cuh", "    __threadfence();\n  }", "  }"),
+    "columns at an edge": seen_by_ops(
+        "adapter_sums.cuh",
+        "if (column >= columns || k >= r) continue;",
+        "if (column + 4 > columns || k >= r) continue;",
+    ),
+    "the last token": seen_by_ops(
+        "adapter_mma.cuh",
+        "if (row0 + 8 * i + g < p.tokens) v[c][i]",
+        "if (row0 + 8 * i + g + 1 < p.tokens) v[c][i]",
+    ),
+    "a lost split": seen_by_ops(
+        "adapter_sums.cuh",
+        "if (first + i < splits) add_to(sum, v[i]);",
+        "if (first + i + 1 < splits) add_to(sum, v[i]);",
+    ),
+    "the scale of dh in fp16": seen_by_ops(
+        "adapter_mma.cuh", "p.gradients.scale / low_scale", "p.gradients.scale"
+    ),
+    "a rank's sign": seen_by_ops(
+        "adapter_mma.cuh", ">> (8 * (q % 4) + 2 * t);", ">> (8 * (q % 4) + 2 * t + 1);"
+    ),
+    "signs not transposed": seen_by_ops(
+        "adapter_mma.cuh", "flip_low(rank0, low, 0, low);\n            turn();", "turn();"
+    ),
+    "normals of odd rows": seen_by_ops(
+        "adapter_prepare.cuh", "if ((skip & 2) != 0) {", "if (skip == 3) {"
+    ),
+    "rho of a neighbour": seen_by_ops(
+        "adapter_sums.cuh", "__ldg(p.rho + index + c)", "__ldg(p.rho + index)"
+    ),
+    "passes not added": seen_by_ops(
+        "adapter_fma.cuh", "to = pass == first_pass ? sum[0] : to + sum[0];", "to = sum[0];"
+    ),
+    "a buffer of dh": seen_by_ops(
+        "adapter_mma.cuh", "((row0 / 32 % 2) * kTileWarps + warp)", "(0 * kTileWarps + warp)"
+    ),
+    "half of the warps": seen_by_ops(
+        "adapter_mma.cuh", "half = column_warps / 2; half > 0", "half = column_warps / 2; half > 1"
+    ),
+}
+
+
+def build(library: str) -> None:
+    """Builds the emulator where the last build was, and puts it where the package is."""
+    from bayes_kernels import _library
+
+    installed = _library.find_library(f"lib{library}.so")
+    folders = sorted(ROOT.glob("build/*/build.ninja"), key=lambda p: p.stat().st_mtime)
+    if installed is None or not folders:
+        sys.exit("the emulator is not built; build with BAYES_KERNELS_TESTS=ON")
+    folder = folders[-1].parent
+    subprocess.run(["ninja", "-C", folder, library], check=True, stdout=subprocess.DEVNULL)
+    shutil.copy(folder / f"lib{library}.so", installed)
+
+
+@contextmanager
+def planted(fault: Fault) -> Iterator[None]:
+    path = ROOT / "csrc" / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        sys.exit(f"{fault.file} must have {fault.old!r} once, has it {text.count(fault.old)} times")
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        yield
+    finally:
+        path.write_text(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="default: all; " + ", ".join(FAULTS)
+    )
+    names = parser.parse_args(arguments).names or list(FAULTS)
+    unnoticed = 0
+    try:
+        for name in names:
+            fault = FAULTS[name]
+            with planted(fault):
+                build(fault.library)
+                command = [sys.executable, "-m", "pytest", "-q", "-x", *fault.tests]
+                run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            found = [
+                line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
+            ]
+            noticed = run.returncode == 1 and bool(found)
+            unnoticed += not noticed
+            print(f"{name}: {found[0] if noticed else 'NOT NOTICED'}", flush=True)
+    finally:
+        for library in (SIM, TRAFFIC):
+            build(library)
+    return unnoticed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
