@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,73 @@ def layer(shape: tuple[int, int, int, int], dtype: torch.dtype, noise: bool) -> 
         leaves = [x, a, b, base]
         y = F.lora(x, a, b, base)
     return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+
+def many(shape: tuple[int, int], spread: float, samples: int) -> list[Tensor]:
+    """Predictions whose ranges are several warps' or blocks'."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(shape, generator=generator)
+    cov = spread * torch.randn(shape, generator=generator).square()
+    return [
+        *F.mc_predict(mean, cov, n_samples=samples, key=random.key(3), return_standard_error=True)
+    ]
+
+
+def full() -> list[Tensor]:
+    cov = (torch.eye(9) + 0.2).expand(1, 9, 9).contiguous()
+    p = F.mc_predict(torch.arange(9.0)[None], cov, n_samples=600, key=random.key(3))
+    return [p.log_probs, p.entropy, p.expected_entropy]
+
+
+def divergence() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    means = [torch.randn(size, generator=generator) for size in ((3, 2800), (5000,), (7,))]
+    rhos = [torch.rand(m.shape, generator=generator) + 0.1 for m in means]
+    return [_library.ops.gaussian_kl(means, rhos, [0.2], "square", "elbo")]
+
+
+def curvature(d: int, k: int, rows: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(d, k, generator=generator) for _ in range(2)]
+    F.low_rank_update_(factors, [torch.randn(rows, d, generator=generator) for _ in range(2)])
+    return factors
+
+
+def retraction(r: int) -> list[Tensor]:
+    """Of a matrix that needs a second Gram matrix."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, r, generator=generator) * torch.logspace(0, -5, r)
+    F.polar_retract_(xs := [(x @ torch.randn(r, r, generator=generator)).contiguous()])
+    return xs
+
+
+OTHERS: dict[str, Callable[[], list[Tensor]]] = {
+    **{
+        f"mc_predict {shape} {samples} {spread}": partial(many, shape, spread, samples)
+        for shape, samples in (((3, 5), 1000), ((1, 32), 300), ((1, 2), 5000), ((1, 70), 120))
+        for spread in (1.0, 100.0)
+    },
+    "mc_predict full": full,
+    "gaussian_kl": divergence,
+    **{
+        f"low_rank_update_ {shape}": partial(curvature, *shape)
+        for shape in ((130, 10, 4), (1100, 12, 4), (64, 20, 12), (60, 17, 20))
+    },
+    **{f"polar_retract_ {r}": partial(retraction, r) for r in (3, 17)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_order_of_threads_changes_no_bit(
+    name: str, in_order: Callable[[int, int], None]
+) -> None:
+    """A region of shared memory that two warps take, or a lost barrier, shows in another order, too."""
+    in_order(FORWARD, 0)
+    expected = OTHERS[name]()
+    for order, seed in ((REVERSE, 0), (RANDOM, 1)):
+        in_order(order, seed)
+        for one, other in zip(OTHERS[name](), expected, strict=True):
+            assert torch.equal(one, other), f"order {order}, seed {seed}"
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["plain", "noise"])

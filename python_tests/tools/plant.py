@@ -40,6 +40,16 @@ def seen_by_ops(file: str, old: str, new: str) -> Fault:
     return Fault(file, old, new, SIM, tests)
 
 
+DIVERGENCE, PREDICT, CURVATURE, TALL = "divergence", "predict", "curvature", "tall"
+
+
+def seen_by(family: str, file: str, old: str, new: str) -> Fault:
+    names = (f"test_{family}", "test_block_orders", "test_tiles")
+    return Fault(
+        file, old, new, SIM, (*(f"{FUNCTIONAL}/{name}.py" for name in names), "--device", "sim")
+    )
+
+
 def seen_by_counts(file: str, old: str, new: str) -> Fault:
     """Faults that change no result on the emulator: it runs blocks one after another."""
     return Fault(
@@ -94,6 +104,70 @@ FAULTS = {
     ),
     "half of the warps": seen_by_ops(
         "adapter_mma.cuh", "half = column_warps / 2; half > 0", "half = column_warps / 2; half > 1"
+    ),
+    "a sum over two launches": seen_by(
+        DIVERGENCE,
+        "divergence_cuda.cu",
+        "list.partial[list.before + static_cast<int>(blockIdx.x)]",
+        "list.partial[static_cast<int>(blockIdx.x)]",
+    ),
+    "the tail of four deviations": seen_by(
+        DIVERGENCE,
+        "divergence_cuda.cu",
+        "count * log_prior - log(product)",
+        "V * log_prior - log(product)",
+    ),
+    "a power of the deviation": seen_by(
+        DIVERGENCE,
+        "divergence_cuda.cu",
+        "inverse - fma(m, m, square) * of_mean * inverse",
+        "inverse - fma(m, m, square) * of_mean",
+    ),
+    "the next row's range": seen_by(
+        PREDICT,
+        "predict_row.cuh",
+        "const bool there = first + u < ranges;",
+        "const bool there = first + u <= ranges && first + u < kPartsAhead;",
+    ),
+    "a class's exponent": seen_by(
+        PREDICT, "predict_large.cuh", "if (of.mode == kFree) mine.shift = shift[c];", ""
+    ),
+    "the last warp's sums": seen_by(
+        PREDICT,
+        "predict_row.cuh",
+        "for (int w = lane / count; w < warps; w += kShare)",
+        "for (int w = lane / count; w < warps - 1; w += kShare)",
+    ),
+    "warps in one region": seen_by(
+        PREDICT,
+        "predict_small.cuh",
+        "shared + warp * small_warp_bytes(p) / static_cast<int>(sizeof(float))",
+        "shared + 0 * warp * small_warp_bytes(p) / static_cast<int>(sizeof(float))",
+    ),
+    "columns behind the factor": seen_by(
+        CURVATURE,
+        "curvature_cuda.cu",
+        "if (j + t < k) out[at * k + j + t] = sum[t];",
+        "out[at * k + j + t] = sum[t];",
+    ),
+    "a group's lanes": seen_by(
+        CURVATURE,
+        "curvature_cuda.cu",
+        "const uint32_t mask = ((1u << kLanes) - 1) << (group() * kLanes);",
+        "const uint32_t mask = kAllLanes;",
+    ),
+    "the side of a rotation": seen_by(
+        CURVATURE, "core/small_linalg.h", "*s = (d < 0 ? -0.5 : 0.5) * pq", "*s = 0.5 * pq"
+    ),
+    "rows of a small tile": seen_by(TALL, "tall_cuda.cu", "row0 += rows)", "row0 += kRefineRows)"),
+    "sums of another Gram matrix": seen_by(
+        TALL,
+        "tall_cuda.cu",
+        "e < matrix; e += kThreads) gram[e] = 0;",
+        "e < matrix; e += kThreads) gram[e] = again == 0 ? gram[e] : 0;",
+    ),
+    "no refinement": seen_by(
+        TALL, "tall_cuda.cu", "if (state.more != 0) refine(s, item, g, buffers, &state);", ""
     ),
 }
 
