@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import compare as co
-from bayes_kernels.experiment.settings import parse_value, recipes_of
+from bayes_kernels.experiment.settings import method_options, parse_value, recipes_of
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,20 @@ def test_options_that_do_nothing_are_refused(
     result = CliRunner().invoke(app.app, ["compare", *options, *out])
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_of_one_method_stands_wherever_it_is_said() -> None:
+    for order in (1, -1):
+        found = recipes_of({}, ["blob.lr=0.5", "lr=0.25"][::order], ("map", "blob"))
+        assert (found["map"].lr, found["blob"].lr) == (0.25, 0.5)
+
+
+def test_options_of_one_method_come_once() -> None:
+    assert method_options(["a-b=1", "c=x=y"]) == {"a_b": 1, "c": "x=y"}
+    with pytest.raises(ValueError, match="--set a_b=2: expected a setting once, got it twice"):
+        method_options(["a-b=1", "a_b=2"])
+    with pytest.raises(ValueError, match="expected NAME=VALUE, got 'a'"):
+        method_options(["a"])
 
 
 def test_settings_of_all_methods_go_to_those_that_have_them() -> None:

@@ -17,7 +17,14 @@ from tiny_models import IDS, adapted, blob, fill, gpt2, llama, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
-from bayes_kernels.hf import BayesLoraConfig, BlobConfig, kl_divergence, posterior, refresh_noise
+from bayes_kernels.hf import (
+    BayesLoraConfig,
+    BlobConfig,
+    PolarConfig,
+    kl_divergence,
+    posterior,
+    refresh_noise,
+)
 from bayes_kernels.hf._compat import unsupported_layer
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 
@@ -26,6 +33,21 @@ def test_adapters_in_an_eval_model_stay_in_eval() -> None:
     model = blob(target_modules=["q_proj"], task_type=None)
     assert not any(isinstance(m, LoraLayer) and m.training for m in model.modules())
     assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor"), [(BlobConfig, "lora_A_rho"), (PolarConfig, "lora_A.")]
+)
+def test_first_values_follow_the_global_seed(config: Any, tensor: str) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        base = llama()
+        torch.manual_seed(seed)
+        model = adapted(base, config, target_modules=["q_proj"])
+        found.append([p.detach() for name, p in model.named_parameters() if tensor in name])
+    (first, other), again, changed = found
+    assert not torch.equal(first, other)  # the same layer of two blocks
+    assert torch.equal(first, again[0]) and not torch.equal(first, changed[0])
 
 
 # --- copies, devices, dtypes ---------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayes_kernels.hf import Prediction, posterior, predict, predict_dataset
-from bayes_kernels.hf.layers import noise_state
+from bayes_kernels.hf.layers import bayes_layers, noise_state
 
 IDS = torch.randint(3, 128, (5, 7), generator=torch.Generator().manual_seed(1))
 CHOICES = [10, 20, 30]
@@ -76,6 +76,21 @@ def test_batches_change_nothing() -> None:
         )
     other = predict(model, {"input_ids": IDS}, n_samples=4, seed=2)
     assert (other.log_probs - whole.log_probs).abs().max() > 1e-3
+
+
+def test_layers_behind_a_router_get_one_draw_in_each_pass() -> None:
+    model = bert()
+    passes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda *args: passes.append(len(args[2]["input_ids"])), with_kwargs=True
+    )
+    whole = predict(model, {"input_ids": IDS}, n_samples=3, samples_per_pass=1)
+    for item in bayes_layers(model):
+        item.variant.routed = True
+    routed = predict(model, {"input_ids": IDS}, n_samples=3)
+    assert passes == [len(IDS)] * 6 and torch.equal(routed.log_probs, whole.log_probs)
+    with pytest.raises(ValueError, match="sees routed rows, so that 3 draws cannot be folded"):
+        predict(model, {"input_ids": IDS}, n_samples=3, samples_per_pass=3)
 
 
 def test_zero_samples_is_the_mean() -> None:

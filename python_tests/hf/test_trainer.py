@@ -23,7 +23,9 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from bayes_kernels import random
 from bayes_kernels.hf import (
     BayesTrainer,
+    BlobConfig,
     PolarConfig,
+    PolarVbllConfig,
     ScalablConfig,
     decoupled_kl,
     kl_divergence,
@@ -183,6 +185,24 @@ def test_weight_decay_leaves_the_posterior_alone(tmp_path: Path) -> None:
     for name, p in parameters(model).items():
         if "lora_A" in name:  # lora_B was 0: no gradient reached these
             assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    ("config", "decayed"),
+    [
+        (BlobConfig, {"lora_B", "classifier"}),
+        (ScalablConfig, {"lora_A", "lora_B", "classifier"}),
+        (PolarConfig, {"lora_core", "classifier"}),
+        (PolarVbllConfig, {"lora_core"}),
+    ],
+)
+def test_weight_decay_by_method(config: Any, decayed: set[str], tmp_path: Path) -> None:
+    model = adapted(tiny_models.bert(), config)
+    args = arguments(tmp_path, weight_decay=0.5)
+    trainer = BayesTrainer(model=model, args=args, train_dataset=CLASSES)
+    trained = parameters(model).keys() & set(trainer.get_decay_parameter_names(model))
+    kinds = {part for name in trained for part in name.split(".")}
+    assert {k for k in kinds if k.startswith("lora_") or k == "classifier"} == decayed
 
 
 def _names(group: dict[str, Any], model: Any) -> set[str]:
