@@ -104,7 +104,9 @@ def info(debug: Debug = False) -> None:
 
 
 for _command in (methods, demo, train, compare, bayesianize, evaluate, predict, bench):
-    app.command()(_command)
+    # Lines of a paragraph are joined, so that help is wrapped at the width of the terminal only.
+    _paragraphs = (_command.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(part.split()) for part in _paragraphs))(_command)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ def methods(
     Options are set with --set NAME=VALUE in train and bayesianize, and with --set METHOD.NAME=VALUE in
     compare.
     """
+    from ..experiment.settings import FIELDS
     from ..experiment.tables import Table
     from ..hf.method import METHODS
 
@@ -48,3 +49,10 @@ def methods(
     for one in row.options.values():
         print(f"\n{one.name}: {one.type}, by default {json.dumps(one.default)}")
         print(textwrap.fill(one.help, 96, initial_indent="    ", subsequent_indent="    "))
+    shared = [name for name in row.options if name in FIELDS]
+    if shared:
+        note = (
+            f"In train and compare {', '.join(shared)} also name fields of the recipe: there "
+            "--set options.NAME=VALUE sets the option, --set NAME=VALUE the field."
+        )
+        print("\n" + textwrap.fill(note, 96))

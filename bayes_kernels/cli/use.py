@@ -112,7 +112,7 @@ def bayesianize(
     recipe = dataclasses.replace(
         one.recipe,
         n_samples=one.recipe.n_samples if n_samples is None else n_samples,
-        options={**chosen, **method_options(options or ())},
+        options={**chosen, **method_options(options or (), method)},
     )
     before = one.method
     one = dataclasses.replace(one, source=source, method=method, recipe=recipe)

@@ -12,7 +12,7 @@ from .recipe import Recipe
 
 # Fields of the recipe that are tables, with names below them, and the others.
 _TABLES = ("options", "lora")
-_FIELDS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in _TABLES)
+FIELDS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in _TABLES)
 
 
 class Setting(NamedTuple):
@@ -71,7 +71,7 @@ def parse_settings(items: Iterable[str], methods: Sequence[str]) -> list[Setting
         word = first.replace("_", "-")
         method = word if rest and word in METHODS else None
         path = tuple(rest) if method else (first, *rest)
-        if len(path) == 1 and path[0] not in (*_FIELDS, *_TABLES):
+        if len(path) == 1 and path[0] not in (*FIELDS, *_TABLES):
             path = ("options", *path)
         if len(path) != (2 if path[0] in _TABLES else 1):
             raise ValueError(
@@ -85,8 +85,12 @@ def parse_settings(items: Iterable[str], methods: Sequence[str]) -> list[Setting
     return found
 
 
-def method_options(items: Iterable[str]) -> dict[str, Any]:
+def method_options(items: Iterable[str], method: str) -> dict[str, Any]:
     """Texts of ``--set`` whose names are all options of one method.
+
+    Args:
+        items: The texts.
+        method: The method.
 
     Raises:
         ValueError: A text is not NAME=VALUE, or a name comes twice.
@@ -95,7 +99,7 @@ def method_options(items: Iterable[str]) -> dict[str, Any]:
     for where, name, value in split_items(items):
         if name in found:
             raise ValueError(f"{where}: expected a setting once, got it twice")
-        found[name] = value
+        found[name] = _option_value(method, name, value)
     return found
 
 
@@ -145,8 +149,17 @@ def make_recipes(settings: Iterable[Setting], methods: Sequence[str]) -> dict[st
         for taker in takers:
             field, *name = one.path
             table = fields[taker].setdefault(field, {}) if name else fields[taker]
-            table[name[0] if name else field] = one.value
+            value = _option_value(taker, name[0], one.value) if field == "options" else one.value
+            table[name[0] if name else field] = value
     return {name: Recipe(**values) for name, values in fields.items()}
+
+
+def _option_value(method: str, name: str, value: Any) -> Any:
+    """A value as the option takes it: true and false are words for one whose values are texts."""
+    option = METHODS[method].options.get(name)
+    if isinstance(value, bool) and option is not None and option.type.startswith("text"):
+        return json.dumps(value)
+    return value
 
 
 def _uses(method: str, one: Setting) -> bool:
@@ -165,9 +178,13 @@ def _unused(one: Setting, methods: Sequence[str]) -> str:
     whom = [one.method] if one.method else methods
     having = [name for name in METHODS if _uses(name, one._replace(method=name))]
     if having:
-        return f"expected a setting that {' or '.join(whom)} uses, got one of {', '.join(having)}"
-    options = ", ".join(METHODS[whom[0]].options) if len(whom) == 1 else "see the command methods"
+        same = any(one.path[-1] in METHODS[name].options for name in whom)
+        hint = f"; use options.{one.path[-1]} for the method's option of that name" if same else ""
+        return f"expected a setting that {' or '.join(whom)} uses, got one of {', '.join(having)}{hint}"
+    options = "see the command methods"
+    if len(whom) == 1:
+        options = ", ".join(METHODS[whom[0]].options) or "none"
     return (
-        f"expected a field of the recipe ({', '.join(_FIELDS)}) or an option of "
+        f"expected a field of the recipe ({', '.join(FIELDS)}) or an option of "
         f"{' or '.join(whom)} ({options}), got {one.path[-1]}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -347,13 +348,22 @@ class LogitRows:
     def __init__(
         self, model: nn.Module, inputs: Mapping[str, Any], choices: Sequence[int] | None
     ) -> None:
-        self.choices = None if choices is None else [int(c) for c in choices]
+        self.choices: list[int] | None = None
         self.last: Tensor | None = None
         self.options: dict[str, Any] = {}
-        if self.choices is None:
+        if choices is None:
             return
-        if len(self.choices) < 2:
-            raise ValueError(f"predict: choices must be at least two token ids, got {self.choices}")
+        try:
+            self.choices = [operator.index(c) for c in choices]
+        except TypeError:
+            raise ValueError(
+                f"predict: choices must be token ids, got {choices!r}; for an answer pass the id that "
+                "the tokenizer gives it"
+            ) from None
+        if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
+            raise ValueError(
+                f"predict: choices must be at least two token ids, all different, got {self.choices}"
+            )
         base: Any = getattr(model, "get_base_model", lambda: model)()
         prefix = ""
         if getattr(getattr(base, "config", None), "is_encoder_decoder", False):

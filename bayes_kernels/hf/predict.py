@@ -83,6 +83,9 @@ def predict(
             f"predict: batch must be a mapping of input tensors, got {type(batch).__name__}; for "
             "texts pass tokenizer(texts, padding=True, return_tensors='pt')"
         )
+    for name, count in (("n_samples", n_samples), ("samples_per_pass", samples_per_pass)):
+        if not hasattr(count, "__index__") and (name == "n_samples" or count is not None):
+            raise ValueError(f"predict: {name} must be an integer, got {count!r}")
     if n_samples < 0:
         raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
     if samples_per_pass is not None and samples_per_pass < 1:

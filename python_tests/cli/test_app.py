@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,14 @@ def test_no_network(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     error = refuse("train", data, "--model", "some/model", "--out", tmp_path / "run")
     assert "the hub cannot be reached or has no such model" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_lines_at_the_width_of_the_terminal_only(command: str) -> None:
+    text, box, _ = call(command, "--help").stdout.partition("\u256d")
+    lines = [line.strip() for line in text.splitlines()]
+    width = len(max(text.splitlines(), key=len)) - 2
+    assert box and any(lines)
+    for line, following in pairwise(lines):
+        if line and following:
+            assert len(line) + 1 + len(following.split()[0]) > width - 1

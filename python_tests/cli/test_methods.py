@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -50,3 +51,12 @@ def test_options_are_what_recipes_take(method: str) -> None:
     assert Experiment(method=method, recipe=Recipe(options=defaults)).recipe.options == defaults
     with pytest.raises(ValueError, match=rf"options: expected those of {method} \(.*, got speed$"):
         Experiment(method=method, recipe=Recipe(options={"speed": 1}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_that_a_field_of_the_recipe_hides_are_named(method: str) -> None:
+    hidden = [name for name in METHODS[method].options if name in {f.name for f in fields(Recipe)}]
+    note = f"In train and compare {', '.join(hidden)} also name fields of the recipe"
+    assert (note in " ".join(call(method).split())) == bool(hidden)
+    if METHODS[method].made == "convert":
+        assert "batch_size" in hidden

@@ -53,6 +53,7 @@ def test_values_are_json_where_they_can_be(text: str, value: object) -> None:
         ("polar.n_samples=3", "--set polar.n_samples=3: expected a setting that polar uses"),
         ("map.prior_std=1", "expected a setting that map uses"),
         ("tfb.lr=0.1", "expected a setting that tfb uses"),
+        ("laplace.rank=3", "; use options.rank for the method's option of that name"),
         ("ensemble.n_samples=4", "expected a setting that ensemble uses"),
         ("blob.kl_lr=1", "kl_lr: expected kl_schedule published or constant with it, got 'auto'"),
         ("tfb.anchrs=1", "or an option of tfb (anchors, metric, "),
@@ -85,6 +86,7 @@ def test_settings_that_are_refused(setting: str, message: str, tmp_path: Path) -
             "expected a setting that map or blob uses, got one of polar, polar-vbll",
         ),
         (["--methods", "map", "--members", "3"], "members: expected ensemble among --methods"),
+        (["--methods", "map", "--set", "magic=1"], "or an option of map (none), got magic"),
         (["--rank", "4", "--set", "rank=8"], "--set rank=8: expected a setting once, got it twice"),
         (["--set", "lr=1", "--set", "lr=2"], "--set lr=2: expected a setting once, got it twice"),
         (["--style", "foo"], "style: expected one of blob, laplace, plain, got 'foo'"),
@@ -108,11 +110,20 @@ def test_a_setting_of_one_method_stands_wherever_it_is_said() -> None:
 
 
 def test_options_of_one_method_come_once() -> None:
-    assert method_options(["a-b=1", "c=x=y"]) == {"a_b": 1, "c": "x=y"}
+    assert method_options(["a-b=1", "c=x=y"], "tfb") == {"a_b": 1, "c": "x=y"}
     with pytest.raises(ValueError, match="--set a_b=2: expected a setting once, got it twice"):
-        method_options(["a-b=1", "a_b=2"])
+        method_options(["a-b=1", "a_b=2"], "tfb")
     with pytest.raises(ValueError, match="expected NAME=VALUE, got 'a'"):
-        method_options(["a"])
+        method_options(["a"], "tfb")
+
+
+@pytest.mark.parametrize("text", ["true", "True"])
+def test_true_is_a_word_for_options_whose_values_are_texts(text: str) -> None:
+    items = [f"labels={text}", f"per_anchor={text}"]
+    expected = {"labels": "true", "per_anchor": True}
+    assert method_options(items, "tfb") == expected
+    assert recipes_of({}, items, ["tfb"])["tfb"].options == expected
+    assert recipes_of({}, [f"tfb.{item}" for item in items], ["tfb"])["tfb"].options == expected
 
 
 def test_settings_of_all_methods_go_to_those_that_have_them() -> None:

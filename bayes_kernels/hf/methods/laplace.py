@@ -214,12 +214,13 @@ def laplace_(
             only; "last" (LLLA): the layer that gives the logits: the factors of an adapted output
             head, else the last linear layer of a trained head, else the factors of the last adapted
             block.
-        fisher, mc_samples: "ggn", exact with C - 1 backward passes for each batch; "mc", labels drawn
-            from the model; "empirical".
+        fisher: "ggn", exact with C - 1 backward passes for each batch; "mc", labels drawn from the
+            model; "empirical".
+        mc_samples: labels drawn for each example, for fisher "mc": one backward pass each.
         tokens: what a sequence contributes: "expand", "sum", "sum_padded" (both as the paper's code,
             without padding and with it), "reduce" or "last", see `Laplace`.
-        rank, dense_below: columns of low-rank factors; sides with fewer entries have dense ones.
-            rank=None: dense factors everywhere.
+        rank: columns of low-rank factors; None for dense factors everywhere.
+        dense_below: sides with fewer entries have dense factors.
         prior_precision: delta at the start, and the one that is kept for prior "fixed".
         prior: how delta is chosen: "mackay" or "gradient" by the evidence, "validation" by the
             likelihood of held-out examples, "fixed" not at all. None: "validation" where there are
@@ -231,7 +232,8 @@ def laplace_(
         prediction: from Gaussian logits to probabilities: "mc", "mc_independent", "quadrature" (two
             classes), "probit", "bridge"; or "weights", draws of the weights without linearisation.
         jacobian: "vmap" or "repeat", see `Laplace`.
-        n_samples, seed: draws, for prior "validation" and fisher "mc".
+        n_samples: draws of a prediction, for prior "validation".
+        seed: seed of the draws, for prior "validation" and fisher "mc".
         choices: ids of the answer tokens, for causal language models; see `predict`.
         batch_size, collate_fn: for a data set.
         progress: write the memory estimate to stderr before anything runs, and show a bar where it

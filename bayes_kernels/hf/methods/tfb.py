@@ -237,7 +237,8 @@ def tfb_(
         tolerance: None for 0.003 ("nll") or 0.01.
         labels: "true"; "pseudo": the classes that the mean predicts, which needs no labels and makes
             "accuracy" the same as "flips"; "auto": true ones where all batches have them.
-        low, high: range of sigma_q. The published code searches [0.001, 0.015].
+        low: least sigma_q of the search; published: 0.001.
+        high: largest sigma_q of the search; published: 0.015.
         max_trials: evaluations of the search (grid: number of points).
         resolution: the bisection stops where high - low is below it; 0 takes all trials.
         rule: what a bisection returns: "feasible", the largest evaluated sigma_q within tolerance
