@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import bars
 import torch
@@ -27,9 +28,16 @@ from harness import (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends with the mistake in one line, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 where every family of ours agrees with its reference."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bayes-kernels bench",
         description="Measure kernels and methods against PyTorch and published code.",
         epilog="Families: " + ", ".join(FAMILIES) + ". Results: docs/benchmarks.md.",

@@ -74,7 +74,8 @@ def test_mistakes_are_one_line(
     with pytest.raises(SystemExit) as stop:
         load("command").main(arguments)
     assert stop.value.code == 2
-    assert says in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and says in line
 
 
 def test_every_family_loads_and_has_its_bars() -> None:
