@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .. import functional, random, reference
 from ..batches import eval_mode, is_empty
 from .contraction import Contraction
+from .errors import Errors, SoftmaxRoot, label_errors, sampled_errors
 from .evidence import Evidence, best_of_grid
-from .factors import STATE, Accumulator, Block, sampled_errors, softmax_root
+from .factors import STATE, Accumulator, Block
 from .layers import Layer, MemoryEstimate, Sites, estimate_memory, linear_layers
 from .passes import Reader, watched, where_not_finite
 
@@ -88,9 +89,9 @@ class Laplace:
             in multiple choice. None: batch["attention_mask"] where there is one.
         buffer: number of uncompressed rows that a low-rank factor keeps.
         mc_samples, seed: draws of labels for fisher "mc".
-        jacobian: "vmap": the C backward passes of a prediction as one vectorised pass; "repeat": as
-            one ordinary pass over C copies of the batch, for models with operations that cannot be
-            vectorised, at C times the memory for activations.
+        jacobian: "vmap": the C backward passes of a prediction as one vectorised pass, and several
+            of `fit`; "repeat": as one ordinary pass over C copies of the batch, `fit`'s one by one,
+            for models that cannot be vectorised, at C times the memory for activations.
         depends_on: further weights that were trained together with the layers'. The posterior belongs
             to these values and the layers'; where any of them has changed since `fit`, every use of
             the posterior raises.
@@ -207,7 +208,7 @@ class Laplace:
                 or batches do not fit.
 
         Cost: for each batch one forward pass and C - 1 ("ggn"), mc_samples ("mc") or one backward
-        passes without gradients of parameters; memory as `estimate_memory` says.
+        passes without gradients of parameters, several at once; memory as `estimate_memory` says.
         """
         for layer in self.layers:
             if layer.gate is not None and not bool(layer.gate.any()):
@@ -225,13 +226,14 @@ class Laplace:
             rank=self.rank,
             dense_below=self.dense_below,
             buffer=self.buffer,
+            at_once=self.jacobian == "vmap",
         )
         reader, examples = self._reader, 0
         key = reference.fold_in(random.key(self.seed), 0)
         log_likelihood, labelled = 0.0, True
         filled = (raw for raw in loader if not is_empty(raw))
-        with watched(self.model, collect):
-            for batch in (part for raw in filled for part in reader.parts(raw, 2)):
+        with watched(self.model, collect) as anchor:
+            for batch, parts in (part for raw in filled for part in reader.parts(raw, 2)):
                 logits = reader.logits(batch)
                 collect.require_gradient(logits)
                 b, self._classes = logits.shape
@@ -258,14 +260,15 @@ class Laplace:
                 # The global index of the examples where processes take turns.
                 index = (examples + torch.arange(b, device=wide.device)) * world + rank
                 examples += b
+                errors: SoftmaxRoot | Errors
                 if self.fisher == "ggn":
-                    columns = softmax_root(wide)
+                    errors = SoftmaxRoot(wide)
                 elif self.fisher == "mc":
-                    columns = sampled_errors(wide, key.to(wide.device), index, self.mc_samples)
+                    errors = sampled_errors(wide, key.to(wide.device), index, self.mc_samples)
                 else:
-                    hot = nn.functional.one_hot(labels, wide.shape[1])  # type: ignore[arg-type]
-                    columns = [wide.softmax(-1) - hot]
-                collect.add(logits, columns, reader.mask(batch))
+                    errors = label_errors(wide, labels)  # type: ignore[arg-type]
+                collect.add(logits, anchor, errors, reader.mask(batch), parts)
+                del logits  # the graph goes before the next batch
         collect.finish()
         if world > 1:
             collect.merge()
@@ -418,7 +421,7 @@ class Laplace:
             if is_empty(raw):
                 continue
             found = []
-            for part in self._reader.parts(raw, self._classes):
+            for part, _ in self._reader.parts(raw, self._classes):
                 mean, covs = self._linearised(part, list(grid))
                 labels = self._reader.labels(part, mean)
                 if labels is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,15 @@ from torch import Tensor
 from ..batches import repeated
 from .factors import Block
 from .layers import Sites
-from .passes import Collector, Reader, by_example, checkpointed_reentrantly, watched
+from .passes import (
+    Collector,
+    Reader,
+    backward_at_once,
+    by_example,
+    checkpointed_reentrantly,
+    take_last,
+    watched,
+)
 
 
 class Contraction(Collector):
@@ -49,12 +56,19 @@ class Contraction(Collector):
             ValueError: the backward pass does not reach every module.
         """
         with watched(reader.model, self) as anchor:
-            if jacobian == "vmap":
-                mean = self._vectorised(reader, batch, anchor)
-                if mean is None:
+            logits = reader.logits(batch)
+            self.require_gradient(logits)
+            mean = logits.detach()
+            self.batch, self.classes = mean.shape
+            last = take_last(logits)
+            if last is not None:  # the gradient of its output y_c is 1 for class c
+                self(last.module, last.x, torch.eye(self.classes).to(mean)[:, None])
+            if last is None or not last.alone:
+                if jacobian == "repeat":
+                    del logits
+                    self._with_copies(reader, batch)
+                elif not self._vectorised(logits, anchor):
                     return None
-            else:
-                mean = self._with_copies(reader, batch)
         missing = [m for m in self.sites.numbers if m not in self.seen]
         if missing:
             raise ValueError(f"Laplace: {self.sites.idle(missing[0], self.called)}")
@@ -63,7 +77,11 @@ class Contraction(Collector):
         return mean.to(wide), covs
 
     def collect(self, numbers: list[int], x: Tensor, dy: Tensor) -> None:
-        """Add one module's layers; dy is (C, B, ..., m), or (1, C B, ..., m) for C copies of x."""
+        """Add one module's layers.
+
+        dy is (C, B, ..., m); (C, 1, m) where it is the same for all examples; or (1, C B, ..., m) for
+        C copies of x.
+        """
         b, c = self.batch, self.classes
         if dy.shape[0] == 1:  # copies of the batch, not of the gradient
             x, dy = x[: x.shape[0] // c], dy[0].reshape(c, -1, *dy.shape[2:])
@@ -76,47 +94,44 @@ class Contraction(Collector):
             if a.shape[0] % b == 0:  # examples come first, be they several sequences each
                 a = a.reshape(b, tokens, -1)
             a = by_example(a, b, tokens, layer.name).to(wide)  # (B, T, in)
-            g = g.reshape(c, b, tokens, -1).transpose(0, 1).to(wide)  # (B, C, T, out)
-            inner, rest = project(a, g, block)
-            for number, delta in enumerate(self.deltas):
-                scale = (block.products + delta[i]).rsqrt().to(wide).reshape(-1)
-                scaled = inner * scale
-                part = scaled @ scaled.mT
-                if rest is not None:
-                    part = part + rest / delta[i]
-                before = self.sums[number]
-                self.sums[number] = part if before is None else before + part.to(before.device)
+            g = (
+                g.reshape(c, -1, tokens, g.shape[-1]).transpose(0, 1).to(wide)
+            )  # (B or 1, C, T, out)
+            parts = one_token if tokens == 1 else several_tokens
+            for number, part in enumerate(parts(a, g, block, [d[i] for d in self.deltas])):
+                self._add(number, *part)
+                del part  # as large as the sum
 
-    def _vectorised(self, reader: Reader, batch: Any, anchor: Tensor) -> Tensor | None:
-        """Logits, after C backward passes as one; None where they meet a reentrant checkpoint."""
-        logits = reader.logits(batch)
-        self.require_gradient(logits)
-        b, c = self.batch, self.classes = logits.shape
+    def _add(self, number: int, root: Tensor, rest: Tensor | None, weight: Tensor) -> None:
+        """Add root root^T + weight rest to a sum, in place where it is of one kind."""
+        total = self.sums[number]
+        kind = (root.device, root.dtype)
+        if total is not None and (total.device, total.dtype) == kind:
+            part = total.baddbmm_(root, root.mT)
+        else:
+            part = root @ root.mT
+        if rest is not None:
+            part.addcmul_(rest, weight)
+        if total is not None and part is not total:
+            part = total + part.to(total.device)
+        self.sums[number] = part
+
+    def _vectorised(self, logits: Tensor, anchor: Tensor) -> bool:
+        """C backward passes as one; False where they meet a reentrant checkpoint."""
+        b, c = logits.shape
         basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
-
-        def pull(cotangent: Tensor) -> Tensor:
-            torch.autograd.grad(logits, anchor, cotangent.expand(b, c), allow_unused=True)
-            return cotangent.sum()
-
-        with warnings.catch_warnings():
-            # Attention kernels whose backward runs once for each class instead.
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            try:
-                torch.func.vmap(pull)(basis)
-            except RuntimeError:
-                if not checkpointed_reentrantly(logits):
-                    raise
-                return None
+        try:
+            backward_at_once(logits, anchor, basis[:, None].expand(c, b, c), retain_graph=False)
+        except RuntimeError:
+            if not checkpointed_reentrantly(logits):
+                raise
+            return False
         # A reentrant checkpoint with no gradient of a leaf behind it is left out without an error.
-        if len(self.seen) < len(self.sites.numbers) and checkpointed_reentrantly(logits):
-            return None
-        return logits.detach()
+        return len(self.seen) == len(self.sites.numbers) or not checkpointed_reentrantly(logits)
 
-    def _with_copies(self, reader: Reader, batch: Any) -> Tensor:
-        """Logits, after one backward pass over C copies of the batch."""
-        with torch.no_grad():
-            mean = reader.logits(batch)
-        b, c = self.batch, self.classes = mean.shape
+    def _with_copies(self, reader: Reader, batch: Any) -> None:
+        """One backward pass over C copies of the batch."""
+        b, c = self.batch, self.classes
         logits = reader.logits(repeated(batch, b, c))
         self.require_gradient(logits)
         if logits.shape[0] != b * c:
@@ -124,10 +139,51 @@ class Contraction(Collector):
                 f"Laplace: jacobian='repeat' must be able to repeat the batch, got "
                 f"{logits.shape[0]} rows of logits instead of {b * c}; use 'vmap'"
             )
+        take_last(logits)  # it has been added
         # Copy c of the batch gets the gradient of logit c.
         basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
         logits.backward(basis.repeat_interleave(b, 0))
-        return mean
+
+
+# root (B, C, K), rest (B or 1, C, C) or None, and weight: a layer's J Sigma J^T is root root^T + weight rest.
+Part = tuple[Tensor, Tensor | None, Tensor]
+
+
+def one_token(a: Tensor, g: Tensor, block: Block, deltas: Sequence[float]) -> Iterator[Part]:
+    """J Sigma J^T of a layer that sees one token of each example, for each delta.
+
+    With G_c = g_c a^T the sum over ij of P_c P_e / (mu_i nu_j + delta) is one over j alone:
+
+        M diag(s) M^T,  M = (Q^T g_c)_cj,  s_j = sum_i (U^T a)_i^2 / (mu_i nu_j + delta)
+
+    Args:
+        a: (B, 1, in) inputs.
+        g: (B or 1, C, 1, out) gradients.
+        block: the posterior.
+        deltas: prior precisions.
+    """
+    a, g = a[:, 0], g[:, :, 0]
+    au, m = a @ block.u, g @ block.q
+    squares = au.square()
+    # R_c = g_rest a^T + g_span a_rest^T, two orthogonal parts; None where they are zero.
+    beside = None if block.complete("in") else (a - au @ block.u.T).square().sum(-1)
+    outside, norms = None, a.square().sum(-1)
+    if not block.complete("out"):
+        left = g - m @ block.q.T
+        outside = left @ left.mT
+    for delta in deltas:
+        s = squares @ (block.products + delta).reciprocal().to(a.dtype).T
+        if beside is not None:
+            s = s + beside[:, None] / delta
+        yield m * s.sqrt()[:, None], outside, norms[:, None, None] / delta
+
+
+def several_tokens(a: Tensor, g: Tensor, block: Block, deltas: Sequence[float]) -> Iterator[Part]:
+    """J Sigma J^T of a layer for each delta; a (B, T, in), g (B, C, T, out)."""
+    inner, rest = project(a, g, block)
+    for delta in deltas:
+        scale = (block.products + delta).rsqrt().to(a.dtype).reshape(-1)
+        yield inner * scale, rest, a.new_tensor(1 / delta)
 
 
 def project(a: Tensor, g: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:

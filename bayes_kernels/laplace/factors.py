@@ -10,9 +10,21 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from .. import functional, reference
+from .. import functional
+from .errors import Errors, SoftmaxRoot
 from .layers import Layer, Sites, rank_of, working_dtype
-from .passes import Collector, by_example
+from .passes import (
+    Collector,
+    Last,
+    backward_at_once,
+    by_example,
+    checkpointed_reentrantly,
+    take_last,
+)
+
+# Bytes of a layer's inputs and gradients that several columns may take: where one column has more, a
+# pass is arithmetic rather than calls or launches, and several at once gain nothing.
+_COLUMN_BYTES = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Factor:
@@ -133,33 +145,6 @@ def token_rows(
     return flat, weights.reshape(-1)
 
 
-def softmax_root(logits: Tensor) -> list[Tensor]:
-    """C - 1 columns (B, C) of a matrix R with R R^T = diag(p) - p p^T for each example.
-
-    F = diag(sqrt p) - p sqrt(p)^T has that product and F sqrt(p) = 0: a reflection that takes
-    sqrt(p) to the first axis makes its first column zero, which saves one backward pass.
-    """
-    p = logits.softmax(-1)
-    root = p.sqrt()
-    f = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
-    reflected = f - f[:, :, :1] * (root / (1 + root[:, :1]))[:, None, :]
-    return [reflected[:, :, c] for c in range(1, logits.shape[1])]
-
-
-def sampled_errors(logits: Tensor, key: Tensor, index: Tensor, draws: int) -> list[Tensor]:
-    """(p - onehot(y)) / sqrt(draws) (B, C) for labels y ~ p, drawn by example index."""
-    p = logits.softmax(-1)
-    cumulative = p.cumsum(-1)
-    errors = []
-    for draw in range(draws):
-        words = reference.philox(reference.fold_in(key, draw), index)[:, 0]
-        uniform = (words.double() + 0.5) * 2.0**-32
-        label = (cumulative < uniform[:, None]).sum(-1).clamp(max=p.shape[1] - 1)
-        hot = nn.functional.one_hot(label, p.shape[1])
-        errors.append((p - hot) / math.sqrt(draws))
-    return errors
-
-
 # Names of the tensors of a block in a state.
 STATE = {"input_vectors": "u", "input_values": "mu", "output_vectors": "q", "output_values": "nu"}
 
@@ -229,45 +214,128 @@ class Accumulator(Collector):
         sites: the layers.
         tokens: what a sequence contributes, as for `Laplace`.
         rank, dense_below, buffer: of low-rank factors, as for `Laplace`.
+        at_once: take the backward passes of several columns as one, where the model allows it.
 
     Attributes:
         sides: input and output factor of each layer.
-        largest_error: largest entry of all columns so far; 0 where every softmax is saturated.
+        largest_error: 0 where every softmax so far is saturated.
     """
 
     def __init__(
-        self, sites: Sites, tokens: str, *, rank: int | None, dense_below: int, buffer: int
+        self,
+        sites: Sites,
+        tokens: str,
+        *,
+        rank: int | None,
+        dense_below: int,
+        buffer: int,
+        at_once: bool = True,
     ) -> None:
         super().__init__(sites)
-        self.tokens = tokens
+        self.tokens, self.at_once = tokens, at_once
         self.sides = [_sides(layer, rank, dense_below, buffer) for layer in sites.layers]
         self.largest_error = torch.zeros(())
         self._first_column = True
         self._batch = 0
         self._valid: Tensor | None = None
+        self._inputs: dict[int, int] = {}  # bytes of the inputs that the graph keeps, by address
+        self._widest = 0
 
-    def add(self, logits: Tensor, columns: list[Tensor], valid: Tensor | None) -> None:
-        """Add a batch: one backward pass for each column.
+    def saw(self, x: Tensor, y: Tensor) -> None:
+        """Note the bytes of one module."""
+        storage = x.untyped_storage()
+        self._inputs[storage.data_ptr()] = storage.nbytes()
+        self._widest = max(self._widest, x.nbytes + y.nbytes)
+
+    def add(
+        self,
+        logits: Tensor,
+        anchor: Tensor,
+        errors: SoftmaxRoot | Errors,
+        valid: Tensor | None,
+        parts: int | None,
+    ) -> None:
+        """Add a batch: one backward pass for each column, several of them at once.
 
         Args:
-            logits: (B, C) with their graph, which is freed.
-            columns: gradients (B, C) of the logits.
+            logits: (B, C) with their graph, which may be freed.
+            anchor: the leaf from which gradients flow.
+            errors: gradients (B, C) of the logits.
             valid: (B, T) or (B, K, T) of valid tokens; None for all.
+            parts: in how many parts like this one a batch was split, to stay within the memory of a
+                training step; None without that bound.
         """
         self._batch, self._valid = len(logits), valid
-        largest = torch.stack(columns).abs().max()
-        self.largest_error = self.largest_error.to(largest).maximum(largest)
-        for i, column in enumerate(columns):
-            self._first_column = i == 0
-            self.seen.clear()
-            logits.backward(column.to(logits.dtype), retain_graph=i + 1 < len(columns))
+        self.largest_error = self.largest_error.to(logits.device).maximum(errors.largest())
+        room = _COLUMN_BYTES.get(logits.device.type, 2**20)
+        if parts is not None:  # what the inputs in the graphs of the other parts would take
+            room = min(room, sum(self._inputs.values()) * (parts - 1))
+        width = max(1, room // max(self._widest, 2 * logits.nbytes))
+        self._inputs.clear()
+        last = take_last(logits)
+        if last is not None:
+            self._add_last(last, logits.dtype, errors, width)
+        if last is None or not last.alone:
+            taken = set() if last is None else {last.module}
+            self._add_passes(logits, anchor, errors, width, taken)
         # Compress the factors that another batch like this one would overfill, all at once.
         full = []
         for activation, gradient in self.sides:
-            for side, more in ((activation, len(logits)), (gradient, len(logits) * len(columns))):
+            for side, more in ((activation, len(logits)), (gradient, len(logits) * errors.count)):
                 if side.buffer is not None and side.filled + more > side.buffer.shape[0]:
                     full.append(side)
         flush(full)
+
+    def _add_passes(
+        self,
+        logits: Tensor,
+        anchor: Tensor,
+        errors: SoftmaxRoot | Errors,
+        width: int,
+        taken: set[nn.Module],
+    ) -> None:
+        """Backward passes, `width` columns at a time, for all modules but those `taken`."""
+        for start in range(0, errors.count, width):
+            columns = errors.columns(start, min(start + width, errors.count)).to(logits.dtype)
+            self.skipped = set()
+            if len(columns) > 1 and self.at_once:
+                self._first_column, self.seen = start == 0, set(taken)
+                self.at_once = self._vectorised(logits, anchor, columns)
+                if self.at_once:
+                    continue
+                self.skipped = self.seen - taken  # these have got the columns
+            for i, column in enumerate(columns, start):
+                self._first_column, self.seen = i == 0, set(taken)
+                logits.backward(column, retain_graph=i + 1 < errors.count)
+
+    def _vectorised(self, logits: Tensor, anchor: Tensor, columns: Tensor) -> bool:
+        """One pass for all columns; False where it did not reach every module it should."""
+        try:
+            # The graph stays for the passes one by one.
+            backward_at_once(logits, anchor, columns, retain_graph=True)
+        except RuntimeError:
+            return False
+        # A reentrant checkpoint with no gradient of a leaf behind it is left out without an error.
+        return len(self.seen) == len(self.sites.numbers) or not checkpointed_reentrantly(logits)
+
+    def _add_last(
+        self, last: Last, dtype: torch.dtype, errors: SoftmaxRoot | Errors, width: int
+    ) -> None:
+        """The module whose output is the logits, without a backward pass."""
+        for i in self.sites.numbers[last.module]:
+            self._add_inputs(i, last.x, self._valid)
+            layer, factor = self.sites.layers[i], self.sides[i][1]
+            if factor.buffer is None:
+                total = errors.total()
+                if layer.grad_rows is not None:
+                    basis = torch.eye(len(total), dtype=dtype, device=total.device)
+                    basis = layer.grad_rows(basis).to(total)
+                    total = basis.T @ total @ basis
+                factor.sum.add_(total.to(factor.sum))
+                continue
+            for start in range(0, errors.count, width):
+                columns = errors.columns(start, min(start + width, errors.count))
+                self._add_gradients(i, columns.to(dtype), None)
 
     def finish(self) -> None:
         """Compress what the buffers hold, and free them."""
@@ -282,38 +350,53 @@ class Accumulator(Collector):
             side.merge()
 
     def collect(self, numbers: list[int], x: Tensor, dy: Tensor) -> None:
-        """Rows of one module's layers into their factors."""
-        valid = self._acting(dy[0])
+        """Rows of one module's layers into their factors; dy (V, B, ..., m) of V columns."""
+        valid = self._acting(dy)
         for i in numbers:
-            layer = self.sites.layers[i]
-            activation, gradient = self.sides[i]
             if self._first_column:
-                a = x if layer.input_rows is None else layer.input_rows(x)
-                activation.add(*self._rows(layer, a, valid, gradient=False))
-            g = dy[0] if layer.grad_rows is None else layer.grad_rows(dy[0])
-            gradient.add(*self._rows(layer, g, valid, gradient=True))
+                self._add_inputs(i, x, None if valid is None else valid[0])
+            self._add_gradients(i, dy, valid)
+
+    def _add_inputs(self, i: int, x: Tensor, valid: Tensor | None) -> None:
+        """The inputs of layer i, with the mask of a batch."""
+        layer = self.sites.layers[i]
+        a = x if layer.input_rows is None else layer.input_rows(x)
+        self.sides[i][0].add(*self._rows(layer, a, self._batch, valid, gradient=False))
+
+    def _add_gradients(self, i: int, dy: Tensor, valid: Tensor | None) -> None:
+        """The gradients of layer i for V columns, with V masks of a batch."""
+        layer, factor = self.sites.layers[i], self.sides[i][1]
+        g = dy if layer.grad_rows is None else layer.grad_rows(dy)
+        count = len(g)
+        # Columns are further examples. A low-rank factor takes them one by one, so that what it cuts
+        # off does not depend on their number.
+        step = count if factor.buffer is None else 1
+        for j in range(0, count, step):
+            mask = None if valid is None else valid[j : j + step].flatten(0, 1)
+            part = g[j : j + step].flatten(0, 1)
+            factor.add(*self._rows(layer, part, step * self._batch, mask, gradient=True))
 
     def _acting(self, dy: Tensor) -> Tensor | None:
-        """The mask without tokens that do not act on the logits, as all but one below a pooled head.
+        """For each column the mask without tokens that do not act on the logits.
 
-        Their inputs would enter the mean of a a^T, and make it depend on the padding; "sum_padded"
-        takes them nevertheless.
+        These are all but one below a pooled head. Their inputs would enter the mean of a a^T, and make
+        it depend on the padding; "sum_padded" takes them nevertheless.
         """
+        valid = self._valid
         if self.tokens == "sum_padded":
-            return None if self._valid is None else torch.ones_like(self._valid)
-        if dy.dim() != 3 or dy.shape[0] != self._batch or dy.shape[1] == 1:
-            return self._valid
-        acting = dy.ne(0).any(-1)
-        if self._valid is None:
-            return acting
-        if self._valid.shape != acting.shape:
-            return self._valid
-        return self._valid.to(acting.device) & acting
+            valid = None if valid is None else torch.ones_like(valid)
+        elif dy.dim() == 4 and dy.shape[1] == self._batch and dy.shape[2] > 1:
+            acting = dy.ne(0).any(-1)
+            if valid is None:
+                return acting
+            if valid.shape == acting.shape[1:]:
+                return valid.to(acting.device) & acting
+        return None if valid is None else valid.expand(len(dy), *valid.shape)
 
     def _rows(
-        self, layer: Layer, rows: Tensor, valid: Tensor | None, *, gradient: bool
+        self, layer: Layer, rows: Tensor, batch: int, valid: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What enters a factor: rows (N, d) and weights (N,) or None."""
+        """What enters a factor from rows of `batch` examples: rows (N, d), weights (N,) or None."""
         valid = None if valid is None else valid.to(rows.device)
         if valid is not None and valid.dim() == 3:  # K sequences for each example
             if self.tokens == "last":
@@ -322,13 +405,13 @@ class Accumulator(Collector):
                     "example, got 'last'"
                 )
             parts, length = valid.shape[1:]
-            if rows.shape[:-1] == (self._batch * parts, length):
-                rows = rows.reshape(self._batch, parts * length, -1)
+            if rows.shape[:-1] == (batch * parts, length):
+                rows = rows.reshape(batch, parts * length, -1)
                 valid = valid.flatten(1)
-            elif rows.shape[:-1] == (self._batch * parts,):
-                rows, valid = rows.reshape(self._batch, parts, -1), valid.any(2)
+            elif rows.shape[:-1] == (batch * parts,):
+                rows, valid = rows.reshape(batch, parts, -1), valid.any(2)
         tokens = None if valid is None else valid.shape[1]
-        rows = by_example(rows, self._batch, tokens, layer.name)
+        rows = by_example(rows, batch, tokens, layer.name)
         if valid is not None and rows.shape[1] not in (1, tokens):
             raise ValueError(
                 f"Laplace: layer {layer.name} must see as many tokens as the mask has, {tokens}, got "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -41,10 +42,18 @@ class Reader:
         """The batch on the device of the model's first parameter."""
         return to_device(batch, next(self.model.parameters()).device)
 
-    def parts(self, batch: Any, count: int) -> Iterator[Any]:
-        """The batch on the model's device, in at most `count` parts where it can be split."""
-        parts = [batch] if self._split is None or count < 2 else self._split(batch, count)
-        return map(self.prepare, parts)
+    def parts(self, batch: Any, count: int) -> Iterator[tuple[Any, int | None]]:
+        """The batch on the model's device, in at most `count` parts where it can be split.
+
+        Yields:
+            Each part, and how many there are; None where batches are taken whole.
+        """
+        if self._split is None:
+            yield self.prepare(batch), None
+            return
+        parts = [batch] if count < 2 else self._split(batch, count)
+        for part in parts:
+            yield self.prepare(part), len(parts)
 
     def logits(self, batch: Any) -> Tensor:
         """Logits (B, C) of a prepared batch."""
@@ -142,9 +151,34 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        _Deliver.apply(x, dy, ctx.collect, ctx.module)
+        if ctx.collect is not None:  # not taken already, as `take_last` does
+            (x,) = ctx.saved_tensors
+            _Deliver.apply(x, dy, ctx.collect, ctx.module)
         return dy, None, None, None, None
+
+
+class Last(NamedTuple):
+    """A watched module whose output is the logits, so that its output gradients are known.
+
+    Attributes:
+        module: the module.
+        x: its input (B, ..., n).
+        alone: whether no other watched module can be below it.
+    """
+
+    module: nn.Module
+    x: Tensor
+    alone: bool
+
+
+def take_last(logits: Tensor) -> Last | None:
+    """The watched module whose output is `logits`, which backward passes then leave out; or None."""
+    node: Any = logits.grad_fn
+    if getattr(type(node), "_forward_cls", None) is not _Tap:
+        return None
+    (x,) = node.saved_tensors
+    node.collect = None
+    return Last(node.module, x, node.next_functions[0][0] is None)
 
 
 class Collector:
@@ -154,15 +188,19 @@ class Collector:
         sites: the layers.
         called: the modules that ran in a forward pass.
         seen: the modules that the present backward pass has reached.
+        skipped: modules that the present backward pass leaves out.
     """
 
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
         self.called: set[nn.Module] = set()
         self.seen: set[nn.Module] = set()
+        self.skipped: set[nn.Module] = set()
 
     def __call__(self, module: nn.Module, x: Tensor, dy: Tensor) -> None:
         """Take one module: `collect` gets the numbers of its layers."""
+        if module in self.skipped:
+            return
         if module in self.seen:
             raise ValueError(
                 f"Laplace: layer {self.sites.name(module)} must be used once in a forward pass, got "
@@ -174,6 +212,9 @@ class Collector:
     def collect(self, numbers: list[int], x: Tensor, dy: Tensor) -> None:
         """What a subclass does with the input x (B, ..., n) and output gradients dy (V, B, ..., m)."""
         raise NotImplementedError
+
+    def saw(self, x: Tensor, y: Tensor) -> None:
+        """A watched module ran with input x and output y, and its graph is kept."""
 
     def require_gradient(self, logits: Tensor) -> None:
         """Raise where logits do not depend on any layer."""
@@ -214,6 +255,7 @@ def watched(model: nn.Module, collect: Collector) -> Iterator[Tensor]:
                 f"Laplace: watched modules must take and return one tensor, got "
                 f"{type(module).__name__} with {type(x).__name__} and {type(output).__name__}"
             )
+        collect.saw(x, output)
         return _Tap.apply(output, x.detach(), anchor, collect, module)
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in collect.sites.numbers]
@@ -227,6 +269,25 @@ def watched(model: nn.Module, collect: Collector) -> Iterator[Tensor]:
             handle.remove()
         for p in trainable:
             p.requires_grad_(True)
+
+
+def backward_at_once(
+    logits: Tensor, anchor: Tensor, cotangents: Tensor, *, retain_graph: bool
+) -> None:
+    """Backward passes of several gradients (V, B, C) of the logits as one vectorised pass.
+
+    Raises:
+        RuntimeError: an operation cannot be vectorised; modules before it have been delivered.
+    """
+
+    def pull(cotangent: Tensor) -> Tensor:
+        torch.autograd.grad(logits, anchor, cotangent, retain_graph=retain_graph, allow_unused=True)
+        return cotangent.new_zeros(())
+
+    with warnings.catch_warnings():
+        # Attention kernels whose backward runs once for each gradient instead.
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        torch.func.vmap(pull)(cotangents)
 
 
 def by_example(rows: Tensor, batch: int, tokens: int | None, name: str) -> Tensor:

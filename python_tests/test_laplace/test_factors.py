@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from bayes_kernels import random, reference
-from bayes_kernels.laplace import TOKENS, Laplace, Layer, factors, linear_layers
+from bayes_kernels.laplace import TOKENS, Laplace, Layer, linear_layers
+from bayes_kernels.laplace.errors import SoftmaxRoot, sampled_errors
 from test_laplace.networks import D, adapters, jacobians, kronecker, mlp, sequences
 
 
@@ -170,7 +171,7 @@ def test_factors_do_not_depend_on_the_batches(fisher: str, rank):
 @pytest.mark.parametrize("tokens", ["expand", "sum", "last"])
 def test_low_rank_factors_are_the_dense_ones_while_rows_are_few(tokens: str, buffer: int):
     """At most 60 rows: those of two masked sequences, three columns each; waiting or not."""
-    model, x, y = sequences(n=70, examples=2)
+    model, x, y = sequences(n=70, examples=2, seed=5)
     batch = {
         "x": x,
         "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
@@ -255,22 +256,26 @@ def test_two_processes_equal_one(tmp_path):
 def test_reflected_columns_are_the_softmax_hessian():
     logits = torch.randn(6, 5, dtype=D) * 4
     logits[0, 1:] = -800.0  # p = (1, 0, ...)
-    columns = factors.softmax_root(logits)
-    assert len(columns) == 4
-    root = torch.stack(columns, -1)
+    errors = SoftmaxRoot(logits)
+    assert errors.count == 4
+    root = errors.columns(0, 4).movedim(0, -1)
+    for cut in range(5):
+        parts = torch.cat([errors.columns(0, cut), errors.columns(cut, 4)])
+        assert torch.equal(parts, errors.columns(0, 4))
     p = logits.softmax(-1)
     expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     torch.testing.assert_close(root @ root.mT, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(errors.total(), expected.sum(0), rtol=1e-12, atol=1e-15)
 
 
 def test_labels_are_drawn_from_the_model():
     logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=D).expand(20000, 3)
     key = random.key(5)
-    (error,) = factors.sampled_errors(logits, key, torch.arange(20000), 1)
+    (error,) = sampled_errors(logits, key, torch.arange(20000), 1).values
     p = logits[0].softmax(-1)
     drawn = (p - error).mean(0)
     assert float((drawn - p).abs().max()) < 4 * 0.5 / math.sqrt(20000)
-    part = factors.sampled_errors(logits[:10], key, torch.arange(500, 510), 1)[0]
+    part = sampled_errors(logits[:10], key, torch.arange(500, 510), 1).values[0]
     assert torch.equal(part, error[500:510])
     assert reference.philox(key, torch.tensor(3)).shape == (4,)
 
