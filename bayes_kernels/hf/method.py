@@ -54,7 +54,8 @@ class Conversion:
 
     Attributes:
         convert: (model, data, **options) -> report. Its keyword-only arguments are the options; its
-            docstring describes them under `Args`.
+            docstring describes them under `Args`. Commands always give `n_samples`, `seed` and
+            `progress`, and validation examples where it has `validation`.
         check: (**options): raises ValueError where an option is out of range.
         check_model: (model, **options): raises ValueError where a model, trained or not, cannot be
             converted with these options.

@@ -304,7 +304,9 @@ class BayesVariant(LoraVariant):
     def kl_step(cls, layers: Sequence[BayesLayer], plan: KLPlan) -> KLStep | None:
         """The decoupled step on the divergence of these layers; None for a method without one.
 
-        Such a method is trained with kl_mode="loss", or has its divergence in `TrainingHooks.loss`.
+        It is asked for where the configuration is a `VariationalConfig`, which has its options.
+
+        A method without one is trained with kl_mode="loss", or has its divergence in `TrainingHooks.loss`.
 
         Raises:
             ValueError: the options of the configuration have no step.
