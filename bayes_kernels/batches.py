@@ -37,7 +37,17 @@ def has_rows(name: str, value: object, examples: int) -> bool:
     return isinstance(value, Tensor) and not is_shared(name, value) and len(value) == examples
 
 
+def need_mapping(batch: object) -> None:
+    """Raises ValueError where a batch is no mapping of inputs by name."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"batch must be a mapping with tensors of model inputs, got {type(batch).__name__}; "
+            "tokenize with return_tensors='pt'"
+        )
+
+
 def _size(batch: Mapping[str, Any]) -> int | None:
+    need_mapping(batch)
     for name in ("input_ids", "inputs_embeds", "attention_mask", *batch):
         value = batch.get(name)
         if isinstance(value, Tensor) and not is_shared(name, value):

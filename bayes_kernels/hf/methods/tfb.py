@@ -28,7 +28,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...batches import as_batches
+from ...batches import as_batches, need_mapping
 from ...progress import progress_bar
 from .._compat import unsupported_layer
 from ..config import BayesLoraConfig, option
@@ -533,6 +533,8 @@ def _batches(
 def _with_labels(batches: list[Mapping[str, Any]], labels: str) -> list[Mapping[str, Any]]:
     """The batches, of which the labels are class indices or, for pseudo-labels, left out."""
     names = ("labels", "label")
+    for batch in batches:
+        need_mapping(batch)
     if labels == "pseudo":
         return [{k: v for k, v in batch.items() if k not in names} for batch in batches]
     for batch in batches:

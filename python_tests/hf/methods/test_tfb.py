@@ -407,6 +407,15 @@ def test_untrained_adapters_and_bad_options() -> None:
         bayesianize(trained(), "swag", BATCHES)
 
 
+@pytest.mark.parametrize("data", [[1, 2], "texts", [(IDS, LABELS)]])
+@pytest.mark.parametrize("method", ["tfb", "laplace", "laplace-last"])
+def test_batches_of_conversions_are_mappings(method: str, data: Any) -> None:
+    with pytest.raises(
+        ValueError, match="batch must be a mapping with tensors of model inputs, got"
+    ):
+        bayesianize(trained(), method, data)
+
+
 def test_anchors_may_be_a_data_set() -> None:
     data = [{"input_ids": ids, "labels": int(y)} for ids, y in zip(IDS, LABELS, strict=True)]
     one = convert(trained(), high=2.0)
