@@ -97,7 +97,9 @@ class Contraction(Collector):
             g = (
                 g.reshape(c, -1, tokens, g.shape[-1]).transpose(0, 1).to(wide)
             )  # (B or 1, C, T, out)
-            parts = one_token if tokens == 1 else several_tokens
+            if tokens > 1:
+                a, g = acting_tokens(a, g)
+            parts = one_token if a.shape[1] == 1 else several_tokens
             for number, part in enumerate(parts(a, g, block, [d[i] for d in self.deltas])):
                 self._add(number, *part)
                 del part  # as large as the sum
@@ -143,6 +145,19 @@ class Contraction(Collector):
         # Copy c of the batch gets the gradient of logit c.
         basis = torch.eye(c, dtype=logits.dtype, device=logits.device)
         logits.backward(basis.repeat_interleave(b, 0))
+
+
+def acting_tokens(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """a (B, T, in) and g (B, C, T, out) without tokens whose gradients are zero, as below a pooled head.
+
+    As many are left as act on the logits in the example with the most.
+    """
+    some = g.ne(0).any(-1).any(1)  # (B, T)
+    most = max(1, int(some.sum(1).max()))
+    if most == some.shape[1]:
+        return a, g
+    index = some.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return a.take_along_dim(index[..., None], 1), g.take_along_dim(index[:, None, :, None], 2)
 
 
 # root (B, C, K), rest (B or 1, C, C) or None, and weight: a layer's J Sigma J^T is root root^T + weight rest.

@@ -251,3 +251,39 @@ def test_one_token_contracts_as_several_do():
                 sums.append(part if rest is None else part + rest * weight)
         for one, other in zip(sums[:2], sums[2:], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+class Pooled(nn.Module):
+    """A head on all tokens, of which one counts, as in decoders with a classification head."""
+
+    def __init__(self, n: int, classes: int) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(n, n), nn.Linear(n, classes)
+
+    def forward(self, x):
+        position = x[:, :, 0].argmax(1)
+        return self.head(torch.tanh(self.hidden(x)))[torch.arange(len(x)), position]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_whose_tokens_do_not_all_count_is_one_of_one_token(kind: str):
+    torch.manual_seed(0)
+    model, x = Pooled(9, 6).double(), torch.randn(5, 4, 9, dtype=D)
+    la = Laplace(model, linear_layers(model, "hidden|head"), **KINDS[kind], prior_precision=0.6)
+    la.fit([(x, torch.arange(5))], verbose=False)
+    expected = sum(
+        j @ torch.linalg.inv(h + 0.6 * torch.eye(len(h), dtype=D)) @ j.mT
+        for h, j in zip(kronecker(la), jacobians(model, la.layers, x), strict=True)
+    )
+    for la.jacobian in ("vmap", "repeat"):
+        torch.testing.assert_close(la.logits((x,))[1], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_memory_of_a_head_whose_tokens_do_not_all_count():
+    """The gradients (C, B, T, C) of its output, and no (B, C, out, in)."""
+    torch.manual_seed(0)
+    model, x = Pooled(256, 40), torch.randn(8, 2, 256)
+    la = Laplace(model, linear_layers(model, ["head"])).fit([(x, torch.arange(8))], verbose=False)
+    with LiveBytes() as predicting:
+        cov = la.logits((x,))[1]
+    assert predicting.peak < cov.nbytes * 256 / 10
