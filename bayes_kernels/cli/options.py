@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..experiment.quantization import QUANTIZATIONS
 from .output import shorten
 
 
@@ -94,7 +95,12 @@ Kind = Annotated[str, typer.Option(help="auto, causal, classifier or multiple_ch
 Style = Annotated[str, typer.Option(help="Prompt: blob, laplace or plain.")]
 Dtype = Annotated[str, typer.Option(help="Base: float32, bfloat16, float16.")]
 Quantization = Annotated[
-    str | None, typer.Option(help="8bit or 4bit: base quantised by bitsandbytes.")
+    str | None,
+    typer.Option(
+        help="Quantised base: "
+        + ", ".join(f"{word} ({one.package})" for word, one in QUANTIZATIONS.items())
+        + "."
+    ),
 ]
 Rank = Annotated[int | None, whole("r of LoRA.")]
 Alpha = Annotated[float | None, number("alpha of LoRA.")]

@@ -15,6 +15,7 @@ from .convert import conversion_options
 from .data.tasks import Task
 from .encoder import TaskEncoder
 from .models import load_model
+from .quantization import quantization_config
 from .recipe import Experiment, trained_method
 
 
@@ -27,20 +28,8 @@ def load_base(
         # bfloat16 on one core with AMX, the formula written out 2.3 ms (level at 512 tokens).
         options["attn_implementation"] = "eager"
     if experiment.quantization is not None:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError:
-            raise ImportError(
-                f"quantization {experiment.quantization!r} needs bitsandbytes; "
-                "run: pip install 'bayes-kernels[quant]'"
-            ) from None
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=experiment.quantization == "8bit",
-            load_in_4bit=experiment.quantization == "4bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, experiment.dtype),
+        options["quantization_config"] = quantization_config(
+            experiment.quantization, options["dtype"]
         )
     return load_model(
         experiment.model,

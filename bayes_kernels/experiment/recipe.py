@@ -20,6 +20,7 @@ from ..hf.method import METHODS, PLAIN
 from .data.hub import HUB_DATASETS
 from .data.load import load_task
 from .data.tasks import Example, Task, choose_subset
+from .quantization import QUANTIZATIONS
 
 
 def trained_method(experiment: Experiment) -> str:
@@ -244,7 +245,7 @@ class Experiment:
         model: What `load_model` takes: "minilm", a folder, or a name on the hub.
         kind, style: Kind of model and style of prompt, see `load_model`.
         dtype: "float32", "bfloat16" or "float16": type of the base model's weights.
-        quantization: "8bit" or "4bit" for a base quantised by bitsandbytes, else None.
+        quantization: A word of `QUANTIZATIONS`, such as "8bit", for a quantised base; else None.
         method: A name of `bayes_kernels.hf.method.METHODS`: "map" (plain LoRA), "blob", ...
         recipe: How it is trained.
         seed: Seed of the training subset, head, factors, order of examples, and noise.
@@ -266,7 +267,7 @@ class Experiment:
             ("kind", ("auto", "causal", "classifier", "multiple_choice")),
             ("style", ("blob", "laplace", "plain")),
             ("dtype", ("float32", "bfloat16", "float16")),
-            ("quantization", (None, "8bit", "4bit")),
+            ("quantization", (None, *QUANTIZATIONS)),
         ):
             value = getattr(self, name)
             if not isinstance(value, str | None) or value not in allowed:
