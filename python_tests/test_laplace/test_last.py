@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bayes_kernels.laplace import Laplace, Layer, contraction, factors, linear_layers, lora_layers
+from bayes_kernels.laplace.layers import Sites
 from test_laplace.networks import Adapted, D, adapters, jacobians, kronecker, sequences
 from test_laplace.test_memory import LiveBytes
 
@@ -287,3 +288,25 @@ def test_memory_of_a_head_whose_tokens_do_not_all_count():
     with LiveBytes() as predicting:
         cov = la.logits((x,))[1]
     assert predicting.peak < cov.nbytes * 256 / 10
+
+
+def test_columns_that_act_at_different_tokens():
+    """Each column's gradients count at its own tokens, in dense and in low-rank factors."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 6, bias=False).double()
+    x, dy = torch.randn(2, 3, 4, dtype=D), torch.zeros(3, 2, 3, 6, dtype=D)
+    for column, token in ((0, 1), (1, 0), (2, 2)):
+        dy[column, :, token, :4] = torch.randn(2, 4, dtype=D)
+    rows = dy.reshape(-1, 6)
+    for rank in (None, 4):
+        sums = factors.Accumulator(
+            Sites(model, linear_layers(model)), "expand", rank=rank, dense_below=1, buffer=3
+        )
+        sums._batch = 2
+        sums(model, x, dy)
+        sums.finish()
+        found = sums.sides[0][1].sum
+        found = found if rank is None else found @ found.T
+        torch.testing.assert_close(found, rows.T @ rows, rtol=1e-10, atol=1e-12)
+        inputs = sums.sides[0][0].sum  # of 4 entries: dense; tokens of the first column
+        torch.testing.assert_close(inputs, x[:, 1].T @ x[:, 1], rtol=1e-10, atol=1e-12)
