@@ -268,8 +268,8 @@ class Accumulator(Collector):
         self._batch, self._valid = len(logits), valid
         self.largest_error = self.largest_error.to(logits.device).maximum(errors.largest())
         room = _COLUMN_BYTES.get(logits.device.type, 2**20)
-        if parts is not None:  # what the inputs in the graphs of the other parts would take
-            room = min(room, sum(self._inputs.values()) * (parts - 1))
+        if parts is not None:  # and what the inputs in the graphs of the other parts would take
+            room = min(room // 4, sum(self._inputs.values()) * (parts - 1))
         width = max(1, room // max(self._widest, 2 * logits.nbytes))
         self._inputs.clear()
         last = take_last(logits)
