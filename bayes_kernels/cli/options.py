@@ -72,8 +72,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         "--task",
-        help="stdlib-docs, a data set of the hub (wg_s, wg_m, arc_c, arc_e, obqa, boolq), or a "
-        "JSONL file or folder.",
+        help="stdlib-docs, a data set of the hub (wg_s, wg_m, arc_c, arc_e, obqa, boolq, mmlu_chem, "
+        "mmlu_phys), or a JSONL file or folder.",
     ),
 ]
 Test = Annotated[str | None, typer.Option(help="JSONL file of test examples.")]

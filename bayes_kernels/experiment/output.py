@@ -430,8 +430,14 @@ def _read(private: Path) -> _Record | None:
         inside = all(
             not os.path.isabs(name) and ".." not in Path(name).parts for name in record.files
         )
-        if record.format == FORMAT and plain and inside and isinstance(record.kind, str):
+        whole = plain and inside and isinstance(record.kind, str)
+        if whole and record.format == FORMAT:
             return record
+        if whole and isinstance(record.format, int):
+            raise ValueError(
+                f"{path}: expected format {FORMAT}, got {record.format}, which another version wrote; "
+                "choose another folder, or move this one away"
+            )
     except TypeError:
         pass
     raise ValueError(

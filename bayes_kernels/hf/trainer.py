@@ -84,7 +84,8 @@ class BayesTrainerMixin(_Base):
 
     Raises:
         ValueError: an option is out of range or does not go with the method, or the model has no
-            Bayesian adapter. From `train`: the adapters are disabled or merged.
+            Bayesian adapter. From `train`: the adapters are disabled or merged, or the method has no
+            decoupled step on its divergence and kl_mode is "decoupled".
     """
 
     def __init__(
@@ -408,6 +409,18 @@ class BayesTrainerMixin(_Base):
                 schedule=self._given_schedule,
                 starts=starts,
             )
+            if self.decoupled_kl is None:
+                self._check_divergence_is_stepped()
+
+    def _check_divergence_is_stepped(self: Any) -> None:
+        """Without a step on it, a divergence would be left out of the training in silence."""
+        for item in bayes_layers(self.model):
+            if item.variant.divergence(item.layer, item.adapter) is not None:
+                raise ValueError(
+                    "BayesTrainer: kl_mode must be 'loss' or 'none' for method "
+                    f"{item.variant.config.method!r}, which has a divergence and no decoupled step on it, "
+                    "got 'decoupled'; pass kl_mode='loss'"
+                )
 
     def _factor_sum(self: Any) -> float:
         """Sum of the learning-rate factors of the whole run."""

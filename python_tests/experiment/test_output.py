@@ -293,6 +293,16 @@ def test_a_damaged_record_removes_nothing(record: str, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"precious": b"important", "out/metrics.json": b"1"}
 
 
+def test_a_record_of_another_version_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    put(out / "metrics.json", "1")
+    fields = {"kind": "train", "command": [], "cwd": "", "files": [], "ended": True, "format": 1}
+    put(out / PRIVATE / "run.json", json.dumps(fields))
+    with pytest.raises(ValueError, match="expected format 2, got 1, which another version wrote"):
+        place(out, overwrite=True).check()
+    assert set(contents(tmp_path)) == {"out/metrics.json"}
+
+
 def test_the_command_keeps_files_of_others(inputs: Path, tmp_path: Path) -> None:
     """`train --overwrite` over a whole run, with files of other projects in every folder."""
     out = tmp_path / "out"

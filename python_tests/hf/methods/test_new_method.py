@@ -64,6 +64,17 @@ def test_it_trains(core: Any, tmp_path: Path) -> None:
         assert not torch.equal(old, model.get_parameter(name)), name
 
 
+def test_a_divergence_without_a_step_is_not_left_out_in_silence(
+    model: PeftModel, core: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core.CoreVariant, "kl_step", classmethod(lambda *_: None))
+    options = arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="pass kl_mode='loss'"):
+        BayesTrainer(model=model, args=options, train_dataset=CLASSES).train()
+    logged = BayesTrainer(model=model, args=options, train_dataset=CLASSES, kl_mode="loss").train()
+    assert logged.global_step == 1
+
+
 def test_it_predicts_from_the_draws_that_it_exports(model: PeftModel, tmp_path: Path) -> None:
     inputs = {"input_ids": IDS}
     mean, drawn = predict(model, inputs, n_samples=0), predict(model, inputs, n_samples=3, seed=5)
