@@ -84,6 +84,8 @@ problem = _load("libbayes_kernels.so")
 ops: Any = torch.ops.bayes_kernels if problem is None else _Missing(problem)
 
 _fakes: dict[str, Callable[..., Any]] = {}
+# Of the libraries that are loaded; each op has its fake kernel in all of them, whichever came first.
+_namespaces = ["bayes_kernels"] if problem is None else []
 
 
 def fake(op: str) -> Callable[[F], F]:
@@ -94,8 +96,8 @@ def fake(op: str) -> Callable[[F], F]:
 
     def register(kernel: F) -> F:
         _fakes[op] = kernel
-        if problem is None:
-            _register_fake("bayes_kernels", op)
+        for namespace in _namespaces:
+            _register_fake(namespace, op)
         return kernel
 
     return register
@@ -112,6 +114,7 @@ def load_simulator() -> Any:
     """The ops compiled against the host emulator of CUDA, or None where that was not built."""
     if _load(simulator_library) is not None:
         return None
+    _namespaces.append("bayes_kernels_sim")
     for op in _fakes:
         _register_fake("bayes_kernels_sim", op)
     return torch.ops.bayes_kernels_sim

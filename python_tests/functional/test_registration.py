@@ -139,6 +139,19 @@ def test_every_op_has_cpu_and_fake_kernels_and_the_emulator_the_same_schemas():
             assert ours == str(getattr(simulated, name).default._schema).split("::")[1]
 
 
+def test_fakes_of_ops_that_are_imported_after_the_emulator():
+    code = (
+        "import torch; from bayes_kernels import _library\n"
+        "found = _library.load_simulator()\n"
+        "import bayes_kernels.functional\n"
+        "with torch._subclasses.FakeTensorMode():\n"
+        "    key = torch.empty(2, dtype=torch.int64)\n"
+        "    print(found is None or tuple(found.normal(key, 0, [3, 4]).shape) == (3, 4))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
+
+
 @pytest.mark.needs_cuda
 def test_cuda_kernels_are_registered():
     for name in registered() - {"build_info"}:
