@@ -32,8 +32,9 @@ bool on_stack(const void* address);
 // Whether the emulator carries out a warp operation, which reads the lanes' variables.
 extern bool in_warp_operation;
 
-// Linear index in its block of the thread that runs, or -1 outside kernels.
-extern int running_thread;
+// Linear index in its block of the thread that runs, or -1 outside kernels: of this host thread, as
+// others may run host code, whose accesses are none of a kernel, meanwhile.
+extern __thread int running_thread;
 
 // Ends the launch with a fault of the running thread, without unwinding its stack: for calls the
 // compiler believes not to throw.

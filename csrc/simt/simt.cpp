@@ -87,7 +87,7 @@ dim3 gridDim{};
 
 namespace simt {
 
-int running_thread = -1;
+__thread int running_thread = -1;
 bool in_warp_operation = false;
 const AccessHooks* access_hooks = nullptr;
 
