@@ -1,4 +1,4 @@
-"""Predictions from draws of the weights, each on its copy of the batch; how many copies share a pass."""
+"""Predictions from draws of the weights, each on its copy of the batch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..batches import batch_size, eval_mode, fold_samples, inputs_of, labels_of, to_device
 from ._compat import without_padding
+from .folding import samples_that_fit
 from .layers import (
     bayes_layers,
     bayes_variants,
@@ -22,10 +23,6 @@ from .layers import (
 )
 from .logits import GATHERED, AnyPrediction, LogitRows, target_kind
 from .posterior import posterior
-
-# Share of free device memory, and bytes on the CPU, that activations of one pass may take.
-_FREE_SHARE = 0.5
-_CPU_BUDGET = 1 << 30
 
 
 class Predictor(Protocol):
@@ -114,7 +111,7 @@ class WeightDraws:
         draws = max(n_samples, 1)
         per_pass = samples_per_pass or 1
         if samples_per_pass is None and not self.one_per_pass:
-            per_pass = _samples_that_fit(model, inputs, memory_budget)
+            per_pass = samples_that_fit(model, inputs, memory_budget)
         gathered: Any = None
         with eval_mode(model), without_padding(model, inputs):
             for first in range(0, draws, per_pass):
@@ -189,39 +186,3 @@ def _unused_noticed(model: nn.Module) -> Iterator[None]:
     state.calls_checked = True
     if missing:
         warn_uncalled("predict", list(missing), len(layers))
-
-
-def _samples_that_fit(model: nn.Module, inputs: Mapping[str, Any], budget: int | None) -> int:
-    """Draws whose activations fit the budget in one pass, at least 1."""
-    parameter = next(model.parameters())
-    if budget is None:
-        budget = _CPU_BUDGET
-        if parameter.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(parameter.device)
-            cached = torch.cuda.memory_reserved(parameter.device)
-            cached -= torch.cuda.memory_allocated(parameter.device)
-            budget = int(_FREE_SHARE * (free + cached))
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-
-    def size(name: str, default: int) -> int:
-        value = getattr(config, name, None)
-        return value if isinstance(value, int) and value > 0 else default
-
-    tokens = max((v.numel() for v in inputs.values() if isinstance(v, Tensor)), default=1)
-    length = max((v.shape[-1] for v in inputs.values() if isinstance(v, Tensor)), default=1)
-    hidden = size("hidden_size", 1024)
-    # One layer is alive at a time: its residual, normalised, query, key, value and output rows, the
-    # gate, up and product rows of the MLP, scores of attention twice; and logits of all tokens.
-    per_token = 8 * hidden + 3 * size("intermediate_size", 4 * hidden)
-    per_token += 2 * size("num_attention_heads", 16) * length
-    if "logits_to_keep" not in inputs:
-        per_token += 2 * size("vocab_size", 0) * (config is not None and _has_token_logits(model))
-    per_sample = tokens * per_token * max(4, parameter.element_size())
-    return max(1, budget // max(1, per_sample))
-
-
-def _has_token_logits(model: nn.Module) -> bool:
-    base = getattr(model, "get_base_model", lambda: model)()
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    return head is not None and getattr(head, "out_features", 0) > 1000
