@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import typer
 
 if TYPE_CHECKING:
-    from ..experiment.data.tasks import Example, Task
     from ..experiment.output import Output
     from ..experiment.recipe import Source
     from ..experiment.scoring import Row
+    from ..hf.tasks.task import Example, Task
 
 USAGE_ERROR = 2
 # `file:line: what`, or the end of such a list.

@@ -46,9 +46,9 @@ from .output import (
 )
 
 if TYPE_CHECKING:
-    from ..experiment.data.tasks import Example, Task
     from ..experiment.folders import Saved
     from ..experiment.recipe import Experiment, Source
+    from ..hf.tasks.task import Example, Task
 
 
 def bayesianize(
@@ -361,7 +361,7 @@ def _check_classes(expected: Task, got: Task) -> None:
 def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Example]:
     """What to predict, from the command line and a file."""
     from ..experiment.data.jsonl import is_unicode, read_examples
-    from ..experiment.data.tasks import Example
+    from ..hf.tasks.task import Example
 
     found = []
     for number, text in enumerate(texts, start=1):

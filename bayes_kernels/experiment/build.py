@@ -11,11 +11,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from ..hf.method import METHODS
+from ..hf.tasks.encoder import TaskEncoder
+from ..hf.tasks.models import load_model
+from ..hf.tasks.quantization import quantization_config
+from ..hf.tasks.task import Task
 from .convert import conversion_options
-from .data.tasks import Task
-from .encoder import TaskEncoder
-from .models import load_model
-from .quantization import quantization_config
 from .recipe import Experiment, trained_method
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..hf.tasks.encoder import TaskEncoder
 from ..progress import progress_bar
-from .encoder import TaskEncoder
 from .folders import write_record
 from .recipe import Experiment
 

@@ -26,7 +26,7 @@ from bayes_kernels import metrics
 from ..files import write_json
 from ..hf.checks import read_json
 from ..hf.method import METHODS, PLAIN
-from .data.tasks import Task
+from ..hf.tasks.task import Task
 from .folders import changed_settings, load_adapter, stored_numbers
 from .output import unfinished
 from .processes import side_by_side

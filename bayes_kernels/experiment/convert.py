@@ -8,8 +8,8 @@ from peft import PeftModel
 
 from ..hf.bayesianize import bayesianize
 from ..hf.method import METHODS, Conversion, ConversionReport
-from .data.tasks import choose_subset
-from .encoder import TaskEncoder, batches_of
+from ..hf.tasks.encoder import TaskEncoder, batches_of
+from .data.splits import choose_subset
 from .recipe import Experiment
 
 # Most validation examples that a conversion looks at.

@@ -20,10 +20,10 @@ from ..hf.card import write_card
 from ..hf.checkpoints import read_lora
 from ..hf.checks import read_json
 from ..hf.method import METHODS
+from ..hf.tasks.encoder import TaskEncoder
+from ..hf.tasks.task import Task
 from ..hf.trainer import last_checkpoint
 from .build import load_base, on_device
-from .data.tasks import Task
-from .encoder import TaskEncoder
 from .machine import versions
 from .output import method_files, stopped_run
 from .recipe import FORMAT, Experiment

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..hf.method import METHODS, PLAIN
+from ..hf.tasks.quantization import QUANTIZATIONS
+from ..hf.tasks.task import Example, Task
 from .data.hub import HUB_DATASETS
 from .data.load import load_task
-from .data.tasks import Example, Task, choose_subset
-from .quantization import QUANTIZATIONS
+from .data.splits import choose_subset
 
 
 def trained_method(experiment: Experiment) -> str:

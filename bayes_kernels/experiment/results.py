@@ -12,7 +12,7 @@ import torch
 
 from bayes_kernels import metrics
 
-from .data.tasks import Task
+from ..hf.tasks.task import Task
 from .machine import machine, versions
 from .recipe import FORMAT
 from .run import Run

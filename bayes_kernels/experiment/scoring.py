@@ -22,9 +22,9 @@ from bayes_kernels import metrics
 from ..hf.logits import Prediction
 from ..hf.method import METHODS, PLAIN
 from ..hf.predict import predict
+from ..hf.tasks.encoder import TaskEncoder
+from ..hf.tasks.task import Example, Task
 from ..progress import progress_bar
-from .data.tasks import Example, Task
-from .encoder import TaskEncoder
 from .machine import peak_memory, synchronise
 
 

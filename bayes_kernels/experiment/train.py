@@ -23,9 +23,9 @@ from transformers import TrainingArguments as Arguments
 
 from ..hf.config import own_fields
 from ..hf.method import METHODS
+from ..hf.tasks.encoder import TaskEncoder, batches_of
 from ..hf.trainer import BayesTrainer, last_checkpoint
 from .callbacks import Interrupted, RecordBesideCheckpoint, StopOnSignal, TrainingBar
-from .encoder import TaskEncoder, batches_of
 from .folders import named_errors
 from .machine import peak_memory, synchronise
 from .recipe import Experiment, trained_method

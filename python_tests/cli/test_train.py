@@ -17,8 +17,8 @@ import tiny_task
 from peft import PeftModel
 
 from bayes_kernels.experiment import folders, run
-from bayes_kernels.experiment.models import load_model
 from bayes_kernels.experiment.results import COSTS
+from bayes_kernels.hf.tasks.models import load_model
 from bayes_kernels.hf.trainer import last_checkpoint
 from cli.commands import SETTINGS, call, refuse, results
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bayes_kernels.experiment import run as ex
-from bayes_kernels.experiment.data.tasks import Task
 from bayes_kernels.experiment.recipe import Experiment, Source
+from bayes_kernels.hf.tasks.task import Task
 from experiment.tiny_runs import SHORT
 
 

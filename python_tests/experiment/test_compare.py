@@ -17,8 +17,8 @@ from bayes_kernels.cli import app
 from bayes_kernels.experiment import compare as co
 from bayes_kernels.experiment import folders, machine, scoring, tables, train
 from bayes_kernels.experiment import run as ex
-from bayes_kernels.experiment.data.tasks import Task
 from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
+from bayes_kernels.hf.tasks.task import Task
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only

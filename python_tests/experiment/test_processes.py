@@ -10,8 +10,8 @@ import torch
 
 from bayes_kernels.experiment import processes
 from bayes_kernels.experiment import run as ex
-from bayes_kernels.experiment.data.tasks import Task
 from bayes_kernels.experiment.recipe import Experiment
+from bayes_kernels.hf.tasks.task import Task
 from experiment.tiny_runs import SHORT, alike
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.

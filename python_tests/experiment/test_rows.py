@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import convert, scoring
-from bayes_kernels.experiment.data.tasks import Task
-from bayes_kernels.experiment.encoder import TaskEncoder
 from bayes_kernels.experiment.recipe import Source
 from bayes_kernels.hf.heads import ClassLogits
+from bayes_kernels.hf.tasks.encoder import TaskEncoder
+from bayes_kernels.hf.tasks.task import Task
 
 pytestmark = pytest.mark.cpu_only
 

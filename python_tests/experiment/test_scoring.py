@@ -11,8 +11,8 @@ import torch
 from bayes_kernels import metrics
 from bayes_kernels.experiment import folders, scoring
 from bayes_kernels.experiment import run as ex
-from bayes_kernels.experiment.data.tasks import Task
 from bayes_kernels.experiment.recipe import Experiment
+from bayes_kernels.hf.tasks.task import Task
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only

@@ -8,11 +8,11 @@ import peft
 import pytest
 import torch
 import transformers
-from experiment.story_task import load_story_model
 from tiny_models import arguments
 
 from bayes_kernels.hf import heads
 from bayes_kernels.hf.heads import MASKED_LOGIT
+from hf.story_task import load_story_model
 
 
 def test_causal_logits_are_those_of_the_whole_model(models_dir: Path) -> None:

@@ -1,1 +1,13 @@
-"""Data sets: tasks, JSON lines, the hub, docstrings of the standard library."""
+"""Data sets: tasks from files, from the hub, from docstrings of the standard library.
+
+``stdlib_docs()``
+    Docstrings of the running interpreter's own standard library, sorted into eight areas. Needs no
+    download, so that a complete Bayesian fine-tuning run works on any machine that has Python.
+``load_jsonl(path)``
+    Files with one JSON object a line: ``id``, ``question``, optional ``context``, ``choices``
+    (multiple choice only) and ``label`` (an index from 0).
+``load_hub(name)``
+    The public data sets of the LoRA-uncertainty papers, through the ``datasets`` library.
+
+``load_task(name_or_path)`` takes any of them.
+"""

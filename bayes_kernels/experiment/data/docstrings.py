@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .tasks import Example, Task, choose_subset, fraction_of, hash_of
+from ...hf.tasks.task import Example, Task
+from .splits import choose_subset, fraction_of, hash_of
 
 # Modules and packages of each area, all of them optional: what an interpreter lacks (modules
 # removed since 3.10, tkinter left out by a distribution) contributes nothing.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .jsonl import split_by_hash
-from .tasks import LETTERS, Example, Task, Template, choose_subset, hash_of
+from ...hf.tasks.task import LETTERS, Example, Task, Template
+from .splits import choose_subset, hash_of, split_by_hash
 
 
 def convert_winogrande(row: Mapping[str, Any], index: int) -> Example:

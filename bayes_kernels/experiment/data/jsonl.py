@@ -6,12 +6,13 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .tasks import LETTERS, Example, Kind, Task, Template, choose_subset, fraction_of
+from ...hf.tasks.task import LETTERS, Example, Kind, Task, Template
+from .splits import choose_subset, split_by_hash
 
 _MAX_PROBLEMS = 10
 
@@ -305,20 +306,6 @@ def load_jsonl(
 
 def _content(example: Example) -> tuple[str, str, str | None]:
     return example.id, example.question, example.context
-
-
-def split_by_hash(
-    examples: Iterable[Example], fraction: float, purpose: str
-) -> tuple[list[Example], list[Example]]:
-    """(rest, part): the examples whose hash of ``purpose`` and id is below ``fraction``.
-
-    Whether an example is in the part depends on its id alone, not on the other examples.
-    """
-    rest: list[Example] = []
-    part: list[Example] = []
-    for example in examples:
-        (part if fraction_of(f"{purpose}\n{example.id}") < fraction else rest).append(example)
-    return rest, part
 
 
 def _drop_choices(rows: list[tuple[str, Example]]) -> list[tuple[str, Example]]:

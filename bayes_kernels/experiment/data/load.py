@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...hf.tasks.task import Task
 from .docstrings import stdlib_docs
 from .hub import HUB_DATASETS, load_hub
 from .jsonl import load_jsonl
-from .tasks import Task
 
 
 def load_task(name_or_path: str | Path, **options: Any) -> Task:

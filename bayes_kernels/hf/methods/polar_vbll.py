@@ -373,7 +373,7 @@ def _locate(model: Any) -> tuple[str, Any, str, Any]:
         raise ValueError(
             f"PolarVbllConfig: the model must be a sequence classifier, or a causal model with a "
             f"trimmed head, got {kind}; load it with AutoModelForSequenceClassification or with "
-            "bayes_kernels.experiment.models.load_model, or use PolarConfig"
+            "bayes_kernels.hf.tasks.models.load_model, or use PolarConfig"
         )
     parent, _, leaf = top.rpartition(".")
     owner, name = model.get_submodule(parent), leaf

@@ -32,10 +32,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..hf.heads import ClassLogits, mix_in, trim_head
-from .data.tasks import Task
+from ..heads import ClassLogits, mix_in, trim_head
 from .encoder import ModelKind, TaskEncoder
 from .prompts import Style, answer_token_ids, make_prompt
+from .task import Task
 
 
 def minilm_path() -> str:

@@ -1,30 +1,12 @@
-"""Tasks: real text with labels, in splits that never change.
+"""A task: real text with labels, in splits that never change.
 
-A :class:`Task` is what every experiment in this package runs on: training, validation and test
-examples, names of the classes, and out-of-distribution sets. It comes from one of three places.
-
-``stdlib_docs()``
-    Docstrings of the running interpreter's own standard library, sorted into eight areas. Needs no
-    download, so that a complete Bayesian fine-tuning run works on any machine that has Python.
-``load_jsonl(path)``
-    Files with one JSON object a line: ``id``, ``question``, optional ``context``, ``choices``
-    (multiple choice only) and ``label`` (an index from 0).
-``load_hub(name)``
-    The public data sets of the LoRA-uncertainty papers, through the ``datasets`` library.
-
-``load_task(name_or_path)`` takes any of them.
-
-Every split is decided by a hash of the example (never by its position), so it does not depend on
-the order of the files, on the platform or on a random number generator. A small training subset
-(``train_size``) is chosen by a hash of the example and the seed: what makes plain LoRA
-overconfident, and hence what uncertainty methods are compared on, is a few hundred rows.
+A :class:`Task` is what every experiment in this package runs on, and what the input of a model is made
+for: training, validation and test examples, names of the classes, and out-of-distribution sets.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -140,30 +122,3 @@ class Task:
                 line += f", largest class {self.label_names[largest]!r} {share:.1%}"
             lines.append(line)
         return "\n".join(lines)
-
-
-def hash_of(text: str) -> int:
-    """A 64-bit integer that depends on the text alone (Python's own ``hash`` is salted)."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def fraction_of(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return hash_of(text) / 2.0**64
-
-
-def choose_subset(examples: Sequence[Example], size: int | None, seed: int = 0) -> list[Example]:
-    """The ``size`` examples that come first in the order of a hash of the seed and the id.
-
-    Nested: with the same seed a smaller subset is part of a larger one. ``None`` keeps all, in
-    the same shuffled order.
-
-    Raises:
-        ValueError: ``size`` is not positive or there are fewer examples.
-    """
-    if size is not None and not 0 < size <= len(examples):
-        raise ValueError(
-            f"train_size: expected an integer from 1 to {len(examples)} (the training examples "
-            f"there are) or None for all, got {size!r}"
-        )
-    return sorted(examples, key=lambda example: hash_of(f"{seed}\n{example.id}"))[:size]

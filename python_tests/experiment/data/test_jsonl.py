@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from bayes_kernels.experiment.data import jsonl, tasks
-from bayes_kernels.experiment.data.jsonl import load_jsonl, split_by_hash
+from bayes_kernels.experiment.data import jsonl
+from bayes_kernels.experiment.data.jsonl import load_jsonl
 from bayes_kernels.experiment.data.load import load_task
-from bayes_kernels.experiment.data.tasks import Example
+from bayes_kernels.experiment.data.splits import choose_subset, split_by_hash
+from bayes_kernels.hf.tasks.task import Example
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -38,12 +39,12 @@ def test_hash_splits_are_the_same_on_every_machine() -> None:
     rest, part = split_by_hash(examples, 0.2, "test")
     assert [e.id for e in part] == ["10", "14", "16", "23", "30", "31", "33", "35", "37"]
     assert rest + part != examples and set(rest) | set(part) == set(examples)
-    chosen = [e.id for e in tasks.choose_subset(examples, 5, seed=1)]
+    chosen = [e.id for e in choose_subset(examples, 5, seed=1)]
     assert chosen == ["6", "8", "26", "33", "14"]
     # Neither the order of the examples nor their number matters.
     assert split_by_hash(examples[:29:-1], 0.2, "test")[1] == part[:3:-1]
     with pytest.raises(ValueError, match="integer from 1 to 40"):
-        tasks.choose_subset(examples, 41)
+        choose_subset(examples, 41)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

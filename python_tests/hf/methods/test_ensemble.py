@@ -11,10 +11,10 @@ import tiny_task
 import torch
 
 from bayes_kernels.experiment import build, folders, scoring
-from bayes_kernels.experiment.data.tasks import Example, Task
 from bayes_kernels.experiment.recipe import Experiment, Recipe
 from bayes_kernels.hf import predict
 from bayes_kernels.hf.methods.ensemble import Ensemble, join_adapters
+from bayes_kernels.hf.tasks.task import Example, Task
 from hf.methods.plain_adapters import BATCH, llama, plain_lora
 
 

@@ -9,11 +9,11 @@ import pytest
 import tiny_task as tiny_files
 import transformers
 
-from bayes_kernels.experiment.data.tasks import Example, Task
-from bayes_kernels.experiment.encoder import TaskEncoder
-from bayes_kernels.experiment.models import load_model
-from bayes_kernels.experiment.prompts import make_prompt
-from experiment.story_task import load_story_model, tiny_task
+from bayes_kernels.hf.tasks.encoder import TaskEncoder
+from bayes_kernels.hf.tasks.models import load_model
+from bayes_kernels.hf.tasks.prompts import make_prompt
+from bayes_kernels.hf.tasks.task import Example, Task
+from hf.story_task import load_story_model, tiny_task
 
 
 def test_long_prompts_lose_context_but_not_the_answer(models_dir: Path) -> None:

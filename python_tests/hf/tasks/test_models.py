@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from bayes_kernels.experiment import models
-from bayes_kernels.experiment.data.tasks import Example, Task
-from bayes_kernels.experiment.models import load_model
 from bayes_kernels.hf.heads import MASKED_LOGIT
-from experiment.story_task import choice_task, tiny_task
+from bayes_kernels.hf.tasks import models
+from bayes_kernels.hf.tasks.models import load_model
+from bayes_kernels.hf.tasks.task import Example, Task
+from hf.story_task import choice_task, tiny_task
 
 
 def minilm_task(kind: str) -> Task:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from bayes_kernels.experiment.data.tasks import Example
-from bayes_kernels.experiment.prompts import answer_token_ids, make_prompt
-from experiment.story_task import tiny_task
+from bayes_kernels.hf.tasks.prompts import answer_token_ids, make_prompt
+from bayes_kernels.hf.tasks.task import Example
+from hf.story_task import tiny_task
 
 
 def test_blob_prompts() -> None:

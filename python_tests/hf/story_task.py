@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bayes_kernels.experiment.data.tasks import Example, Task
-from bayes_kernels.experiment.encoder import TaskEncoder
-from bayes_kernels.experiment.models import load_model
+from bayes_kernels.hf.tasks.encoder import TaskEncoder
+from bayes_kernels.hf.tasks.models import load_model
+from bayes_kernels.hf.tasks.task import Example, Task
 
 
 def tiny_task(template: Any = None, **fields: Any) -> Task:
