@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..hf.tasks.quantization import QUANTIZATIONS
+from ..quantization import QUANTIZATIONS
 from .output import shorten
 
 

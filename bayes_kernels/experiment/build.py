@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..hf.method import METHODS
 from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.models import load_model
-from ..hf.tasks.quantization import quantization_config
 from ..hf.tasks.task import Task
+from ..quantization import quantization_config
 from .convert import conversion_options
 from .recipe import Experiment, trained_method
 

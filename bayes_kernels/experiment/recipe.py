@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..hf.method import METHODS, PLAIN
-from ..hf.tasks.quantization import QUANTIZATIONS
 from ..hf.tasks.task import Example, Task
+from ..quantization import QUANTIZATIONS
 from .data.hub import HUB_DATASETS
 from .data.load import load_task
 from .data.splits import choose_subset
