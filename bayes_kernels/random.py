@@ -8,7 +8,7 @@ where it is used and again in the backward pass.
   counter (offset + index, low and high word; 0; 0) gives four 32-bit words.
 * **fold_in(key, i)**: words (0, 1) of block i become the new seed, words (2, 3) the new offset.
 * **Stream and purpose**: an op uses `fold_in(key, 8 * stream + purpose)`; a layer has a stream of its
-  own. Purposes: 0 normals, 1 signs of the input side, 2 signs of the rank side, 3 dropout, 4 logits.
+  own. Purposes: 0 normals, 1 signs of the input side, 2 signs of the rank side, 3 dropout, 4 logits, 5 draws.
 * **Normals**: element e of a tensor (row-major) uses block e // 4; its words (0, 1) and (2, 3) give
   (r cos t, r sin t) with r = sqrt(-2 log u(w)), t = 2 pi u(w'), u(w) = w * 2^-32 + 2^-33 in fp32.
 * **Signs**: 128 to a block. Column j of sign row i among n columns uses block
@@ -19,6 +19,11 @@ where it is used and again in the backward pass.
 * **Logits**: row (example) i, which is `ids[i]` or `row0 + i`, has the key fold_in(k, row) with k the
   subkey of purpose 4; sample s of class c among C is element (s // 4, c, s % 4) of `normal` with that
   key and shape (ceil(S / 4), C, 4). More samples extend fewer; other rows change nothing.
+* **Draws** of a Gaussian factor (r, n): with k the subkey of purpose 5, draw pair p has the key
+  fold_in(k, p), and element e of its eps is made of block e // 4 of that key as in "Normals".
+  Antithetic: draw d is mean + s . std . eps of pair d // 2, with s = +1 for even d and -1 for odd d;
+  independent: draw d is mean + std . eps of pair d. A draw depends on the key, the stream and its
+  number alone: not on other draws, their order, the batch or the device.
 * **Sign row of token t** (counted from 0 in the flattened batch): `ids[t]` where ids are given, else
   `row0 + t // rows_per_id`. Results therefore depend neither on tiling, batch split, thread count,
   device nor the number of processes.

@@ -66,11 +66,31 @@ def normal(key: Tensor, size: Sequence[int], *, stream: int = 0) -> Tensor:
     count = math.prod(size)
     blocks = torch.arange((count + 3) // 4, device=key.device)
     words = philox(subkey(key, stream, 0), blocks)
+    return _box_muller(words).reshape(-1)[:count].reshape(tuple(size))
+
+
+def _box_muller(words: Tensor) -> Tensor:
+    """Four fp32 normals for each block of four words."""
     u = wide(words.float() * 2.0**-32 + 2.0**-33)
-    radius = torch.sqrt(-2 * torch.log(u[:, 0::2]))
-    angle = 2 * math.pi * u[:, 1::2]
+    radius = torch.sqrt(-2 * torch.log(u[..., 0::2]))
+    angle = 2 * math.pi * u[..., 1::2]
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.reshape(-1)[:count].float().to(key.device).reshape(tuple(size))
+    return pairs.flatten(-2).float().to(words.device)
+
+
+def draw_normals(
+    key: Tensor, draws: Tensor, size: Sequence[int], *, stream: int = 0, antithetic: bool = True
+) -> Tensor:
+    """The fp32 normals (D, *size) of draws (D,) of a Gaussian tensor, with the signs of antithetic pairs."""
+    count = math.prod(size)
+    blocks = torch.arange((count + 3) // 4, device=key.device)
+    pair = torch.div(draws, 2, rounding_mode="floor") if antithetic else draws
+    w = philox(subkey(key, stream, 5), pair)  # draw by draw: fold_in(subkey, pair)
+    folded = torch.stack([w[..., 0] | (w[..., 1] << 32), w[..., 2] | (w[..., 3] << 32)])
+    eps = _box_muller(philox(folded[..., None], blocks)).flatten(1)[:, :count]
+    if antithetic:
+        eps = eps * (1 - 2 * (draws & 1))[:, None].to(eps.dtype)
+    return eps.reshape(len(draws), *size)
 
 
 def row_ids(
@@ -227,6 +247,36 @@ def core_lora(
 ) -> Tensor:
     """base + scaling * ((x a^T) core^T) b^T: Delta W = scaling * b core a."""
     y = ((x @ a.T) @ core.T) @ b.T * scaling
+    return y if base is None else base + y
+
+
+# --- grouped -----------------------------------------------------------------------------------
+
+
+def gaussian_draws(mean: Tensor, rho: Tensor, eps: Tensor, *, std: str = "square") -> Tensor:
+    """mean + std(rho) . eps for the eps (D, r, n) of `draw_normals`."""
+    return mean + std_of(rho, std) * eps
+
+
+def grouped_lora(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    groups: Tensor,
+    scaling: float = 1.0,
+) -> Tensor:
+    """base + scaling * (x a[g]^T) b[g]^T for the group g of each row; b (m, r) or (G, m, r)."""
+    h = x.new_zeros(*x.shape[:-1], a.shape[1])
+    for g, factor in enumerate(a):
+        h = torch.where((groups == g)[..., None], x @ factor.T, h)
+    if b.dim() == 2:
+        y = h @ b.T * scaling
+    else:
+        y = x.new_zeros(*x.shape[:-1], b.shape[1])
+        for g, factor in enumerate(b):
+            y = torch.where((groups == g)[..., None], h @ factor.T * scaling, y)
     return y if base is None else base + y
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from .adapter import core_lora, flipout_lora, lora, scaled_lora
 from .curvature import kron_accumulate_, low_rank_update_
 from .divergence import check_divergence, gaussian_kl
+from .grouped import gaussian_draws, grouped_lora, sampled_lora
 from .noise import SCOPES, STDS
 from .predict import (
     COVARIANCES,
@@ -60,8 +61,10 @@ __all__ = [
     "check_divergence",
     "core_lora",
     "flipout_lora",
+    "gaussian_draws",
     "gaussian_kl",
     "gram",
+    "grouped_lora",
     "kron_accumulate_",
     "landing_field",
     "landing_step_",
@@ -72,6 +75,7 @@ __all__ = [
     "mc_predict_linear",
     "polar_retract_",
     "qr_retract_",
+    "sampled_lora",
     "scaled_lora",
     "stiefel_step_",
 ]
