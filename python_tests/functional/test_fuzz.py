@@ -134,6 +134,40 @@ def agree(ours: Tensor, same: Tensor, truth: Tensor, what: str) -> None:
 # --- families ----------------------------------------------------------------------------------
 
 
+def check_adapter(
+    case: Case,
+    op: str,
+    call: Callable[[dict[str, Tensor]], Tensor],
+    define: Callable[[dict[str, Tensor]], Tensor],
+    values: dict[str, Tensor],
+    out: torch.dtype,
+) -> None:
+    """The value (in `out`) and some of the gradients of a call that takes x, against its definition."""
+    leaves = [name for name in values if case.chance(0.8)] if case.chance(0.8) else []
+    dtype = values["x"].dtype
+
+    def run(
+        call: Callable[[dict[str, Tensor]], Tensor], p: dict[str, Tensor], own: bool = False
+    ) -> list[Tensor]:
+        y = call(p)
+        dy = case.place(cotangent) if own else cotangent.to(y.dtype)
+        taken = [p[name] for name in leaves]
+        return [y, *(torch.autograd.grad(y, taken, dy) if leaves else ())]
+
+    def parts(kind: torch.dtype) -> dict[str, Tensor]:
+        return {k: v.to(kind).requires_grad_(k in leaves) for k, v in values.items()}
+
+    cotangent = case.normal(*values["x"].shape[:-1], values["b"].shape[-2]).to(out)
+    given = {k: case.place(v).requires_grad_(k in leaves) for k, v in values.items()}
+    ours = run(call, given, own=True)
+    truth = run(define, parts(torch.float64))
+    # Half-precision x is multiplied in fp32 on a CPU, and rounded once; on a GPU factors are half, too.
+    exact = case.device == "cpu" and dtype in HALVES
+    same = run(define, parts(torch.float32 if exact else dtype))
+    for name, a, s, t in zip(["y", *leaves], ours, same, truth, strict=True):
+        agree(a, s.to(a.dtype), t, f"{op} {name}")
+
+
 def adapter(case: Case) -> None:
     op = case.pick("lora", "flipout_lora", "flipout_lora", "scaled_lora", "core_lora")
     dtype = case.real((torch.float32, torch.float32, *HALVES, torch.float64))
@@ -228,29 +262,87 @@ def adapter(case: Case) -> None:
                 p["x"], p["a"], p["core"], p["b"], p.get("base"), scaling=scaling
             )
 
-    leaves = [name for name in values if case.chance(0.8)] if case.chance(0.8) else []
-    cotangent = case.normal(*lead, m).to(out)
-
-    def run(call: Callable[[dict[str, Tensor]], Tensor], p: dict[str, Tensor]) -> list[Tensor]:
-        y = call(p)
-        dy = case.place(cotangent) if p is given else cotangent.to(y.dtype)
-        taken = [p[name] for name in leaves]
-        return [y, *(torch.autograd.grad(y, taken, dy) if leaves else ())]
-
-    def parts(kind: torch.dtype) -> dict[str, Tensor]:
-        return {k: v.to(kind).requires_grad_(k in leaves) for k, v in values.items()}
-
-    given = {k: case.place(v).requires_grad_(k in leaves) for k, v in values.items()}
     order = {"lora": ("x", "a", "b", "base"), "flipout_lora": ("x", "a", "rho", "b", "base")}
     names = order.get(str(op), ("x", "a", "d" if op == "scaled_lora" else "core", "b", "base"))
     fused = getattr(F, str(op))
-    ours = run(lambda p: fused(*(p.get(name) for name in names), **options), given)
-    truth = run(define, parts(torch.float64))
-    # Half-precision x is multiplied in fp32 on a CPU, and rounded once; on a GPU factors are half, too.
-    exact = case.device == "cpu" and dtype in HALVES
-    same = run(define, parts(torch.float32 if exact else dtype))
-    for name, a, s, t in zip(["y", *leaves], ours, same, truth, strict=True):
-        agree(a, s.to(a.dtype), t, f"{op} {name}")
+    check_adapter(
+        case, str(op), lambda p: fused(*(p.get(k) for k in names), **options), define, values, out
+    )
+
+
+def grouped(case: Case) -> None:
+    op = case.pick("gaussian_draws", "grouped_lora", "grouped_lora", "sampled_lora")
+    dtype = case.real((torch.float32, torch.float32, *HALVES, torch.float64))
+    budget = 2_000_000 if case.device == "cpu" else 100_000
+    count = int(case.pick(1, 2, 3, 10, 33))  # type: ignore[call-overload]
+    r = case.size(80 if case.chance(0.1) and case.device == "cpu" else 64)
+    n, m = (case.size(max(1, min(4200, budget // (r * count)))) for _ in range(2))
+    tokens = 0 if case.chance(0.03) else case.size(max(1, min(600, budget // (r * max(n, m)))))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    lead = [tokens] if case.chance(0.7) else [1, tokens]
+    values = {"x": case.normal(*lead, n).to(dtype)}
+    law: dict = {"stream": case.random.randrange(5)}
+    numbers = torch.randint(-9, 9, (count,), generator=case.generator)
+    std = case.random.choice(F.STDS)
+    if op == "grouped_lora":
+        values["a"] = case.normal(count, r, n, scale=n**-0.5).to(acc)
+    else:
+        law["antithetic"] = bool(case.pick(True, False))
+        eps = reference.draw_normals(case.key, numbers, (r, n), **law)
+        values["mean"] = case.normal(r, n, scale=n**-0.5).to(acc)
+        rho = case.normal(r, 1 if case.chance(0.2) else n, scale=0.3)
+        values["rho"] = (rho + (0.5 if std == "square" else 0.0)).to(acc)
+
+    def factor(p: dict[str, Tensor]) -> Tensor:
+        return reference.gaussian_draws(p["mean"], p["rho"], eps.to(p["mean"].dtype), std=std)
+
+    if op == "gaussian_draws":
+        del values["x"]
+        given = {k: case.place(v).requires_grad_() for k, v in values.items()}
+        ours = [F.gaussian_draws(**given, draws=numbers, key=case.key, std=std, **law)]
+        dy = case.normal(*ours[0].shape).to(acc)
+        ours += torch.autograd.grad(ours[0], list(given.values()), case.place(dy))
+        found = []
+        for kind in (acc, torch.float64):
+            p = {k: v.to(kind).requires_grad_() for k, v in values.items()}
+            y = factor(p)
+            found.append([y, *torch.autograd.grad(y, list(p.values()), dy.to(kind))])
+        for name, a, s, t in zip(("draws", "dmean", "drho"), ours, *found, strict=True):
+            agree(a, s, t, f"{op} {name}")
+        return
+    experts = (count,) if op == "grouped_lora" and case.chance(0.5) else ()
+    values["b"] = case.normal(*experts, m, r, scale=r**-0.5).to(acc)
+    out = dtype
+    if case.chance(0.7):
+        if dtype != torch.float64 and case.chance(0.3):
+            out = case.pick(torch.float32, *HALVES)  # type: ignore[assignment]
+        values["base"] = case.normal(*lead, m).to(out)
+    options: dict = {"scaling": case.random.choice((1.0, 0.5, -2.0))}
+    kind = case.pick("any", "sorted", "counted")
+    ids = torch.randint(0, count, (tokens,), generator=case.generator)
+    if kind == "sorted":
+        ids = ids.sort().values
+    elif kind == "counted":
+        options["rows_per_group"] = max(1, -(-tokens // count)) + case.random.choice((0, 0, 3))
+        ids = torch.arange(tokens) // options["rows_per_group"]
+    if kind != "counted":
+        options["groups"] = ids.reshape(lead)
+
+    def define(p: dict[str, Tensor]) -> Tensor:
+        a = p["a"] if op == "grouped_lora" else factor(p)
+        return reference.grouped_lora(
+            p["x"], a, p["b"], p.get("base"), groups=ids.reshape(lead), scaling=options["scaling"]
+        )
+
+    def call(p: dict[str, Tensor]) -> Tensor:
+        if op == "grouped_lora":
+            return F.grouped_lora(p["x"], p["a"], p["b"], p.get("base"), **options)
+        return F.sampled_lora(
+            p["x"], p["mean"], p["rho"], p["b"], p.get("base"),
+            draws=numbers, key=case.key, std=std, **law, **options,
+        )  # fmt: skip
+
+    check_adapter(case, str(op), call, define, values, out)
 
 
 def tall(case: Case) -> None:
@@ -497,6 +589,7 @@ def noise(case: Case) -> None:
 
 FAMILIES: dict[Callable[[Case], None], tuple[int, set[str]]] = {
     adapter: (8, {"lora", "flipout_lora", "scaled_lora", "core_lora"}),
+    grouped: (4, {"gaussian_draws", "grouped_lora", "sampled_lora"}),
     tall: (4, {"gram", "polar_retract_", "qr_retract_", "stiefel_step_", "landing_field", "landing_step_"}),
     kron: (2, {"kron_accumulate_"}),
     low_rank: (2, {"low_rank_update_"}),
