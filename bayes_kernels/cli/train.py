@@ -193,7 +193,9 @@ def train(
     batch_size: StepExamples = None,
     accumulation: Annotated[int | None, whole("Micro-batches of a step.")] = None,
     warmup: Annotated[float | None, number("Share of steps with rising rate.")] = None,
-    weight_decay: Annotated[float | None, number("Of AdamW.")] = None,
+    weight_decay: Annotated[
+        float | None, number("Of AdamW; 1e-5 for map, else 0 by default.")
+    ] = None,
     max_length: MaxLength = None,
     n_samples: Samples = None,
     settings: Settings = None,

@@ -48,7 +48,8 @@ class Recipe:
         batch_size: Examples of one step.
         accumulation: Micro-batches that a step is divided into.
         warmup: Share of the steps with rising learning rate; it then falls linearly to 0.
-        weight_decay, adam_epsilon, max_grad_norm: Of AdamW; a norm of 0 does not clip.
+        weight_decay: Of AdamW; None for the method's default.
+        adam_epsilon, max_grad_norm: Of AdamW; a norm of 0 does not clip.
         max_length: Largest number of tokens; None for what `load_model` chooses.
         n_samples: Posterior draws of a prediction; None for the method's default.
         eval_batch_size: Examples of one batch in prediction.
@@ -69,7 +70,7 @@ class Recipe:
     batch_size: int = 8
     accumulation: int = 1
     warmup: float = 0.06
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     adam_epsilon: float = 1e-6
     max_grad_norm: float = 0.0
     max_length: int | None = None
@@ -143,7 +144,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "dropout": _SHARE,
     "base_dropout": _SHARE,
 }
-_MAY_BE_NONE = ("max_length", "n_samples", "lr", "dropout", "base_dropout")
+_MAY_BE_NONE = ("max_length", "n_samples", "lr", "weight_decay", "dropout", "base_dropout")
 # numpy, which the trainer seeds as well, takes no others.
 _SEEDS = 2**32
 # Fields of `peft.LoraConfig` that recipes set, under other names.
@@ -247,7 +248,7 @@ class Experiment:
         kind, style: Kind of model and style of prompt, see `load_model`.
         dtype: "float32", "bfloat16" or "float16": type of the base model's weights.
         quantization: A word of `QUANTIZATIONS`, such as "8bit", for a quantised base; else None.
-        method: A name of `bayes_kernels.hf.method.METHODS`: "map" (plain LoRA), "blob", ...
+        method: A name of `bayes_kernels.hf.method.METHODS`: "mle" (plain LoRA), "blob", ...
         recipe: How it is trained.
         seed: Seed of the training subset, head, factors, order of examples, and noise.
     """
@@ -305,10 +306,10 @@ class Experiment:
                 f"n-samples: expected 0 for {self.method!r}, which has no posterior to draw from, "
                 f"got {recipe.n_samples}; leave it out"
             )
-        if self.lr * recipe.weight_decay >= 1:
+        if self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"weight-decay: expected lr times weight decay below 1, which leaves something of a "
-                f"weight, got {self.lr:g} times {recipe.weight_decay:g}"
+                f"weight, got {self.lr:g} times {self.weight_decay:g}"
             )
         for option in row.training_options:  # others are checked where they are used
             value = recipe.options.get(option.name, option.default)
@@ -347,6 +348,12 @@ class Experiment:
         """Dropout before the adapter: what the recipe says, or the method's default."""
         rate = self.recipe.dropout
         return METHODS[self.method].dropout if rate is None else rate
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay of AdamW: what the recipe says, or the method's default."""
+        decay = self.recipe.weight_decay
+        return METHODS[self.method].weight_decay if decay is None else decay
 
     @property
     def lr(self) -> float:

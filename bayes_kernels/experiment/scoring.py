@@ -233,7 +233,7 @@ def evaluate_model(
                 model, encoder, task.validation, label=f"{what}: validation", **options
             )
             t = fit_temperature(validation.log_probs, held_out)
-            short = f"{name} mean" if bayesian else name.removesuffix(" (MAP)")
+            short = f"{name} mean" if bayesian else name.removesuffix(" (MLE)")
             rows.append(
                 _score(
                     f"{short} + temperature",

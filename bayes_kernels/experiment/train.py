@@ -107,7 +107,7 @@ def train_model(
             learning_rate=experiment.lr,
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(recipe.warmup * recipe.steps),
-            weight_decay=recipe.weight_decay,
+            weight_decay=experiment.weight_decay,
             adam_epsilon=recipe.adam_epsilon,
             max_grad_norm=recipe.max_grad_norm,
             optim="adamw_torch",

@@ -16,7 +16,7 @@ from .config import own_fields
 from .draws import Predictor, noise_predictor
 
 # The method that trains stock LoRA, which the others are compared with and which conversions start from.
-PLAIN = "map"
+PLAIN = "mle"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Method:
         bayesian: whether it has a posterior to draw from.
         n_samples: default number of posterior draws of a prediction; of an ensemble, its members.
         lr: default peak learning rate.
+        weight_decay: default weight decay of AdamW.
         dropout: default dropout before the adapter.
         predictor: (model) -> how the model predicts; None where its adapter is not of this method.
         conversion: makes a trained plain adapter Bayesian; None for methods that train their own.
@@ -112,6 +113,7 @@ class Method:
     bayesian: bool = True
     n_samples: int = 10
     lr: float = 1e-3
+    weight_decay: float = 0.0
     dropout: float = 0.0
     predictor: Callable[[nn.Module], Predictor | None] = noise_predictor
     conversion: Conversion | None = None

@@ -45,7 +45,7 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
     ("arguments", "message"),
     [
         (["--model", "./nowhere"], "model './nowhere': expected a folder that exists"),
-        (["--method", "magic"], "method: expected one of map, dropout, "),
+        (["--method", "magic"], "method: expected one of mle, map, dropout, "),
         (["--method", "ensemble"], "made of adapters of several seeds"),
         (["--method", "dropout", "--dropout", "0"], "expected a rate above 0 for MC dropout"),
         (["--target-modules", "word_embeddings"], "cannot carry a Bayesian adapter"),

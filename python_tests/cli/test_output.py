@@ -21,7 +21,7 @@ def test_texts_are_shown_as_they_are(
     monkeypatch.chdir(tmp_path)
     out = Path("[red]run")
     classes = ["--label-names", "[bold]no,:smile:"]
-    options = ["--model", model, "--method", "map", "--steps", "1", "--out", out]
+    options = ["--model", model, "--method", "mle", "--steps", "1", "--out", out]
     result = call("train", data, *classes, *options)
     assert result.exit_code == 0, result.output
     assert f"Wrote {out}/" in result.stdout

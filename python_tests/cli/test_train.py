@@ -86,7 +86,7 @@ def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path
     assert checkpoint is not None  # plain LoRA, which has no draws yet
     result = call("evaluate", checkpoint, "--out", tmp_path / "plain")
     assert result.exit_code == 0, result.output
-    assert results(tmp_path / "plain")["methods"][0]["name"] == "LoRA (MAP)"
+    assert results(tmp_path / "plain")["methods"][0]["name"] == "LoRA (MLE)"
     for bad, message in (
         ("metrc=flips", "got metrc"),
         ("metric=foo", "metric must be one of"),
@@ -110,7 +110,7 @@ def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     found = results(out)
     assert [m["name"] for m in found["methods"]] == [
-        "LoRA (MAP)",
+        "LoRA (MLE)",
         "LoRA + temperature",
         "BLoB mean",
         "BLoB N=2",
@@ -124,7 +124,7 @@ def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> N
     base, _ = load_model(model, saved.task)
     assert PeftModel.from_pretrained(base, out / "blob").peft_config["default"].method == "blob"
     assert (
-        PeftModel.from_pretrained(load_model(model, saved.task)[0], out / "map")
+        PeftModel.from_pretrained(load_model(model, saved.task)[0], out / "mle")
         .peft_config["default"]
         .peft_type
         == "LORA"
@@ -154,14 +154,14 @@ def test_an_interrupted_demo_leaves_nothing(
         assert results(out)["seeds"] == [0]
     assert "use --overwrite" in refuse("demo", *options)
     # A folder that happens to have such a name is not the demo's.
-    notes = tmp_path / "other" / "map" / "notes.txt"
+    notes = tmp_path / "other" / "mle" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("important")
     error = refuse("demo", *options[:-1], tmp_path / "other", "--overwrite")
     assert "expected no file in the way" in error and notes.read_text() == "important"
 
 
-@pytest.mark.parametrize("method", ["map", "blob", "scalabl", "laplace-last"])
+@pytest.mark.parametrize("method", ["mle", "blob", "scalabl", "laplace-last"])
 def test_training_stops_where_it_diverges(
     method: str, data: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -225,10 +225,10 @@ def test_folders_are_not_overwritten_by_accident(
     assert "this folder has none" in error
     (tmp_path / "metrics.json").write_text("{}")  # of another program
     assert "expected no file in the way" in refuse(*common, "--out", tmp_path, "--overwrite")
-    out = tmp_path / "map"
-    result = call(*common[:-2], "--out", out, "--method", "map")
+    out = tmp_path / "mle"
+    result = call(*common[:-2], "--out", out, "--method", "mle")
     assert result.exit_code == 0, result.output
-    assert results(out)["methods"][0]["name"] == "LoRA (MAP)"
+    assert results(out)["methods"][0]["name"] == "LoRA (MLE)"
     # Plain LoRA has no posterior to draw from.
     error = refuse("predict", out, "--text", "a bright day", "--n-samples", "5")
     assert "n_samples must be 0 for adapters without a posterior" in error

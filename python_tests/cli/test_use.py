@@ -135,7 +135,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_no_room_for_results(data: Path, model: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    common = ["train", data, "--model", model, "--method", "map", "--steps", "2", "--out", out]
+    common = ["train", data, "--model", model, "--method", "mle", "--steps", "2", "--out", out]
     with files_of_at_most(9_000):
         error = refuse(*common)
     assert "expected room to write a checkpoint to, got" in error and "checkpoints" in error

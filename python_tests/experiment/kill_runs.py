@@ -205,7 +205,7 @@ def kill_with_workers(inputs: Path, base: Path) -> None:
     """Worker processes of a killed comparison end."""
     out = base / "workers"
     words = ["compare", "--data", f"{inputs / 'data'}", "--model", f"{inputs / 'model'}"]
-    words += ["--methods", "map,blob", "--seeds", "1", "--steps", "100000", "--threads", "2"]
+    words += ["--methods", "mle,blob", "--seeds", "1", "--steps", "100000", "--threads", "2"]
     parent = start([*words, "--out", str(out)], base / "log")
     deadline = time.monotonic() + 120
     while len(list(out.glob("*/.seed-0.*.tmp"))) < 2:
@@ -262,14 +262,14 @@ def main() -> None:
         short = ["--steps", "8", "--rank", "2"]
         adapter = base / "in" / "adapter"
         train = ["train", str(data), *common, *short, "--save-every", "2"]
-        made = run([*train, "--method", "map", "--out", str(adapter)], base / "log")
+        made = run([*train, "--method", "mle", "--out", str(adapter)], base / "log")
         check(made.code == 0, made.text)
         compared = ["compare", "--data", str(data), *common, *short, "--seeds", "1"]
         tfb = ["bayesianize", str(adapter), "--set", "anchors=16", "--set", "max_trials=3"]
         last = ["bayesianize", str(adapter), "--method", "laplace-last", "--n-samples", "2"]
         commands = [
             [*train, "--method", "blob", "--n-samples", "2"],
-            [*compared, "--methods", "map,temperature,tfb", "--set", "tfb.n_samples=2"],
+            [*compared, "--methods", "mle,temperature,tfb", "--set", "tfb.n_samples=2"],
             tfb,
             last,
             ["evaluate", str(adapter), "--n-samples", "0"],

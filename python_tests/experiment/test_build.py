@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 def test_methods_start_from_the_same_weights(tiny: Experiment, task: Task) -> None:
-    plain, _ = build.build(dataclasses.replace(tiny, method="map"), task)
+    plain, _ = build.build(dataclasses.replace(tiny, method="mle"), task)
     bayes, _ = build.build(tiny, task)
     other, _ = build.build(dataclasses.replace(tiny, seed=1), task)
     left = {n: p for n, p in plain.named_parameters() if p.requires_grad}

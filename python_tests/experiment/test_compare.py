@@ -40,7 +40,7 @@ def tasks(source: Source) -> dict[int, Task]:
 
 # --- Comparisons ---------------------------------------------------------------------------------
 
-METHODS = ("map", "temperature", "dropout", "ensemble", "tfb")
+METHODS = ("mle", "temperature", "dropout", "ensemble", "tfb")
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_a_comparison_goes_on_after_a_failure(
     monkeypatch.setattr(ex, "train_model", noted)
     pieces = co.plan(METHODS, make, tasks, tmp_path, seeds=1)
     order = [(piece.experiment.method, piece.experiment.seed) for piece in pieces]
-    assert order == [("map", 0), ("dropout", 0), ("tfb", 0), ("map", 1000), ("ensemble", 0)]
+    assert order == [("mle", 0), ("dropout", 0), ("tfb", 0), ("mle", 1000), ("ensemble", 0)]
     runs, failures = co.compare(pieces, progress=False)
     assert failures == [tables.Failure("dropout", 0, "RuntimeError: no room")]
     # Plain LoRA once for all that needs it; the ensemble's second member sees the same examples.
-    assert trained == [("map", 0), ("dropout", 0), ("map", 1000)]
+    assert trained == [("mle", 0), ("dropout", 0), ("mle", 1000)]
     assert pieces[3].task is pieces[0].task and not pieces[3].score
     assert not (tmp_path / "dropout" / "seed-0" / co.RESULT_FILE).exists()
     plain, converted, joined = runs
@@ -85,7 +85,7 @@ def test_a_comparison_goes_on_after_a_failure(
     assert joined.training.seconds == pytest.approx(sum(spent))
     assert joined.training.steps == 2 * FAST.steps
     assert plain.parameters is not None and joined.parameters == 2 * plain.parameters
-    assert [row.name for row in plain.rows] == ["LoRA (MAP)", "LoRA + temperature"]
+    assert [row.name for row in plain.rows] == ["LoRA (MLE)", "LoRA + temperature"]
     assert [row.name for row in joined.rows] == ["Ensemble N=2"]
     assert [row.name for row in converted.rows] == ["TFB N=2"]
     assert converted.conversion is not None and converted.conversion_seconds is not None
@@ -112,17 +112,17 @@ def test_a_comparison_goes_on_after_a_failure(
         return dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, rank=4))
 
     with pytest.raises(ValueError, match=r"recipe\.rank 2 -> 4; give the same options"):
-        co.compare(co.plan(("map",), other, tasks, tmp_path, seeds=1), progress=False)
+        co.compare(co.plan(("mle",), other, tasks, tmp_path, seeds=1), progress=False)
     # A plain adapter that was trained for a conversion only is scored later, not trained again.
     trained.clear()
     only = tmp_path / "only"
     co.compare(co.plan(("tfb",), make, tasks, only, seeds=1), progress=False)
-    assert trained == [("map", 0)] and not co.load_run(only / "map/seed-0" / co.RESULT_FILE).rows
-    (scored,), _ = co.compare(co.plan(("map",), make, tasks, only, seeds=1), progress=False)
-    assert trained == [("map", 0)] and scored.training is not None and scored.parameters
+    assert trained == [("mle", 0)] and not co.load_run(only / "mle/seed-0" / co.RESULT_FILE).rows
+    (scored,), _ = co.compare(co.plan(("mle",), make, tasks, only, seeds=1), progress=False)
+    assert trained == [("mle", 0)] and scored.training is not None and scored.parameters
     numbers = [row.report.to_dict() for row in plain.rows]
     assert [row.report.to_dict() for row in scored.rows] == numbers
-    damaged = tmp_path / "map" / "seed-0" / co.RESULT_FILE
+    damaged = tmp_path / "mle" / "seed-0" / co.RESULT_FILE
     damaged.write_text("{")
     with pytest.raises(ValueError, match="remove the file to run it again"):
         co.compare(pieces, progress=False)
@@ -138,7 +138,7 @@ def test_what_needs_a_plain_adapter_that_failed_says_so(
     runs, failures = co.compare(
         co.plan(("temperature", "tfb"), make, tasks, tmp_path, seeds=1), progress=False
     )
-    assert not runs and [failure.method for failure in failures] == ["map", "tfb"]
+    assert not runs and [failure.method for failure in failures] == ["mle", "tfb"]
     assert failures[0].error == "bad luck" and "whose training failed" in failures[1].error
 
 
@@ -168,17 +168,17 @@ def test_results_survive_json(tmp_path: Path) -> None:
 
 
 def test_methods_and_plans_are_checked(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
-    assert co.check_methods(["blob", "map", "blob"]) == ("map", "blob")
-    assert co.check_methods(["all"])[:4] == ("map", "temperature", "dropout", "ensemble")
+    assert co.check_methods(["blob", "mle", "blob"]) == ("mle", "blob")
+    assert co.check_methods(["all"])[:4] == ("mle", "temperature", "map", "dropout")
     with pytest.raises(ValueError, match="got magic"):
-        co.check_methods(["map", "magic"])
+        co.check_methods(["mle", "magic"])
     with pytest.raises(ValueError, match="got none"):
         co.check_methods([])
     # Without anything that needs it plain LoRA is not trained.
     pieces = co.plan(("blob",), make, tasks, tmp_path, seeds=2)
     assert [piece.experiment.method for piece in pieces] == ["blob", "blob"]
     pieces = co.plan(("tfb",), make, tasks, tmp_path, seeds=1)
-    assert [(p.experiment.method, p.score) for p in pieces] == [("map", False), ("tfb", True)]
+    assert [(p.experiment.method, p.score) for p in pieces] == [("mle", False), ("tfb", True)]
     with pytest.raises(ValueError, match="made of adapters of several seeds"):
         ex.run(make("ensemble", 0), tasks[0])
     with pytest.raises(ValueError, match="at least 2 for Ensemble, got 1"):
@@ -197,7 +197,7 @@ def test_the_command(
     out = tmp_path / "out"
     options: list[Any] = ["--data", source.data, "--model", tiny_model, "--seeds", 2]
     options += ["--ood", source.ood[0] if source.ood else "", "--steps", 2, "--out", out]
-    options += ["--methods", "map,temperature,blob,polar", "--set", "blob.n_samples=2"]
+    options += ["--methods", "mle,temperature,blob,polar", "--set", "blob.n_samples=2"]
     options += ["--set", "rank=2", "--threads", 1]
 
     def call(*arguments: Any) -> Any:
@@ -212,14 +212,14 @@ def test_the_command(
     width = len(lines[0])
     assert all(len(line) == width for line in lines)
     assert [line[0] for line in lines[2:]] == [
-        *("LoRA (MAP)", "LoRA + temperature", "BLoB mean", "BLoB N=2"),
-        *("PoLAR (MAP), seed 0", "PoLAR (MAP), seed 1"),
+        *("LoRA (MLE)", "LoRA + temperature", "BLoB mean", "BLoB N=2"),
+        *("PoLAR, seed 0", "PoLAR, seed 1"),
     ]
     assert lines[-1][1].startswith("failed: target-modules: expected names of linear layers")
     content = json.loads((out / "results.json").read_text())
     assert [one["method"] for one in content["failures"]] == ["polar", "polar"]
     assert content["experiments"]["blob"]["recipe"]["n_samples"] == 2
-    assert content["experiments"]["map"]["recipe"]["rank"] == 2
+    assert content["experiments"]["mle"]["recipe"]["rank"] == 2
     headings = dict(zip(lines[0], range(width), strict=True))
     by_name = {one["name"]: one for one in content["methods"]}
     for line in lines[2:6]:
@@ -245,7 +245,7 @@ def test_the_command(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ex, "train_model", interrupt)
-    finished = call(*options, "--resume", "--methods", "map,temperature,blob")  # nothing is left
+    finished = call(*options, "--resume", "--methods", "mle,temperature,blob")  # nothing is left
     assert finished.exit_code == 0, finished.output
     assert "failed" not in finished.stdout and "+256" in finished.stdout
     stopped = call(*options, "--resume", "--seeds", 3)

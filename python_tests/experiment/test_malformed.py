@@ -59,7 +59,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (root / "texts.txt").write_text("a bright day\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for method in ("blob", "map"):
+        for method in ("blob", "mle"):
             common = ["--model", "model", "--steps", "1", "--rank", "2", "--test-size", "4"]
             draws = ["--n-samples", "2"] if method == "blob" else []
             options = [*common, *draws, "--method", method, "--out", f"run-{method}"]
@@ -126,8 +126,8 @@ def check(cases: list[Case], root: Path) -> None:
 NEEDS = {
     "demo": ["--data", "data", "--model", "model", "--threads", "1"],
     "train": ["data", "--model", "model"],
-    "compare": ["--data", "data", "--model", "model", "--methods", "map,blob", "--threads", "1"],
-    "bayesianize": ["run-map", "--n-samples", "2"],
+    "compare": ["--data", "data", "--model", "model", "--methods", "mle,blob", "--threads", "1"],
+    "bayesianize": ["run-mle", "--n-samples", "2"],
     "evaluate": ["run-blob"],
     "predict": ["run-blob", "--text", "a bright day"],
 }
@@ -148,7 +148,7 @@ def with_option(command: str, option: str, value: str) -> Case:
         del needs[place : place + 2]
     if option == "--processes":
         del needs[needs.index("--threads") :][:2]
-    own = ["--methods", "map,ensemble"] if option == "--members" else []
+    own = ["--methods", "mle,ensemble"] if option == "--members" else []
     return Case((command, *needs, *own, option, value))
 
 
@@ -174,7 +174,7 @@ def numbers() -> list[Case]:
 # Options that are words: what none of them takes.
 WORDS = {
     "--method": ["foo", "", "BLoB"],
-    "--methods": ["foo", "", ",", "map,,foo"],
+    "--methods": ["foo", "", ",", "mle,,foo"],
     "--kind": ["foo", "causal", "multiple_choice"],
     "--style": ["foo", "", "plain"],
     "--dtype": ["float", "int8", ""],
@@ -191,11 +191,11 @@ WORDS = {
         *("lora.rank_pattern=3", "lora.use_rslora=1", "lora.prior_std=3", "lora.seed=1"),
     ],
     "--text": ["", " ", "\ud800"],
-    "--data": ["nothing.jsonl", "", "./nothing", "model", "run-map"],
+    "--data": ["nothing.jsonl", "", "./nothing", "model", "run-mle"],
     "--test": ["nothing.jsonl", "", "data", "data/train.jsonl"],
     "--ood": ["nothing.jsonl", "", "data", "data/train.jsonl", "data/test.jsonl"],
-    "--model": ["./nothing", "", "data", "a/b/c", "model/config.json", "run-map"],
-    "--out": ["run-map/metrics.json", "run-map", "data", "model", "."],
+    "--model": ["./nothing", "", "data", "a/b/c", "model/config.json", "run-mle"],
+    "--out": ["run-mle/metrics.json", "run-mle", "data", "model", "."],
 }
 
 
@@ -227,10 +227,10 @@ def test_words_that_no_option_takes(workspace: Path) -> None:
 # --- Options that do nothing, or contradict others -------------------------------------------------
 
 TRAIN = [
-    "--method map --n-samples 5",
+    "--method mle --n-samples 5",
     "--method polar --n-samples 5",
-    "--method map --set stiefel=qr",
-    "--method map --set prior_std=1",
+    "--method mle --set stiefel=qr",
+    "--method mle --set prior_std=1",
     "--method polar --set init_rho=0.1",
     "--method blob --set stiefel_penalty=1",
     "--method blob --set head_lr=1",
@@ -275,15 +275,15 @@ TRAIN = [
     "--out run-blob --resume --steps 2",
 ]
 OTHERS = [
-    "demo --method map",
+    "demo --method mle",
     "demo --method ensemble",
     "demo --method polar --n-samples 3",
-    "compare --methods map --members 3",
-    "compare --methods map --n-samples 3",
-    "compare --methods map,blob --set stiefel=qr",
-    "compare --methods map,blob --set tfb.anchors=3",
-    "compare --methods map,blob --set anchors=3",
-    "compare --methods map,tfb --set tfb.lr=1",
+    "compare --methods mle --members 3",
+    "compare --methods mle --n-samples 3",
+    "compare --methods mle,blob --set stiefel=qr",
+    "compare --methods mle,blob --set tfb.anchors=3",
+    "compare --methods mle,blob --set anchors=3",
+    "compare --methods mle,tfb --set tfb.lr=1",
     "compare --rank 2 --set rank=4",
     "compare --resume --overwrite",
     "bayesianize --method laplace --set metric=flips",
@@ -301,10 +301,10 @@ OTHERS = [
     "trian data",
     "--threads 3",
     "predict",
-    "predict run-map --text a --n-samples 3",
+    "predict run-mle --text a --n-samples 3",
     "predict run-blob",
-    "evaluate run-map --n-samples 3 --out new",
-    "evaluate run-map --model model run-blob",
+    "evaluate run-mle --n-samples 3 --out new",
+    "evaluate run-mle --model model run-blob",
 ]
 
 
@@ -315,7 +315,7 @@ def combined() -> list[Case]:
         full = len(rest) and rest[0].startswith("--") and command in NEEDS and rest != ["--data"]
         needs = list(NEEDS[command]) if full else []
         if command == "compare" and "--methods" in rest:
-            needs = [word for word in needs if word not in ("--methods", "map,blob")]
+            needs = [word for word in needs if word not in ("--methods", "mle,blob")]
         cases.append(Case((command, *needs, *rest)))
     return cases
 
@@ -380,7 +380,7 @@ PLACES: dict[str, Callable[[str], list[str]]] = {
     "train --ood": lambda file: ["train", "data", "--model", "model", "--ood", file],
     "compare": lambda file: ["compare", *NEEDS["compare"][2:], "--data", file],
     "demo": lambda file: ["demo", *NEEDS["demo"][2:], "--data", file],
-    "bayesianize": lambda file: ["bayesianize", "run-map", "--data", file],
+    "bayesianize": lambda file: ["bayesianize", "run-mle", "--data", file],
     "evaluate": lambda file: ["evaluate", "run-blob", "--data", file],
     "evaluate --ood": lambda file: ["evaluate", "run-blob", "--ood", file],
     "predict": lambda file: ["predict", "run-blob", "--data", file],

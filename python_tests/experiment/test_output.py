@@ -61,7 +61,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     tiny_task.write_data(folder / "data")
     tiny_task.write_model(folder / "model")
-    arguments = ["train", folder / "data", "--model", folder / "model", *SMALL, "--method", "map"]
+    arguments = ["train", folder / "data", "--model", folder / "model", *SMALL, "--method", "mle"]
     result = call(*arguments, "--out", folder / "adapter")
     assert result.exit_code == 0, result.output
     return folder
@@ -137,7 +137,7 @@ def test_what_a_record_names_is_input_too(inputs: Path, tmp_path: Path) -> None:
 
 # --- Own files and those of others ---------------------------------------------------------------
 
-FILES = ["metrics.json", "adapter.bin", "checkpoints/checkpoint-*", "map/seed-0", ".half.*"]
+FILES = ["metrics.json", "adapter.bin", "checkpoints/checkpoint-*", "mle/seed-0", ".half.*"]
 
 
 def place(folder: Path, kind: str = "train", **options: Any) -> Output:
@@ -163,7 +163,7 @@ def write_run(folder: Path, text: str, parts: int = 4) -> None:
     if parts > 1:
         put(folder / "checkpoints" / "checkpoint-5" / "trainer_state.json", '{"global_step": 5}')
     if parts > 2:
-        put(folder / "map" / "seed-0" / "result.json", text)
+        put(folder / "mle" / "seed-0" / "result.json", text)
         os.rename(folder / ".half.x" / "adapter.bin", folder / "adapter.bin")
     if parts > 3:
         write_text(folder / "metrics.json", text)
@@ -237,7 +237,7 @@ def test_only_own_files_are_replaced(tmp_path: Path) -> None:
         "adapter.bin": b"2",
         "checkpoints/checkpoint-5/model.bin": b"2",
         "checkpoints/checkpoint-5/trainer_state.json": b'{"global_step": 5}',
-        "map/seed-0/result.json": b"2",
+        "mle/seed-0/result.json": b"2",
     }
     assert [path.name for path in (out / PRIVATE).iterdir()] == ["run.json"]
 
@@ -254,7 +254,7 @@ def test_folders_of_others_are_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / PRIVATE).exists()
 
 
-@pytest.mark.parametrize("link", ["checkpoints", "map", "map/seed-0", "metrics.json"])
+@pytest.mark.parametrize("link", ["checkpoints", "mle", "mle/seed-0", "metrics.json"])
 def test_links_out_of_the_folder_are_not_followed(link: str, tmp_path: Path) -> None:
     """A user who moved a part of the results elsewhere, with a link in its place, loses nothing."""
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
@@ -484,7 +484,7 @@ def test_a_run_killed_at_any_moment(kind: str, start: str, tmp_path: Path) -> No
 
 
 def _kill_at_every_moment(kind: str, start: str, tmp_path: Path) -> None:
-    names = ["adapter.bin", "map/seed-0/result.json", "metrics.json"]
+    names = ["adapter.bin", "mle/seed-0/result.json", "metrics.json"]
     names += ["checkpoints/checkpoint-5/model.bin"]
     state_file = {"checkpoints/checkpoint-5/trainer_state.json": b'{"global_step": 5}'}
     old, new = ({**dict.fromkeys(names, text), **state_file} for text in (b"1", b"2"))

@@ -38,14 +38,14 @@ def test_runs_side_by_side_give_the_same_numbers(
 
     bars: list[Bar] = []
     monkeypatch.setattr(processes, "progress_bar", Bar)
-    plain = dataclasses.replace(tiny, method="map")
+    plain = dataclasses.replace(tiny, method="mle")
     jobs = [ex.Job(plain, task, temperature=False), ex.Job(tiny, task, tmp_path / "blob")]
     seen: list[str] = []
     threads = torch.get_num_threads()
     runs = ex.run_many(jobs, processes=2, done=lambda run: seen.append(run.experiment.method))
-    assert seen == ["map", "blob"]
+    assert seen == ["mle", "blob"]
     assert [(bar.n, bar.total) for bar in bars] == [(2 * SHORT.steps, 2 * SHORT.steps)]
-    assert [row.name for row in runs[0].rows] == ["LoRA (MAP)"]
+    assert [row.name for row in runs[0].rows] == ["LoRA (MLE)"]
     if threads == 1:  # each process has half of the threads, which changes roundings
         assert alike(runs[1], finished[0])
     assert (tmp_path / "blob" / "adapter_model.safetensors").is_file()

@@ -80,3 +80,13 @@ def test_sources_reject_what_does_not_go_together(tmp_path: Path) -> None:
     task = limited.load(0)
     assert len(task.test) == 7 and [len(part) for part in task.ood.values()] == [5]
     assert task.test == limited.load(1).test  # the seed chooses training examples only
+
+
+def test_weight_decay_is_the_only_difference_of_map(tiny: Experiment) -> None:
+    found = {name: dataclasses.replace(tiny, method=name) for name in ("mle", "map", "blob")}
+    assert [one.weight_decay for one in found.values()] == [0.0, 1e-5, 0.0]
+    for name in ("lr", "dropout", "n_samples"):
+        given = {getattr(found[method], name) for method in ("mle", "map")}
+        assert len(given) == 1
+    own = dataclasses.replace(found["map"], recipe=Recipe(weight_decay=0.0))
+    assert own.weight_decay == 0.0

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu_only
 
 def test_summaries_are_means_and_standard_deviations(task: Task) -> None:
     eces = [0.1, 0.15, 0.3]
-    runs = [fake_run("map", seed, ece, 1.0) for seed, ece in enumerate(eces)]
+    runs = [fake_run("mle", seed, ece, 1.0) for seed, ece in enumerate(eces)]
     (first, _) = results.summarise(runs)
     assert first.seeds == (0, 1, 2) and first.per_seed["ece"] == eces
     assert first.mean["ece"] == pytest.approx(statistics.mean(eces))
@@ -34,11 +34,11 @@ def test_summaries_are_means_and_standard_deviations(task: Task) -> None:
 
 def test_the_verdict_is_what_the_numbers_say() -> None:
     def words(map_scores: tuple[float, float], blob_scores: tuple[float, float]) -> str:
-        runs = [fake_run("map", 0, *map_scores), fake_run("blob", 0, *blob_scores)]
-        return results.verdict(results.summarise(runs), "LoRA (MAP)", "BLoB N=10")
+        runs = [fake_run("mle", 0, *map_scores), fake_run("blob", 0, *blob_scores)]
+        return results.verdict(results.summarise(runs), "LoRA (MLE)", "BLoB N=10")
 
     better = words((0.2, 1.0), (0.1, 0.8))
-    assert better.startswith("BLoB N=10 was better calibrated than LoRA (MAP)")
+    assert better.startswith("BLoB N=10 was better calibrated than LoRA (MLE)")
     assert "lower on 1 of 1 seed)" in better and "single seed" in better
     assert "was NOT better" in words((0.1, 0.8), (0.2, 1.0))
     assert "was NOT better" in words((0.1, 0.8), (0.1, 0.8))

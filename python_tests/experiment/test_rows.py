@@ -170,7 +170,7 @@ def fitted(folder: Path) -> dict[str, Any]:
 
 
 METHODS = (
-    "map",
+    "mle",
     "dropout",
     "blob",
     "scalabl",
@@ -191,12 +191,12 @@ def run(command: str, data: Path, model: Path, adapter: Path, out: Path) -> None
     far = ["--ood", data / "far.jsonl"]
     short = ["--model", model, "--steps", 2, "--out", out]
     trials = ["--set", "max_trials=2"] if method == "tfb" else []
-    draws = ["--n-samples", 2] if method not in ("map", "polar") else []
+    draws = ["--n-samples", 2] if method not in ("mle", "polar") else []
     if word == "train":
         options = ["--method", method, "--lr", "0.01", "--save-every", 9, *trials]
         call(word, data, *short, *far, *draws, *options)
     elif word == "compare":
-        options = ["--methods", "map,temperature,blob,tfb,laplace,ensemble", "--members", 2]
+        options = ["--methods", "mle,temperature,blob,tfb,laplace,ensemble", "--members", 2]
         options += ["--seeds", 1, "--threads", 1, "--n-samples", 2]
         call(word, "--data", data, *short, *far, *options)
     elif word == "demo":
@@ -216,7 +216,7 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain LoRA, trained on the rows whose labels stay."""
     root = tmp_path_factory.mktemp("adapter")
     data = write(root / "data", lambda row: False)
-    call("train", data, "--model", model, "--method", "map", "--steps", 3, "--out", root / "run")
+    call("train", data, "--model", model, "--method", "mle", "--steps", 3, "--out", root / "run")
     return root / "run"
 
 

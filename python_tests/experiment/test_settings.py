@@ -51,7 +51,7 @@ def test_values_are_json_where_they_can_be(text: str, value: object) -> None:
         ("target_modules=query", "target_modules must be a list of names, got 'query'"),
         ("polar.stiefel=magic", "stiefel must be one of"),
         ("polar.n_samples=3", "--set polar.n_samples=3: expected a setting that polar uses"),
-        ("map.prior_std=1", "expected a setting that map uses"),
+        ("mle.prior_std=1", "expected a setting that mle uses"),
         ("tfb.lr=0.1", "expected a setting that tfb uses"),
         ("laplace.rank=3", "; use options.rank for the method's option of that name"),
         ("ensemble.n_samples=4", "expected a setting that ensemble uses"),
@@ -74,19 +74,19 @@ def test_settings_that_are_refused(setting: str, message: str, tmp_path: Path) -
     ("options", "message"),
     [
         (
-            ["--methods", "map", "--n-samples", "3"],
-            "n-samples: expected a setting that map uses, got one of dropout, blob",
+            ["--methods", "mle", "--n-samples", "3"],
+            "n-samples: expected a setting that mle uses, got one of dropout, blob",
         ),
         (
-            ["--methods", "map,blob", "--set", "tfb.anchors=3"],
-            "expected a method that is run (map, blob), got tfb",
+            ["--methods", "mle,blob", "--set", "tfb.anchors=3"],
+            "expected a method that is run (mle, blob), got tfb",
         ),
         (
-            ["--methods", "map,blob", "--set", "stiefel=qr"],
-            "expected a setting that map or blob uses, got one of polar, polar-vbll",
+            ["--methods", "mle,blob", "--set", "stiefel=qr"],
+            "expected a setting that mle or blob uses, got one of polar, polar-vbll",
         ),
-        (["--methods", "map", "--members", "3"], "members: expected ensemble among --methods"),
-        (["--methods", "map", "--set", "magic=1"], "or an option of map (none), got magic"),
+        (["--methods", "mle", "--members", "3"], "members: expected ensemble among --methods"),
+        (["--methods", "mle", "--set", "magic=1"], "or an option of mle (none), got magic"),
         (["--rank", "4", "--set", "rank=8"], "--set rank=8: expected a setting once, got it twice"),
         (["--set", "lr=1", "--set", "lr=2"], "--set lr=2: expected a setting once, got it twice"),
         (["--style", "foo"], "style: expected one of blob, laplace, plain, got 'foo'"),
@@ -105,8 +105,8 @@ def test_options_that_do_nothing_are_refused(
 
 def test_a_setting_of_one_method_stands_wherever_it_is_said() -> None:
     for order in (1, -1):
-        found = recipes_of({}, ["blob.lr=0.5", "lr=0.25"][::order], ("map", "blob"))
-        assert (found["map"].lr, found["blob"].lr) == (0.25, 0.5)
+        found = recipes_of({}, ["blob.lr=0.5", "lr=0.25"][::order], ("mle", "blob"))
+        assert (found["mle"].lr, found["blob"].lr) == (0.25, 0.5)
 
 
 def test_options_of_one_method_come_once() -> None:
@@ -128,13 +128,13 @@ def test_true_is_a_word_for_options_whose_values_are_texts(text: str) -> None:
 
 def test_settings_of_all_methods_go_to_those_that_have_them() -> None:
     used = co.used_methods(("blob", "tfb", "ensemble"))
-    assert used == ("map", "blob", "tfb", "ensemble")
+    assert used == ("mle", "blob", "tfb", "ensemble")
     options = ["prior_std=0.3", "blob.prior_std=0.4", "tfb.anchors=9", "rank=2"]
     options += ["lora.use_rslora=true", "blob.lora.bias=none", "options.metric=nll", "warmup=0"]
     found = recipes_of({"n_samples": 7, "steps": None, "lr": 0.5}, options, used)
     plain = {"use_rslora": True}
     assert {name: (one.options, one.lora) for name, one in found.items()} == {
-        "map": ({}, plain),
+        "mle": ({}, plain),
         "blob": ({"prior_std": 0.4}, {**plain, "bias": "none"}),
         "tfb": ({"anchors": 9, "metric": "nll"}, plain),
         "ensemble": ({}, plain),

@@ -21,7 +21,7 @@ def summary(name: str, method: str, seeds: tuple[int, ...], **costs: float) -> S
     return Summary(name, seeds, {**scores, **costs}, std, {}, sets, ood_std, method)
 
 
-PLAIN = summary("LoRA (MAP)", "map", (0, 1), train_seconds=12.0, parameters=10_000)
+PLAIN = summary("LoRA (MLE)", "mle", (0, 1), train_seconds=12.0, parameters=10_000)
 NOISY = summary("BLoB N=10", "blob", (0,), ms_per_example=1.25, parameters=12_500)
 
 
@@ -31,7 +31,7 @@ def test_scores_are_means_and_deviations() -> None:
         *("method", "accuracy ↑", "NLL ↓", "ECE ↓", "AUROC far ↑", "AUROC shifted ↑")
     ]
     assert table.rows == [
-        ["LoRA (MAP)", ".750±.013", "1.250±.500", ".062±.001", ".500±.250", ".625"],
+        ["LoRA (MLE)", ".750±.013", "1.250±.500", ".062±.001", ".500±.250", ".625"],
         ["BLoB N=10 (1 of 2)", ".750", "1.250", ".062", ".500", ".625"],
     ]
 
@@ -52,7 +52,7 @@ def test_only_sets_with_labels_have_scores_under_shift() -> None:
     table = tables.shift_table([PLAIN, NOISY])
     assert table is not None
     assert list(table.headings) == ["method", "set", "accuracy ↑", "NLL ↓", "ECE ↓"]
-    assert table.rows[0] == ["LoRA (MAP)", "shifted", ".500", "1.000±.125", ".125"]
+    assert table.rows[0] == ["LoRA (MLE)", "shifted", ".500", "1.000±.125", ".125"]
     assert len(table.rows) == 2
     bare = Summary("x", (0,), {"nll": 1.0}, {}, {}, {"far": {"auroc": 0.5}})
     assert tables.shift_table([bare]) is None
@@ -61,7 +61,7 @@ def test_only_sets_with_labels_have_scores_under_shift() -> None:
 def test_costs_are_those_that_are_known_of_some_method() -> None:
     table = tables.cost_table([PLAIN, NOISY])
     assert list(table.headings) == ["method", "train s", "ms/text", "extra numbers"]
-    assert table.rows == [["LoRA (MAP)", "12", "–", "0"], ["BLoB N=10", "–", "1.2", "+2,500"]]
+    assert table.rows == [["LoRA (MLE)", "12", "–", "0"], ["BLoB N=10", "–", "1.2", "+2,500"]]
     # Without plain LoRA nobody knows what is extra.
     assert list(tables.cost_table([NOISY]).headings) == ["method", "ms/text"]
 
@@ -72,7 +72,7 @@ def test_a_comparison_has_scores_costs_and_failures() -> None:
     lines = table.markdown().splitlines()
     assert lines[0].startswith("| method | accuracy ↑ | ") and lines[1].count("---") == 8
     assert lines[2].endswith("| .625 | 12 | 0 |")
-    assert lines[3].startswith("| PoLAR (MAP), seed 1 | failed: no / room | ")
+    assert lines[3].startswith("| PoLAR, seed 1 | failed: no / room | ")
     assert len({line.count("|") for line in lines}) == 1
     assert tables.comparison_table([], failed, seeds=2).rows == table.rows[1:]
 

@@ -44,7 +44,7 @@ TRAINED = [name for name, row in METHODS.items() if row.made != "join"]
 def fake_run(method: str, seed: int, ece: float, nll: float, accuracy: float = 0.8) -> ex.Run:
     report = metrics.Report(10, 2, accuracy, nll, ece, ece, 0.3, 0.1, 0.1, 0.2, None, 0.7, 0.9)
     empty = torch.empty(0)
-    names = {"map": ["LoRA (MAP)", "LoRA + temperature"], "blob": ["BLoB mean", "BLoB N=10"]}
+    names = {"mle": ["LoRA (MLE)", "LoRA + temperature"], "blob": ["BLoB mean", "BLoB N=10"]}
     rows = [
         Row(name, method, 0, 1.5 if "+" in name else None, report, {}, 2.0, 100.0, *[empty] * 3)
         for name in names[method]

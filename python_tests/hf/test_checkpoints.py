@@ -219,7 +219,7 @@ def test_plain_folders_of_bayesian_peft(tmp_path: Path) -> None:
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert len(keys) == 8 and all(k.startswith("base_model.model.base_model.model.") for k in keys)
     expected = logits(written)
-    assert stored_method(tmp_path) == "map"
+    assert stored_method(tmp_path) == "mle"
     loaded = read_lora(llama(), tmp_path).eval()
     assert type(loaded.peft_config["default"]) is LoraConfig
     assert_same_but_rounding(logits(loaded), expected)
@@ -280,7 +280,7 @@ def test_commands_take_a_folder_of_bayesian_peft(
     data, model = tiny_data, tiny_model
     common = ["--model", model, "--steps", 4, "--rank", 2, "--test-size", 12]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    result = call("train", data, *common, "--method", "map", "--out", ours)
+    result = call("train", data, *common, "--method", "mle", "--out", ours)
     assert result.exit_code == 0, result.output
     theirs.mkdir()
     tensors = load_file(ours / "adapter_model.safetensors")

@@ -242,12 +242,12 @@ def test_another_architecture(saved: dict[str, Path], method: str) -> None:
     [
         ("blob", "blob", True),
         ("tfb", "tfb", True),
-        ("lora", "map", True),
+        ("lora", "mle", True),
         ("lora", "dropout", True),
         ("lora", "ensemble", True),
         ("polar-vbll", "polar-vbll", True),
         ("blob", "scalabl", False),
-        ("blob", "map", False),
+        ("blob", "mle", False),
         ("lora", "blob", False),
         ("lora", "tfb", False),
         ("lora", "laplace", False),  # without its posterior

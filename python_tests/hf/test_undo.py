@@ -130,7 +130,7 @@ def base() -> Any:
 
 
 CONFIGS = {
-    "map": lambda **options: peft.LoraConfig(**options),
+    "mle": lambda **options: peft.LoraConfig(**options),
     "blob": BlobConfig,
     "scalabl": ScalablConfig,
     "tfb": TfbConfig,
@@ -141,7 +141,7 @@ CONFIGS = {
 def adapted(method: str) -> Any:
     options = {"r": 2, "target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}
     if method == "tfb":
-        model = adapted("map")
+        model = adapted("mle")
         bayesianize(model, "tfb", BATCHES, max_trials=1, tolerance=1.0, progress=False)
         return model
     model = peft.get_peft_model(base(), CONFIGS[method](**options))
@@ -192,7 +192,7 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize(
     ("method", "start"),
-    [(method, start) for method in CONVERSIONS for start in ("map", "blob", "scalabl", "polar")]
+    [(method, start) for method in CONVERSIONS for start in ("mle", "blob", "scalabl", "polar")]
     + [("tfb", "tfb"), ("laplace", "tfb")],
 )
 def test_bayesianize(method: str, start: str) -> None:
@@ -215,14 +215,14 @@ def test_merging(start: str, safe: bool) -> None:
 
 @pytest.mark.parametrize("method", ["blob", "scalabl", "tfb", "polar"])
 def test_import_lora(method: str, tmp_path: Path) -> None:
-    adapted("map").save_pretrained(tmp_path)
+    adapted("mle").save_pretrained(tmp_path)
 
     def work(model: Any) -> None:
         import_lora(model, tmp_path, method=method)
 
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert interrupted(base, work, seed=3) > 5
-    if method != "map":
+    if method != "mle":
         second = lambda model: import_lora(model, tmp_path, adapter_name="second", method=method)  # noqa: E731
         assert interrupted(lambda: adapted(method), second, seed=4) > 5
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -244,6 +244,6 @@ def _factors(item: BayesLayer) -> tuple[nn.Parameter, nn.Parameter]:
     return item.layer.lora_B[item.adapter].weight, item.mean
 
 
-METHOD = Method("polar", "PoLAR (MAP)", PolarConfig, bayesian=False, lr=2e-3)
+METHOD = Method("polar", "PoLAR", PolarConfig, bayesian=False, lr=2e-3)
 
 __all__ = ["METHOD", "PolarConfig", "PolarVariant", "parameter_groups", "stiefel_error"]

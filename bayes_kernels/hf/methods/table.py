@@ -7,6 +7,7 @@ from . import blob, dropout, ensemble, laplace, plain, polar, polar_vbll, scalab
 
 for _method in (
     plain.METHOD,
+    plain.MAP,
     dropout.METHOD,
     ensemble.METHOD,
     blob.METHOD,

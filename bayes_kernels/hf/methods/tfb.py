@@ -215,7 +215,7 @@ def tfb_(
 ) -> TfbReport:
     """Make the active adapter of a PEFT model Bayesian, in place, by training-free Bayesianization.
 
-    Plain LoRA (MAP) adapters, and the mean of Bayesian ones, become adapters of type BAYES_LORA,
+    Plain LoRA (MLE) adapters, and the mean of Bayesian ones, become adapters of type BAYES_LORA,
     method "tfb": same mean, and noise of the largest deviation sigma_q in [low, high] for which
 
     * "flips": share of anchors whose class changes <= tolerance (0.01),

@@ -73,7 +73,7 @@ def test_ensembles_of_berts_in_one_pass(kind: str, tiny_model: Path, tmp_path: P
     task = Task("t", kind, letters, examples, examples, examples)  # type: ignore[arg-type]
     models, places = [], []
     for seed in range(2):
-        one = Experiment(model=str(tiny_model), method="map", recipe=Recipe(rank=2), seed=seed)
+        one = Experiment(model=str(tiny_model), method="mle", recipe=Recipe(rank=2), seed=seed)
         model, encoder = build.build(one, task)
         torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
         folders.save_adapter(model, one, task, encoder, tmp_path / str(seed))
