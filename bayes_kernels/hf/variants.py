@@ -504,6 +504,14 @@ def uniform_like(
     return value.to(reference_tensor.device)
 
 
+def normal_like(reference_tensor: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    """fp32 standard normal numbers on a tensor's device, as `uniform_like`."""
+    if reference_tensor.is_meta:
+        return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
+    value = torch.randn(tuple(shape), generator=private_generator(stream))
+    return value.to(reference_tensor.device)
+
+
 def private_generator(stream: int) -> torch.Generator:
     """A generator of the global seed and a layer's noise stream; the global one is not used."""
     seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + stream) & (2**63 - 1)

@@ -21,7 +21,7 @@ from ... import functional, random
 from ...optim import KLSchedule
 from ..config import VariationalConfig, option
 from ..method import Method
-from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep, normal_like, uniform_like
 
 if TYPE_CHECKING:
     from ..noise import NoiseState
@@ -44,7 +44,7 @@ class ScalablConfig(VariationalConfig, method="scalabl"):
     """Configuration of a ScalaBL adapter: a Gaussian over the r singular values of each layer.
 
     The published setting is r=8, lora_alpha=16, target_modules q_proj, v_proj and lm_head,
-    kl_schedule="published", kl_direction="code" with the code's reverse divergence.
+    kl_schedule="published", kl_direction="code" with the reverse divergence of the code.
     kl_schedule="auto" ("elbo" only) follows the gradient flow of the divergence until the deviation
     of the singular values is a fixed share of their mean: `AUTO_RATIO`.
 
@@ -67,8 +67,8 @@ class ScalablConfig(VariationalConfig, method="scalabl"):
     )
     kl_direction: str = option(
         "elbo",
-        "'elbo': divergence of the posterior from the prior; 'code': the reverse, as the published "
-        "code has it.",
+        "'elbo': divergence of the posterior from the prior; 'code': as the published code, which has "
+        "the reverse with the diagonal covariance, and wide random starts with the full one.",
         choices=("elbo", "code"),
     )
     covariance: str = option(
@@ -76,6 +76,11 @@ class ScalablConfig(VariationalConfig, method="scalabl"):
         "'diagonal', or 'full' between the singular values of a layer.",
         choices=("diagonal", "full"),
     )
+
+    @property
+    def divergence_direction(self) -> str:
+        """'code' where the divergence is the reverse one: of the published classes the diagonal one alone."""
+        return self.kl_direction if self.covariance == "diagonal" else "elbo"
 
 
 class ScalablVariant(BayesVariant, method="scalabl"):
@@ -121,6 +126,12 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         sigma = uniform_like(a, (rank,), eps / math.sqrt(2), eps, self.stream)
         if self.config.covariance == "diagonal":
             return {LOG_S: s.log(), LOG_SIGMA: sigma.log()}
+        if self.config.kl_direction == "code":  # published: softplus(N(0, 1)) as variances, any Q
+            return {
+                LOG_S: s.log(),
+                EIGENVALUES: normal_like(a, (rank,), self.stream),
+                EIGENVECTORS: normal_like(a, (rank, rank), self.stream + 1),
+            }
         variance = sigma.double().square()
         return {
             LOG_S: s.log(),
@@ -177,15 +188,13 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         return s[:, None] * a, b
 
     def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
-        """That of N(mean, covariance) from N(0, sigma_p^2 I), or its reverse ("code")."""
+        """That of N(mean, covariance) from N(0, sigma_p^2 I), or its reverse ("code", diagonal)."""
         mean = self._mean(module, adapter)
-        direction = self.config.kl_direction
         if self.config.covariance == "diagonal":
             sigma = module.lora_log_s_sigma[adapter].exp()
-        else:
-            sigma, vectors = self._spectrum(module, adapter)
-            if direction == "code":  # elbo depends on the eigenvalues alone
-                mean = vectors.T @ mean
+        else:  # it depends on the eigenvalues alone
+            sigma = _deviations(module.lora_s_eigenvalues[adapter])
+        direction = self.config.divergence_direction
         return Divergence(mean, sigma, self.prior_std, "direct", direction)
 
     @classmethod
@@ -239,14 +248,14 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         vectors, upper = torch.linalg.qr(module.lora_s_eigenvectors[adapter])
         # Which signs a factorisation gives differs between devices, and draws depend on them.
         vectors = vectors * torch.where(upper.diagonal() < 0, -1.0, 1.0)
-        return (nn.functional.softplus(values) + _JITTER).sqrt(), vectors
+        return _deviations(values), vectors
 
 
 class ScaleKL:
     """The decoupled KL step on the singular values of a list of ScalaBL layers.
 
-    "published" and "constant" take gradient steps on log_s and log_s_sigma (or on the eigenvalues
-    and eigenvectors), as the published code's second optimiser does; "auto" follows the gradient
+    "published" and "constant" take gradient steps on log_s and log_s_sigma (or on the eigenvalues),
+    as the published code's second optimiser does; "auto" follows the gradient
     flow of the divergence exactly:
 
         sigma^2(t) = p^2 / (1 + (p^2 / sigma^2(0) - 1) e^(-2 t))
@@ -266,14 +275,11 @@ class ScaleKL:
     ) -> None:
         self.layers, self.schedule, self.scales = list(layers), schedule, list(scales)
         config = layers[0].variant.config
-        self.full, self.direction = config.covariance == "full", config.kl_direction
+        self.full, self.direction = config.covariance == "full", config.divergence_direction
         self.step_count = self.skipped = 0
         second = EIGENVALUES if self.full else LOG_SIGMA
         self._log_s = [item.tensor(LOG_S) for item in layers]
         self._spread = [item.tensor(second) for item in layers]
-        # Only the reverse divergence depends on the eigenvectors.
-        turned = self.full and self.direction == "code"
-        self._vectors = [item.tensor(EIGENVECTORS) for item in layers] if turned else []
         self._prior = self._by_element([item.variant.prior_std for item in layers])
         self._scale = self._by_element(self.scales)
 
@@ -314,19 +320,11 @@ class ScaleKL:
         _write(self._log_s, log_s - torch.log1p(2 * t * (2 * log_s).exp() / p2) / 2)
 
     def _gradient_step(self, size: float) -> None:
-        groups = [self._log_s, self._spread, *([self._vectors] if self._vectors else [])]
+        groups = [self._log_s, self._spread]
         flat = [_flat(group).requires_grad_() for group in groups]
         with torch.enable_grad():
             mean = flat[0].exp()
-            if self.full:
-                sigma = (nn.functional.softplus(flat[1]) + _JITTER).sqrt()
-            else:
-                sigma = flat[1].exp()
-            if self._vectors:
-                sizes = [p.numel() for p in self._log_s]
-                parts = zip(mean.split(sizes), flat[2].split([n * n for n in sizes]), strict=True)
-                turned = [torch.linalg.qr(v.view(len(m), -1))[0].T @ m for m, v in parts]
-                mean = torch.cat(turned)
+            sigma = _deviations(flat[1]) if self.full else flat[1].exp()
             p = self._prior
             if self.direction == "elbo":
                 terms = (p / sigma).log() + (sigma**2 + mean**2) / (2 * p**2)
@@ -387,7 +385,12 @@ def _moments(item: BayesLayer) -> tuple[Tensor, Tensor]:
     mean = item.tensor(LOG_S).exp()
     if item.variant.config.covariance == "diagonal":
         return mean, item.tensor(LOG_SIGMA).exp()
-    return mean, (nn.functional.softplus(item.tensor(EIGENVALUES)) + _JITTER).sqrt()
+    return mean, _deviations(item.tensor(EIGENVALUES))
+
+
+def _deviations(eigenvalues: Tensor) -> Tensor:
+    """Roots of the eigenvalues of the full covariance."""
+    return (nn.functional.softplus(eigenvalues) + _JITTER).sqrt()
 
 
 def _softplus_inverse(value: Tensor) -> Tensor:

@@ -280,7 +280,8 @@ def test_divergence_matches_distributions(direction: str, covariance: str) -> No
         p = torch.distributions.MultivariateNormal(
             torch.full((4,), 1e-8).double(), covariance_matrix=0.49 * torch.eye(4).double()
         )
-        pair = (q, p) if direction == "elbo" else (p, q)
+        # Of the published classes only that of the diagonal covariance has the reverse.
+        pair = (p, q) if (direction, covariance) == ("code", "diagonal") else (q, p)
         expected = expected + torch.distributions.kl_divergence(*pair)
     kl = kl_divergence(model)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=0)
@@ -290,6 +291,22 @@ def test_divergence_matches_distributions(direction: str, covariance: str) -> No
     for mine, other in zip(ours, theirs, strict=True):
         mine = torch.zeros_like(other) if mine is None else mine
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_the_published_full_covariance_starts_wide_and_turned() -> None:
+    wide, narrow = (
+        bayes_layers(new(covariance="full", kl_direction=direction))
+        for direction in ("code", "elbo")
+    )
+    covariances = [(spread(item) @ spread(item).T).detach() for item in wide]
+    # Variances are softplus(N(0, 1)): mean .81.
+    assert torch.stack([c.diag() for c in covariances]).mean() == pytest.approx(0.81, abs=0.15)
+    assert all((c - c.diag().diag()).abs().max() > 0.01 for c in covariances)
+    assert len({round(float(c[0, 1]), 6) for c in covariances}) == len(covariances)
+    for one, other in zip(wide, narrow, strict=True):
+        assert (spread(other) @ spread(other).T).diag().max() < 0.051**2
+        # The mean is the same.
+        assert torch.equal(one.tensor("lora_log_s"), other.tensor("lora_log_s"))
 
 
 @DIAGONAL_AND_FULL
