@@ -37,16 +37,40 @@ struct Cuda {
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cuda;
 };
 
-// Rows of a matrix must be contiguous; any row stride is taken as it is.
-Tensor unit_column_stride(const Tensor& t) {
-  return t.size(0) <= 1 || t.size(1) <= 1 || t.stride(1) != 1 ? row_major(t) : t;
+// The rows of (..., columns): their number, and t itself where each is contiguous and all are one
+// stride apart, else a copy.
+struct Rows {
+  Tensor t;
+  int64_t count, columns, stride;
+};
+
+Rows as_rows(const Tensor& t) {
+  const int64_t columns = t.size(-1);
+  int64_t count = 1, step = 0, next = 0;  // strides of the last row dimension and of the one before
+  bool even = columns > 1 && t.stride(-1) == 1;
+  for (int64_t i = t.dim() - 2; i >= 0; --i) {
+    const int64_t size = t.size(i);
+    if (size != 1) {
+      if (count == 1) step = next = t.stride(i);
+      even = even && t.stride(i) == next;
+      next *= size;
+    }
+    count *= size;
+  }
+  if (even && count > 1) return {t, count, columns, step};
+  return {row_major(t), count, columns, columns};
 }
 
-// The same of (..., columns), which is copied where it is neither a matrix nor contiguous.
-Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? unit_column_stride(t) : row_major(t); }
+std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
+  return shape;
+}
 
-int64_t row_stride(const Tensor& t) {
-  return t.dim() == 2 && t.size(0) > 1 ? t.stride(0) : t.size(-1);
+int64_t row_count(const Tensor& t) {
+  int64_t count = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) count *= t.size(i);
+  return count;
 }
 
 Tensor factor(const char* op, const char* name, const Tensor& t, const Tensor& like) {
@@ -128,19 +152,20 @@ void set_noise(const char* op, Params& p, NoiseMatrix& matrix, const NoiseArgume
                          noise.dropout};
 }
 
-// h of `tokens` rows, which lie in x (..., n) as `as_rows` leaves it.
+// h (tokens, r) of the rows of x (..., n).
 template <class Device>
-Tensor shrink_rows(const char* op, const Tensor& x, int64_t tokens, const Tensor& first,
-                   NoiseMatrix matrix, const NoiseArguments& noise) {
+Tensor shrink_rows(const char* op, const Tensor& x, const Tensor& first, NoiseMatrix matrix,
+                   const NoiseArguments& noise) {
+  const Rows rows = as_rows(x);
   const Tensor a = factor(op, "a", first, x);
   ShrinkParams p{};
   p.dtype = dtype_of(op, x);
-  p.tokens = tokens;
-  p.n = x.size(-1);
+  p.tokens = rows.count;
+  p.n = rows.columns;
   BK_CHECK(a.size(1) == p.n, op, ": a must have ", p.n, " columns, got ", a.size(1));
   p.r = checked_rank(op, a.size(0));
-  p.x = x.data_ptr();
-  p.x_stride = row_stride(x);
+  p.x = rows.t.data_ptr();
+  p.x_stride = rows.stride;
   p.a = a.data_ptr();
   set_noise(op, p, matrix, noise, a, x);
   Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
@@ -157,39 +182,40 @@ Tensor shrink(Tensor x, Tensor a, std::optional<Tensor> e, std::optional<Tensor>
   constexpr const char* op = "adapter_shrink";
   BK_CHECK(x.dim() == 2, op, ": x must have two dimensions, got ", x.dim());
   OptionalDeviceGuard guard(x);
-  x = unit_column_stride(x);
-  return shrink_rows<Device>(op, x, x.size(0), a, NoiseMatrix{e},
+  return shrink_rows<Device>(op, x, a, NoiseMatrix{e},
                              {key, stream, row0, rows_per_id, ids, dropout});
 }
 
-// dx, da, de, or drho in place of de where there is a draw (of rho (r, n) on a GPU).
+// dx like x (..., n), da, de, or drho in place of de where there is a draw (of rho (r, n) on a
+// GPU).
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor dh, Tensor x,
+std::tuple<Tensor, Tensor, Tensor> shrink_backward_rows(const char* op, Tensor dh, const Tensor& x,
                                                         Tensor a, NoiseMatrix matrix,
                                                         const NoiseArguments& noise, bool need_dx,
                                                         bool need_da, bool need_de,
                                                         const AdapterTickets& tickets = {}) {
-  BK_CHECK(x.dim() == 2 && dh.dim() == 2, op, ": x and dh must have two dimensions");
-  x = unit_column_stride(x);
+  const Rows rows = as_rows(x);
   a = factor(op, "a", a, x);
   dh = factor(op, "dh", dh, x);
-  BK_CHECK(a.size(1) == x.size(1), op, ": a must have ", x.size(1), " columns, got ", a.size(1));
-  BK_CHECK(dh.size(0) == x.size(0) && dh.size(1) == a.size(0), op, ": dh must have shape (",
-           x.size(0), ", ", a.size(0), ")");
+  BK_CHECK(a.size(1) == rows.columns, op, ": a must have ", rows.columns, " columns, got ",
+           a.size(1));
+  BK_CHECK(dh.size(0) == rows.count && dh.size(1) == a.size(0), op, ": dh must have shape (",
+           rows.count, ", ", a.size(0), ")");
   ShrinkBackwardParams p{};
   p.dtype = dtype_of(op, x);
-  p.tokens = x.size(0);
-  p.n = x.size(1);
+  p.tokens = rows.count;
+  p.n = rows.columns;
   p.r = checked_rank(op, a.size(0));
   p.dh = dh.data_ptr();
-  p.x = x.data_ptr();
-  p.x_stride = row_stride(x);
+  p.x = rows.t.data_ptr();
+  p.x_stride = rows.stride;
   p.a = a.data_ptr();
   p.tickets = tickets;
   set_noise(op, p, matrix, noise, a, x);
   need_de = need_de && matrix.exists();
   const ScalarType acc = accumulate_type(x);
-  Tensor dx = empty_like_shape(x, {need_dx ? p.tokens : 0, need_dx ? p.n : 0}, x.scalar_type());
+  const std::vector<int64_t> none{0, 0};
+  Tensor dx = empty_like_shape(x, need_dx ? shape_of(x) : none, x.scalar_type());
   Tensor da = empty_like_shape(x, {need_da ? p.r : 0, need_da ? p.n : 0}, acc);
   Tensor de = empty_like_shape(x, {need_de ? p.r : 0, need_de ? p.n : 0}, acc);
   if (p.tokens == 0) {
@@ -213,6 +239,8 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
                                                    int64_t row0, int64_t rows_per_id,
                                                    std::optional<Tensor> ids, double dropout,
                                                    bool need_dx, bool need_da, bool need_de) {
+  BK_CHECK(x.dim() == 2 && dh.dim() == 2,
+           "adapter_shrink_backward: x and dh must have two dimensions");
   OptionalDeviceGuard guard(x);
   return shrink_backward_rows<Device>("adapter_shrink_backward", dh, x, a, NoiseMatrix{e},
                                       {key, stream, row0, rows_per_id, ids, dropout}, need_dx,
@@ -240,7 +268,7 @@ Tensor expand_rows(const char* op, const Tensor& given, const Tensor& second,
   p.dtype = dtype_of(op, y);
   BK_CHECK(accumulate_type(y) == h.scalar_type(), op,
            ": h and b must be float32 (float64 beside float64 outputs)");
-  std::optional<Tensor> base;
+  std::optional<Rows> base;
   if (added.has_value()) {
     bool fits = added->dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i)
@@ -249,8 +277,8 @@ Tensor expand_rows(const char* op, const Tensor& given, const Tensor& second,
     BK_CHECK(added->scalar_type() == dtype, op, ": base must have the output's dtype");
     check_device(op, "base", *added, h);
     base = as_rows(*added);
-    p.base = base->data_ptr();
-    p.base_stride = row_stride(*base);
+    p.base = base->t.data_ptr();
+    p.base_stride = base->stride;
   }
   if (p.tokens == 0 || p.m == 0) return y;
   p.y = y.mutable_data_ptr();
@@ -267,22 +295,21 @@ Tensor expand(Tensor h, Tensor b, std::optional<Tensor> base, double scaling, Sc
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tensor h, Tensor b,
-                                                double scaling, bool need_dh, bool need_db,
-                                                const AdapterTickets& tickets = {}) {
-  BK_CHECK(dy.dim() == 2 && h.dim() == 2, op, ": dy and h must have two dimensions");
-  dy = unit_column_stride(dy);
+std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, const Tensor& dy, Tensor h,
+                                                Tensor b, double scaling, bool need_dh,
+                                                bool need_db, const AdapterTickets& tickets = {}) {
+  const Rows rows = as_rows(dy);
   h = factor(op, "h", h, dy);
   b = factor(op, "b", b, dy);
-  BK_CHECK(h.size(0) == dy.size(0) && b.size(0) == dy.size(1) && h.size(1) == b.size(1), op,
+  BK_CHECK(h.size(0) == rows.count && b.size(0) == rows.columns && h.size(1) == b.size(1), op,
            ": shapes of dy (tokens, m), h (tokens, r) and b (m, r) do not fit");
   ExpandBackwardParams p{};
   p.dtype = dtype_of(op, dy);
-  p.tokens = dy.size(0);
-  p.m = dy.size(1);
+  p.tokens = rows.count;
+  p.m = rows.columns;
   p.r = checked_rank(op, h.size(1));
-  p.dy = dy.data_ptr();
-  p.dy_stride = row_stride(dy);
+  p.dy = rows.t.data_ptr();
+  p.dy_stride = rows.stride;
   p.h = h.data_ptr();
   p.b = b.data_ptr();
   p.scaling = scaling;
@@ -306,6 +333,7 @@ std::tuple<Tensor, Tensor> expand_backward_rows(const char* op, Tensor dy, Tenso
 template <class Device>
 std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double scaling,
                                            bool need_dh, bool need_db) {
+  BK_CHECK(dy.dim() == 2, "adapter_expand_backward: dy must have two dimensions, got ", dy.dim());
   OptionalDeviceGuard guard(dy);
   return expand_backward_rows<Device>("adapter_expand_backward", dy, h, b, scaling, need_dh,
                                       need_db);
@@ -315,7 +343,7 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
 // GPU and for few tokens, of shrink and expand; with keep_draw the CPU keeps normals from call to
 // call. Returns the output and h.
 template <class Device>
-std::tuple<Tensor, Tensor> whole(const char* op, Tensor x, const Tensor& a,
+std::tuple<Tensor, Tensor> whole(const char* op, const Tensor& x, const Tensor& a,
                                  const std::optional<Tensor>& rho, const Tensor& b,
                                  const std::optional<Tensor>& base, const NoiseArguments& noise,
                                  const std::string& std, double scaling, bool keep_draw) {
@@ -325,21 +353,16 @@ std::tuple<Tensor, Tensor> whole(const char* op, Tensor x, const Tensor& a,
   check_device(op, "b", b, x);
   if (base.has_value()) check_device(op, "base", *base, x);
   OptionalDeviceGuard guard(x);
-  std::vector<int64_t> shape;
-  int64_t tokens = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    shape.push_back(x.size(i));
-    tokens *= x.size(i);
-  }
-  shape.push_back(b.size(0));
-  x = as_rows(x);
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = b.size(0);
+  const int64_t tokens = row_count(x);
   const bool few = tokens > 0 && tokens <= few_shrink_tokens(checked_rank(op, a.size(0)));
   NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
   if (!Device::always_draws && keep_draw && matrix.draw.rho != nullptr) {
     matrix.kept = kept_normals(noise.key->const_data_ptr<int64_t>(), noise.stream, a.numel());
     matrix.draw.eps = matrix.kept.get();
   }
-  const Tensor h = shrink_rows<Device>(op, x, tokens, a, std::move(matrix), noise);
+  const Tensor h = shrink_rows<Device>(op, x, a, std::move(matrix), noise);
   const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
   return {expand_rows<Device>(op, h, b, base, scaling, dtype, shape), h};
 }
@@ -357,6 +380,23 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho
 
 // Stands for devices and layouts without kernels.
 struct NoDevice {};
+
+// As forward; nothing where the op does not take an argument.
+template <class Device>
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> train(
+    Tensor x, Tensor a, std::optional<Tensor> rho, Tensor b, std::optional<Tensor> base,
+    std::optional<Tensor> key, int64_t stream, int64_t row0, int64_t rows_per_id,
+    std::optional<Tensor> ids, double dropout, std::string std, double scaling) {
+  if constexpr (!std::is_same_v<Device, NoDevice>) {
+    try {
+      return whole<Device>("adapter_train", x, a, rho, b, base,
+                           {key, stream, row0, rows_per_id, ids, dropout}, std, scaling,
+                           /*keep_draw=*/false);
+    } catch (const ArgumentError&) {
+    }
+  }
+  return {std::nullopt, std::nullopt};
+}
 
 // The output alone, for passes without gradients; nothing where the op does not take an argument.
 template <class Device>
@@ -387,16 +427,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
                                                     std::string std, double scaling, bool need_dx,
                                                     bool need_da, bool need_drho, bool need_db) {
   constexpr const char* op = "adapter_backward";
-  BK_CHECK(x.dim() == 2 && a.dim() == 2, op, ": x and a must have two dimensions");
+  BK_CHECK(x.dim() >= 1 && dy.dim() == x.dim() && a.dim() == 2, op,
+           ": x and dy must have shapes (..., n) and (..., m), a two dimensions");
   check_device(op, "dy", dy, x);
   OptionalDeviceGuard guard(x);
+  const int64_t tokens = row_count(x);
   need_drho = need_drho && rho.has_value();
   const bool need_dh = need_dx || need_da || need_drho;
   // Both ops count with the same tickets, which are zeroed once.
   AdapterTickets tickets;
   std::optional<Tensor> counters;
   if (Device::always_draws && need_dh && b.dim() == 2 && b.size(0) > 0) {
-    tickets.count = adapter_tickets(x.size(0), std::max(x.size(1), b.size(0)));
+    tickets.count = adapter_tickets(tokens, std::max(x.size(-1), b.size(0)));
     counters = empty_like_shape(x, {tickets.count}, ScalarType::Int);
     tickets.at = static_cast<int*>(counters->mutable_data_ptr());
   }
@@ -408,7 +450,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     return {nothing(x.scalar_type()), nothing(acc), nothing(acc), db};
   }
   const NoiseArguments noise{key, stream, row0, rows_per_id, ids, dropout};
-  const bool few = x.size(0) > 0 && x.size(0) <= kFewBackwardTokens && x.size(1) > 0 &&
+  const bool few = tokens > 0 && tokens <= kFewBackwardTokens && x.size(-1) > 0 &&
                    rho.has_value() && rho->dim() == 2 && rho->size(1) == a.size(1);
   const NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
   auto [dx, da, de] = shrink_backward_rows<Device>(op, dh, x, a, matrix, noise, need_dx, need_da,
@@ -424,12 +466,14 @@ void adapter_ops(Library& m) {
   m.impl("adapter_shrink_backward", TORCH_BOX(&shrink_backward<Device>));
   m.impl("adapter_expand", TORCH_BOX(&expand<Device>));
   m.impl("adapter_forward", TORCH_BOX(&forward<Device>));
+  m.impl("adapter_train", TORCH_BOX(&train<Device>));
   m.impl("adapter_infer", TORCH_BOX(&infer<Device>));
   m.impl("adapter_backward", TORCH_BOX(&backward<Device>));
   m.impl("adapter_expand_backward", TORCH_BOX(&expand_backward<Device>));
 }
 BK_REGISTER(adapter_ops)
 STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("adapter_train", TORCH_BOX(&train<NoDevice>));
   m.impl("adapter_infer", TORCH_BOX(&infer<NoDevice>));
 }
 

@@ -34,6 +34,10 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
       "float scaling) -> (Tensor, Tensor)");
   m.def(
+      "adapter_train(Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor? base, Tensor? key, SymInt "
+      "stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, float "
+      "scaling) -> (Tensor?, Tensor?)");
+  m.def(
       "adapter_infer(Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor? base, Tensor? key, SymInt "
       "stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, float "
       "scaling) -> Tensor?");

@@ -73,15 +73,23 @@ def test_whole_ops_are_the_separate_ops_bit_for_bit(shape, dtype, std):
                 assert torch.equal(got, expected) if needed else got.numel() == 0
 
 
-def test_inference_returns_nothing_for_arguments_that_it_does_not_take(device):
+@pytest.mark.parametrize("op", ["adapter_infer", "adapter_train"])
+def test_nothing_comes_back_for_arguments_that_the_op_does_not_take(device, op):
     x, a, rho, b, base = (t.to(device.torch) for t in few_tokens())
     arguments = {
         "x": x, "a": a, "rho": rho, "b": b, "base": base, "key": random.key(7, device.torch),
         "stream": 0, "row0": 0, "rows_per_id": 1, "ids": None, "dropout": 0.0, "std": "square",
         "scaling": 1.0,
     }  # fmt: skip
-    infer = _library.ops.adapter_infer
-    assert torch.equal(infer(**arguments), _library.ops.adapter_forward(**arguments)[0])
+
+    def found(**arguments):
+        made = getattr(_library.ops, op)(**arguments)
+        return made if op == "adapter_infer" else made[0]
+
+    y, h = _library.ops.adapter_forward(**arguments)
+    assert torch.equal(found(**arguments), y)
+    if op == "adapter_train":
+        assert torch.equal(_library.ops.adapter_train(**arguments)[1], h)
     for change in [
         {"x": x[:, 1:]}, {"x": x.long()}, {"x": x.to_sparse()}, {"x": x[0, 0]},
         {"a": a.half()}, {"a": a[:1]},
@@ -92,12 +100,12 @@ def test_inference_returns_nothing_for_arguments_that_it_does_not_take(device):
         {"rows_per_id": 0}, {"ids": torch.zeros(1, dtype=torch.int64)},
         {"dropout": 1.0}, {"std": "cube"},
     ]:  # fmt: skip
-        assert infer(**(arguments | change)) is None, change
+        assert found(**(arguments | change)) is None, change
     too_wide = {"a": torch.ones(65, 96), "b": torch.ones(24, 65), "rho": torch.ones(65, 1)}
-    assert infer(**(arguments | {k: t.to(device.torch) for k, t in too_wide.items()})) is None
+    assert found(**(arguments | {k: t.to(device.torch) for k, t in too_wide.items()})) is None
     endless = torch.ones(1, 1, device=device.torch).expand(1 << 50, 96)
     with pytest.raises(RuntimeError, match="use fewer rows at a time"):
-        infer(**(arguments | {"x": endless, "base": None}))
+        found(**(arguments | {"x": endless, "base": None}))
 
 
 @pytest.mark.parametrize("stream", [3, np.int64(3)], ids=type)

@@ -75,6 +75,11 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (x[None, :0], a, e[:, :1], b, base[None, :0], key, *counted, 0.0, "direct", 1.0),
             (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.0, "softplus", 1.0),
         ],
+        "adapter_train": [
+            (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0),
+            (x[None, :0], a, e[:, :1], b, base[None, :0], key, *counted, 0.0, "direct", 1.0),
+            (x.reshape(7, 1, 33), a, e, b, None, key, 4, 0, 1, ids, 0.25, "softplus", 1.0),
+        ],
         "adapter_infer": [
             (x, a, None, b, base, None, 0, 0, 1, None, 0.0, "", 2.0),
             (x[None], a, e, b, base[None], key, 4, 0, 1, ids, 0.25, "square", 1.0),
@@ -83,6 +88,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (dy, x, a, None, b, h, None, 0, 0, 1, None, 0.0, "", 2.0, True, True, False, True),
             (dy, x, a, e, b, h, key, 4, 2, 3, None, 0.25, "square", 1.0, True, True, True, True),
             (dy, x, a, e[:, :1], b, h, key, 4, 0, 1, ids, 0.0, "softplus", 1.0, *[False, True] * 2),
+            (dy[None], x[None], a, e, b, h, key, 4, 0, 1, ids, 0.0, "direct", 1.0, *[True] * 4),
             (dy[:0], x[:0], a, e, b, h[:0], key, 0, 0, 1, None, 0.0, "", 1.0, *[False] * 3, True),
         ],
         "adapter_expand_backward": [(dy, h, b, 2.0, True, True), (dy, h, b, 1.0, False, True)],
