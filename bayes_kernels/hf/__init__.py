@@ -14,6 +14,7 @@ from ..batches import fold_samples  # noqa: E402
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_lora, import_lora  # noqa: E402
 from .config import BayesLoraConfig  # noqa: E402
+from .generate import generate, score_texts  # noqa: E402
 from .kl import (  # noqa: E402
     decoupled_kl,
     kl_divergence,
@@ -45,6 +46,7 @@ from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_dataset  # noqa: E402
+from .texts import Generation, ScoredText, Token  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin  # noqa: E402
 from .variants import VariationalLoss  # noqa: E402
 
@@ -56,6 +58,7 @@ __all__ = [
     "BlobConfig",
     "ConversionReport",
     "Ensemble",
+    "Generation",
     "LabelPrediction",
     "LaplaceLoraReport",
     "LaplacePosterior",
@@ -64,8 +67,10 @@ __all__ = [
     "PolarVbllConfig",
     "Prediction",
     "ScalablConfig",
+    "ScoredText",
     "TfbConfig",
     "TfbReport",
+    "Token",
     "VariationalLoss",
     "bayesianize",
     "calibrate_head",
@@ -79,6 +84,7 @@ __all__ = [
     "export_lora",
     "fold_samples",
     "forget_laplace",
+    "generate",
     "import_lora",
     "join_adapters",
     "kl_divergence",
@@ -91,6 +97,7 @@ __all__ = [
     "predict_dataset",
     "refresh_noise",
     "save_laplace",
+    "score_texts",
     "stiefel_error",
     "variational_loss",
 ]

@@ -76,6 +76,31 @@ class WeightDraws:
         """Outputs of the model on `count` copies of the batch, for draws from number `first`."""
         return self.model(**folded)
 
+    @property
+    def generator(self) -> Any:
+        """The model whose `generate` writes texts."""
+        return self.model
+
+    def copies(self, n_samples: int) -> int:
+        """Draws that a text of `n_samples` draws has; 0 for the mean."""
+        return n_samples
+
+    @contextlib.contextmanager
+    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+        """Inside, draw s has its weights in all passes, on its part of the rows, whatever their number.
+
+        Args:
+            n_samples: draws in the batch, which lie one after the other; 0 for the mean.
+            seed: seed of the draws.
+            examples: rows of each draw at the beginning, before beams multiply them.
+
+        Yields:
+            Further arguments of `generate` and of the passes.
+        """
+        which = {"n_samples": max(n_samples, 1), "seed": seed, "first_sample": 0}
+        with self.weights(n_samples > 0, **which):
+            yield {}
+
     def predict(
         self,
         batch: Mapping[str, Any],

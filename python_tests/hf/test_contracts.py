@@ -30,7 +30,7 @@ from tools.floor import requirements
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bayes_kernels.hf import BayesLoraModel, BayesTrainerMixin, PolarVbllConfig, _compat
+from bayes_kernels.hf import BayesLoraModel, BayesTrainerMixin, PolarVbllConfig, _compat, decoding
 from bayes_kernels.hf.variants import BayesVariant
 
 pytestmark = pytest.mark.cpu_only
@@ -294,6 +294,22 @@ def test_names_of_caches(make: Callable[[], Any]) -> None:
             f"get_seq_length: {found} with {passes[-1][1]}",
             pytrace=False,
         )
+
+
+def test_loops_of_generation() -> None:
+    """`generate` hands over its loop, with what it has prepared, and the loops have their names."""
+    by = "hf/decoding.py"
+    mixin = transformers.GenerationMixin
+    names = "inputs logits_processor stopping_criteria custom_generate kwargs"
+    need_arguments(transformers, mixin.generate, names, by)
+    names = "input_ids logits_processor stopping_criteria generation_config model_kwargs"
+    for loop in {*decoding._LOOPS.values()}:
+        need(transformers, "GenerationMixin", mixin, loop, by)
+        need_arguments(transformers, getattr(mixin, loop), names, by)
+    need_arguments(transformers, mixin._sample, "streamer", by)
+    need_arguments(
+        transformers, transformers.StopStringCriteria, "tokenizer stop_strings", "hf/generate.py"
+    )
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -39,19 +39,26 @@ def dropout_layers(model: nn.Module) -> list[tuple[str, nn.Dropout]]:
 
 @contextlib.contextmanager
 def dropout_draws(
-    model: nn.Module, *, n_samples: int, seed: int, first_sample: int = 0
+    model: nn.Module,
+    *,
+    n_samples: int,
+    seed: int,
+    first_sample: int = 0,
+    scope: Literal["token", "none"] = "token",
 ) -> Iterator[None]:
     """Inside, dropout before the adapters is on, also in eval mode, with masks that a seed decides.
 
     The batch holds `n_samples` copies of the examples, see `fold_samples`. Copy s has the mask of
     (seed, first_sample + s, layer): it depends neither on the other copies nor on torch's
-    generator. Every token has its own mask, by its place in the batch, as in training.
+    generator. With scope "token" every token has its own mask, by its place in the batch, as in training;
+    with "none" all tokens and examples have one, which is a draw of the weights.
 
     Args:
         model: Plain LoRA with dropout.
         n_samples: Copies in the batch.
         seed: Seed of the masks.
         first_sample: Number of the first copy.
+        scope: What has a mask of its own: "token", or "none" for one mask in each copy.
 
     Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
     """
@@ -67,9 +74,10 @@ def dropout_draws(
         def drop(module: nn.Dropout, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             width = x.shape[-1]
-            rows = x.numel() // width // n_samples
+            tokens = x.numel() // width // n_samples
+            rows = tokens if scope == "token" else 1
             masks = [
-                random.dropout_mask(key, rows, width, module.p, stream=stream)
+                random.dropout_mask(key, rows, width, module.p, stream=stream).expand(tokens, -1)
                 for key in keys_on(x.device)
             ]
             kept = torch.cat(masks).view(x.shape)
@@ -96,6 +104,15 @@ class DropoutDraws(WeightDraws):
         if not draw:
             return contextlib.nullcontext()
         return dropout_draws(self.model, n_samples=n_samples, seed=seed, first_sample=first_sample)
+
+    @contextlib.contextmanager
+    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+        """One mask for each draw: a token that is looked at again, or from a cache, has the same."""
+        with contextlib.ExitStack() as stack:
+            if n_samples:
+                which = {"n_samples": n_samples, "seed": seed}
+                stack.enter_context(dropout_draws(self.model, **which, scope="none"))
+            yield {}
 
 
 def dropout_predictor(model: nn.Module) -> DropoutDraws | None:

@@ -6,7 +6,8 @@ using Deep Ensembles", NeurIPS 2017.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ class MemberDraws(WeightDraws):
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
         """Outputs of `count` members from number `first`."""
         return self.model(folded, first, count)
+
+    @property
+    def generator(self) -> Any:
+        """The model that has the members as adapters."""
+        return self.model.models[0]
+
+    def copies(self, n_samples: int) -> int:
+        """The number of members."""
+        return len(self.model)
+
+    @contextlib.contextmanager
+    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+        """The members, each on its part of the rows."""
+        yield {"adapter_names": [name for name in self.model.names for _ in range(examples)]}
 
     def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
         """As `WeightDraws.predict`, with a draw for each member."""

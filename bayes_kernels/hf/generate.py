@@ -1,0 +1,470 @@
+"""Text from several draws of the weights at once, with the uncertainty of each token."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import BaseStreamer
+
+from ..batches import eval_mode, fold_samples
+from .decoding import Lockstep, Step, mean_distribution
+from .draws import WeightDraws
+from .layers import without_effect
+from .predict import predictor_of
+from .texts import SCORES, Generation, Pieces, ScoredText, Token, pieces_of
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+
+# Arguments of transformers' `generate` that are made here, or whose results would be of all draws.
+_OWN = {
+    "assistant_model",
+    "attention_mask",
+    "cache",
+    "custom_generate",
+    "encoder_outputs",
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "past_key_values",
+    "prompt_lookup_num_tokens",
+    "return_dict_in_generate",
+    "tokenizer",
+}
+
+# Of a given text, so that the draws' distributions in fp64 take little memory beside their logits.
+_TOKENS_AT_ONCE = 16
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    n_samples: int = 10,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    do_sample: bool = False,
+    num_beams: int = 1,
+    num_return_sequences: int = 1,
+    stop_strings: str | Sequence[str] | None = None,
+    chat: bool | None = None,
+    streamer: Callable[[Token], object] | BaseStreamer | None = None,
+    abstain_above: float | None = None,
+    abstain_on: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+    **options: Any,
+) -> list[Generation]:
+    """Continue prompts with S draws of the weights in lockstep, and say how sure each token is.
+
+    Every next token is chosen from the mean of the draws' distributions,
+
+        p(y_t | x, y_<t) = 1/S sum_s p_s(y_t | x, y_<t),
+
+    where each draw s keeps its weights for the whole text. The S copies of a prompt are rows of one
+    batch, with a KV cache, in stock `generate`; a logits processor averages them, so that all choose the
+    same token. The result is that of S models that are averaged for every token from the beginning,
+    without their time. Penalties, temperature, top-p and so on act on the mean.
+
+    Args:
+        model: a causal model, or an encoder with a decoder, with an adapter whose weights have draws:
+            BLoB, TFB, ScalaBL, plain LoRA trained with dropout (one mask for each draw), an `Ensemble`.
+            Others need n_samples=0.
+        tokenizer: its tokenizer.
+        prompts: texts, conversations (sequences of messages with "role" and "content"), or one of
+            them. Prompts of unequal length are padded on the left.
+        n_samples: S; 0 for the posterior mean, whose entropy is all there is.
+        seed: seed of the draws, and of random choices.
+        max_new_tokens: largest number of new tokens.
+        do_sample: draw tokens from the mean distribution. Text i has the choices of (seed, i), whatever
+            else is in the batch. False takes the likeliest token.
+        num_beams: beams of a beam search over the mean distribution.
+        num_return_sequences: texts for each prompt; they follow each other in the result.
+        stop_strings: a text ends behind the first of them.
+        chat: whether prompts go through the tokenizer's chat template, a text as a message of the
+            user; None: conversations do, texts do not.
+        streamer: a function that is given each `Token` as soon as it is chosen; or a streamer of
+            transformers, for one prompt.
+        abstain_above: threshold of `Generation.abstained`.
+        abstain_on: the score that it is for, one of `bayes_kernels.hf.texts.SCORES`; None for
+            "max_mutual_information", with fewer than two draws "max_entropy".
+        batch_size: prompts of one batch, which has batch_size * S * num_beams rows.
+        progress: show a bar over the batches.
+        options: further options of transformers' `generate`, such as temperature, top_p,
+            repetition_penalty or cache_implementation.
+
+    Returns:
+        A `Generation` for each prompt (times `num_return_sequences`), in order. Cost: that of
+        generating S texts for each prompt in one batch.
+
+    Raises:
+        ValueError: an argument is out of range, the adapter has no draws of its weights, or the model
+            cannot generate.
+
+    Example:
+        text = generate(model, tokenizer, "Once upon a time", n_samples=10, max_new_tokens=40)[0]
+        for token, doubt in zip(text.tokens, text.mutual_information):
+            print(f"{token!r:12} {doubt:.3f}")
+    """
+    for name, value, least in (
+        ("n_samples", n_samples, 0),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("num_beams", num_beams, 1),
+        ("num_return_sequences", num_return_sequences, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        _need_whole(f"generate: {name}", value, least)
+    own = sorted(_OWN & set(options)) + sorted(key for key in options if key.startswith("output_"))
+    if own:
+        raise ValueError(
+            f"generate: options must not have {', '.join(own)}, which generate makes itself; leave it out"
+        )
+    if do_sample and num_beams > 1:
+        raise ValueError(
+            f"generate: do_sample must be False with num_beams={num_beams}; sample, or search with beams"
+        )
+    if num_return_sequences > 1 and not do_sample and num_return_sequences > num_beams:
+        raise ValueError(
+            f"generate: num_return_sequences must be at most num_beams={num_beams} without sampling, "
+            f"got {num_return_sequences}; pass do_sample=True"
+        )
+    draws = _draws_of("generate", model, n_samples)
+    copies = draws.copies(n_samples)
+    if abstain_on is None:
+        abstain_on = "max_mutual_information" if copies > 1 else "max_entropy"
+    if abstain_on not in SCORES or (copies < 2 and "mutual" in abstain_on):
+        raise ValueError(
+            f"generate: abstain_on must be one of {', '.join(SCORES)} (mutual information from two draws "
+            f"on), got {abstain_on!r} with {copies} draws"
+        )
+    generator = draws.generator
+    encoded = _encode("generate", tokenizer, _as_list(prompts), chat)
+    _check_lengths(generator, encoded, max_new_tokens)
+    pad = _pad_token(generator, tokenizer)
+    notice, stock = None, None
+    if streamer is not None:
+        if num_beams > 1:
+            raise ValueError("generate: streamer must be None with beams; use num_beams=1")
+        if isinstance(streamer, BaseStreamer):
+            if (count := len(encoded) * num_return_sequences) > 1:
+                raise ValueError(
+                    f"generate: a streamer of transformers must have one text, got {count}; pass a "
+                    "function, which is told the number of the text"
+                )
+            stock = streamer
+        else:
+            notice = _Notice(streamer, tokenizer, encoded, num_return_sequences)
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+        "pad_token_id": pad,
+        **options,
+    }
+    if stop_strings is not None:
+        words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if not words or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"generate: stop_strings must be texts, got {stop_strings!r}")
+        stop = StopStringCriteria(tokenizer=tokenizer, stop_strings=words)
+        settings["stopping_criteria"] = StoppingCriteriaList(
+            [*settings.get("stopping_criteria", ()), stop]
+        )
+    right = bool(getattr(generator.config, "is_encoder_decoder", False))
+    found: list[Generation] = []
+    starts = range(0, len(encoded), batch_size)
+    bar = tqdm(starts, desc="generate", delay=2, disable=not progress, leave=False)
+    with eval_mode(model):
+        for start in bar:
+            part = encoded[start : start + batch_size]
+            first = start * num_return_sequences
+            lockstep = Lockstep(
+                max(copies, 1), len(part), seed=seed, first=first, notice=notice, streamer=stock
+            )
+            batch = _padded([one.token_ids for one in part], pad, right, _device(model))
+            with draws.throughout(n_samples, seed, len(part)) as more:
+                generator.generate(
+                    **fold_samples(batch, max(copies, 1)),
+                    **settings,
+                    **more,
+                    custom_generate=lockstep.decode,
+                )
+            for i, (steps, stopped) in enumerate(lockstep.results):
+                prompt = part[i // num_return_sequences]
+                before = [] if right else prompt.token_ids
+                scored = _scored(tokenizer, before, steps, copies)
+                found.append(
+                    Generation(
+                        **vars(scored),
+                        prompt=prompt.text,
+                        stopped=stopped,
+                        abstain_on=abstain_on,
+                        abstain_above=abstain_above,
+                    )
+                )
+    return found
+
+
+@torch.no_grad()
+def score_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    *,
+    prompts: str | Sequence[str] | None = None,
+    n_samples: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[ScoredText]:
+    """What S draws of the weights think of given texts: `generate`'s numbers, for tokens that are there.
+
+    Args:
+        model: a causal model with an adapter, as for `generate`.
+        tokenizer: its tokenizer.
+        texts: the texts. Their first token is scored too where a prompt, or a token that begins every
+            text, comes before it.
+        prompts: what comes before each text, or one for all.
+        n_samples: S; 0 for the posterior mean.
+        seed: seed of the draws.
+        progress: show a bar over the texts.
+
+    Returns:
+        A `ScoredText` for each text. Cost: a forward pass of S copies of each text; memory for their
+        logits, S * T * vocabulary.
+
+    Raises:
+        ValueError: as `generate`, or a text has no token that another comes before.
+    """
+    _need_whole("score_texts: n_samples", n_samples, 0)
+    given = [texts] if isinstance(texts, str) else list(texts)
+    before = (
+        [prompts] * len(given) if prompts is None or isinstance(prompts, str) else list(prompts)
+    )
+    if len(before) != len(given):
+        raise ValueError(
+            f"score_texts: prompts must be one for all or one for each of {len(given)} texts, got "
+            f"{len(before)}"
+        )
+    draws = _draws_of("score_texts", model, n_samples)
+    copies = draws.copies(n_samples)
+    if getattr(draws.generator.config, "is_encoder_decoder", False):
+        raise ValueError(
+            "score_texts: model must be a causal model, got an encoder-decoder; use predict with choices"
+        )
+    found = []
+    with eval_mode(model):
+        for text, prompt in tqdm(
+            list(zip(given, before, strict=True)),
+            "score",
+            delay=2,
+            disable=not progress,
+            leave=False,
+        ):
+            whole = tokenizer(text if prompt is None else prompt + text)["input_ids"]
+            start = 1
+            if prompt is not None:
+                start = max(1, _common(whole, tokenizer(prompt)["input_ids"]))
+            if start >= len(whole):
+                raise ValueError(
+                    f"score_texts: a text must have a token that another comes before, got {text!r}; "
+                    "give it a prompt"
+                )
+            ids = torch.tensor([whole], device=_device(model))
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with draws.throughout(n_samples, seed, 1) as more:
+                folded = fold_samples(batch, max(copies, 1))
+                logits = draws.generator(**folded, **more, use_cache=False).logits
+            steps = []
+            for place in range(start, len(whole), _TOKENS_AT_ONCE):
+                chosen = ids[0, place : place + _TOKENS_AT_ONCE, None]
+                mean, *entropies = mean_distribution(logits[:, place - 1 : place - 1 + len(chosen)])
+                numbers = torch.stack([mean.gather(-1, chosen)[:, 0], *entropies], -1)
+                for token, values in zip(chosen[:, 0].tolist(), numbers.tolist(), strict=True):
+                    steps.append(Step(None, token, *values))
+            found.append(_scored(tokenizer, whole[:start], steps, copies))
+    return found
+
+
+# --- Draws ---------------------------------------------------------------------------------------
+
+
+def _draws_of(op: str, model: nn.Module, n_samples: int) -> WeightDraws:
+    """How the weights of a text are drawn."""
+    predictor = predictor_of(model)
+    if not isinstance(predictor, WeightDraws):
+        if n_samples:
+            raise ValueError(
+                f"{op}: n_samples must be 0 for a posterior whose draws are class logits, not weights, "
+                f"got {n_samples}; pass n_samples=0"
+            )
+        predictor = WeightDraws(model)
+    if n_samples and not predictor.draws:
+        raise ValueError(
+            f"{op}: n_samples must be 0 for adapters without a posterior, got {n_samples}; pass "
+            "n_samples=0, or make the adapter Bayesian with bayesianize"
+        )
+    if n_samples and (why := without_effect(model)) is not None:
+        raise ValueError(
+            f"{op}: draws need adapters that take part in the pass, got adapters that are {why}, or "
+            "pass n_samples=0"
+        )
+    if n_samples > 1 and predictor.one_per_pass:
+        raise ValueError(
+            f"{op}: n_samples must be 0 or 1 where draws cannot share a pass (routed experts, ensemble "
+            f"members with a base each), got {n_samples}"
+        )
+    if not hasattr(predictor.generator, "generate"):
+        raise ValueError(
+            f"{op}: model must be one that generates text, got {type(model).__name__}; load it with "
+            "AutoModelForCausalLM"
+        )
+    return predictor
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+# --- Prompts -------------------------------------------------------------------------------------
+
+
+class _Encoded(NamedTuple):
+    """A prompt as text and as tokens."""
+
+    text: str
+    token_ids: list[int]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Several prompts; one is a text or a conversation."""
+    one = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
+    found: list[Any] = [prompts] if one else list(prompts)
+    if not found:
+        raise ValueError("generate: prompts must have at least one text, got none")
+    return found
+
+
+def _encode(
+    op: str, tokenizer: Any, prompts: Sequence[Prompt], chat: bool | None
+) -> list[_Encoded]:
+    found = []
+    for prompt in prompts:
+        text = isinstance(prompt, str)
+        messages = isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
+        if not (text or (messages and prompt)):
+            raise ValueError(
+                f"{op}: each prompt must be a text or a sequence of messages with 'role' and 'content', "
+                f"got {prompt!r}"
+            )
+        if not text and chat is False:
+            raise ValueError(f"{op}: chat must be True or None for messages, got False")
+        if text and not chat:
+            ids = tokenizer(prompt)["input_ids"]
+            shown = prompt
+        else:
+            if not getattr(tokenizer, "chat_template", None):
+                raise ValueError(
+                    f"{op}: the tokenizer must have a chat template for messages, got none; pass texts"
+                )
+            conversation = [{"role": "user", "content": prompt}] if text else list(prompt)
+            shown = tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+            ids = tokenizer(shown, add_special_tokens=False)["input_ids"]
+        if not ids and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id]
+        if not ids:
+            raise ValueError(f"{op}: each prompt must have at least one token, got {prompt!r}")
+        found.append(_Encoded(str(shown), list(ids)))
+    return found
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], pad: int, right: bool, device: torch.device
+) -> dict[str, Tensor]:
+    """Rows of tokens as a batch: decoders continue the end of a row, so that padding comes first."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if right else slice(width - len(row), width)
+        ids[i, where] = torch.tensor(row, dtype=torch.int64)
+        mask[i, where] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _pad_token(model: Any, tokenizer: Any) -> int:
+    """A token for places that the mask hides, and behind ends."""
+    config = getattr(model, "generation_config", None)
+    ends: Any = getattr(config, "eos_token_id", None)
+    first = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+    known = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), first, 0)
+    return next(int(token) for token in known if token is not None)
+
+
+def _check_lengths(model: Any, encoded: Sequence[_Encoded], max_new_tokens: int) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(one.token_ids) for one in encoded)
+    if getattr(model.config, "is_encoder_decoder", False):
+        longest = 1
+    if isinstance(room, int) and longest + max_new_tokens > room:
+        raise ValueError(
+            f"generate: prompt and max_new_tokens must fit the model's {room} positions, got {longest} "
+            f"+ {max_new_tokens} tokens; shorten one of them"
+        )
+
+
+def _need_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _common(ids: Sequence[int], beginning: Sequence[int]) -> int:
+    """How many tokens two texts share at their beginnings."""
+    pairs = zip(ids, beginning, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def _scored(
+    tokenizer: Any, before: Sequence[int], steps: Sequence[Step], copies: int
+) -> ScoredText:
+    ids = [step.token_id for step in steps]
+    pieces = pieces_of(tokenizer, before, ids)
+    return ScoredText(
+        text="".join(pieces),
+        token_ids=ids,
+        tokens=pieces,
+        log_probs=[step.log_prob for step in steps],
+        entropy=[step.entropy for step in steps],
+        expected_entropy=[step.expected_entropy for step in steps],
+        n_samples=copies,
+    )
+
+
+class _Notice:
+    """Tells a function of each new token, with the number of its text among all prompts."""
+
+    def __init__(
+        self,
+        function: Callable[[Token], object],
+        tokenizer: Any,
+        encoded: Sequence[_Encoded],
+        each: int,
+    ) -> None:
+        self.function = function
+        self.pieces = [Pieces(tokenizer, one.token_ids) for one in encoded for _ in range(each)]
+
+    def __call__(self, sequence: int, step: Step) -> None:
+        text = self.pieces[sequence].add(step.token_id)
+        self.function(Token(sequence, step.token_id, text, *step[2:]))
