@@ -85,6 +85,8 @@ BK_LAUNCHER(sign_bits, SignParams)
 BK_LAUNCHER(dropout_mask, DropoutParams)
 BK_LAUNCHER(scaled_normal, ScaledNormalParams)
 BK_LAUNCHER(scaled_normal_backward, ScaledNormalParams)
+BK_LAUNCHER(gaussian_draws, DrawParams)
+BK_LAUNCHER(gaussian_draws_backward, DrawParams)
 BK_LAUNCHER(fold_in, FoldInParams)
 
 BK_SIZER(divergence_workspace, DivergenceParams)

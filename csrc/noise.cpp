@@ -13,6 +13,8 @@ struct Cpu {
   static constexpr auto dropout_mask = dropout_mask_cpu;
   static constexpr auto scaled_normal = scaled_normal_cpu;
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cpu;
+  static constexpr auto gaussian_draws = gaussian_draws_cpu;
+  static constexpr auto gaussian_draws_backward = gaussian_draws_backward_cpu;
   static constexpr auto fold_in = fold_in_cpu;
 };
 struct Cuda {
@@ -21,6 +23,8 @@ struct Cuda {
   static constexpr auto dropout_mask = dropout_mask_cuda;
   static constexpr auto scaled_normal = scaled_normal_cuda;
   static constexpr auto scaled_normal_backward = scaled_normal_backward_cuda;
+  static constexpr auto gaussian_draws = gaussian_draws_cuda;
+  static constexpr auto gaussian_draws_backward = gaussian_draws_backward_cuda;
   static constexpr auto fold_in = fold_in_cuda;
 };
 
@@ -98,6 +102,76 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
   return scaled_normal_gradient(op, de, rho, key, stream, std, Device::scaled_normal_backward);
 }
 
+// What both directions take: rho and the numbers of the draws, both contiguous.
+DrawParams draw_params(const char* op, const Tensor& rho, int64_t n, const Tensor& draws,
+                       const Tensor& key, int64_t stream, const std::string& std, bool antithetic) {
+  BK_CHECK(draws.dim() == 1 && draws.scalar_type() == ScalarType::Long, op,
+           ": draws must be an int64 tensor of one dimension");
+  check_device(op, "draws", draws, rho);
+  const ScaledNormalParams law = scaled_normal_params(op, rho, n, key, stream, std);
+  DrawParams p{};
+  p.key = law.key;
+  p.stream = stream;
+  p.draws = draws.const_data_ptr<int64_t>();
+  p.count = draws.size(0);
+  p.antithetic = antithetic;
+  p.std = law.std;
+  p.f64 = law.f64;
+  p.row_constant = law.row_constant;
+  p.rho = law.rho;
+  p.r = law.r;
+  p.n = n;
+  return p;
+}
+
+template <class Device>
+Tensor gaussian_draws(Tensor mean, Tensor rho, Tensor draws, Tensor key, int64_t stream,
+                      std::string std, bool antithetic) {
+  constexpr const char* op = "gaussian_draws";
+  BK_CHECK(mean.dim() == 2 && rho.dim() == 2 && mean.size(0) == rho.size(0), op,
+           ": mean and rho must have shape (r, n) and (r, n) or (r, 1)");
+  BK_CHECK(mean.scalar_type() == rho.scalar_type(), op, ": mean and rho must have the same dtype");
+  check_device(op, "rho", rho, mean);
+  OptionalDeviceGuard guard(mean);
+  mean = row_major(mean);
+  rho = row_major(rho);
+  draws = row_major(draws);
+  DrawParams p = draw_params(op, rho, mean.size(1), draws, key, stream, std, antithetic);
+  p.mean = mean.data_ptr();
+  Tensor out = empty_like_shape(mean, {p.count, p.r, p.n}, mean.scalar_type());
+  if (out.numel() == 0) return out;
+  p.out = out.mutable_data_ptr();
+  raise_if(op, Device::gaussian_draws(p, current_stream(mean)));
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> gaussian_draws_backward(Tensor grad, Tensor rho, Tensor draws,
+                                                   Tensor key, int64_t stream, std::string std,
+                                                   bool antithetic, bool need_mean, bool need_rho) {
+  constexpr const char* op = "gaussian_draws_backward";
+  BK_CHECK(grad.dim() == 3 && rho.dim() == 2 && draws.dim() == 1 && grad.size(0) == draws.size(0) &&
+               grad.size(1) == rho.size(0),
+           op, ": grad must have shape (D, r, n)");
+  BK_CHECK(grad.scalar_type() == rho.scalar_type(), op, ": grad and rho must have the same dtype");
+  check_device(op, "grad", grad, rho);
+  OptionalDeviceGuard guard(rho);
+  grad = row_major(grad);
+  rho = row_major(rho);
+  draws = row_major(draws);
+  DrawParams p = draw_params(op, rho, grad.size(2), draws, key, stream, std, antithetic);
+  p.grad = grad.data_ptr();
+  Tensor dmean =
+      empty_like_shape(rho, {need_mean ? p.r : 0, need_mean ? p.n : 0}, rho.scalar_type());
+  Tensor drho =
+      empty_like_shape(rho, {need_rho ? p.r : 0, need_rho ? rho.size(1) : 0}, rho.scalar_type());
+  p.dmean = need_mean ? dmean.mutable_data_ptr() : nullptr;
+  p.drho = need_rho ? drho.mutable_data_ptr() : nullptr;
+  if (dmean.numel() + drho.numel() > 0)
+    raise_if(op, Device::gaussian_draws_backward(p, current_stream(rho)));
+  return {dmean, drho};
+}
+
 template <class Device>
 void noise_ops(Library& m) {
   m.impl("fold_in", TORCH_BOX(&fold_key<Device>));
@@ -106,6 +180,8 @@ void noise_ops(Library& m) {
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask<Device>));
   m.impl("scaled_normal", TORCH_BOX(&scaled_normal<Device>));
   m.impl("scaled_normal_backward", TORCH_BOX(&scaled_normal_backward<Device>));
+  m.impl("gaussian_draws", TORCH_BOX(&gaussian_draws<Device>));
+  m.impl("gaussian_draws_backward", TORCH_BOX(&gaussian_draws_backward<Device>));
 }
 BK_REGISTER(noise_ops)
 

@@ -46,6 +46,26 @@ struct ScaledNormalParams {
   int64_t r, n;
 };
 
+// out[i] = mean + s std(rho) . eps of draw draws[i]; or dmean = sum_i grad[i], drho = std'(rho) .
+// sum_i s grad[i] . eps, in order of i
+struct DrawParams {
+  const int64_t* key;
+  int64_t stream;
+  const int64_t* draws;
+  int64_t count;
+  bool antithetic;
+  Std std;
+  bool f64;
+  bool row_constant;  // rho is (r, 1)
+  const void* mean;   // (r, n), forward only
+  const void* rho;
+  const void* grad;  // (count, r, n), backward only
+  void* out;         // (count, r, n)
+  void* dmean;       // backward: (r, n), or null
+  void* drho;        // backward: shape of rho, or null
+  int64_t r, n;
+};
+
 struct FoldInParams {
   const int64_t* key;
   int64_t data;
@@ -58,6 +78,8 @@ struct FoldInParams {
   const char* dropout_mask_##device(const DropoutParams& p, void* stream);                \
   const char* scaled_normal_##device(const ScaledNormalParams& p, void* stream);          \
   const char* scaled_normal_backward_##device(const ScaledNormalParams& p, void* stream); \
+  const char* gaussian_draws_##device(const DrawParams& p, void* stream);                 \
+  const char* gaussian_draws_backward_##device(const DrawParams& p, void* stream);        \
   const char* fold_in_##device(const FoldInParams& p, void* stream)
 
 BK_DECLARE_NOISE(cpu);

@@ -89,6 +89,100 @@ void scaled_backward(const ScaledNormalParams& p) {
   parallel_ranges(p.r, 1, body);
 }
 
+// --- draws -------------------------------------------------------------------------------------
+
+constexpr int64_t kDrawBlock = 1024;  // elements: their normals stay in the first-level cache
+
+// Normals first, first + 1, ... of draw i into eps, unless the draw before has left them there.
+void draw_normals(const DrawParams& p, Key sub, int64_t i, int64_t first, int64_t count,
+                  float* eps) {
+  const int64_t pair = draw_pair(p.draws[i], p.antithetic);
+  if (i > 0 && pair == draw_pair(p.draws[i - 1], p.antithetic)) return;
+  BK_CPU(normals)(draw_key(sub, pair), first, count, eps);
+}
+
+template <class T>
+void draws(const DrawParams& p) {
+  const Key sub = subkey(load_key(p.key), p.stream, kDraw);
+  const int64_t size = p.r * p.n;
+  auto body = [&](int64_t begin, int64_t end) {
+    float eps[kDrawBlock];
+    T std[kDrawBlock];
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kDrawBlock;
+      const int64_t count = size - first < kDrawBlock ? size - first : kDrawBlock;
+      const T* mean = static_cast<const T*>(p.mean) + first;
+      const T* rho = static_cast<const T*>(p.rho);
+      if (p.row_constant) {
+        for (int64_t j = 0; j < count; ++j) std[j] = std_of<T>(p.std, rho[(first + j) / p.n]);
+      } else if (p.std == Std::kSquare) {
+        for (int64_t j = 0; j < count; ++j) std[j] = rho[first + j] * rho[first + j];
+      } else {
+        for (int64_t j = 0; j < count; ++j) std[j] = std_of<T>(p.std, rho[first + j]);
+      }
+      for (int64_t i = 0; i < p.count; ++i) {
+        draw_normals(p, sub, i, first, count, eps);
+        T* out = static_cast<T*>(p.out) + i * size + first;
+        if (draw_negative(p.draws[i], p.antithetic)) {
+          for (int64_t j = 0; j < count; ++j) out[j] = mean[j] - std[j] * static_cast<T>(eps[j]);
+        } else {
+          for (int64_t j = 0; j < count; ++j) out[j] = mean[j] + std[j] * static_cast<T>(eps[j]);
+        }
+      }
+    }
+  };
+  parallel_ranges(ceil_div(size, kDrawBlock), ceil_div(4, p.count), body);
+}
+
+// dmean of elements first, first + 1, ..., and into sum what stands before std'(rho) in drho.
+template <class T>
+void draws_backward_block(const DrawParams& p, Key sub, int64_t first, int64_t count, T* sum) {
+  float eps[kDrawBlock];
+  T mean[kDrawBlock];
+  for (int64_t j = 0; j < count; ++j) mean[j] = sum[j] = T(0);
+  for (int64_t i = 0; i < p.count; ++i) {
+    const T* grad = static_cast<const T*>(p.grad) + i * p.r * p.n + first;
+    if (p.drho != nullptr) {
+      draw_normals(p, sub, i, first, count, eps);
+      const T sign = draw_negative(p.draws[i], p.antithetic) ? T(-1) : T(1);
+      for (int64_t j = 0; j < count; ++j) sum[j] += sign * grad[j] * static_cast<T>(eps[j]);
+    }
+    for (int64_t j = 0; j < count; ++j) mean[j] += grad[j];
+  }
+  if (p.dmean != nullptr) memcpy(static_cast<T*>(p.dmean) + first, mean, count * sizeof(T));
+}
+
+template <class T>
+void draws_backward(const DrawParams& p) {
+  const Key sub = subkey(load_key(p.key), p.stream, kDraw);
+  const T* rho = static_cast<const T*>(p.rho);
+  T* drho = static_cast<T*>(p.drho);
+  // One value of drho for each row: a fixed-order sum in fp64, whatever the number of threads.
+  const bool rows = p.row_constant;
+  const int64_t width = rows ? p.n : p.r * p.n, blocks = ceil_div(width, kDrawBlock);
+  auto body = [&](int64_t begin, int64_t end) {
+    T sum[kDrawBlock];
+    for (int64_t task = begin; task < end; ++task) {
+      double total = 0;
+      for (int64_t block = rows ? 0 : task; block < (rows ? blocks : task + 1); ++block) {
+        const int64_t at = block * kDrawBlock, first = rows ? task * p.n + at : at;
+        const int64_t count = width - at < kDrawBlock ? width - at : kDrawBlock;
+        draws_backward_block<T>(p, sub, first, count, sum);
+        if (drho == nullptr) continue;
+        for (int64_t j = 0; j < count; ++j) {
+          if (rows)
+            total += static_cast<double>(sum[j]);
+          else
+            drho[first + j] = sum[j] * std_derivative<T>(p.std, rho[first + j]);
+        }
+      }
+      if (rows && drho != nullptr)
+        drho[task] = static_cast<T>(total) * std_derivative<T>(p.std, rho[task]);
+    }
+  };
+  parallel_ranges(rows ? p.r : blocks, 1, body);
+}
+
 }  // namespace
 
 void BK_CPU(normals)(Key sub, int64_t first, int64_t count, float* out) {
@@ -166,6 +260,22 @@ const char* BK_CPU(scaled_normal_backward)(const ScaledNormalParams& p, void*) {
     scaled_backward<double>(p);
   else
     scaled_backward<float>(p);
+  return nullptr;
+}
+
+const char* BK_CPU(gaussian_draws)(const DrawParams& p, void*) {
+  if (p.f64)
+    draws<double>(p);
+  else
+    draws<float>(p);
+  return nullptr;
+}
+
+const char* BK_CPU(gaussian_draws_backward)(const DrawParams& p, void*) {
+  if (p.f64)
+    draws_backward<double>(p);
+  else
+    draws_backward<float>(p);
   return nullptr;
 }
 

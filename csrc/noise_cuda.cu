@@ -125,11 +125,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The sum of `value` over the block, on thread 0.
+__device__ double block_sum(double value) {
+  BK_SHARED(double, warp_sum, [kThreads / 32]);
+  BK_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
+  if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+  for (int w = 0; w < kThreads / 32; ++w) value += warp_sum[w];
+  return value;
+}
+
 // drho of a rho that is constant along rows: one block per row, sums in fp64 in a fixed order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     scaled_normal_row_backward_kernel(ScaledNormalParams p) {
-  BK_SHARED(double, warp_sum, [kThreads / 32]);
   const int64_t row = blockIdx.x;
   const T* de = static_cast<const T*>(p.de);
   const Key sub = subkey(load_key(p.key), p.stream, kNormal);
@@ -145,15 +156,111 @@ __global__ void __launch_bounds__(kThreads)
       if (at >= begin && at < end) sum += static_cast<double>(de[at]) * static_cast<double>(eps[i]);
     }
   }
-  BK_UNROLL
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
-  __syncthreads();
+  sum = block_sum(sum);
   if (threadIdx.x != 0) return;
-  sum = 0;
-  for (int w = 0; w < kThreads / 32; ++w) sum += warp_sum[w];
   const T value = static_cast<const T*>(p.rho)[row];
   static_cast<T*>(p.out)[row] = static_cast<T>(sum) * std_derivative<T>(p.std, value);
+}
+
+// One thread: one Philox block, four elements, of draws 2 y and 2 y + 1, which may be a pair.
+template <class T>
+__global__ void __launch_bounds__(kThreads) draws_kernel(DrawParams p, bool vector) {
+  const int64_t size = p.r * p.n, first = 4 * global_thread();
+  if (first >= size) return;
+  const Key sub = subkey(load_key(p.key), p.stream, kDraw);
+  const T* rho = static_cast<const T*>(p.rho);
+  Four<T> mean{}, std{};
+  const bool whole = vector && first + 4 <= size;
+  if (whole) mean = *reinterpret_cast<const Four<T>*>(static_cast<const T*>(p.mean) + first);
+  BK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if (first + j >= size) break;
+    if (!whole) mean.value[j] = static_cast<const T*>(p.mean)[first + j];
+    std.value[j] = std_of<T>(p.std, rho[p.row_constant ? (first + j) / p.n : first + j]);
+  }
+  for (int64_t i0 = 2 * static_cast<int64_t>(blockIdx.y); i0 < p.count; i0 += 2 * gridDim.y) {
+    float eps[4];
+    BK_UNROLL
+    for (int d = 0; d < 2; ++d) {
+      const int64_t i = i0 + d;
+      if (i >= p.count) break;
+      const int64_t pair = draw_pair(p.draws[i], p.antithetic);
+      if (d == 0 || pair != draw_pair(p.draws[i0], p.antithetic))
+        normal_block(draw_key(sub, pair), static_cast<uint64_t>(global_thread()), eps);
+      const T sign = draw_negative(p.draws[i], p.antithetic) ? T(-1) : T(1);
+      Four<T> value;
+      BK_UNROLL
+      for (int j = 0; j < 4; ++j)
+        value.value[j] = mean.value[j] + sign * std.value[j] * static_cast<T>(eps[j]);
+      T* out = static_cast<T*>(p.out) + i * size + first;
+      if (whole) {
+        *reinterpret_cast<Four<T>*>(out) = value;
+      } else {
+        BK_UNROLL
+        for (int j = 0; j < 4; ++j)
+          if (first + j < size) out[j] = value.value[j];
+      }
+    }
+  }
+}
+
+// Of element `at` of dmean, and of what stands before std'(rho) in drho: sums over the draws.
+template <class T>
+__device__ __forceinline__ void draw_gradients(const DrawParams& p, Key sub, int64_t block,
+                                               int64_t begin, int64_t end, T (&sum)[4]) {
+  Four<T> mean{};
+  float eps[4] = {};
+  for (int64_t i = 0; i < p.count; ++i) {
+    const int64_t pair = draw_pair(p.draws[i], p.antithetic);
+    if (p.drho != nullptr && (i == 0 || pair != draw_pair(p.draws[i - 1], p.antithetic)))
+      normal_block(draw_key(sub, pair), static_cast<uint64_t>(block), eps);
+    const T sign = draw_negative(p.draws[i], p.antithetic) ? T(-1) : T(1);
+    BK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int64_t at = 4 * block + j;
+      if (at < begin || at >= end) continue;
+      const T grad = static_cast<const T*>(p.grad)[i * p.r * p.n + at];
+      mean.value[j] += grad;
+      sum[j] += sign * grad * static_cast<T>(eps[j]);
+    }
+  }
+  if (p.dmean == nullptr) return;
+  BK_UNROLL
+  for (int j = 0; j < 4; ++j)
+    if (4 * block + j >= begin && 4 * block + j < end)
+      static_cast<T*>(p.dmean)[4 * block + j] = mean.value[j];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) draws_backward_kernel(DrawParams p) {
+  const int64_t size = p.r * p.n, first = 4 * global_thread();
+  if (first >= size) return;
+  T sum[4] = {};
+  draw_gradients<T>(p, subkey(load_key(p.key), p.stream, kDraw), global_thread(), 0, size, sum);
+  if (p.drho == nullptr) return;
+  BK_UNROLL
+  for (int j = 0; j < 4; ++j)
+    if (first + j < size)
+      static_cast<T*>(p.drho)[first + j] =
+          sum[j] * std_derivative<T>(p.std, static_cast<const T*>(p.rho)[first + j]);
+}
+
+// Of a rho that is constant along rows: one block per row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) draws_row_backward_kernel(DrawParams p) {
+  const int64_t row = blockIdx.x, begin = row * p.n, end = begin + p.n;
+  const Key sub = subkey(load_key(p.key), p.stream, kDraw);
+  double total = 0;
+  for (int64_t block = begin / 4 + threadIdx.x; 4 * block < end; block += kThreads) {
+    T sum[4] = {};
+    draw_gradients<T>(p, sub, block, begin, end, sum);
+    BK_UNROLL
+    for (int j = 0; j < 4; ++j) total += static_cast<double>(sum[j]);
+  }
+  total = block_sum(total);
+  if (threadIdx.x == 0 && p.drho != nullptr)
+    static_cast<T*>(p.drho)[row] =
+        static_cast<T>(total) * std_derivative<T>(p.std, static_cast<const T*>(p.rho)[row]);
 }
 
 __global__ void fold_in_kernel(FoldInParams p) {
@@ -208,6 +315,35 @@ const char* scaled_normal_backward_cuda(const ScaledNormalParams& p, void* strea
     BK_LAUNCH((scaled_normal_kernel<double, true>), grid, kThreads, 0, stream, p, vector);
   else
     BK_LAUNCH((scaled_normal_kernel<float, true>), grid, kThreads, 0, stream, p, vector);
+  return bk_last_error();
+}
+
+const char* gaussian_draws_cuda(const DrawParams& p, void* stream) {
+  dim3 grid = blocks_for(ceil_div(p.r * p.n, 4));
+  const int64_t rounds = ceil_div(p.count, 2);
+  grid.y = static_cast<unsigned>(rounds < 65535 ? rounds : 65535);
+  const bool vector = p.r * p.n % 4 == 0 && aligned(p.mean, 16) && aligned(p.out, 16);
+  if (p.f64)
+    BK_LAUNCH((draws_kernel<double>), grid, kThreads, 0, stream, p, vector);
+  else
+    BK_LAUNCH((draws_kernel<float>), grid, kThreads, 0, stream, p, vector);
+  return bk_last_error();
+}
+
+const char* gaussian_draws_backward_cuda(const DrawParams& p, void* stream) {
+  if (p.row_constant) {
+    const dim3 grid(static_cast<unsigned>(p.r));
+    if (p.f64)
+      BK_LAUNCH((draws_row_backward_kernel<double>), grid, kThreads, 0, stream, p);
+    else
+      BK_LAUNCH((draws_row_backward_kernel<float>), grid, kThreads, 0, stream, p);
+    return bk_last_error();
+  }
+  const dim3 grid = blocks_for(ceil_div(p.r * p.n, 4));
+  if (p.f64)
+    BK_LAUNCH((draws_backward_kernel<double>), grid, kThreads, 0, stream, p);
+  else
+    BK_LAUNCH((draws_backward_kernel<float>), grid, kThreads, 0, stream, p);
   return bk_last_error();
 }
 

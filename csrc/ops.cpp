@@ -16,6 +16,13 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
   m.def(
       "scaled_normal_backward(Tensor de, Tensor rho, Tensor key, SymInt stream, str std) -> "
       "Tensor");
+  m.def(
+      "gaussian_draws(Tensor mean, Tensor rho, Tensor draws, Tensor key, SymInt stream, str std, "
+      "bool antithetic) -> Tensor");
+  m.def(
+      "gaussian_draws_backward(Tensor grad, Tensor rho, Tensor draws, Tensor key, SymInt stream, "
+      "str "
+      "std, bool antithetic, bool need_mean, bool need_rho) -> (Tensor, Tensor)");
 
   // adapter
   m.def(

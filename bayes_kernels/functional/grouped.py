@@ -7,11 +7,13 @@ alone. A row that shares its draw with others costs what a row of plain LoRA cos
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _library, reference
+from .._library import fake
 from ..random import check_key
 from .adapter import _check
 from .arguments import (
@@ -23,6 +25,8 @@ from .arguments import (
     check_same_device,
     check_tensor,
     no_autocast,
+    second_order,
+    transformed,
 )
 from .noise import STDS, group_ids
 
@@ -222,18 +226,47 @@ def _check_grouped(
     return ids
 
 
-def _drawn(
-    mean: Tensor,
-    rho: Tensor,
-    draws: Tensor,
-    key: Tensor,
-    stream: int,
-    std: str,
-    antithetic: bool,
+def _drawn(mean: Tensor, rho: Tensor, draws: Tensor, *law: Any) -> Tensor:
+    """Draws of factors in the accumulate dtype; law: key, stream, std, antithetic."""
+    if not _library.has_kernels(mean) or transformed():
+        return _defined_draws(mean, rho, draws, *law)
+    draws = draws.to(torch.int64)
+    if torch.is_grad_enabled() and (mean.requires_grad or rho.requires_grad):
+        return _Draws.apply(mean, rho, draws, *law)
+    return _library.ops.gaussian_draws(mean, rho, draws, *law)
+
+
+def _defined_draws(
+    mean: Tensor, rho: Tensor, draws: Tensor, key: Tensor, stream: int, std: str, antithetic: bool
 ) -> Tensor:
     size = tuple(mean.shape)
     eps = reference.draw_normals(key, draws, size, stream=stream, antithetic=antithetic)
     return reference.gaussian_draws(mean, rho, eps.to(mean.dtype), std=std)
+
+
+class _Draws(torch.autograd.Function):
+    """Draws and their derivatives; the normals are made again in the backward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, mean: Tensor, rho: Tensor, draws: Tensor, key: Tensor, *law: Any
+    ) -> Tensor:
+        ctx.save_for_backward(mean, rho, draws, key)
+        ctx.law = law
+        return _library.ops.gaussian_draws(mean, rho, draws, key, *law)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mean, rho, draws, key = ctx.saved_tensors
+        rest = (None,) * (2 + len(ctx.law))
+        if torch.is_grad_enabled() or transformed():
+            definition = lambda mean, rho: _defined_draws(mean, rho, draws, key, *ctx.law)  # noqa: E731
+            return *second_order(definition, (mean, rho), grad), *rest
+        need_mean, need_rho = ctx.needs_input_grad[:2]
+        dmean, drho = _library.ops.gaussian_draws_backward(
+            grad, rho, draws, key, *ctx.law, need_mean, need_rho
+        )
+        return dmean if need_mean else None, drho if need_rho else None, *rest
 
 
 def _grouped(
@@ -247,3 +280,29 @@ def _grouped(
         y = reference.grouped_lora(rows, a.to(acc), b.to(acc), groups=ids, scaling=scaling)
     y = y.reshape(*x.shape[:-1], b.shape[-2])
     return y.to(x.dtype) if base is None else (base.to(acc) + y).to(base.dtype)
+
+
+# --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
+
+
+@fake("gaussian_draws")
+def _(mean: Tensor, rho: Tensor, draws: Tensor, *law: object) -> Tensor:
+    return mean.new_empty((draws.shape[0], *mean.shape))
+
+
+@fake("gaussian_draws_backward")
+def _(
+    grad: Tensor,
+    rho: Tensor,
+    draws: Tensor,
+    key: Tensor,
+    stream: int,
+    std: str,
+    antithetic: bool,
+    need_mean: bool,
+    need_rho: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        grad.new_empty(tuple(grad.shape[1:]) if need_mean else (0, 0)),
+        grad.new_empty(tuple(rho.shape) if need_rho else (0, 0)),
+    )

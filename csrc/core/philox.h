@@ -23,7 +23,7 @@ struct PhiloxBlock {
 
 // What a stream's numbers are used for. Each purpose has a key of its own: fold_in(key, 8 * stream
 // + purpose).
-enum Purpose : int { kNormal = 0, kSignIn = 1, kSignOut = 2, kDropout = 3, kLogit = 4 };
+enum Purpose : int { kNormal = 0, kSignIn = 1, kSignOut = 2, kDropout = 3, kLogit = 4, kDraw = 5 };
 constexpr uint64_t kPurposes = 8;
 
 constexpr int kSignsPerBlock = 128;
@@ -161,6 +161,12 @@ BK_HD PhiloxBlock dropout_block(Key sub, int64_t row, int64_t columns, int64_t c
 BK_HD uint32_t dropout_threshold(double probability) {
   return static_cast<uint32_t>(probability * 65536.0 + 0.5);
 }
+
+// Numbered draws of a Gaussian tensor: the key of a draw's normals, given the subkey of purpose
+// kDraw, and whether they are taken with the other sign. Antithetic draws come in pairs 2p, 2p + 1.
+BK_HD int64_t draw_pair(int64_t draw, bool antithetic) { return antithetic ? draw >> 1 : draw; }
+BK_HD bool draw_negative(int64_t draw, bool antithetic) { return antithetic && (draw & 1) != 0; }
+BK_HD Key draw_key(Key sub, int64_t pair) { return fold_in(sub, static_cast<uint64_t>(pair)); }
 
 // Which sign row a token uses: its own id where ids are given, else counted from row0, with
 // `rows_per_id` successive tokens sharing one (1: token scope, tokens of an example: example

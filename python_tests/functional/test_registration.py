@@ -53,6 +53,15 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (e, torch.rand(5, 33).to(acc), key, 1, "square"),
             (e, torch.rand(5, 1).to(acc), key, 1, "direct"),
         ],
+        "gaussian_draws": [
+            (a, e, ids, key, 1, "square", True),
+            (a, e[:, :1], ids[:0], key, 1, "softplus", False),
+        ],
+        "gaussian_draws_backward": [
+            (torch.stack([a, e]), e, ids[:2], key, 1, "square", True, True, True),
+            (torch.stack([a, e]), e[:, :1], ids[:2], key, 1, "direct", False, False, True),
+            (torch.stack([a, e]), e, ids[:2], key, 1, "direct", False, True, False),
+        ],
         "adapter_shrink": [
             (x, a, None, None, 0, 0, 1, None, 0.0),
             (x, a, e, key, 4, 2, 3, None, 0.25),
