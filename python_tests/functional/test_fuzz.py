@@ -288,7 +288,8 @@ def grouped(case: Case) -> None:
         values["a"] = case.normal(count, r, n, scale=n**-0.5).to(acc)
     else:
         law["antithetic"] = bool(case.pick(True, False))
-        eps = reference.draw_normals(case.key, numbers, (r, n), **law)
+        zero, one = torch.zeros(r, n), torch.ones(r, n)
+        eps = F.gaussian_draws(zero, one, numbers, key=case.key, std="direct", **law)
         values["mean"] = case.normal(r, n, scale=n**-0.5).to(acc)
         rho = case.normal(r, 1 if case.chance(0.2) else n, scale=0.3)
         values["rho"] = (rho + (0.5 if std == "square" else 0.0)).to(acc)
