@@ -14,10 +14,11 @@ from typing import Any
 
 import typer
 
+from ..table import shorten
 from .bench import bench
 from .methods import methods
 from .options import Debug
-from .output import fail, shorten
+from .output import fail
 from .train import compare, demo, train
 from .use import bayesianize, evaluate, predict
 

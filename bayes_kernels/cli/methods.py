@@ -29,8 +29,8 @@ def methods(
     compare.
     """
     from ..experiment.settings import FIELDS
-    from ..experiment.tables import Table
     from ..hf.method import METHODS
+    from ..table import Table
 
     if method is None:
         listed = [

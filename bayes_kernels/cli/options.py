@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..quantization import QUANTIZATIONS
-from .output import shorten
+from ..table import shorten
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _set_debug(context: typer.Context, value: bool) -> bool:
@@ -169,17 +172,28 @@ def need_ops() -> None:
         raise ImportError(f"compiled ops cannot be loaded: {_library.problem}; {_library.ADVICE}")
 
 
-def start(threads: int | None) -> None:
-    """Set the number of threads, and silence messages of libraries that do not concern users."""
+def start(threads: int | None, device: str) -> torch.device:
+    """Set the number of threads, and silence messages of libraries that do not concern users.
+
+    Returns:
+        The device of that name.
+
+    Raises:
+        ValueError: There is no such device.
+    """
     import torch
 
     from .. import _library
     from ..experiment.processes import quiet_libraries
+    from ..hf.tasks.adapters import pick_device
+
+    found = pick_device(device)
 
     _library.has_kernels(torch.empty(0))  # warns or raises where the library is missing
     if threads is not None:
         torch.set_num_threads(threads)
     quiet_libraries()
+    return found
 
 
 def all_cores() -> int:

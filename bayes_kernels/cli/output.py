@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..experiment.output import Output
     from ..experiment.recipe import Source
     from ..experiment.scoring import Row
-    from ..hf.tasks.task import Example, Task
+    from ..hf.tasks.task import Task
 
 USAGE_ERROR = 2
 # `file:line: what`, or the end of such a list.
@@ -52,12 +52,6 @@ def writes_unicode(stream: TextIO) -> bool:
     return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
-def shorten(text: str, length: int = 60) -> str:
-    """The text on one line, cut where it is longer."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
 def command_line() -> list[str]:
     """The words of the command that runs."""
     return ["bayes-kernels", *sys.argv[1:]]
@@ -66,14 +60,6 @@ def command_line() -> list[str]:
 def describe_task(task: Task) -> None:
     """Note the sizes of its splits, and classes that it cannot teach."""
     note("\n".join([task.summary(), *(f"warning: {line}" for line in task.warnings())]))
-
-
-def answer(task: Task, example: Example, index: int) -> str:
-    """A class in words: its name, for multiple choice with the text of the choice."""
-    name = task.label_names[index]
-    if task.kind == "multiple_choice" and index < len(example.choices):
-        return f"{name}) {example.choices[index]}"
-    return name
 
 
 def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:

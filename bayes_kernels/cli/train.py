@@ -103,7 +103,7 @@ def demo(
     if method not in METHODS or method == PLAIN:
         allowed = ", ".join(name for name in METHODS if name != PLAIN)
         raise ValueError(f"method: expected one of {allowed}, got {method!r}")
-    start(cores)
+    gpu = start(cores, device).type == "cuda"
     recipe = DEMO if steps is None else dataclasses.replace(DEMO, steps=steps)
     recipes = {
         name: dataclasses.replace(recipe, n_samples=n_samples if name == method else None)
@@ -128,7 +128,6 @@ def demo(
         for job in jobs[: len(methods)]:  # whether model, data and options fit
             build.build(job.experiment, job.task, device=device)
         place.begin()
-        gpu = build.pick_device(device).type == "cuda"
 
         def done(run: Run) -> None:
             assert run.training is not None
@@ -233,7 +232,7 @@ def train(
     from ..experiment.settings import recipes_of
     from ..files import write_json
 
-    start(threads)
+    start(threads, device)
     experiments.check_trainable(method)
     fields = {
         "rank": rank,
@@ -355,7 +354,7 @@ def compare(
 
     cores = threads or all_cores()
     names = comparison.check_methods(words(methods) or ())
-    start(cores)
+    gpu = start(cores, device).type == "cuda"
     fields = {
         "rank": rank,
         "alpha": alpha,
@@ -403,7 +402,6 @@ def compare(
         build.build(make(PLAIN, 0), first.task, device=device)
         place.add([str(piece.folder.relative_to(out)) for piece in pieces])
         place.begin()
-        gpu = build.pick_device(device).type == "cuda"
 
         def done(piece: comparison.Piece, result: Run | Failure) -> None:
             one = piece.experiment

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..table import shorten
 from .options import (
     BatchExamples,
     Data,
@@ -33,13 +34,11 @@ from .options import (
     whole,
 )
 from .output import (
-    answer,
     command_line,
     describe_task,
     draw_pictures,
     inputs_of,
     note,
-    shorten,
     status,
     writes_unicode,
     writing,
@@ -99,7 +98,7 @@ def bayesianize(
     from ..files import write_json
     from ..hf.method import METHODS
 
-    start(threads)
+    start(threads, device)
     allowed = [name for name, row in METHODS.items() if row.made == "convert"]
     if method not in allowed:
         raise ValueError(f"method: expected one of {', '.join(allowed)}, got {method!r}")
@@ -184,7 +183,7 @@ def evaluate(
     from ..files import write_json
     from ..hf.predict import predictor_of
 
-    start(threads)
+    start(threads, device)
     saved = folders.read_record(adapter)
     one = _recorded(adapter, saved, model, data)
     changes = source_options(test, ood, label_names, test_size, ood_size)
@@ -255,55 +254,32 @@ def predict(
     """
     if not text and data is None:
         raise ValueError("predict: expected --text or --data, got neither")
-    from ..experiment import folders, scoring
-    from ..experiment.tables import Table
-    from ..hf.method import METHODS
+    from ..experiment import folders
+    from ..hf.tasks.load import load
+    from ..hf.tasks.record import read_members
 
-    start(threads)
-    saved = folders.read_record(adapter)
-    if saved is None:
-        raise ValueError(
-            f"adapter {adapter!r}: expected {folders.EXPERIMENT_FILE}, which names the classes, "
-            "found none; use `evaluate` with --data and --model"
-        )
-    examples = _examples(text or [], data, saved.task)
-    one = _recorded(adapter, saved, model, None)
-    task = dataclasses.replace(saved.task, test=examples)
-    loaded, encoder = folders.load_adapter(
-        adapter, one, task, max_length=saved.max_length, device=device
-    )
-    count = one.n_samples if n_samples is None else n_samples
-    if not METHODS[one.method].bayesian and n_samples is None:
-        count = 0
-    prediction, _ = scoring.predict_examples(
-        loaded,
-        encoder,
-        examples,
-        n_samples=count,
-        seed=one.seed if seed is None else seed,
-        batch_size=batch_size or one.recipe.eval_batch_size,
-    )
-    probs, classes = prediction.probs, prediction.classes
-    lines = []
-    for i, example in enumerate(examples):
-        name = answer(task, example, int(classes[i]))
-        found = {
+    start(threads, device)
+    for folder in read_members(adapter) or [Path(adapter)]:
+        folders.read_record(folder)  # which also says where a stopped run goes on
+    examples = _examples(text or [], data)
+    asked = load(adapter, model=model, device=device)
+    if asked.task.kind != "multiple_choice":
+        examples = [dataclasses.replace(example, choices=()) for example in examples]
+    found = asked.predict_examples(examples, n_samples=n_samples, seed=seed, batch_size=batch_size)
+    if not json_lines:
+        print(found)
+        return
+    for example, one, index in zip(examples, found, found.probs.argmax(-1).tolist(), strict=True):
+        line = {
             "id": example.id,
-            "label": name,
-            "class": int(classes[i]),
-            "probability": float(probs[i].max()),
-            "entropy": float(prediction.entropy[i]),
-            "mutual_information": float(prediction.mutual_information[i]) if count else None,
-            "probabilities": [float(p) for p in probs[i]],
+            "label": one.label,
+            "class": index,
+            "probability": one.probability,
+            "entropy": one.entropy,
+            "mutual_information": one.mutual_information,
+            "probabilities": list(one.probs.values()),
         }
-        if json_lines:
-            print(json.dumps(found, ensure_ascii=not writes_unicode(sys.stdout)))
-            continue
-        numbers = [found["probability"], found["entropy"], found["mutual_information"]]
-        cells = ["–" if number is None else f"{number:.3f}" for number in numbers]
-        lines.append([name, shorten(example.question), *cells])
-    if lines:
-        print(Table("", ("label", "text", "prob", "entropy", "MI"), lines, left=2).text(), end="")
+        print(json.dumps(line, ensure_ascii=not writes_unicode(sys.stdout)))
 
 
 def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
@@ -358,7 +334,7 @@ def _check_classes(expected: Task, got: Task) -> None:
         )
 
 
-def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Example]:
+def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
     """What to predict, from the command line and a file."""
     from ..experiment.data.jsonl import is_unicode, read_examples
     from ..hf.tasks.task import Example
@@ -388,15 +364,6 @@ def _examples(texts: Sequence[str], data: Path | None, task: Task) -> list[Examp
                 for number, line in enumerate(lines, start=1)
                 if line.strip()
             ]
-    if task.kind == "multiple_choice":
-        for example in found:
-            if not 2 <= len(example.choices) <= task.n_classes:
-                raise ValueError(
-                    f"{example.id}: expected 2 to {task.n_classes} choices, got "
-                    f"{len(example.choices)}; multiple choice needs --data with 'choices'"
-                )
-    else:
-        found = [dataclasses.replace(example, choices=()) for example in found]
     if not found:
         raise ValueError(f"data {str(data)!r}: expected at least one text, got none")
     return found

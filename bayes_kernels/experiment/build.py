@@ -11,35 +11,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from ..hf.method import METHODS
+from ..hf.tasks.adapters import on_device
 from ..hf.tasks.encoder import TaskEncoder
-from ..hf.tasks.models import load_model
 from ..hf.tasks.task import Task
-from ..quantization import quantization_config
 from .convert import conversion_options
 from .recipe import Experiment, trained_method
-
-
-def load_base(
-    experiment: Experiment, task: Task, max_length: int | None, device: str | None
-) -> tuple[Any, TaskEncoder]:
-    options: dict[str, Any] = {"dtype": getattr(torch, experiment.dtype)}
-    if experiment.dtype != "float32" and pick_device(device).type == "cpu":
-        # The backward pass of torch's fused attention is slow there: 17 ms for (8, 12, 32, 32) in
-        # bfloat16 on one core with AMX, the formula written out 2.3 ms (level at 512 tokens).
-        options["attn_implementation"] = "eager"
-    if experiment.quantization is not None:
-        options["quantization_config"] = quantization_config(
-            experiment.quantization, options["dtype"]
-        )
-    return load_model(
-        experiment.model,
-        task,
-        kind=experiment.kind,  # type: ignore[arg-type]
-        style=experiment.style,  # type: ignore[arg-type]
-        max_length=max_length,
-        head_seed=experiment.seed,
-        **options,
-    )
 
 
 def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
@@ -123,7 +99,7 @@ def build(
         ValueError, ImportError, OSError: As `load_model`, or adapter and model do not go together.
     """
     recipe = experiment.recipe
-    base, encoder = load_base(experiment, task, recipe.max_length, device)
+    base, encoder = experiment.base.load(task, recipe.max_length, device)
     if experiment.style != "blob" and encoder.kind != "causal":
         raise ValueError(
             f"style: expected a causal language model with a style of prompt, got "
@@ -183,25 +159,3 @@ def _endings(path: str) -> Iterator[str]:
     """``a.b.c``, ``b.c`` and ``c``: names that PEFT takes for a module."""
     parts = path.split(".")
     return (".".join(parts[first:]) for first in range(len(parts)))
-
-
-def on_device(model: PeftModel, device: str | None) -> PeftModel:
-    """The model on a device; quantised bases stay where they were loaded and refuse to move."""
-    target = pick_device(device)
-    quantised = getattr(model.get_base_model(), "hf_quantizer", None) is not None
-    return model if quantised else model.to(target)
-
-
-def pick_device(device: str | None = None) -> torch.device:
-    """The device of a name; by default the GPU where there is one.
-
-    Raises:
-        ValueError: There is no such device.
-    """
-    if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: 'cuda' needs a GPU that torch can use, got none; use 'cpu'")
-    return torch.device(device)

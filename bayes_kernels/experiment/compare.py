@@ -26,11 +26,12 @@ from bayes_kernels import metrics
 from ..files import write_json
 from ..hf.checks import read_json
 from ..hf.method import METHODS, PLAIN
+from ..hf.tasks.record import FORMAT, write_members
 from ..hf.tasks.task import Task
 from .folders import changed_settings, load_adapter, stored_numbers
 from .output import unfinished
 from .processes import side_by_side
-from .recipe import FORMAT, Experiment
+from .recipe import Experiment
 from .results import Summary
 from .run import Run, finish, run
 from .scoring import Row, evaluate_model
@@ -211,6 +212,7 @@ def _run_piece(
                 one, task, model, encoder, sources[0].training, folder=folder, **options
             )
         else:
+            write_members(folder, piece.plain, method=one.method, place=piece.folder)
             ensemble = method.join([member for member, _ in loaded], piece.plain)
             del loaded, model  # their base models would count as memory of predicting
             rows = evaluate_model(

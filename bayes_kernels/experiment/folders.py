@@ -17,18 +17,19 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import write_json
 from ..hf.card import write_card
-from ..hf.checkpoints import read_lora
-from ..hf.checks import read_json
+from ..hf.checks import RECORD_NAME
 from ..hf.method import METHODS
+from ..hf.tasks import adapters
 from ..hf.tasks.encoder import TaskEncoder
+from ..hf.tasks.record import FORMAT, Record, readable, task_fields
+from ..hf.tasks.record import read_record as record_of
 from ..hf.tasks.task import Task
 from ..hf.trainer import last_checkpoint
-from .build import load_base, on_device
 from .machine import versions
 from .output import method_files, stopped_run
-from .recipe import FORMAT, Experiment
+from .recipe import Experiment
 
-EXPERIMENT_FILE = "experiment.json"
+EXPERIMENT_FILE = RECORD_NAME
 CHECKPOINTS = "checkpoints"
 
 
@@ -87,12 +88,7 @@ def write_record(
     record = {
         "format": FORMAT,
         "experiment": experiment.to_dict(),
-        "task": {
-            "name": task.name,
-            "kind": task.kind,
-            "label_names": list(task.label_names),
-            "template": task.template,
-        },
+        "task": task_fields(task),
         "max_length": encoder.max_length,
         # Where relative paths begin, as seen from the adapter.
         "cwd": os.path.relpath(os.getcwd(), os.path.realpath(place)),
@@ -116,51 +112,19 @@ def read_record(folder: str | Path) -> Saved | None:
         ValueError: The folder has no adapter that can be read, or the file is damaged.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"adapter {str(folder)!r}: expected a folder that exists, found none")
-    if not (path / "adapter_config.json").is_file():
-        last = last_checkpoint(path / CHECKPOINTS)
-        advice = [stopped_run(path), f"name its last checkpoint instead: {last}" if last else ""]
-        text = "".join(f"; {words}" for words in advice if words)
-        raise ValueError(
-            f"adapter {str(folder)!r}: expected adapter_config.json in it, found none{text}"
-        )
-    if not (path / "adapter_model.safetensors").is_file():
-        raise ValueError(
-            f"adapter {str(folder)!r}: expected adapter_model.safetensors in it, found none; "
-            "pickled weights (.bin) are not read"
-        )
-    if not (path / EXPERIMENT_FILE).is_file():
+    last = last_checkpoint(path / CHECKPOINTS)
+    advice = [stopped_run(path), f"name its last checkpoint instead: {last}" if last else ""]
+    record = record_of(folder, advice="; ".join(words for words in advice if words))
+    if record is None:
         return None
-    record = read_json(path / EXPERIMENT_FILE)
-    if record.get("format") != FORMAT:
-        raise ValueError(
-            f"{path / EXPERIMENT_FILE}: expected format {FORMAT}, got {record.get('format')!r}; train "
-            "the adapter again with this version"
-        )
-    try:
-        length = record["max_length"]
-        if not (length is None or (isinstance(length, int) and length > 0)):
-            raise ValueError(f"max_length {length!r} is no length")
-        experiment = Experiment.from_dict(record["experiment"])
-        begin = os.path.join(os.path.realpath(path), record.get("cwd", "."))
-        return Saved(
-            _with_paths_from(experiment, begin), _task_without_rows(record["task"]), length
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path / EXPERIMENT_FILE}: expected what `train` wrote, got {error!r}"
-        ) from None
+    with readable(path):
+        experiment = Experiment.from_dict(record.fields["experiment"])
+        return Saved(_with_paths_from(experiment, record), record.task, record.max_length)
 
 
-def _with_paths_from(experiment: Experiment, folder: str) -> Experiment:
-    """Relative paths that lead nowhere from the current folder, as seen from another, if they do there."""
-
-    def found(name: str) -> str:
-        there = os.path.normpath(os.path.join(folder, name))
-        return there if not os.path.lexists(name) and os.path.lexists(there) else name
-
-    source = experiment.source
+def _with_paths_from(experiment: Experiment, record: Record) -> Experiment:
+    """Relative paths that lead nowhere from the current folder, as the record's folder sees them."""
+    found, source = record.path, experiment.source
     source = replace(
         source,
         data=found(source.data),
@@ -168,18 +132,6 @@ def _with_paths_from(experiment: Experiment, folder: str) -> Experiment:
         ood=source.ood and tuple(map(found, source.ood)),
     )
     return replace(experiment, model=found(experiment.model), source=source)
-
-
-def _task_without_rows(record: Mapping[str, Any]) -> Task:
-    names, kind = record["label_names"], record["kind"]
-    if kind not in ("classification", "multiple_choice"):
-        raise ValueError(f"kind {kind!r} of task")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"label_names {names!r}")
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise ValueError(f"label_names {names!r}, which are not two or more")
-    template = record["template"]
-    return Task(str(record["name"]), kind, tuple(names), [], [], [], template=template)
 
 
 def load_adapter(
@@ -190,33 +142,17 @@ def load_adapter(
     max_length: int | None = None,
     device: str | None = None,
 ) -> tuple[PeftModel, TaskEncoder]:
-    """A trained adapter on its base model, in eval mode, and the encoder of its input.
+    """A trained adapter of an experiment, see `bayes_kernels.hf.tasks.adapters.load_adapter`.
 
     Args:
         folder: What `save_adapter` or PEFT wrote, or a checkpoint.
-        experiment: What was run: base model, kind, style, seed of the head.
+        experiment: What was run.
         task: Classes of the model, and examples that show how many choices there are.
-        max_length: That of training.
+        max_length: That of training; the recipe's by default.
         device: "cpu", "cuda" or "auto".
-
-    Raises:
-        ValueError, ImportError, OSError: As `load_model`, or the adapter does not fit the model.
     """
     length = max_length or experiment.recipe.max_length
-    base, encoder = load_base(experiment, task, length, device)
-    try:
-        model = read_lora(base, folder)
-    except RuntimeError as error:  # torch's message lists every tensor that differs
-        first = next((line for line in str(error).splitlines() if "mismatch" in line), str(error))
-        raise ValueError(
-            f"adapter {str(folder)!r}: expected tensors that fit {experiment.model!r} with "
-            f"{task.n_classes} classes, got {first.strip()}"
-        ) from None
-    model = on_device(model, device).eval()
-    for method in METHODS.values():
-        if method.stored(Path(folder)):
-            method.load(model, Path(folder))
-    return model, encoder
+    return adapters.load_adapter(folder, experiment.base, task, max_length=length, device=device)
 
 
 def check_resumable(folder: Path, experiment: Experiment) -> None:

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 
 def versions() -> dict[str, str]:
@@ -46,11 +45,6 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "peak_memory": memory_measure(),
     }
-
-
-def synchronise(model: nn.Module) -> None:
-    if next(model.parameters()).device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # --- Peak memory ---------------------------------------------------------------------------------

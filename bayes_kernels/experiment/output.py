@@ -33,8 +33,8 @@ from typing import Any, NoReturn
 
 from ..files import write_json
 from ..hf.method import METHODS
+from ..hf.tasks.record import FORMAT
 from ..hf.trainer import is_checkpoint, is_whole_checkpoint
-from .recipe import FORMAT
 
 PRIVATE = ".bayes_kernels"
 # Scores of an adapter go below it by default, which is why `evaluate` may write there.

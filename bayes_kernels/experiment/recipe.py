@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..hf.method import METHODS, PLAIN
+from ..hf.tasks.adapters import Base
 from ..hf.tasks.task import Example, Task
-from ..quantization import QUANTIZATIONS
 from .data.hub import HUB_DATASETS
 from .data.load import load_task
 from .data.splits import choose_subset
@@ -27,10 +27,6 @@ from .data.splits import choose_subset
 def trained_method(experiment: Experiment) -> str:
     """What training makes: the method, or plain LoRA where the method converts that."""
     return experiment.method if METHODS[experiment.method].made == "train" else PLAIN
-
-
-# Version of experiment.json and metrics.json.
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,6 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "base_dropout": _SHARE,
 }
 _MAY_BE_NONE = ("max_length", "n_samples", "lr", "weight_decay", "dropout", "base_dropout")
-# numpy, which the trainer seeds as well, takes no others.
-_SEEDS = 2**32
 # Fields of `peft.LoraConfig` that recipes set, under other names.
 _OWN_LORA_OPTIONS = {
     "r": "rank",
@@ -264,22 +258,9 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("method", METHODS),
-            ("kind", ("auto", "causal", "classifier", "multiple_choice")),
-            ("style", ("blob", "laplace", "plain")),
-            ("dtype", ("float32", "bfloat16", "float16")),
-            ("quantization", (None, *QUANTIZATIONS)),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str | None) or value not in allowed:
-                words = ", ".join(str(word) for word in allowed if word)
-                raise ValueError(f"{name}: expected one of {words}, got {value!r}")
-        if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"model: expected a folder or a name, got {self.model!r}")
-        seed = self.seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
-            raise ValueError(f"seed: expected an integer from 0 to {_SEEDS - 1}, got {seed!r}")
+        _ = self.base  # which checks what it is made of
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         row = METHODS[self.method]
         if row.dropout and not self.dropout:
             raise ValueError(f"dropout: expected a rate above 0 for {row.title}, got 0")
@@ -330,6 +311,11 @@ class Experiment:
                     f"lora: expected options that have no name of their own here, got {name}; use "
                     f"{_OWN_LORA_OPTIONS[name]}"
                 )
+
+    @property
+    def base(self) -> Base:
+        """The base model, with the head that the seed draws."""
+        return Base(self.model, self.kind, self.style, self.dtype, self.quantization, self.seed)
 
     @property
     def training_options(self) -> dict[str, Any]:

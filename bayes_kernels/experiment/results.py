@@ -12,9 +12,9 @@ import torch
 
 from bayes_kernels import metrics
 
+from ..hf.tasks.record import FORMAT
 from ..hf.tasks.task import Task
 from .machine import machine, versions
-from .recipe import FORMAT
 from .run import Run
 from .scoring import Row
 

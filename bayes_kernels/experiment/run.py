@@ -16,12 +16,12 @@ from peft import PeftModel
 
 from ..hf.card import write_card
 from ..hf.method import METHODS
+from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.task import Task
 from .build import build
 from .convert import conversion_options, convert_model
 from .folders import CHECKPOINTS, save_adapter, stored_numbers
-from .machine import synchronise
 from .processes import side_by_side
 from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels

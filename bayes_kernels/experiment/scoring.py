@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +20,10 @@ from bayes_kernels import metrics
 
 from ..hf.logits import Prediction
 from ..hf.method import METHODS, PLAIN
-from ..hf.predict import predict
+from ..hf.tasks.answers import predict_examples
 from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.task import Example, Task
-from ..progress import progress_bar
-from .machine import peak_memory, synchronise
+from .machine import peak_memory
 
 
 @dataclass(frozen=True)
@@ -58,78 +56,6 @@ class Row:
     log_probs: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
     entropy_ood: Tensor = field(repr=False)
-
-
-# --- Prediction ----------------------------------------------------------------------------------
-
-
-def predict_examples(
-    model: nn.Module,
-    encoder: TaskEncoder,
-    examples: Sequence[Example],
-    *,
-    n_samples: int = 0,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: bool = True,
-    label: str = "predict",
-) -> tuple[Prediction, float]:
-    """Predictions for examples, in their order, and milliseconds per example.
-
-    Batches hold texts of similar length, so that little padding is computed.
-
-    Args:
-        model: A model that `bayes_kernels.hf.predict` takes.
-        encoder: Its encoder.
-        examples: At least one.
-        n_samples: Posterior draws; 0 for the mean, and for adapters without a posterior.
-        seed: Seed of the draws.
-        batch_size: Examples of a batch.
-        progress: Whether to show a bar when it takes longer than two seconds.
-        label: Name of the bar.
-
-    Raises:
-        ValueError: No examples, draws from an adapter that has no posterior, or logits that are nan.
-    """
-    if not examples:
-        raise ValueError(f"{label}: expected at least one example, got none")
-    items = encoder.dataset(examples).items
-    order = sorted(range(len(items)), key=lambda i: _length(items[i]))
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    shuffle = torch.Generator().manual_seed(0)
-    chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=shuffle).tolist()]
-    parts, times = [], []
-    for chunk in progress_bar(progress, chunks, desc=label, unit="batch"):
-        batch = encoder.collate([items[i] for i in chunk])
-        synchronise(model)
-        begin = time.perf_counter()
-        part = predict(model, batch, n_samples=n_samples, seed=seed)
-        synchronise(model)
-        times.append(time.perf_counter() - begin)
-        assert isinstance(part, Prediction), type(part)  # tasks have classes
-        parts.append(dataclasses.replace(part, labels=None))
-    discarded = min(5, len(chunks) // 2)
-    kept = sum(len(chunk) for chunk in chunks[discarded:])
-    milliseconds = 1000 * sum(times[discarded:]) / kept
-    joined = Prediction.concatenate(parts)
-    if bad := int(joined.log_probs.isnan().any(-1).sum()):
-        raise ValueError(
-            f"{label}: expected finite logits, got nan for {bad} of {len(items)} examples; weights of "
-            "the adapter or of its base are damaged, or training diverged"
-        )
-    back = torch.tensor([i for chunk in chunks for i in chunk]).argsort()
-    prediction = dataclasses.replace(
-        joined,
-        log_probs=joined.log_probs[back],
-        entropy=joined.entropy[back],
-        expected_entropy=joined.expected_entropy[back],
-    )
-    return prediction, milliseconds
-
-
-def _length(item: dict[str, Any]) -> int:
-    ids = item["input_ids"]
-    return max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
 
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple
 
 from ..hf.method import METHODS, PLAIN
+from ..table import Table
 from .machine import memory_measure
 from .results import COSTS, Summary
 
@@ -32,40 +31,6 @@ class Failure:
     method: str
     seed: int
     error: str
-
-
-class Table(NamedTuple):
-    """Headings and rows of cells.
-
-    Attributes:
-        title: The line above the table.
-        headings: Of all columns.
-        rows: Cells; a row may be short.
-        left: How many columns are words, from the left; the others are numbers.
-    """
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: int = 1
-
-    def text(self) -> str:
-        """Aligned columns below the title."""
-        columns: list[list[str]] = []
-        for column in zip_longest(self.headings, *self.rows, fillvalue=""):
-            width, words = max(map(len, column)), len(columns) < self.left
-            columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
-        lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
-        return "\n".join([*([self.title] if self.title else ()), *lines]) + "\n"
-
-    def markdown(self) -> str:
-        """The table in Markdown, without its title."""
-        width = len(self.headings)
-        rows = [[*row, *[""] * (width - len(row))] for row in self.rows]
-        return "".join(
-            f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n"
-            for row in (self.headings, ["---"] * width, *rows)
-        )
 
 
 def score_table(summaries: Sequence[Summary], seeds: int = 1, title: str = "") -> Table:

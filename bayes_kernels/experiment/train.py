@@ -23,11 +23,12 @@ from transformers import TrainingArguments as Arguments
 
 from ..hf.config import own_fields
 from ..hf.method import METHODS
+from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder, batches_of
 from ..hf.trainer import BayesTrainer, last_checkpoint
 from .callbacks import Interrupted, RecordBesideCheckpoint, StopOnSignal, TrainingBar
 from .folders import named_errors
-from .machine import peak_memory, synchronise
+from .machine import peak_memory
 from .recipe import Experiment, trained_method
 
 # Training examples that a method may look at before training.

@@ -46,11 +46,15 @@ from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_dataset  # noqa: E402
+from .tasks.answers import Answer, Answers  # noqa: E402
+from .tasks.load import SavedAdapter, load  # noqa: E402
 from .texts import Generation, ScoredText, Token  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin  # noqa: E402
 from .variants import VariationalLoss  # noqa: E402
 
 __all__ = [
+    "Answer",
+    "Answers",
     "BayesLoraConfig",
     "BayesLoraModel",
     "BayesTrainer",
@@ -66,6 +70,7 @@ __all__ = [
     "PolarConfig",
     "PolarVbllConfig",
     "Prediction",
+    "SavedAdapter",
     "ScalablConfig",
     "ScoredText",
     "TfbConfig",
@@ -90,6 +95,7 @@ __all__ = [
     "kl_divergence",
     "laplace_posterior",
     "laplace_refine",
+    "load",
     "load_laplace",
     "parameter_groups",
     "posterior",

@@ -115,10 +115,20 @@ def _text(
         "",
         "## Loading",
         "",
-        "```python",
-        *_loading(folder, config, method, source or base),
-        "```",
     ]
+    if record:
+        lines += [
+            "```python",
+            "from bayes_kernels.hf import load",
+            "",
+            'p = load(".").predict(["..."])',
+            "print(p)  # also p.labels, p.probs, p.entropy, p.mutual_information",
+            "```",
+            "",
+            "With PEFT alone:",
+            "",
+        ]
+    lines += ["```python", *_loading(folder, config, method, source or base), "```"]
     if bayesian:
         lines += [
             "",

@@ -15,7 +15,7 @@ import typer
 
 from bayes_kernels import _library
 from bayes_kernels.cli import app
-from bayes_kernels.experiment import build
+from bayes_kernels.hf.tasks import adapters
 from cli.commands import call, refuse
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -107,7 +107,7 @@ def test_no_memory(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
         return (torch.empty if kind == "torch, CPU" else numpy.empty)(2**50)
 
-    monkeypatch.setattr(build, "load_model", allocate)
+    monkeypatch.setattr(adapters, "load_model", allocate)
     error = refuse("train", data, "--model", model, "--out", tmp_path / "run")
     assert error.startswith("memory: expected enough for this model and its batches, got: ")
     assert "use smaller batches" in error and not (tmp_path / "run").exists()

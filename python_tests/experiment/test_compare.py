@@ -18,6 +18,7 @@ from bayes_kernels.experiment import compare as co
 from bayes_kernels.experiment import folders, machine, scoring, tables, train
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
+from bayes_kernels.hf import load
 from bayes_kernels.hf.tasks.task import Task
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -106,6 +107,14 @@ def test_a_comparison_goes_on_after_a_failure(
     second, _ = scoring.predict_examples(alone, encoder, tasks[0].test)
     mean = (plain.rows[0].log_probs.exp() + second.probs) / 2
     torch.testing.assert_close(joined.rows[0].log_probs.exp(), mean, rtol=0, atol=1e-6)
+
+    # Its folder, and those of its members, are loaded like an adapter's.
+    texts = [example.question for example in tasks[0].test]
+    members = [tmp_path / "map" / "seed-0", tmp_path / "ensemble" / "seed-0-member-1"]
+    for asked in (load(tmp_path / "ensemble" / "seed-0"), load(*members)):
+        found = asked.predict(texts)
+        assert (found.n_samples, asked.method.name) == (2, "ensemble")
+        torch.testing.assert_close(found.probs, mean, rtol=0, atol=1e-6)
 
     def other(method: str, seed: int) -> Experiment:
         one = make(method, seed)

@@ -1,9 +1,10 @@
 """Code blocks of README.md and docs/ run as they stand; what pages name exists.
 
 Blocks run in a folder that has what they read: `my-model`, `my-llama`, `my-lora` (a base, another, an
-adapter), `my_data/`, `reviews.jsonl` and a few more. The Python blocks of a page share their names, and what
-they print is compared with their comments `# prints X`. Commands of the package run with a small model and
-few steps; a block after `<!-- test: hub -->` needs a download, and its commands are only read.
+adapter), `my_data/`, `reviews.jsonl`, `runs/reviews` and a few more. The Python blocks of a page share their
+names, and what they print is compared with their comments `# prints X`. Commands of the package run with a
+small model and few steps; a block after `<!-- test: hub -->` needs a download, and its commands are only
+read.
 """
 
 from __future__ import annotations
@@ -72,9 +73,13 @@ def blocks(page: str, language: str) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What pages take to be there."""
-    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        yield fill(tmp_path_factory.mktemp("home"), patch)
+
+
+def fill(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_task.write_data(home / "my_data")
     tiny_task.write_rows(home / "reviews.jsonl", tiny_task.rows(80, "review", 3))
     for name in ("other.jsonl", "texts.jsonl"):
@@ -97,6 +102,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "my-model")
     tokenizer.add_tokens(["A", "B"])  # the answers of a causal model
     tokenizer.save_pretrained(home / "my-llama")
+    monkeypatch.chdir(home)
+    run(shlex.split("train reviews.jsonl --out runs/reviews"))
+    for seed in "01":
+        words = f"train reviews.jsonl --method map --seed {seed} --out runs/reviews-map-{seed}"
+        run(shlex.split(words))
     return home
 
 
