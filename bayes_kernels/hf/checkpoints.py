@@ -175,13 +175,10 @@ def export_lora(
 
     Draw s is the one that `posterior(model, "sample", seed=seed)` and `predict` use as number s:
 
-        A_s[i, j] = M[i, j] + out_s[i] Omega[i, j] eps[i, j] in_s[j]
+        A_2p = M + Omega . eps_p,  A_2p+1 = M - Omega . eps_p
 
-    for BLoB and TFB. What other methods have in rank space is multiplied into the factors.
-
-    Draws of one seed are, with these two methods, uncorrelated but not independent: they share
-    |eps| and differ in its signs. The Monte-Carlo error of their mean therefore has a floor that
-    more draws of the same seed do not lower; average over several seeds for independent draws.
+    for BLoB and TFB. What other methods have in rank space is multiplied into the factors. Draws 2 p and
+    2 p + 1 are an antithetic pair, and pairs are independent: export whole pairs to average over.
 
     The folder appears whole or not at all. One that exists is replaced if it holds nothing but an
     adapter: adapter_config.json, adapter_model.safetensors, README.md.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from .. import random
 from ._compat import continues_a_text
 from .layers import active_layers, adapter_devices, bayes_variants, draws_weights, noise_state
-from .noise import NoiseState, normal_tensors, process_rank, using
+from .noise import (
+    DRAW_SCOPES,
+    KINDS,
+    Draws,
+    NoiseState,
+    Pass,
+    made_on,
+    normal_tensors,
+    process_rank,
+    using,
+)
 
 MODES = ("sample", "mean", "flipout")
 
@@ -33,6 +44,8 @@ def advance_before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> No
     the forward pass.
     """
     state: NoiseState = module.bayes_noise
+    if not torch.compiler.is_compiling():
+        state.follow()  # for layers that are compiled one by one
     if not _draws_anew(module, state):
         return
     if not torch.compiler.is_compiling():
@@ -51,14 +64,44 @@ def generate_with_one_draw(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     state: NoiseState = model.bayes_noise
     generate = type(model).generate
+    _check_rows(model, state.current(), args, kwargs)
     if not _draws_anew(model, state):
         return generate(model, *args, **kwargs)
     state.advance()
-    state.held = True
-    try:
+    held = state.snapshot()
+    held.held = True
+    with using(state, held):
         return generate(model, *args, **kwargs)
-    finally:
-        state.held = False
+
+
+def _check_rows(model: Any, chosen: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse prompts that draws would be spread over: return sequences of a prompt have its draw.
+
+    Raises:
+        ValueError: neither have the prompts a draw each, or copies of them, nor have the return
+            sequences of one prompt.
+    """
+    draws = len(next(iter(chosen.draws.values())).ids) if chosen.mode == "sample" else 1
+    given = {"inputs": args[0] if args else kwargs.get("inputs"), **kwargs}
+    rows = [
+        len(given[name])
+        for name in ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values")
+        if isinstance(given.get(name), Tensor)
+    ]
+    if draws == 1 or not rows or rows[0] % draws == 0:
+        return
+    config = kwargs.get("generation_config") or model.generation_config
+    beams, copies = (
+        kwargs.get(name) or getattr(config, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    )
+    if rows[0] == 1 and beams == 1 and copies == draws and not model.config.is_encoder_decoder:
+        return
+    raise ValueError(
+        f"generate: under posterior with {draws} draws the prompts must be {draws} copies of a batch "
+        f"(bayes_kernels.hf.fold_samples), or a prompt for each of draws=..., got {rows[0]} prompts; "
+        "return sequences and beams of a prompt have its draw"
+    )
 
 
 def _check_packing(module: nn.Module, state: NoiseState, positions: Any) -> None:
@@ -145,7 +188,7 @@ def refresh_noise(
         return random.fold_in(random.fold_in(key, process), number)
 
     with normal_tensors():
-        state.make_key(made, adapter_devices(model))
+        state.keys = made_on(made, adapter_devices(model))
 
 
 def checkpoint_noise(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
@@ -184,20 +227,26 @@ def posterior(
     n_samples: int = 1,
     seed: int = 0,
     first_sample: int = 0,
+    draws: Tensor | Sequence[int] | None = None,
+    kind: str = "antithetic",
+    scope: str = "example",
 ) -> Iterator[NoiseState]:
     """Choose the weights of the forward passes inside the context, in train or eval mode.
 
-    * "sample": coherent draws of the weights, folded into the batch: with S = n_samples the first
-      dimension of every input is S copies of the examples (`fold_samples`), and copy s uses draw
-      first_sample + s. A draw depends on (seed, its number) and nothing else: not on the batch, the
-      process or the other draws. Draws of one seed are, with BLoB and TFB, uncorrelated but not
-      independent: they share |eps| and differ in its signs, so that the Monte-Carlo error of their
-      mean has a floor, which more draws of the same seed do not lower. Average over several seeds
-      for independent draws.
+    * "sample": draws of the weights, by number. Row i of the batch has draw draws[i]. With S = n_samples
+      in place of `draws` the batch is S copies of the examples (`fold_samples`), and copy s uses draw
+      first_sample + s. A draw depends on (seed, its number, layer) and nothing else: not on the
+      batch, the process or the other draws.
     * "flipout": the noise of training, new in each forward pass.
     * "mean": the posterior mean.
 
-    The previous state comes back at the end, also after an exception; contexts nest.
+    A batch of k times as many rows as there are draws gives each of them k successive rows. So the
+    copies that `generate` makes of a prompt, for beams or return sequences, have the draw of the prompt.
+
+    Threads and tasks of asyncio do not see each other's contexts: each may use its own seed and draws on
+    the same model at the same time. A thread that is started inside a context does not see it either;
+    enter `posterior` in the thread. The previous state comes back at the end, also after an exception;
+    contexts nest. New draws, seeds and first_sample do not compile a compiled model again.
 
     Args:
         model: a model with Bayesian adapters.
@@ -205,17 +254,36 @@ def posterior(
         n_samples: draws in the batch; 1 unless the mode is "sample".
         seed: seed of the draws.
         first_sample: number of the first draw.
+        draws: number of the draw of each row of the batch, integers of at least 0; in place of
+            n_samples and first_sample.
+        kind: how draws of one seed hang together. "antithetic": draws 2 p and 2 p + 1 are the mean
+            plus and minus the same deviation, and pairs are independent; the error of a mean over
+            pairs is far below that of independent draws. "independent": all are. "shared": all have
+            the same |eps| and differ in its signs (BLoB and TFB; ScalaBL's are independent then).
+        scope: "example": a draw is one set of weights for all its tokens. "token" (BLoB and TFB): the
+            noise of a training pass, in which each token has signs of its own, by its place among the
+            rows of the draw; draws are independent, and `kind` does not matter.
 
     Raises:
-        ValueError: mode or counts are out of range, the model has no Bayesian adapter, or the mode is
-            "sample" and no adapter's weights have draws.
+        ValueError: mode, kind, scope, counts or numbers are out of range, the model has no Bayesian
+            adapter, or the mode is "sample" and no adapter's weights have such draws.
 
     Example:
         with posterior(model, "sample", n_samples=8, seed=0):
             logits = model(**fold_samples(batch, 8)).logits.unflatten(0, (8, -1))
+
+    Sources: antithetic pairs: Hammersley and Morton, "A new Monte Carlo technique: antithetic variates",
+    1956; noise for each token: Wang et al., "BLoB", arXiv 2406.11675.
     """
-    if mode not in MODES:
-        raise ValueError(f"posterior: mode must be one of {MODES}, got {mode!r}; choose one")
+    for name, value, choices in (
+        ("mode", mode, MODES),
+        ("kind", kind, KINDS),
+        ("scope", scope, DRAW_SCOPES),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"posterior: {name} must be one of {choices}, got {value!r}; choose one"
+            )
     if n_samples < 1 or (n_samples > 1 and mode != "sample"):
         raise ValueError(
             f"posterior: n_samples must be at least 1, and 1 unless mode is 'sample', got "
@@ -223,17 +291,67 @@ def posterior(
         )
     if first_sample < 0:
         raise ValueError(f"posterior: first_sample must not be negative, got {first_sample}")
+    ids = None if draws is None else _numbers(draws)
+    if ids is not None and (mode != "sample" or n_samples > 1 or first_sample > 0):
+        raise ValueError(
+            "posterior: draws must come with mode 'sample' and without n_samples and first_sample, got "
+            f"{mode!r}, {n_samples} and {first_sample}; number every row's draw in draws"
+        )
     state = noise_state(model)
-    if mode == "sample" and not draws_weights(model):
+    if mode == "sample":
+        _check_draws(model, scope)
+    devices = adapter_devices(model)
+    with normal_tensors():
+        keys = made_on(lambda device: random.key(seed, device), devices)
+        if ids is None:
+            made = made_on(lambda d: Draws.successive(first_sample, n_samples, d), devices)
+        else:
+            found = Draws.of(ids)
+            made = made_on(found.to, devices)
+        chosen = Pass(mode, keys, made, kind, scope)
+        if scope == "token":
+            counted = range(first_sample, first_sample + n_samples) if ids is None else ids
+            chosen.keys_of_draws = {
+                device: [random.fold_in(key, number) for number in counted]
+                for device, key in keys.items()
+            }
+    with using(state, chosen):
+        yield state
+
+
+def _numbers(draws: Tensor | Sequence[int]) -> list[int]:
+    """The number of each row's draw.
+
+    Raises:
+        ValueError: they are not integers of at least 0, or there are none.
+    """
+    if isinstance(draws, Tensor):
+        whole = draws.dim() == 1 and not (draws.is_floating_point() or draws.dtype == torch.bool)
+        ids = draws.tolist() if whole else []
+    else:
+        ids = [operator.index(i) if hasattr(i, "__index__") else -1 for i in draws]
+    if not ids or min(ids) < 0:
+        raise ValueError(
+            "posterior: draws must be the number of the draw of each row, integers of at least 0 in one "
+            f"dimension, got {draws!r}; for S copies of a batch use n_samples=S"
+        )
+    return ids
+
+
+def _check_draws(model: nn.Module, scope: str) -> None:
+    """Whether weights of the model's adapters can be drawn with this scope.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not draws_weights(model):
         raise ValueError(
             "posterior: mode must be 'mean' for adapters whose weights have no draws, got "
             "'sample'; draws of a variational last layer come from predict"
         )
-    before = state.snapshot()
-    with normal_tensors():
-        state.make_key(lambda device: random.key(seed, device), adapter_devices(model))
-    state.mode, state.n_samples, state.first_sample = mode, n_samples, first_sample
-    try:
-        yield state
-    finally:
-        state.restore(before)
+    for variant in bayes_variants(model):
+        if variant.samples and scope not in variant.draw_scopes:
+            raise ValueError(
+                f"posterior: scope must be one of {variant.draw_scopes} for method "
+                f"{variant.config.method!r}, got {scope!r}; choose one"
+            )

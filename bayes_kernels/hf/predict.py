@@ -42,9 +42,8 @@ def predict(
     Draw s depends on (seed, s) only, not on how examples are batched (padding aside) or how many draws
     share a pass. The model is in eval mode meanwhile. What a draw is depends on the adapter:
 
-    * BLoB, TFB, ScalaBL: weights. Draws of one seed are uncorrelated but not independent: they share
-      |eps| and differ in its signs. The Monte-Carlo error of their mean therefore has a floor that more
-      draws of the same seed do not lower; average over several seeds for independent draws.
+    * BLoB, TFB, ScalaBL: weights, in antithetic pairs: draws 2 p and 2 p + 1 are the mean plus and minus
+      the same deviation, and pairs are independent.
     * Plain LoRA that was trained with dropout (MC dropout): dropout masks, which depend on (seed, s)
       and on the place of the example in the batch.
     * An `Ensemble`: its members, all of them, whatever n_samples and seed are.

@@ -176,6 +176,7 @@ class BayesVariant(LoraVariant):
         samples: whether the adapter's weights have draws. False: every mode is the mean.
         deviation: name of the parameter of the deviation of A, where A is random.
         scope: which rows share noise in training: "token", "example" or "none".
+        draw_scopes: scopes that `posterior` has for the adapter's draws.
         replaces: what the method puts in place of a module of the base model, in words. Adapters with
             and without it cannot share a model.
         module_tensors: tensors of these modules that a plain module lacks: last parts of their names.
@@ -193,6 +194,7 @@ class BayesVariant(LoraVariant):
     samples: ClassVar[bool] = True
     deviation: ClassVar[str] = ""
     scope: str = "none"
+    draw_scopes: ClassVar[tuple[str, ...]] = ("example",)
     replaces: ClassVar[str] = ""
     module_tensors: ClassVar[tuple[str, ...]] = ()
     training: ClassVar[type[TrainingHooks]] = TrainingHooks
@@ -236,8 +238,8 @@ class BayesVariant(LoraVariant):
         """result + the adapter's output for x (..., in).
 
         Args:
-            mode: "mean"; "sample": draws `state.first_sample` ... folded into the batch, coherent
-                in each row block (`rows_per_draw`); "flipout": the noise of training.
+            mode: "mean"; "sample": the draw of each row (`draws_of`), with the same weights for all
+                tokens of a row; "flipout": the noise of training.
             dropout: probability, 0 outside training; `dropped` applies it.
         """
         raise NotImplementedError
@@ -249,7 +251,10 @@ class BayesVariant(LoraVariant):
     def draw_factors(
         self, module: Any, adapter: str, key: Tensor, number: int
     ) -> tuple[Tensor, Tensor]:
-        """(A, B) of the plain LoRA adapter that is draw `number` under `key`, as "sample" uses it."""
+        """(A, B) of the plain LoRA adapter that is draw `number` under `key`, as "sample" uses it.
+
+        Of the default kind: antithetic pairs.
+        """
         return self.mean_factors(module, adapter)
 
     def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
@@ -319,6 +324,7 @@ class BayesVariant(LoraVariant):
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """result + the adapter's output, with weights that are the mean or drawn, as `mode` says."""
+        self.state.remember()
         dropout = 0.0
         if module.training:
             dropout = float(getattr(module.lora_dropout[active_adapter], "p", 0.0))
@@ -326,34 +332,66 @@ class BayesVariant(LoraVariant):
 
     def mode(self, module: Any) -> str:
         """The mode of an enclosing `posterior`; else training draws and evaluation does not."""
-        if self.state.mode is not None:
-            return self.state.mode
+        chosen = self.state.mode
+        if chosen is not None:
+            return chosen
         if module.training:
             return "flipout"
         return "sample" if self.sample_at_inference else "mean"
 
-    def rows_per_draw(self, x: Tensor) -> int:
-        """Rows of x (flattened to two dimensions) that belong to one of the folded draws.
+    def copies(self, x: Tensor, draws: int) -> int:
+        """Successive rows, along the first dimension of x, that belong to each of the batch's draws.
 
         Raises:
             ValueError: the batch is no multiple of the draws, or its rows are routed.
         """
-        draws = self.state.n_samples
-        rows = math.prod(x.shape[:-1])
-        if draws == 1:
-            return max(rows, 1)
-        if self.routed:
+        if self.routed and draws > 1:
             raise ValueError(
                 f"posterior: layer {self.name} sees routed rows, so that {draws} draws cannot be "
                 "folded into one batch; use n_samples=1 and first_sample=0, 1, ..."
             )
-        if x.dim() < 2 or x.shape[0] % draws:
+        rows = x.shape[0] if x.dim() > 1 else 1
+        if rows % draws:
             raise ValueError(
                 f"posterior: with n_samples={draws} the first dimension of the batch must be "
                 f"{draws} copies of the examples, layer {self.name} got {tuple(x.shape)}; repeat "
                 "the inputs with bayes_kernels.hf.fold_samples"
             )
-        return max(rows // draws, 1)
+        return rows // draws
+
+    def by_row(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values (N, ...) of the batch's N draws, for each row of x: (rows, ...).
+
+        Raises:
+            ValueError: as `copies`.
+        """
+        count = self.copies(x, len(values))
+        return values[:, None].expand(-1, count, *values.shape[1:]).flatten(0, 1)
+
+    def ids_of(self, x: Tensor) -> Tensor:
+        """Number of the draw of each row of x, of a shape that broadcasts to its leading dimensions.
+
+        Raises:
+            ValueError: as `copies`.
+        """
+        return _leading(self.by_row(self.state.current().draws_on(x.device).ids, x), x)
+
+    def draws_of(self, x: Tensor) -> dict[str, Any]:
+        """The draws in the batch and which of them each row has, as `functional.sampled_lora` takes them.
+
+        Returns:
+            `draws`: int64 (D,), the different numbers. `rows_per_group` where successive rows, D equal
+            parts of them, have one each; else `groups`, the index in `draws` of each row.
+
+        Raises:
+            ValueError: as `copies`.
+        """
+        draws = self.state.current().draws_on(x.device)
+        if draws.places is not None:
+            return {"draws": draws.numbers, "groups": _leading(self.by_row(draws.places, x), x)}
+        self.copies(x, len(draws.numbers))
+        rows = math.prod(x.shape[:-1]) // len(draws.numbers)
+        return {"draws": draws.numbers, "rows_per_group": max(rows, 1)}
 
     def dropped(self, x: Tensor, dropout: float) -> Tensor:
         """Dropout from the noise key, for ops that do not fuse it: memory for the mask."""
@@ -403,6 +441,11 @@ class BayesVariant(LoraVariant):
     ) -> Tensor:
         """Take the posterior mean out again."""
         return orig_weight - self.delta_weight(module, active_adapter).to(orig_weight.dtype)
+
+
+def _leading(rows: Tensor, x: Tensor) -> Tensor:
+    """Values (rows,), shaped to broadcast to the leading dimensions of x."""
+    return rows.reshape(x.shape[0], *[1] * (x.dim() - 2)) if x.dim() > 1 else rows[0]
 
 
 def _warn_merge() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bayes_kernels import random, reference
 from bayes_kernels.hf import checkpoint_noise, posterior, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
+from hf.methods.test_scalabl import scalabl
 
 
 @pytest.mark.parametrize("scope", ["token", "example", "none"])
@@ -176,4 +178,72 @@ def test_compile_is_one_graph_for_all_steps() -> None:
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, eager_gradients[name], rtol=1e-3, atol=1e-5)
+    dynamo.reset()
+
+
+@pytest.mark.parametrize("where", ["inside", "after", "thread"])
+def test_a_checkpointed_draw_is_computed_again_as_it_was(where: str) -> None:
+    """Inside the context, after it, and in a thread that has none, as autograd's on a GPU."""
+    model = blob()
+
+    def run() -> dict[str, Tensor]:
+        model.train()
+        with posterior(model, draws=[1, 0, 3, 3], seed=1):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            if where == "inside":
+                loss.backward()
+            elif where == "thread":
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(loss.backward).result()
+        if where == "after":
+            loss.backward()
+        return gradients(model)
+
+    plain = run()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    checkpointed = run()
+    for name, grad in plain.items():
+        assert torch.equal(grad, checkpointed[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "layers"])
+@pytest.mark.parametrize("make", [blob, scalabl])
+def test_new_draws_do_not_compile_again(make: Any, how: str) -> None:
+    """Ids, seeds, chunks and threads are data of the compiled code."""
+    import torch._dynamo as dynamo
+
+    model = make("llama").eval()
+    model.config.use_cache = False
+
+    def passes() -> list[dict[str, Any]]:
+        chosen: list[dict[str, Any]] = [{"n_samples": 2, "seed": seed} for seed in (0, 1)]
+        chosen += [{"n_samples": 2, "first_sample": first} for first in (2, 4, 3)]
+        chosen += [{"draws": ids} for ids in ([0, 1], [7, 5], [2, 3])]
+        return chosen
+
+    eager = []
+    for options in passes():
+        with posterior(model, **options):
+            eager.append(logits(model))
+    counter = dynamo.testing.CompileCounter()
+    dynamo.reset()
+    if how == "whole":
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+    else:
+        compiled = model
+        for layer in model.get_base_model().model.layers:
+            layer.compile(fullgraph=True, backend=counter)
+
+    def found(options: dict[str, Any]) -> Tensor:
+        with posterior(model, **options):
+            return logits(compiled)
+
+    for options, expected in zip(passes(), eager, strict=True):
+        torch.testing.assert_close(found(options), expected, rtol=1e-4, atol=1e-5)
+    with ThreadPoolExecutor(2) as pool:
+        for out, expected in zip(pool.map(found, passes()), eager, strict=True):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == (1 if how == "whole" else 2)
     dynamo.reset()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from kept_draws import KeptDraws
 from tiny_models import IDS, blob, logits
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 
 from bayes_kernels.hf import BlobConfig, fold_samples, posterior, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
+from hf.methods.test_scalabl import scalabl
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -140,28 +145,23 @@ def test_generate_keeps_one_draw() -> None:
     assert torch.equal(one, two) and torch.equal(one, ids)
 
 
-@pytest.mark.parametrize("how", ["posterior", "sample_at_inference"])
-def test_generate_keeps_the_numbers_of_its_draw(how: str, kept_draws: KeptDraws) -> None:
+def test_generate_keeps_the_numbers_of_its_noise(kept_draws: KeptDraws) -> None:
     """Within one generated text each layer draws twice, and finds its numbers for all other tokens."""
-    model = blob(sample_at_inference=how == "sample_at_inference")
+    model = blob()
     layers = len(bayes_layers(model))
 
     def generated() -> Tensor:
-        context = posterior(model, "sample", seed=1) if how == "posterior" else nullcontext()
-        with context:
+        with posterior(model, "flipout", seed=1):
             return model.generate(input_ids=IDS, max_new_tokens=6, **GREEDY)
 
     kept_draws.forget(0)
-    state = noise_state(model).snapshot()
     expected = generated()
     assert kept_draws.known == 0
     kept_draws.forget(64 << 20)
-    noise_state(model).restore(state)
     assert torch.equal(generated(), expected)
     assert kept_draws.known == layers and kept_draws.hits == 4 * layers  # 6 passes
-    generated()  # the same draw again, or with sample_at_inference a new one
-    more = 6 if how == "posterior" else 4
-    assert kept_draws.hits == (4 + more) * layers
+    generated()  # the same key again
+    assert kept_draws.hits == 10 * layers
 
 
 def test_posterior_errors() -> None:
@@ -171,6 +171,16 @@ def test_posterior_errors() -> None:
         {"n_samples": 0},
         {"mode": "mean", "n_samples": 2},
         {"first_sample": -1},
+        {"kind": "pairs"},
+        {"scope": "none"},
+        {"draws": []},
+        {"draws": [0.5]},
+        {"draws": [True, -1]},
+        {"draws": torch.tensor([1.0])},
+        {"draws": torch.tensor([[1]])},
+        {"draws": [0, 1], "n_samples": 2},
+        {"draws": [0, 1], "first_sample": 2},
+        {"draws": [0, 1], "mode": "mean"},
     ):
         with pytest.raises(ValueError, match="posterior: "), posterior(model, **options):
             pass
@@ -179,3 +189,198 @@ def test_posterior_errors() -> None:
         posterior(nn.Linear(1, 1)),
     ):
         pass
+
+
+# --- draws addressed by row ----------------------------------------------------------------------
+
+KINDS = ("antithetic", "independent", "shared")
+
+
+def single(model: Any, draw: int, ids: Tensor = IDS, **options: Any) -> Tensor:
+    """Logits of one draw."""
+    with posterior(model, "sample", first_sample=draw, **options):
+        return logits(model, ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [blob, scalabl])
+def test_each_row_has_the_draw_of_its_number(make: Any, kind: str) -> None:
+    model, numbers = make("llama"), [5, 0, 2, 5]
+    alone = {d: single(model, d, seed=3, kind=kind) for d in set(numbers)}
+    for given in (numbers, tuple(numbers), torch.tensor(numbers), torch.tensor(numbers).int()):
+        with posterior(model, draws=given, seed=3, kind=kind):
+            found = logits(model)
+            twice = logits(model, IDS.repeat_interleave(3, 0))  # copies of a row have its draw
+        for row, d in enumerate(numbers):
+            torch.testing.assert_close(found[row], alone[d][row], rtol=1e-4, atol=1e-5)
+            for copied in twice.unflatten(0, (4, 3))[row]:
+                torch.testing.assert_close(copied, found[row], rtol=1e-4, atol=1e-5)
+    assert (alone[5] - alone[0]).abs().max() > 1e-3
+    with (
+        posterior(model, draws=[0, 1, 2]),
+        pytest.raises(ValueError, match="copies of the examples"),
+    ):
+        logits(model)
+
+
+@pytest.mark.parametrize("make", [blob, scalabl])
+def test_pairs_of_draws_are_opposite(make: Any) -> None:
+    """The mean factor lies between the two draws of a pair; other kinds have no pairs."""
+    model = make("llama")
+    for item in bayes_layers(model):
+        first, second, third = (item.factors(d, seed=4)[0] for d in (6, 7, 8))
+        mean = item.factors()[0]
+        torch.testing.assert_close((first + second) / 2, mean, rtol=1e-4, atol=1e-6)
+        assert ((first + third) / 2 - mean).abs().max() > 1e-3
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(5))
+    layer = bayes_layers(model)[0].layer
+
+    def output(draw: int, kind: str) -> Tensor:
+        with torch.no_grad(), posterior(model, first_sample=draw, kind=kind):
+            return layer(x)
+
+    for kind in KINDS:
+        middle = (output(0, kind) + output(1, kind)) / 2
+        with torch.no_grad():
+            opposite = torch.allclose(middle, layer(x), atol=1e-5)
+        assert opposite == (kind == "antithetic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [blob, scalabl])
+def test_variance_of_draws_is_that_of_the_posterior(make: Any, kind: str) -> None:
+    """Over 2,000 draws of one layer's output, which is linear in the random factor."""
+    model = make("llama")
+    item = bayes_layers(model)[0]
+    x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        mean = item.layer(x)
+        with posterior(model, n_samples=2000, kind=kind):
+            draws = (item.layer(x.expand(2000, -1, -1)) - mean)[:, 0].double()
+        factors = torch.stack([item.factors(d)[0] for d in range(0, 2000, 2)])
+        deviation = (factors.double() - item.factors()[0].double()).square().mean(0).sqrt()
+        if make is blob:
+            omega = item.rho.double().square()
+            torch.testing.assert_close(deviation, omega, rtol=0.2, atol=0)
+            assert abs(deviation.mean() / omega.mean() - 1) < 0.01
+            b = item.layer.lora_B["default"].weight.double()
+            rank_variance = (omega.square() * x[0, 0].double().square()).sum(-1)
+            expected = (item.layer.scaling["default"] * b).square() @ rank_variance
+            # |eps| of shared draws is one for all: a sample variance about the conditional one.
+            tolerance = 0.75 if kind == "shared" else 0.15
+            torch.testing.assert_close(draws.var(0), expected, rtol=tolerance, atol=0)
+    assert draws.mean(0).abs().max() < 5 * draws.std(0).max() / 2000**0.5
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("make", [blob, scalabl])
+def test_copies_that_generate_makes_keep_the_draw_of_their_prompt(make: Any, beams: int) -> None:
+    """Return sequences and beams of each prompt equal those of its draw alone."""
+    model = make("llama")
+    prompts, numbers = IDS[:2], [1, 2]
+    options = {"max_new_tokens": 5, "num_beams": 2 * beams, "num_return_sequences": 2, **GREEDY}
+    options.update(output_scores=True, return_dict_in_generate=True)
+    with posterior(model, draws=numbers, seed=1):
+        together = model.generate(input_ids=prompts, **options)
+    for row, d in enumerate(numbers):
+        with posterior(model, first_sample=d, seed=1):
+            alone = model.generate(input_ids=prompts[row : row + 1], **options)
+        assert torch.equal(together.sequences.unflatten(0, (2, 2))[row], alone.sequences)
+    with posterior(model, n_samples=2, first_sample=1, seed=1):
+        folded = model.generate(input_ids=prompts, **options)  # two copies of "one prompt"
+    assert torch.equal(folded.sequences, together.sequences)
+    with (
+        posterior(model, n_samples=4),
+        pytest.raises(ValueError, match="generate: under posterior"),
+    ):
+        model.generate(input_ids=prompts, **options)
+
+
+def test_return_sequences_of_one_prompt_may_have_a_draw_each() -> None:
+    model = blob()
+    with posterior(model, n_samples=3, seed=1):
+        options = {**GREEDY, "do_sample": True, "top_k": 1}  # greedy, in three copies
+        found = model.generate(
+            input_ids=IDS[:1], max_new_tokens=4, num_return_sequences=3, **options
+        )
+    for d in range(3):
+        with posterior(model, first_sample=d, seed=1):
+            alone = model.generate(input_ids=IDS[:1], max_new_tokens=4, **GREEDY)
+        assert torch.equal(found[d], alone[0])
+
+
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"assistant": True}])
+def test_ways_to_generate_keep_the_draw(options: dict[str, Any]) -> None:
+    model = blob()
+    if options.pop("assistant", False):
+        options = {"assistant_model": tiny_models.llama(eos_token_id=None, pad_token_id=0)}
+    with posterior(model, draws=[3], seed=1):
+        plain = model.generate(input_ids=IDS[:1], max_new_tokens=6, **GREEDY)
+        found = model.generate(input_ids=IDS[:1], max_new_tokens=6, **GREEDY, **options)
+    assert torch.equal(found, plain)
+
+
+# --- threads and tasks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [blob, scalabl])
+def test_threads_have_their_own_draws(make: Any) -> None:
+    """Eight threads with eight seeds, many times each, on one model at the same time."""
+    model = make("llama")
+    expected = [single(model, seed, seed=seed) for seed in range(8)]
+    barrier = threading.Barrier(8)
+
+    def run(seed: int) -> bool:
+        barrier.wait()
+        right = True
+        for _ in range(5):
+            found = single(model, seed, seed=seed)
+            right &= torch.allclose(found, expected[seed], rtol=1e-4, atol=1e-5)
+        return right
+
+    with ThreadPoolExecutor(8) as pool, posterior(model, "mean"):
+        assert all(pool.map(run, range(8)))
+
+
+def test_tasks_have_their_own_draws() -> None:
+    """Tasks of one thread that take turns inside their contexts."""
+    model = blob()
+    expected = [single(model, 0, seed=seed) for seed in range(3)]
+
+    async def run(seed: int) -> None:
+        with posterior(model, seed=seed):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                torch.testing.assert_close(logits(model), expected[seed], rtol=1e-4, atol=1e-5)
+
+    async def together() -> None:
+        await asyncio.gather(*(run(seed) for seed in range(3)))
+
+    asyncio.run(together())
+    assert noise_state(model).mode is None
+
+
+def test_a_generator_that_ends_elsewhere_leaves_nothing_behind() -> None:
+    """Web servers take the parts of an answer in threads of a pool."""
+    model = blob()
+
+    def parts() -> Iterator[int]:
+        with posterior(model, seed=1):
+            yield 1
+            yield 2
+
+    running = parts()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(next, running).result() == 1
+        assert pool.submit(lambda: noise_state(model).mode).result() == "sample"
+        assert noise_state(model).mode is None
+        running.close()
+        assert pool.submit(lambda: noise_state(model).mode).result() is None
+
+
+def test_models_do_not_see_each_others_contexts() -> None:
+    one, two = blob(), blob()
+    with posterior(one, seed=1), posterior(two, "mean"):
+        assert (noise_state(one).mode, noise_state(two).mode) == ("sample", "mean")
+        copied = copy.deepcopy(one)
+        assert noise_state(copied).mode is None

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional, random, reference
+from ... import functional, reference
 from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
 from ..method import Method
+from ..noise import DRAW_SCOPES
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class GaussianFactor(BayesVariant):
 
     std = "direct"
     scope = "token"
+    draw_scopes = DRAW_SCOPES
 
     def adapted(
         self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
@@ -88,37 +90,41 @@ class GaussianFactor(BayesVariant):
             return functional.lora(
                 x, a, b, result, scaling=scaling, dropout=dropout, key=key, stream=self.stream
             )
-        draw: dict[str, Any] = {"scope": self.scope}
-        if mode == "sample":
-            draw = {"row0": state.first_sample, "rows_per_group": self.rows_per_draw(x)}
-        return functional.flipout_lora(
-            x,
-            a,
-            getattr(module, self.deviation)[adapter],
-            b,
-            result,
-            scaling=scaling,
-            key=state.key_on(x.device),
-            stream=self.stream,
-            std=self.std,
-            dropout=dropout,
-            **draw,
-        )
+        rho = getattr(module, self.deviation)[adapter]
+        options: dict[str, Any] = {"scaling": scaling, "stream": self.stream, "std": self.std}
+        chosen = state.current()
+        if mode == "sample" and chosen.scope == "token":
+            x = self.dropped(x, dropout)
+            keys = chosen.keys_of_draws[x.device]
+            sizes = [self.copies(x, len(keys))] * len(keys)
+            parts = zip(keys, x.split(sizes), result.split(sizes), strict=True)
+            return torch.cat(
+                [
+                    functional.flipout_lora(x, a, rho, b, y, key=key, **options)
+                    for key, x, y in parts
+                ]
+            )
+        key = state.key_on(x.device)
+        if mode == "sample" and chosen.kind != "shared":
+            options.update(self.draws_of(x), antithetic=chosen.kind == "antithetic")
+            return functional.sampled_lora(
+                self.dropped(x, dropout), a, rho, b, result, key=key, **options
+            )
+        groups = self.ids_of(x) if mode == "sample" else None
+        options.update(scope=self.scope, groups=groups, dropout=dropout)
+        return functional.flipout_lora(x, a, rho, b, result, key=key, **options)
 
     def draw_factors(
         self, module: Any, adapter: str, key: Tensor, number: int
     ) -> tuple[Tensor, Tensor]:
-        """A = M + out . Omega . eps . in, with the signs of row `number`."""
+        """A = M + Omega . eps or M - Omega . eps, with the eps of the pair of draw `number`."""
         mean, b = self.mean_factors(module, adapter)
-        mean = mean.detach().float()
-        rho = getattr(module, self.deviation)[adapter].detach().float()
-        rank, columns = mean.shape
-        where: dict[str, Any] = {"stream": self.stream, "row0": number}
-        noise = random.normal(key, (rank, columns), stream=self.stream)
-        signs_in = random.sign_bits(key, 1, columns, **where).to(noise.dtype)
-        signs_out = random.sign_bits(key, 1, rank, output=True, **where).to(noise.dtype)
-        deviation = reference.std_of(rho, self.std).expand_as(mean)
-        return mean + signs_out.T * (deviation * noise) * signs_in, b
+        rho = getattr(module, self.deviation)[adapter]
+        numbers = torch.tensor([number], device=key.device)
+        drawn = functional.gaussian_draws(
+            mean, rho, numbers, key=key, stream=self.stream, std=self.std
+        )
+        return drawn[0], b
 
 
 class BlobVariant(GaussianFactor, method="blob"):

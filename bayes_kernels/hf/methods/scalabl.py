@@ -143,26 +143,21 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
     ) -> Tensor:
         """result + scaling * ((dropout(x) V) . s) B^T, with s its mean or drawn."""
-        d = self._mean(module, adapter)
-        rows = math.prod(x.shape[:-1])
-        if mode == "sample" and self.state.n_samples > 1:
-            per_draw = self.rows_per_draw(x)
-            first, count = self.state.first_sample, self.state.n_samples
-        elif mode == "flipout" and self.scope == "example" and x.dim() > 1:
-            first, count = 0, x.shape[0]
-            per_draw = rows // max(count, 1)
-        else:
-            first, count, per_draw = self.state.first_sample * (mode == "sample"), 1, rows
-        if mode != "mean":
-            key = self.state.key_on(x.device)
-            d = d + self._noise(module, adapter, key, first, count)
-        groups = None
-        if d.dim() == 2 and count == 1:
-            d = d[0]
-        elif d.dim() == 2:
+        d, groups = self._mean(module, adapter), None
+        if mode == "sample":
+            chosen, key = self.state.current(), self.state.key_on(x.device)
+            ids = chosen.draws_on(x.device).ids
+            noise = self._draws(module, adapter, key, ids, chosen.kind == "antithetic")
+            d = d + (noise[0] if len(ids) == 1 else self.by_row(noise, x))
+        elif mode == "flipout":
+            count = x.shape[0] if self.scope == "example" and x.dim() > 1 else 1
+            noise = self._noise(module, adapter, self.state.key_on(x.device), count)
+            d = d + (noise[0] if count == 1 else noise)
+        if d.dim() == 2:
             # One row for each token, so that the backward pass is a sum in fixed order; gathering
             # shared rows would add with atomics on a GPU.
-            d = d[:, None].expand(count, per_draw, d.shape[1]).reshape(rows, d.shape[1])
+            rows = math.prod(x.shape[:-1])
+            d = d[:, None].expand(-1, rows // max(len(d), 1), -1).flatten(0, 1)
             groups = torch.arange(rows, device=x.device).reshape(x.shape[:-1])
         return functional.scaled_lora(
             self.dropped(x, dropout),
@@ -184,7 +179,8 @@ class ScalablVariant(BayesVariant, method="scalabl"):
     ) -> tuple[Tensor, Tensor]:
         """diag(s) V^T with s of draw `number`, and B."""
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        s = self._mean(module, adapter) + self._noise(module, adapter, key, number, 1)[0]
+        ids = torch.tensor([number], device=key.device)
+        s = self._mean(module, adapter) + self._draws(module, adapter, key, ids, True)[0]
         return s[:, None] * a, b
 
     def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
@@ -233,10 +229,29 @@ class ScalablVariant(BayesVariant, method="scalabl"):
     def _mean(self, module: Any, adapter: str) -> Tensor:
         return module.lora_log_s[adapter].exp()
 
-    def _noise(self, module: Any, adapter: str, key: Tensor, first: int, count: int) -> Tensor:
-        """(count, r) deviations of draws first ... first + count - 1 from the mean."""
+    def _noise(self, module: Any, adapter: str, key: Tensor, count: int) -> Tensor:
+        """(count, r) deviations from the mean, for the rows of a training batch."""
         rank = module.lora_log_s[adapter].shape[0]
-        normal = random.normal(key, (first + count, rank), stream=self.stream)[first:]
+        return self._spread(module, adapter, random.normal(key, (count, rank), stream=self.stream))
+
+    def _draws(
+        self, module: Any, adapter: str, key: Tensor, numbers: Tensor, antithetic: bool
+    ) -> Tensor:
+        """(D, r) deviations from the mean of the draws of these numbers."""
+        unit = torch.ones_like(module.lora_log_s[adapter].detach())[None]
+        normal = functional.gaussian_draws(
+            torch.zeros_like(unit),
+            unit,
+            numbers,
+            key=key,
+            stream=self.stream,
+            std="direct",
+            antithetic=antithetic,
+        )
+        return self._spread(module, adapter, normal[:, 0])
+
+    def _spread(self, module: Any, adapter: str, normal: Tensor) -> Tensor:
+        """Standard normals (..., r) with the posterior's covariance."""
         if self.config.covariance == "diagonal":
             return normal * module.lora_log_s_sigma[adapter].exp()
         sigma, vectors = self._spectrum(module, adapter)

@@ -5,12 +5,11 @@ W = W0 + scaling B diag(c) A,  c ~ N(mean, diag(rho)^4),  one number for each ra
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from bayes_kernels import functional, random
+from bayes_kernels import functional
 from bayes_kernels.hf.config import VariationalConfig, option
 from bayes_kernels.hf.method import Method
 from bayes_kernels.hf.variants import BayesVariant, Divergence
@@ -35,19 +34,18 @@ class CoreVariant(BayesVariant, method="core"):
         ones = torch.ones_like(module.lora_A[adapter].weight[:, 0], dtype=torch.float32)
         return {MEAN: ones, RHO: ones * self.config.init_rho}
 
-    def cores(self, module, adapter, key, first, count):
-        """(count, r): draws from number `first`."""
-        mean, rho = getattr(module, MEAN)[adapter], getattr(module, RHO)[adapter]
-        noise = random.normal(key, (first + count, len(mean)), stream=self.stream)[first:]
-        return mean + rho.square() * noise
+    def cores(self, module, adapter, key, numbers):
+        """(D, r): the draws of these numbers."""
+        mean, rho = getattr(module, MEAN)[adapter][None], getattr(module, RHO)[adapter][None]
+        return functional.gaussian_draws(mean, rho, numbers, key=key, stream=self.stream)[:, 0]
 
     def adapted(self, module, adapter, x, result, mode, dropout):
         core, groups = getattr(module, MEAN)[adapter], None
         if mode != "mean":
-            first, count = self.state.first_sample, self.state.n_samples
-            core = self.cores(module, adapter, self.state.key_on(x.device), first, count)
-            rows = torch.arange(math.prod(x.shape[:-1]), device=x.device)
-            groups = (rows // self.rows_per_draw(x)).reshape(x.shape[:-1])
+            numbers = self.state.current().draws_on(x.device).ids
+            core = self.cores(module, adapter, self.state.key_on(x.device), numbers)
+            groups = self.by_row(torch.arange(len(numbers), device=x.device), x)
+            groups = groups.reshape(-1, *[1] * (x.dim() - 2))
         a, b, scaling = module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter]
         x = self.dropped(x, dropout)
         return functional.scaled_lora(
@@ -59,7 +57,7 @@ class CoreVariant(BayesVariant, method="core"):
         return mean[:, None] * module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
     def draw_factors(self, module, adapter, key, number):
-        core = self.cores(module, adapter, key, number, 1)[0]
+        core = self.cores(module, adapter, key, torch.tensor([number]))[0]
         return core[:, None] * module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
     def divergence(self, module, adapter):

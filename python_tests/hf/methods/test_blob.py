@@ -37,9 +37,10 @@ def test_means_are_those_of_plain_lora_and_zero_noise_is_plain_lora() -> None:
     torch.testing.assert_close(mean, logits(plain), rtol=1e-5, atol=1e-6)
     bayes.train()
     assert torch.equal(logits(bayes), mean)
-    for mode in ("sample", "flipout"):
-        with posterior(bayes, mode):
-            assert torch.equal(logits(bayes), mean)
+    with posterior(bayes, "flipout"):
+        assert torch.equal(logits(bayes), mean)
+    with posterior(bayes, "sample"):
+        torch.testing.assert_close(logits(bayes), mean, rtol=1e-5, atol=1e-6)
 
 
 def test_rank_and_alpha_patterns_and_rslora() -> None:

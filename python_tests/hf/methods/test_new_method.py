@@ -54,7 +54,7 @@ def test_it_trains(core: Any, tmp_path: Path) -> None:
     model = adapted(BASES["bert"](), core.CoreConfig, kl_time=0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "core" in name}
     divergence = kl_divergence(model).item()
-    options = arguments(tmp_path, max_steps=12, learning_rate=5e-3, logging_steps=4)
+    options = arguments(tmp_path, max_steps=24, learning_rate=5e-3, logging_steps=4)
     trainer = BayesTrainer(model=model, args=options, train_dataset=CLASSES)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
