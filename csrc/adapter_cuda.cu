@@ -21,9 +21,9 @@ namespace {
 
 constexpr const char* kNoDouble = "float64 is supported on the CPU only; use float32";
 
-// Blocks of 128 threads that fill the largest GPU in mind, 132 multiprocessors: four each, and two
-// where each more is a partial sum more.
-constexpr int64_t kFullGrid = 512, kSplitGrid = 256;
+// Blocks of 128 threads that fill the largest GPU in mind, 132 multiprocessors: two each, as each
+// block more reads its factors once more, and may be a partial sum more.
+constexpr int64_t kGrid = 256;
 // 16-bit activations with fewer tokens than this take the fp32 kernels, which read the factors as
 // they are.
 constexpr int64_t kMmaTokens = 32;
@@ -180,14 +180,50 @@ class Before {
   int amaxes_ = 0;
 };
 
-// Tokens of a block: `grid` blocks in all with those over the columns, a multiple of 32.
-int64_t tokens_of_block(int64_t tokens, int64_t column_blocks, int64_t grid) {
-  return round_up(ceil_div(tokens, at_least_one(grid / at_least_one(column_blocks))), 32);
+// Tokens of a block: kGrid blocks in all with those over the columns, a multiple of 32.
+int64_t tokens_of_block(int64_t tokens, int64_t column_blocks) {
+  return round_up(ceil_div(tokens, at_least_one(kGrid / at_least_one(column_blocks))), 32);
 }
 
 const float* fp32(const void* data) { return static_cast<const float*>(data); }
 
 // ---- shrink -------------------------------------------------------------------------------------
+
+// Blocks of down on tensor cores: warps with tokens of their own, the others of 8 share columns;
+// and the tiles of 128 columns of a split.
+struct DownShape {
+  int warps;
+  int64_t tiles;
+};
+
+// One split: tickets are zeroed by prepare, which is launched for the noise only.
+DownShape plain_down(int64_t tokens, int64_t n, int rank) {
+  int warps = rank <= 16 ? 2 : 4;
+  while (warps > 1 && ceil_div(tokens, warps * kDownTokens) < kGrid / 4) warps /= 2;
+  return {warps, at_least_one(ceil_div(n, kSignsPerBlock))};
+}
+
+// The least traffic through the second-level cache: more tokens in a block read the fragments of
+// both factors less often, more splits write and read sums of h more often. Its blocks have 256
+// threads.
+DownShape noisy_down(int64_t tokens, int64_t n, int rank) {
+  const int64_t tiles = at_least_one(ceil_div(n, kSignsPerBlock));
+  DownShape best{};
+  int64_t least = 0;
+  for (int warps = 1; warps <= kDownWarps; warps *= 2) {
+    const int64_t blocks = at_least_one(ceil_div(tokens, warps * kDownTokens));
+    const int64_t wanted = at_least_one(kGrid / 2 / blocks);
+    const int64_t per_split = round_up(ceil_div(tiles, wanted), kDownWarps / warps);
+    const int64_t splits = ceil_div(tiles, per_split);
+    const int64_t bytes = rank * (blocks * 2 * tiles * kSignsPerBlock * 2 +
+                                  (splits > 1 ? 2 * splits * tokens * 4 : 0));
+    if (warps == 1 || bytes < least) {
+      best = {warps, per_split};
+      least = bytes;
+    }
+  }
+  return best;
+}
 
 struct ShrinkPlan {
   Before before;
@@ -206,31 +242,27 @@ struct ShrinkPlan {
       const float* amax = before.amax(workspace, fp32(p.a), p.r * p.n, fp32(p.e), p.draw);
       if (flip) before.noise(workspace, fp32(p.a), fp32(p.e), p.draw, p.noise, p.n, amax);
       const int rank = padded_rank(p.r);
-      int warps = rank <= 16 ? 2 : 4;
-      while (warps > 1 && ceil_div(p.tokens, warps * kDownTokens) < 64) warps /= 2;
-      const int64_t blocks = ceil_div(p.tokens, warps * kDownTokens);
-      const int64_t tiles = at_least_one(ceil_div(p.n, kSignsPerBlock));
-      // Tickets are zeroed by prepare, which is launched for the noise only.
-      const int64_t wanted = flip ? at_least_one(kSplitGrid / blocks) : 1;
-      const int64_t per_split = round_up(ceil_div(tiles, wanted), kDownWarps / warps);
-      const int64_t splits = ceil_div(tiles, per_split);
+      const DownShape shape =
+          flip ? noisy_down(p.tokens, p.n, rank) : plain_down(p.tokens, p.n, rank);
+      const int64_t blocks = ceil_div(p.tokens, shape.warps * kDownTokens);
+      const int64_t splits = at_least_one(ceil_div(p.n, shape.tiles * kSignsPerBlock));
       share(workspace, sum, splits, p.tokens * rank, blocks);
       sum.scale = keep_scale(p.noise);
       grid = grid_of(blocks, splits);
       // clang-format off
       mma = {p.x, p.x_stride, p.tokens, p.n, fp32(p.a), before.args().packed,
-             before.args().packed_e, amax, p.noise, sum, p.r, warps, per_split,
+             before.args().packed_e, amax, p.noise, sum, p.r, shape.warps, shape.tiles,
              vector_access(p.x, p.x_stride * 2, 16), vector_access(p.a, p.n * 4, 16)};
       // clang-format on
     } else {
       const bool drawn = flip && p.e == nullptr;
       if (drawn) before.noise(workspace, nullptr, nullptr, p.draw, p.noise, p.n, nullptr);
       const int64_t groups = ceil_div(p.r, kDownFmaRanks);
-      const int64_t tokens = ceil_div(p.tokens * groups, kSplitGrid / 2);
+      const int64_t tokens = ceil_div(p.tokens * groups, kGrid / 2);
       const int64_t per_block = round_up(tokens, tokens < kFmaTokens ? 2 * kFmaAhead : kFmaTokens);
       const int64_t blocks = ceil_div(p.tokens, per_block);
       const int64_t passes = at_least_one(ceil_div(p.n, kShrinkFmaWarps * kSignsPerBlock));
-      const int64_t wanted = drawn ? at_least_one(kSplitGrid / 2 / (blocks * groups)) : 1;
+      const int64_t wanted = drawn ? at_least_one(kGrid / 2 / (blocks * groups)) : 1;
       const int64_t per_split = ceil_div(passes, wanted < passes ? wanted : passes);
       const int64_t splits = ceil_div(passes, per_split);
       share(workspace, sum, splits, groups * p.tokens * kDownFmaRanks, blocks * groups);
@@ -344,8 +376,7 @@ struct TilePlan {
     const int64_t groups = walks_ranks                          ? ceil_div(i.r, kDownFmaRanks)
                            : before.mma() && outer && rank > 32 ? rank / outer_ranks(rank)
                                                                 : 1;
-    const int64_t tokens =
-        tokens_of_block(i.tokens, column_blocks * groups, outer || down ? kSplitGrid : kFullGrid);
+    const int64_t tokens = tokens_of_block(i.tokens, column_blocks * groups);
     const int64_t splits = ceil_div(i.tokens, tokens);
     const int part = walks_ranks ? kDownFmaRanks : rank;
     int64_t tickets = 0;

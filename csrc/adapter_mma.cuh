@@ -37,7 +37,7 @@ struct DownArgs {
   AdapterNoise noise;
   RowSum sum;  // scale with 1 / (1 - p)
   int r;
-  int token_warps;          // 1, 2 or 4 warps of 32 tokens each; the others share the columns
+  int token_warps;          // 1, 2, 4 or 8 warps of 32 tokens each; the others share the columns
   int64_t tiles_per_split;  // of 128 columns
   bool vector, vector_factor;
 };

@@ -18,6 +18,18 @@ __device__ __forceinline__ void add_to(float (&sum)[4], const float4& v) {
   sum[3] += v.w;
 }
 
+// Says of partial sums, once the block has read them, that nobody needs them: dirty lines would
+// otherwise go to memory one day. Only lines that lie within `count` numbers; by the whole block,
+// after a barrier.
+template <int kThreads>
+__device__ void discard(float* from, int64_t count) {
+  constexpr uintptr_t kLine = 128;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(from) + kLine - 1) / kLine * kLine;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(from + count) / kLine * kLine;
+  for (uintptr_t at = begin + threadIdx.x * kLine; at < end; at += kThreads * kLine)
+    bk_discard_128(reinterpret_cast<void*>(at));
+}
+
 // h or dh: rows of (tokens, r). Partial sums are (splits, tokens, R).
 struct RowSum {
   float* out;
@@ -65,6 +77,11 @@ __device__ void sum_rows(const RowSum& p, int splits, int64_t tokens, int r, int
     for (int i = 0; i < 4; ++i)
       if (k + i < r) p.out[token * r + k + i] = p.scale * sum[i];
   }
+  if constexpr (K == R) {
+    __syncthreads();
+    for (int split = 0; split < splits; ++split)
+      discard<kThreads>(p.partial + (split * tokens + begin) * R + k0, (end - begin) * R);
+  }
 }
 
 // da and de, or da and drho, or db. Partial sums are (splits, matrices, padded columns, R).
@@ -98,6 +115,19 @@ __device__ __forceinline__ void four_normals(Key sub, int64_t first, float (&eps
   }
   BK_UNROLL
   for (int i = 0; i < 4; ++i) eps[i] = (skip & 2) != 0 ? v[i + 2] : v[i];
+}
+
+// Four neighbours, of which `count` exist.
+__device__ __forceinline__ void store_4(float* to, int64_t count, float a, float b, float c,
+                                        float d) {
+  if (count >= 4 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d);
+    return;
+  }
+  to[0] = a;
+  if (count > 1) to[1] = b;
+  if (count > 2) to[2] = c;
+  if (count > 3) to[3] = d;
 }
 
 // Ranks k0 to k0 + K - 1 of columns column0 to column0 + kWidth - 1. A thread adds four columns of
@@ -145,13 +175,27 @@ __device__ void sum_gradients(const Gradients& p, const AdapterNoise& noise, int
         BK_UNROLL
         for (int c = 0; c < 4; ++c) {
           if (column + c >= columns) continue;
-          float value = scale * sum[c][i];
+          sum[c][i] *= scale;
           if (kMatrices == 2 && matrix == 1 && p.rho != nullptr)
-            value = value * eps[c] * std_derivative<float>(p.std, __ldg(p.rho + index + c));
-          out[p.transposed ? (column + c) * r + k + i : index + c] = value;
+            sum[c][i] *= eps[c] * std_derivative<float>(p.std, __ldg(p.rho + index + c));
+        }
+      }
+      BK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (p.transposed) {
+          if (column + i < columns)
+            store_4(out + (column + i) * r + k, r - k, sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+        } else if (k + i < r) {
+          store_4(out + (k + i) * columns + column, columns - column, sum[0][i], sum[1][i],
+                  sum[2][i], sum[3][i]);
         }
       }
     }
+  }
+  if constexpr (K == R) {
+    __syncthreads();
+    for (int part = 0; part < splits * kMatrices; ++part)
+      discard<kThreads>(p.partial + (part * padded + column0) * R + k0, kWidth * R);
   }
 }
 

@@ -32,6 +32,8 @@
 //                float2 float4 double2 int2 int4 uint2 uint4 and make_*, for vector accesses
 //                bk_cp_async_16(dst_smem, src, bytes_valid = 16): 16 bytes, of which those from
 //                bytes_valid (0 to 16) on become zero; bk_cp_async_commit(); bk_cp_async_wait<N>()
+//                bk_discard_128(pointer): 128 aligned bytes are garbage from here on, and L2 need not
+//                write them to memory
 //   Arithmetic   bk_exp2(float): one instruction, 2 ulp, denormal results are 0
 //                fmaf fma __fmaf_rn rsqrtf rsqrt __expf __logf __fdividef sincospif and C math
 //                min max of two equal types
@@ -100,6 +102,11 @@ template <int N>
 inline void bk_cp_async_wait() {
   static_assert(N >= 0, "the number of groups that may stay in flight");
   ::simt::copy_async_wait(N);
+}
+
+inline void bk_discard_128(void* pointer, const char* file = __builtin_FILE(),
+                           int line = __builtin_LINE()) {
+  ::simt::discard_128(pointer, file, line);
 }
 
 #else  // CUDA
@@ -187,6 +194,10 @@ __device__ __forceinline__ void bk_cp_async_16(void* dst_smem, const void* src,
 }
 __device__ __forceinline__ void bk_cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+__device__ __forceinline__ void bk_discard_128(void* pointer) {
+  asm volatile("discard.global.L2 [%0], 128;\n" ::"l"(__cvta_generic_to_global(pointer))
+               : "memory");
 }
 template <int N>
 __device__ __forceinline__ void bk_cp_async_wait() {

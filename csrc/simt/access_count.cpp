@@ -11,8 +11,13 @@
 // by counting: the i-th access of each lane from one place in the code since the last barrier.
 //
 // Not global memory, and so not counted: shared memory, the threads' stacks (registers and kernel
-// arguments) and variables of the library (threadIdx and so on). No cache is modelled: a kernel
-// that reads a number twice is charged twice. What the compiler keeps in a register is read once.
+// arguments) and variables of the library (threadIdx and so on). What the compiler keeps in a
+// register is read once.
+//
+// Caches are counted by two bounds of what they may save. The second-level cache is asked for every
+// sector once by each block, and gets all stores. The memory gives each sector once to a launch,
+// except what the launch has stored before, and takes each sector once that the launch stores and
+// does not discard.
 #include <link.h>
 #include <pthread.h>
 
@@ -44,6 +49,14 @@ struct Traffic {
   std::uint64_t launches = 0;
   std::uint64_t bytes[2] = {0, 0};
   std::uint64_t sectors[2] = {0, 0};
+  std::uint64_t of_blocks = 0;  // sectors loaded, each once by a block
+  std::uint64_t memory[2] = {0, 0};
+};
+
+// A sector in a launch.
+struct Sector {
+  std::uint64_t block = 0;  // the last that loaded it
+  bool known = false, stored = false;
 };
 
 using Span = std::pair<std::uintptr_t, std::uintptr_t>;  // from, to
@@ -60,6 +73,8 @@ struct Counter {
   std::map<std::string, Traffic> kernels;
   std::vector<std::unordered_map<const void*, Site>> warps;
   Range host_stack, library;
+  std::unordered_map<std::uintptr_t, Sector> sectors;
+  std::uint64_t block = 0;
 } counter;
 
 BlockOrder order;
@@ -132,6 +147,7 @@ void launch_begins(const char* kernel) {
   counter.library = library;
   counter.host_stack = stack;
   counter.warps.clear();  // of a launch that ended in a fault
+  counter.sectors.clear();
   order.launch_begins();
   const std::string name = kernel;
   counter.kernel = &counter.kernels[name.substr(0, name.find('<'))];
@@ -142,10 +158,21 @@ void launch_ends() { close_block(); }
 void block_begins() {
   close_block();
   order.block_begins();
+  ++counter.block;
   counter.warps.resize((blockDim.x * blockDim.y * blockDim.z + 31) / 32);
 }
 void ignore(const void*, std::size_t, unsigned) {}
 void forget(const void*, std::size_t) {}
+void on_discard(const void* address, unsigned thread) {
+  order.store(address, 128, thread);
+  const auto begin = reinterpret_cast<std::uintptr_t>(address) / sector_bytes;
+  for (std::uintptr_t at = begin; at < begin + 128 / sector_bytes; ++at) {
+    const auto found = counter.sectors.find(at);
+    if (found == counter.sectors.end() || !found->second.stored) continue;
+    found->second.stored = false;
+    --counter.kernel->memory[1];
+  }
+}
 void fence(unsigned thread) { order.fence(thread); }
 void atomic(unsigned) { order.atomic(); }
 
@@ -161,14 +188,28 @@ void record(const void* address, std::size_t bytes, bool is_store, const void* s
   if (number >= at.requests.size()) at.requests.resize(number + 1);
   const auto begin = reinterpret_cast<std::uintptr_t>(address);
   at.requests[number].emplace_back(begin, begin + bytes);
+  for (std::uintptr_t s = begin / sector_bytes; s <= (begin + bytes - 1) / sector_bytes; ++s) {
+    Sector& sector = counter.sectors[s];
+    Traffic& kernel = *counter.kernel;
+    if (is_store) {
+      if (!sector.stored) ++kernel.memory[1];
+      sector.stored = true;
+    } else {
+      if (!sector.known) ++kernel.memory[0];
+      if (sector.block != counter.block) ++kernel.of_blocks;
+      sector.block = counter.block;
+    }
+    sector.known = true;
+  }
 }
 
 void on_global_read(const void* address, std::size_t bytes, unsigned) {
   record(address, bytes, false, reinterpret_cast<const void*>(&on_global_read));
 }
 
-const AccessHooks hooks{launch_begins, launch_ends, block_begins,   close_block, close_warp, ignore,
-                        ignore,        forget,      on_global_read, fence,       atomic};
+const AccessHooks hooks{launch_begins,  launch_ends, block_begins, close_block,
+                        close_warp,     ignore,      ignore,       forget,
+                        on_global_read, on_discard,  fence,        atomic};
 const bool installed = [] {
   access_hooks = &hooks;
   return true;
@@ -194,7 +235,9 @@ inline void instrumented(const void* pointer, std::size_t bytes, bool is_store, 
 BK_SIM_EXPORT void bayes_kernels_sim_reset_traffic() { simt::counter.kernels.clear(); }
 
 // The number of kernels launched since the reset. Of kernel `index`, in alphabetical order: its
-// name, and in `numbers` its launches, bytes loaded, bytes stored, sectors loaded, sectors stored.
+// name, and in `numbers` its launches, bytes loaded, bytes stored, sectors loaded, sectors stored;
+// sectors that the second-level cache is asked for by loads; sectors read from memory, written to
+// it.
 BK_SIM_EXPORT std::uint64_t bayes_kernels_sim_traffic(std::uint64_t index, const char** name,
                                                       std::uint64_t* numbers) {
   std::uint64_t i = 0;
@@ -203,9 +246,11 @@ BK_SIM_EXPORT std::uint64_t bayes_kernels_sim_traffic(std::uint64_t index, const
     const simt::Traffic& t = entry.second;
     *name = entry.first.c_str();
     numbers[0] = t.launches;
+    numbers[5] = t.of_blocks;
     for (int store = 0; store < 2; ++store) {
       numbers[1 + store] = t.bytes[store];
       numbers[3 + store] = t.sectors[store];
+      numbers[6 + store] = t.memory[store];
     }
   }
   return simt::counter.kernels.size();

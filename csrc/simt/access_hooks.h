@@ -53,6 +53,8 @@ struct AccessHooks {
   void (*forget)(const void* address, std::size_t bytes);
   // A cp.async of `thread` reads global memory; other reads of it are those of the instrumentation.
   void (*global_read)(const void* address, std::size_t bytes, unsigned thread);
+  // `thread` says that nobody needs the 128 bytes any more.
+  void (*discard)(const void* address, unsigned thread);
   // A __threadfence; an atomic operation.
   void (*fence)(unsigned thread);
   void (*atomic)(unsigned thread);

@@ -836,6 +836,17 @@ void copy_async_wait(int groups_in_flight) {
                         queue.in_flight.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
+// ---- discarded lines
+
+void discard_128(void* address, const char* file, int line) {
+  require_kernel("bk_discard_128");
+  if (reinterpret_cast<std::uintptr_t>(address) % 128 != 0)
+    fail("bk_discard_128 at %s:%d: the address must be a multiple of 128", file, line);
+  if (access_hooks != nullptr)
+    access_hooks->discard(address, static_cast<unsigned>(running_thread));
+  std::memset(address, 0xFF, 128);
+}
+
 // ---- tensor cores
 
 namespace {

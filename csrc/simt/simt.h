@@ -141,6 +141,9 @@ void copy_async_16(void* destination, const void* source, int bytes_valid, const
 void copy_async_commit();
 void copy_async_wait(int groups_in_flight);
 
+// 128 bytes of global memory that nobody reads any more: they become garbage.
+void discard_128(void* address, const char* file, int line);
+
 // For the checks of access_check.cpp and access_count.cpp.
 void thread_fence();
 void atomic_operation();

@@ -6,11 +6,14 @@
 A process of its own: it loads the emulator whose kernels are compiled to report every access
 (csrc/simt/access_count.cpp), which registers the same ops as the one of all other tests.
 
-What is counted is what warps ask for, 32 lanes at a time; no cache is modelled. Each case has two
-figures to compare with. `least`: every input read once and every result written once, which is what
-must come from and go to memory; the figure of a roofline. `expected`: what the design asks for, as
-terms of the shapes with their reasons; the rest of it are re-reads, mostly of small operands that
-stay in the caches. Where the count is above `expected`, a kernel reads something again.
+Three levels are counted. `bytes`: what warps ask for, 32 lanes at a time. `l2`: sectors of 32 bytes that
+the second-level cache is asked for if the first level keeps what a block has read, and all stores.
+`memory`: sectors that memory reads and writes if the second level keeps what a launch has touched, less
+what the launch discards. Each case has figures to compare with. `least`: every input read once and every
+result written once, which is what must come from and go to memory; the figure of a roofline. `expected`:
+what the design asks for, as terms of the shapes with their reasons; the rest of it are re-reads, mostly
+of small operands that stay in the caches. Where the count is above `expected`, a kernel reads something
+again.
 """
 
 from __future__ import annotations
@@ -29,8 +32,7 @@ from bayes_kernels import _library, random
 LIBRARY = "libbayes_kernels_sim_traffic.so"
 F32, F64, ITEM = 4, 8, 48
 
-# As in the kernels: constants of the plans.
-FULL_GRID, SPLIT_GRID = 512, 256
+GRID = 256  # as in the kernels: blocks of 128 threads that a plan aims at
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -45,11 +47,15 @@ class Case:
         step: the call.
         least: bytes of its inputs and results, each once.
         expected: bytes that the kernels ask for, by reason.
+        l2: the same of the second-level cache.
+        memory: bytes that memory reads and writes, where more than `least`.
     """
 
     step: Callable[[], object]
     least: int
     expected: Mapping[str, int]
+    l2: Mapping[str, int] | None = None
+    memory: int | None = None
 
 
 @dataclass
@@ -58,7 +64,9 @@ class Count:
 
     bytes: int
     sectors: int
-    kernels: dict[str, tuple[int, int, int, int, int]]
+    l2: int
+    memory: int
+    kernels: dict[str, tuple[int, ...]]
 
 
 class Counter:
@@ -84,17 +92,21 @@ class Counter:
         self._reset()
         with _library.simulator():
             step()
-        name, numbers = ctypes.c_char_p(), (ctypes.c_uint64 * 5)()
-        found: dict[str, tuple[int, int, int, int, int]] = {}
+        name, numbers = ctypes.c_char_p(), (ctypes.c_uint64 * 8)()
+        found: dict[str, tuple[int, ...]] = {}
         index = 0
         while index < self._traffic(index, ctypes.byref(name), numbers):
             assert name.value is not None
-            found[name.value.decode()] = (
-                numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
-            )  # fmt: skip
+            found[name.value.decode()] = tuple(numbers)
             index += 1
-        totals = [sum(k[i] for k in found.values()) for i in range(5)]
-        return Count(totals[1] + totals[2], totals[3] + totals[4], found)
+        totals = [sum(k[i] for k in found.values()) for i in range(8)]
+        return Count(
+            bytes=totals[1] + totals[2],
+            sectors=totals[3] + totals[4],
+            l2=32 * (totals[5] + totals[4]),
+            memory=32 * (totals[6] + totals[7]),
+            kernels=found,
+        )
 
 
 # --- inputs ----------------------------------------------------------------------------------------
@@ -197,15 +209,34 @@ def partial_sums(splits: int, padded: int, result: int) -> int:
     return (2 * splits * padded if splits > 1 else 0) + result
 
 
-def tokens_of_block(tokens: int, column_blocks: int, grid: int) -> int:
-    return 32 * ceil_div(ceil_div(tokens, max(1, grid // column_blocks)), 32)
+def tokens_of_block(tokens: int, column_blocks: int) -> int:
+    return 32 * ceil_div(ceil_div(tokens, max(1, GRID // column_blocks)), 32)
 
 
-def shrink(at: Layer) -> dict[str, int]:
+def down_shape(at: Layer) -> tuple[int, int]:
+    """Blocks of tokens and splits of the columns of `down` on tensor cores."""
+    tiles = ceil_div(at.n, 128)
+    if not at.noise:
+        warps = 2 if at.padded <= 16 else 4
+        while warps > 1 and ceil_div(at.tokens, 32 * warps) < GRID // 4:
+            warps //= 2
+        return ceil_div(at.tokens, 32 * warps), 1
+
+    def shape(warps: int) -> tuple[int, int, int]:
+        blocks, quantum = ceil_div(at.tokens, 32 * warps), 8 // warps
+        wanted = max(1, GRID // 2 // blocks)
+        splits = ceil_div(tiles, quantum * ceil_div(ceil_div(tiles, wanted), quantum))
+        sums = partial_sums(splits, at.tokens * at.padded * F32, 0)
+        return blocks * 2 * at.fragments + sums, blocks, splits
+
+    return min((shape(warps) for warps in (1, 2, 4, 8)), key=lambda found: found[0])[1:]
+
+
+def shrink(at: Layer, *, l2: bool = False) -> dict[str, int]:
     """h (T, r) = x F^T."""
     if at.wide:
         groups = ceil_div(at.r, 8)
-        tokens = ceil_div(at.tokens * groups, SPLIT_GRID // 2)
+        tokens = ceil_div(at.tokens * groups, GRID // 2)
         quantum = 8 if tokens < 32 else 32
         tokens = min(32, quantum * ceil_div(tokens, quantum))
         return {
@@ -213,21 +244,17 @@ def shrink(at: Layer) -> dict[str, int]:
             "factors, for each block of tokens": ceil_div(at.tokens, tokens) * at.factors,
             "h, once": at.h,
         }
-    warps = 2 if at.padded <= 16 else 4
-    while warps > 1 and ceil_div(at.tokens, 32 * warps) < 64:
-        warps //= 2
-    blocks, tiles = ceil_div(at.tokens, 32 * warps), ceil_div(at.n, 128)
-    wanted = max(1, SPLIT_GRID // blocks) if at.noise else 1
-    quantum = 8 // warps
-    splits = ceil_div(tiles, quantum * ceil_div(ceil_div(tiles, wanted), quantum))
-    again = ceil_div(at.tokens, 32)
+    blocks, splits = down_shape(at)
+    again = blocks if l2 else ceil_div(at.tokens, 32)
     factors = (
         {
             "factors, to be packed": at.factors,
-            "packed factors, and for each 32 tokens": (1 + again) * 2 * at.fragments,
+            "packed factors, and for each 32 tokens, or block of tokens": (1 + again)
+            * 2
+            * at.fragments,
         }
         if at.noise
-        else {"factors, for each 32 tokens": again * at.factors}
+        else {"factors, for each 32 tokens, or block of tokens": again * at.factors}
     )
     return {
         **factors,
@@ -236,7 +263,9 @@ def shrink(at: Layer) -> dict[str, int]:
     }
 
 
-def tile(at: Layer, *, up: bool, base: bool, down: bool, outer: bool) -> dict[str, int]:
+def tile(
+    at: Layer, *, up: bool, base: bool, down: bool, outer: bool, l2: bool = False
+) -> dict[str, int]:
     """expand (up), shrink_backward (up and outer), expand_backward (down and outer)."""
     walks_ranks = at.wide and down
     if at.wide:
@@ -245,14 +274,15 @@ def tile(at: Layer, *, up: bool, base: bool, down: bool, outer: bool) -> dict[st
     else:
         width = 256
     blocks, groups = ceil_div(at.n, width), ceil_div(at.r, 8) if walks_ranks else 1
-    tokens = tokens_of_block(at.tokens, blocks * groups, SPLIT_GRID if outer or down else FULL_GRID)
+    tokens = tokens_of_block(at.tokens, blocks * groups)
     splits = ceil_div(at.tokens, tokens)
     part = 8 * groups if walks_ranks else at.padded
     passes = groups if walks_ranks else 1
     terms = {
         "x, dx, base, y or dy, once": passes * (1 + (base or (up and outer))) * at.rows,
         "factors, for each block of tokens": splits * at.factors,
-        "h, for each block of columns": blocks * at.h if at.wide else ceil_div(at.n, 64) * at.h,
+        "h, for each block, or warp, of columns": (blocks if at.wide or l2 else ceil_div(at.n, 64))
+        * at.h,
     }
     if at.drawn:  # the noise matrix in fragments
         terms["rho, and E written"] = at.factors // 2 + at.fragments
@@ -287,25 +317,68 @@ def adapter_cases(dtype: torch.dtype, tokens: int, n: int, r: int) -> dict[str, 
     x, base = normal(tokens, n, dtype=dtype), normal(tokens, n, dtype=dtype)
     a, e, b, h = normal(r, n), normal(r, n), normal(n, r), normal(tokens, r)
     name = f"T{tokens} n{n} r{r} {str(dtype).removeprefix('torch.')}"
+    steps = {
+        "adapter_shrink": lambda: _library.ops.adapter_shrink(x, a, e, *noise),
+        "adapter_shrink_backward": lambda: _library.ops.adapter_shrink_backward(
+            h, x, a, e, *noise, True, True, True
+        ),
+        "adapter_expand": lambda: _library.ops.adapter_expand(h, b, base, 2.0, dtype),
+        "adapter_expand_backward": lambda: _library.ops.adapter_expand_backward(
+            base, h, b, 2.0, True, True
+        ),
+    }
+    least, memory = least_of(noisy, plain), memory_of(noisy, plain)
+    asked = (products(noisy, plain, l2=False), products(noisy, plain, l2=True))
     return {
-        f"adapter_shrink {name}": Case(
-            lambda: _library.ops.adapter_shrink(x, a, e, *noise), size_of(x, a, e, h), shrink(noisy)
-        ),
-        f"adapter_shrink_backward {name}": Case(
-            lambda: _library.ops.adapter_shrink_backward(h, x, a, e, *noise, True, True, True),
-            2 * size_of(x, a, e) + size_of(h),
-            tile(noisy, up=True, base=False, down=False, outer=True),
-        ),
-        f"adapter_expand {name}": Case(
-            lambda: _library.ops.adapter_expand(h, b, base, 2.0, dtype),
-            2 * size_of(base) + size_of(h, b),
-            tile(plain, up=True, base=True, down=False, outer=False),
-        ),
-        f"adapter_expand_backward {name}": Case(
-            lambda: _library.ops.adapter_expand_backward(base, h, b, 2.0, True, True),
-            size_of(base) + 2 * size_of(h, b),
-            tile(plain, up=False, base=False, down=True, outer=True),
-        ),
+        f"{op} {name}": Case(step, least[op], asked[0][op], asked[1][op], memory[op])
+        for op, step in steps.items()
+    }
+
+
+def products(noisy: Layer, plain: Layer, *, l2: bool) -> dict[str, dict[str, int]]:
+    """Of the four ops what they ask for."""
+    return {
+        "adapter_shrink": shrink(noisy, l2=l2),
+        "adapter_shrink_backward": tile(noisy, up=True, base=False, down=False, outer=True, l2=l2),
+        "adapter_expand": tile(plain, up=True, base=True, down=False, outer=False, l2=l2),
+        "adapter_expand_backward": tile(plain, up=False, base=False, down=True, outer=True, l2=l2),
+    }
+
+
+def least_of(noisy: Layer, plain: Layer) -> dict[str, int]:
+    """Of the four ops what must move."""
+    return {
+        "adapter_shrink": noisy.rows + noisy.factors + noisy.h,
+        "adapter_shrink_backward": 2 * noisy.rows + 2 * noisy.factors + noisy.h,
+        "adapter_expand": 2 * plain.rows + plain.factors + plain.h,
+        "adapter_expand_backward": plain.rows + 2 * plain.factors + 2 * plain.h,
+    }
+
+
+def memory_of(noisy: Layer, plain: Layer) -> dict[str, int]:
+    """Of the four ops what memory reads and writes: fragments more, which a launch writes for the next one.
+    Partial sums are discarded once they have been read."""
+    found = least_of(noisy, plain)
+    if not noisy.wide:
+        found["adapter_shrink"] += 4 * noisy.fragments
+    if noisy.drawn:
+        found["adapter_shrink_backward"] += 2 * noisy.fragments + noisy.factors // 2
+    return found
+
+
+def over_least(tokens: int, n: int, r: int) -> dict[str, tuple[float, float, float]]:
+    """Of the four ops in bf16, their noise drawn: requests of warps, what the second-level cache is asked
+    for, and what memory moves, each over what must move."""
+    noisy, plain = (Layer(tokens, n, r, torch.bfloat16, noise, noise) for noise in (True, False))
+    warps, l2 = (products(noisy, plain, l2=level) for level in (False, True))
+    least, memory = least_of(noisy, plain), memory_of(noisy, plain)
+    return {
+        op: (
+            sum(warps[op].values()) / least[op],
+            sum(l2[op].values()) / least[op],
+            memory[op] / least[op],
+        )
+        for op in least
     }
 
 
@@ -530,6 +603,8 @@ def all_cases() -> dict[str, Case]:
         **noise_cases(),
         **adapter_cases(torch.float32, 96, 1024, 8),
         **adapter_cases(torch.bfloat16, 160, 1024, 8),
+        **adapter_cases(torch.bfloat16, 512, 1024, 16),
+        **adapter_cases(torch.bfloat16, 512, 1024, 32),
         **adapter_cases(torch.float32, 40, 200, 20),
         **adapter_cases(torch.bfloat16, 40, 200, 20),
         **layer_cases(160, 1024, 512, 8),
@@ -549,7 +624,11 @@ def measure() -> dict[str, dict[str, object]]:
         found[name] = {
             "bytes": count.bytes,
             "sectors": count.sectors,
+            "l2": count.l2,
+            "memory": count.memory,
             "expected": dict(case.expected),
+            "expected_l2": dict(case.l2) if case.l2 is not None else None,
+            "expected_memory": case.memory,
             "least": case.least,
             "kernels": count.kernels,
         }
@@ -563,16 +642,17 @@ def main() -> None:
         return
     print(
         "| case | requested bytes | over the formula | must move, bytes | requested / must "
-        "| sectors x 32 / requested |"
+        "| of L2 / must | of memory / must | sectors x 32 / requested |"
     )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, row in found.items():
         asked, least = int(str(row["bytes"])), int(str(row["least"]))
         design = sum(row["expected"].values())  # type: ignore[attr-defined]
         sectors = 32 * int(str(row["sectors"])) / asked
         print(
             f"| {name} | {asked:,} | {asked / design:.3f} x {design:,} | {least:,} "
-            f"| {asked / least:.2f} | {sectors:.2f} |"
+            f"| {asked / least:.2f} | {int(str(row['l2'])) / least:.2f} "
+            f"| {int(str(row['memory'])) / least:.2f} | {sectors:.2f} |"
         )
 
 
