@@ -16,6 +16,7 @@ import typer
 
 from ..table import shorten
 from .bench import bench
+from .generate import generate
 from .methods import methods
 from .options import Debug
 from .output import fail
@@ -104,7 +105,7 @@ def info(debug: Debug = False) -> None:
     print(diagnosis())
 
 
-for _command in (methods, demo, train, compare, bayesianize, evaluate, predict, bench):
+for _command in (methods, demo, train, compare, bayesianize, evaluate, predict, generate, bench):
     # Lines of a paragraph are joined, so that help is wrapped at the width of the terminal only.
     _paragraphs = (_command.__doc__ or "").split("\n\n")
     app.command(help="\n\n".join(" ".join(part.split()) for part in _paragraphs))(_command)

@@ -48,6 +48,7 @@ from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_dataset  # noqa: E402
 from .tasks.answers import Answer, Answers  # noqa: E402
 from .tasks.load import SavedAdapter, load  # noqa: E402
+from .tasks.writer import SavedWriter, load_writer  # noqa: E402
 from .texts import Generation, ScoredText, Token  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin  # noqa: E402
 from .variants import VariationalLoss  # noqa: E402
@@ -71,6 +72,7 @@ __all__ = [
     "PolarVbllConfig",
     "Prediction",
     "SavedAdapter",
+    "SavedWriter",
     "ScalablConfig",
     "ScoredText",
     "TfbConfig",
@@ -97,6 +99,7 @@ __all__ = [
     "laplace_refine",
     "load",
     "load_laplace",
+    "load_writer",
     "parameter_groups",
     "posterior",
     "predict",

@@ -13,7 +13,7 @@ from ...quantization import QUANTIZATIONS, quantization_config
 from ..checkpoints import read_lora
 from ..method import METHODS
 from .encoder import TaskEncoder
-from .models import load_model
+from .models import load_language_model, load_model
 from .task import Task
 
 _ALLOWED: dict[str, tuple[str | None, ...]] = {
@@ -60,14 +60,8 @@ class Base:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
             raise ValueError(f"seed: expected an integer from 0 to {_SEEDS - 1}, got {seed!r}")
 
-    def load(
-        self, task: Task, max_length: int | None = None, device: str | None = None
-    ) -> tuple[Any, TaskEncoder]:
-        """The model, and the encoder of its input.
-
-        Raises:
-            ValueError, ImportError, OSError: As `load_model`.
-        """
+    def _options(self, device: str | None) -> dict[str, Any]:
+        """Options of `from_pretrained`."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if self.dtype != "float32" and pick_device(device).type == "cpu":
             # The backward pass of torch's fused attention is slow there: 17 ms for (8, 12, 32, 32) in
@@ -77,6 +71,16 @@ class Base:
             options["quantization_config"] = quantization_config(
                 self.quantization, options["dtype"]
             )
+        return options
+
+    def load(
+        self, task: Task, max_length: int | None = None, device: str | None = None
+    ) -> tuple[Any, TaskEncoder]:
+        """The model, and the encoder of its input.
+
+        Raises:
+            ValueError, ImportError, OSError: As `load_model`.
+        """
         return load_model(
             self.model,
             task,
@@ -84,8 +88,16 @@ class Base:
             style=self.style,  # type: ignore[arg-type]
             max_length=max_length,
             head_seed=self.seed,
-            **options,
+            **self._options(device),
         )
+
+    def load_language_model(self, device: str | None = None) -> tuple[Any, Any]:
+        """The model with its whole head, which writes text, and its tokenizer.
+
+        Raises:
+            ValueError, ImportError, OSError: As `load_language_model`.
+        """
+        return load_language_model(self.model, **self._options(device))
 
 
 def load_adapter(
@@ -109,19 +121,37 @@ def load_adapter(
         ValueError, ImportError, OSError: As `load_model`, or the adapter does not fit the model.
     """
     found, encoder = base.load(task, max_length, device)
+    return with_adapter(found, folder, base, f"{task.n_classes} classes", device), encoder
+
+
+def with_adapter(
+    model: Any, folder: str | Path, base: Base, head: str, device: str | None
+) -> PeftModel:
+    """An adapter of a folder on its base model that is there, with the files of its method.
+
+    Args:
+        model: the base model.
+        folder: As for `load_adapter`.
+        base: What the model was loaded from.
+        head: What its head is, in words, for the message about an adapter that does not fit.
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        ValueError: As `load_adapter`.
+    """
     try:
-        model = read_lora(found, folder)
+        wrapped = read_lora(model, folder)
     except RuntimeError as error:  # torch's message lists every tensor that differs
         first = next((line for line in str(error).splitlines() if "mismatch" in line), str(error))
         raise ValueError(
-            f"adapter {str(folder)!r}: expected tensors that fit {base.model!r} with "
-            f"{task.n_classes} classes, got {first.strip()}"
+            f"adapter {str(folder)!r}: expected tensors that fit {base.model!r} with {head}, got "
+            f"{first.strip()}"
         ) from None
-    model = on_device(model, device).eval()
+    wrapped = on_device(wrapped, device).eval()
     for method in METHODS.values():
         if method.stored(Path(folder)):
-            method.load(model, Path(folder))
-    return model, encoder
+            method.load(wrapped, Path(folder))
+    return wrapped
 
 
 def on_device(model: PeftModel, device: str | None) -> PeftModel:

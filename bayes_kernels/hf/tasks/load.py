@@ -55,14 +55,14 @@ def load(
     records = [_record(one) for one in folders]
     first = records[0]
     with readable(first.folder):
-        method, settings = _method(first), first.fields["experiment"]
+        method, settings = method_of(first), first.fields["experiment"]
         recipe = settings["recipe"]
         draws = recipe["n_samples"] if recipe["n_samples"] is not None else method.n_samples
         batch_size, seed = recipe["eval_batch_size"], settings["seed"]
     bases = []
     for record in records:
         with readable(record.folder):
-            bases.append(_base(record))
+            bases.append(base_of(record))
             if record.task != first.task:
                 raise ValueError(
                     f"the classes {', '.join(record.task.label_names)}, expected those of "
@@ -212,13 +212,19 @@ def _record(folder: Path) -> Record:
     return record
 
 
-def _base(record: Record) -> Base:
+def base_of(record: Record) -> Base:
+    """The base model of a record."""
     settings = record.fields["experiment"]
     names = [field.name for field in dataclasses.fields(Base) if field.name != "model"]
     return Base(record.path(settings["model"]), **{key: settings[key] for key in names})
 
 
-def _method(record: Record) -> Method:
+def method_of(record: Record) -> Method:
+    """The method of a record.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     name = record.fields["experiment"]["method"]
     if name not in METHODS:
         raise ValueError(f"method {name!r}, expected one of {', '.join(METHODS)}")

@@ -70,6 +70,49 @@ def _locate(name_or_path: str) -> tuple[str, dict[str, Any]]:
     return name_or_path, {}
 
 
+def _read(name: str) -> tuple[str, dict[str, Any], Any, Any]:
+    """Path or hub name, options for loading from there, the configuration and the tokenizer."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    path, local = _locate(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+    except Exception as error:
+        if local:
+            raise ValueError(
+                f"model {name!r}: config or tokenizer cannot be read: {error}"
+            ) from error
+        raise OSError(
+            f"model {path!r}: expected {_WORDS}, a folder, or a name that the Hugging Face hub "
+            f"knows; the hub cannot be reached or has no such model ({type(error).__name__})"
+        ) from None
+    return path, local, config, tokenizer
+
+
+def load_language_model(name_or_path: str | Path, **options: Any) -> tuple[Any, Any]:
+    """A causal language model with its whole head, in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: As for :func:`load_model`.
+        **options: For ``from_pretrained``, as for :func:`load_model`.
+
+    Raises:
+        ValueError, ImportError, OSError: As :func:`load_model`, or the model does not write text.
+    """
+    import transformers
+
+    path, local, config, tokenizer = _read(str(name_or_path))
+    if not _is_causal(config) or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model {str(name_or_path)!r}: expected a causal language model, which writes text, got "
+            f"{', '.join(config.architectures or ())} ({config.model_type})"
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **local, **options)
+    return model.eval(), tokenizer
+
+
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draws new weights from ``seed`` and leaves the caller's generator as it was."""
@@ -152,26 +195,13 @@ def load_model(
         ImportError: The package behind "minilm" or "smollm2" is not installed.
         OSError: The hub cannot be reached or has no such model.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
     if kind not in ("auto", "causal", "classifier", "multiple_choice"):
         raise ValueError(
             "kind: expected 'auto', 'causal', 'classifier' or 'multiple_choice', got " + repr(kind)
         )
-    path, local = _locate(str(name_or_path))
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, **local)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-    except Exception as error:
-        if local:
-            raise ValueError(
-                f"model {str(name_or_path)!r}: config or tokenizer cannot be read: {error}"
-            ) from error
-        raise OSError(
-            f"model {path!r}: expected {_WORDS}, a folder, or a name that the Hugging Face hub "
-            f"knows; the hub cannot be reached or has no such model ({type(error).__name__})"
-        ) from None
+    path, local, config, tokenizer = _read(str(name_or_path))
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model {str(name_or_path)!r}: expected an encoder or a causal language model, got an "

@@ -1,0 +1,227 @@
+"""The command that writes text with a trained adapter."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..table import shorten
+from .options import (
+    Debug,
+    Device,
+    DrawSeed,
+    OtherBase,
+    Overwrite,
+    Samples,
+    Threads,
+    given,
+    number,
+    start,
+    whole,
+)
+from .output import note, status, writes_unicode
+
+if TYPE_CHECKING:
+    from ..hf.texts import Generation
+
+
+def generate(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder that train, or PEFT, wrote, or a folder with one in it.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; may be repeated.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts: text, one a line; or JSONL, each with 'prompt', or 'messages' of a conversation."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are messages to the model's chat template.")
+    ] = False,
+    n_samples: Samples = None,
+    max_new_tokens: Annotated[int, whole("Largest number of new tokens.", least=1)] = 64,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens; by default the likeliest is taken.")
+    ] = False,
+    temperature: Annotated[float | None, number("Temperature of --sample.")] = None,
+    top_p: Annotated[float | None, number("Nucleus of --sample.")] = None,
+    top_k: Annotated[int | None, whole("Likeliest tokens that --sample has.", least=0)] = None,
+    beams: Annotated[int, whole("Beams of a beam search.", least=1)] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a text; may be repeated.")
+    ] = None,
+    abstain_above: Annotated[
+        float | None,
+        number(
+            "Mark texts with a token of more mutual information (without draws: entropy), nats."
+        ),
+    ] = None,
+    color_by: Annotated[
+        str | None, typer.Option(help="mutual_information (default with draws) or entropy.")
+    ] = None,
+    model: OtherBase = None,
+    batch_size: Annotated[int, whole("Prompts of a batch.", least=1)] = 8,
+    seed: DrawSeed = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line, with all numbers of all tokens.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page to look at, with coloured tokens.")
+    ] = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Continue prompts with several draws of the weights, and mark the tokens they disagree about.
+
+    All draws choose each token together, by their mean probabilities. Mutual information (nats) is the part
+    of a token's uncertainty that stems from the adapter's posterior; entropy is all of it.
+    """
+    from ..experiment import folders
+    from ..files import write_text
+    from ..hf.checks import CONFIG_NAME
+    from ..hf.highlight import LIMITS, html_page
+    from ..hf.tasks.record import read_members
+    from ..hf.tasks.writer import load_writer
+
+    prompts = [*(prompt or ()), *([] if file is None else read_prompts(file))]
+    if not prompts:
+        raise ValueError("generate: expected --prompt or --file, got neither")
+    warped = given(temperature=temperature, top_p=top_p, top_k=top_k)
+    if warped and not sample:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in warped)
+        raise ValueError(f"generate: expected --sample with {names}, got none")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"--temperature: expected a number above 0, got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"--top-p: expected a number above 0 and at most 1, got {top_p}")
+    if color_by is not None and color_by not in LIMITS:
+        raise ValueError(f"--color-by: expected {' or '.join(LIMITS)}, got {color_by!r}")
+    if html is not None:
+        _check_page(html, overwrite, {"adapter": Path(adapter), "file": file})
+    start(threads, device)
+    folder = Path(adapter)
+    inside = [] if (folder / CONFIG_NAME).exists() else list(folder.glob(f"*/{CONFIG_NAME}"))
+    if not read_members(folder):
+        folder = inside[0].parent if len(inside) == 1 else folder
+        folders.read_record(folder)  # which also says where a stopped run goes on
+    with status(f"reading {adapter}"):
+        writer = load_writer(folder, model=model, device=device)
+    found = writer.generate(
+        prompts,
+        n_samples=n_samples,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        num_beams=beams,
+        stop_strings=stop or None,
+        chat=True if chat else None,
+        abstain_above=abstain_above,
+        batch_size=batch_size,
+        progress=True,
+        **warped,
+    )
+    if html is not None:
+        write_text(html, html_page(found, f"{writer.method.title}, {writer.base.model}"))
+    if json_lines:
+        for text in found:
+            print(json.dumps(text.to_dict(), ensure_ascii=not writes_unicode(sys.stdout)))
+    else:
+        _show(found, color_by)
+    if html is not None:
+        note(f"Wrote {html}")
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """Prompts of a file: texts, and conversations.
+
+    Raises:
+        ValueError: it is no file of prompts; all bad lines are named.
+    """
+    if not path.is_file():
+        raise ValueError(f"file {str(path)!r}: expected a file that exists, found none")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"file {str(path)!r}: expected UTF-8 text, got {error.reason} at byte {error.start}"
+        ) from None
+    rows = [(place, line) for place, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise ValueError(f"file {str(path)!r}: expected at least one prompt, got none")
+    if path.suffix not in (".jsonl", ".json"):
+        return [line for _, line in rows]
+    found, wrong = [], []
+    for place, line in rows:
+        try:
+            found.append(_prompt_of(json.loads(line)))
+        except json.JSONDecodeError as error:
+            wrong.append(f"{path}:{place}: expected JSON, got {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            wrong.append(f"{path}:{place}: {error}")
+    if wrong:
+        raise ValueError("\n".join(wrong[:10]))
+    return found
+
+
+def _prompt_of(row: object) -> Any:
+    """The prompt of one object.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(row, dict):
+        text, messages = row.get("prompt"), row.get("messages")
+        if isinstance(text, str) and text:
+            return text
+        keys = ("role", "content")
+        if isinstance(messages, list) and messages:
+            if all(
+                isinstance(m, dict) and all(isinstance(m.get(k), str) for k in keys)
+                for m in messages
+            ):
+                return messages
+    raise ValueError(
+        "expected an object with 'prompt', a text, or 'messages', a list of objects with 'role' and "
+        f"'content', got {shorten(json.dumps(row))}"
+    )
+
+
+def _check_page(page: Path, overwrite: bool, inputs: dict[str, Path | None]) -> None:
+    """Whether a page may be written."""
+    if page.is_dir() or not page.name:
+        raise ValueError(f"--html: expected a file, got the folder {str(page)!r}")
+    for what, path in inputs.items():
+        if path is not None and path.exists() and page.exists() and page.samefile(path):
+            raise ValueError(f"--html: expected a file apart from {what}, got {str(page)!r}")
+    if page.exists() and not overwrite:
+        raise ValueError(f"--html: {str(page)!r} exists; use --overwrite, or another name")
+
+
+def _show(texts: list[Generation], by: str | None) -> None:
+    """Texts on the terminal, with their scores."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..hf.highlight import measure_of, printable, terminal_legend, terminal_text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for text in texts:
+        console.print(Text(printable(text.prompt), style="dim") + terminal_text(text, by))
+        scores = (
+            f"mean log-probability {text.mean_log_prob:.3f}, max entropy {text.max_entropy:.3f}"
+        )
+        if text.max_mutual_information is not None:
+            scores += f", max mutual information {text.max_mutual_information:.3f}"
+        if text.abstained:
+            scores += f"; abstained: {text.abstain_on} above {text.abstain_above:g}"
+        console.print(Text(f"[{scores}]", style="italic"))
+    console.print(terminal_legend(measure_of(texts[0], by)))

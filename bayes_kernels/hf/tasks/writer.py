@@ -1,0 +1,120 @@
+"""A saved adapter that writes text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoints import stored_method
+from ..checks import CONFIG_NAME, read_json
+from ..generate import Prompt, generate
+from ..method import METHODS, Method
+from ..texts import Generation
+from .adapters import Base, pick_device, with_adapter
+from .load import base_of, method_of
+from .record import read_members, read_record, readable
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedWriter:
+    """A trained adapter on its base model with the whole head, and its tokenizer.
+
+    Attributes:
+        model: A model that `bayes_kernels.hf.generate` takes: a PeftModel, or an `Ensemble`.
+        tokenizer: Its tokenizer.
+        base: The base model.
+        method: The row of the table of methods.
+        n_samples: Default number of posterior draws; 0 for one set of weights.
+        seed: Default seed of the draws.
+    """
+
+    model: nn.Module = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+    base: Base
+    method: Method = dataclasses.field(repr=False)
+    n_samples: int
+    seed: int
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        n_samples: int | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """As `bayes_kernels.hf.generate`, with the number of draws and the seed of the run by default."""
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompts,
+            n_samples=self.n_samples if n_samples is None else n_samples,
+            seed=self.seed if seed is None else seed,
+            **options,
+        )
+
+
+def load_writer(
+    folder: str | os.PathLike[str], *, model: str | None = None, device: str | None = None
+) -> SavedWriter:
+    """A trained adapter on its base model with the whole head, ready to continue prompts.
+
+    An adapter that was trained on answers to questions keeps only their rows of the head; here it is on the
+    whole model again.
+
+        text = load_writer("runs/demo/blob").generate("The answer is")[0]
+        text.text, text.mutual_information
+
+    Args:
+        folder: What `bayes-kernels train`, or PEFT, wrote for a causal language model, or an ensemble of
+            `compare`.
+        model: Another base model than the recorded one, such as its new place.
+        device: "cpu", "cuda" or "auto", which takes the GPU where there is one.
+
+    Raises:
+        ValueError: The folder has no adapter, or its base model does not write text; files are damaged.
+        ImportError, OSError: The base model is not installed or cannot be reached.
+    """
+    pick_device(device)
+    folders = read_members(folder) or [Path(folder)]
+    settings = [_settings(one, model) for one in folders]
+    base, method, draws, seed = settings[0]
+    loaded, tokenizers = [], []
+    for one, (place, *_) in zip(folders, settings, strict=True):
+        found, tokenizer = place.load_language_model(device)
+        words = "the head of a language model"
+        loaded.append(with_adapter(found, one, place, words, device))
+        tokenizers.append(tokenizer)
+    whole: nn.Module = loaded[0]
+    if len(folders) > 1:
+        (method,) = (one for one in METHODS.values() if one.join is not None)
+        assert method.join is not None
+        whole, draws = method.join(loaded, folders), len(folders)
+    return SavedWriter(whole, tokenizers[0], base, method, draws if method.bayesian else 0, seed)
+
+
+def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int]:
+    """Base model, method, draws and seed of an adapter; what PEFT wrote says less."""
+    record = read_record(folder)
+    if record is None:
+        name = model or read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+        if not name:
+            raise ValueError(
+                f"adapter {str(folder)!r}: expected the name of a base model in it, found none; give model"
+            )
+        rows = (row for row in METHODS.values() if row.stored(folder))
+        method = next(rows, None) or METHODS[stored_method(folder)]
+        return Base(name), method, method.n_samples, 0
+    with readable(folder):
+        base, method = base_of(record), method_of(record)
+        experiment = record.fields["experiment"]
+        draws = experiment["recipe"]["n_samples"]
+        seed = experiment["seed"]
+    if model is not None:
+        base = dataclasses.replace(base, model=model)
+    return base, method, method.n_samples if draws is None else draws, seed
