@@ -170,11 +170,11 @@ def _legend(by: str) -> str:
 
 _COLUMNS = (
     ("tokens", lambda text: str(len(text.token_ids))),
-    ("mean log-probability", lambda text: f"{text.mean_log_prob:.3f}"),
+    ("mean log p", lambda text: f"{text.mean_log_prob:.3f}"),
     ("perplexity", lambda text: f"{text.perplexity:.2f}"),
     ("max entropy", lambda text: f"{text.max_entropy:.3f}"),
-    ("max mutual information", lambda text: _number(text.max_mutual_information)),
-    ("mean mutual information", lambda text: _number(text.mean_mutual_information)),
+    ("max MI", lambda text: _number(text.max_mutual_information)),
+    ("mean MI", lambda text: _number(text.mean_mutual_information)),
 )
 
 
@@ -195,7 +195,11 @@ def html_body(texts: Sequence[ScoredText]) -> tuple[str, str]:
     rows = [
         [f"{i}", *(column(text) for _, column in _COLUMNS)] for i, text in enumerate(texts, start=1)
     ]
-    parts.append("<div>" + table(["text", *(name for name, _ in _COLUMNS)], rows))
+    headings = ["text", *(name for name, _ in _COLUMNS)]
+    caption = (
+        "Means and maxima over the tokens of a text, nats. p: probability, MI: mutual information."
+    )
+    parts.append("<div>" + table(headings, rows, caption=caption))
     for i, text in enumerate(texts, start=1):
         abstained = isinstance(text, Generation) and text.abstained
         badge = ' <span class="badge">abstained</span>' if abstained else ""

@@ -32,6 +32,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from bayes_kernels.cli.app import app  # noqa: E402
 from bayes_kernels.experiment import compare  # noqa: E402
+from bayes_kernels.hf import BlobConfig  # noqa: E402
 
 # Models stay on the CPU: what is shown does not depend on the machine.
 pytestmark = pytest.mark.cpu_only
@@ -99,9 +100,14 @@ def fill(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 torch.nn.init.normal_(weight, std=0.1)
         model.save_pretrained(home / "my-lora")
         transformers.LlamaForCausalLM(shape).save_pretrained(home / "my-llama")
+        config = BlobConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        auto = transformers.AutoModelForCausalLM
+        model = peft.get_peft_model(auto.from_pretrained(home / "my-llama"), config)
+        model.save_pretrained(home / "runs" / "writer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "my-model")
     tokenizer.add_tokens(["A", "B"])  # the answers of a causal model
     tokenizer.save_pretrained(home / "my-llama")
+    (home / "prompts.txt").write_text("good day\nbad news\n")
     monkeypatch.chdir(home)
     run(shlex.split("train reviews.jsonl --out runs/reviews"))
     for seed in "01":
