@@ -85,6 +85,24 @@ Ood = Annotated[
     typer.Option(help="Out-of-distribution set: JSONL file or hub name; may be repeated."),
 ]
 LabelNames = Annotated[str | None, typer.Option(help="Names of the classes, divided by commas.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="Test examples of data of the hub: test, or published for those that the papers score."
+    ),
+]
+Preset = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="What the other options change: default, or published for the setting of each method's paper, "
+        "for causal language models.",
+    ),
+]
+Compat = Annotated[
+    bool,
+    typer.Option("--compat", help="Prompts of the published code to the letter, slips included."),
+]
 TestSize = Annotated[int | None, whole("Largest number of test examples.", least=1)]
 OodSize = Annotated[int | None, whole("Largest number of examples of each OOD set.", least=1)]
 Samples = Annotated[
@@ -148,6 +166,7 @@ def source_options(
     test_size: int | None,
     ood_size: int | None,
     train_size: int | None = None,
+    split: str | None = None,
 ) -> dict[str, Any]:
     """Fields of a `Source` that a command was given."""
     return given(
@@ -157,6 +176,7 @@ def source_options(
         test_size=test_size,
         ood_size=ood_size,
         train_size=train_size,
+        split=split,
     )
 
 

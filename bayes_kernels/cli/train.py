@@ -13,6 +13,7 @@ from .options import (
     MOST_THREADS,
     Alpha,
     Base,
+    Compat,
     Data,
     Debug,
     Device,
@@ -24,12 +25,14 @@ from .options import (
     OodSize,
     Overwrite,
     Plots,
+    Preset,
     Quantization,
     Rank,
     Results,
     Samples,
     Seeds,
     Settings,
+    Split,
     StepExamples,
     Steps,
     Style,
@@ -169,6 +172,7 @@ def train(
     train_size: TrainSize = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
+    split: Split = "test",
     model: Annotated[
         str,
         typer.Option(
@@ -177,6 +181,7 @@ def train(
     ] = "minilm",
     kind: Kind = "auto",
     style: Style = "blob",
+    compat: Compat = False,
     dtype: Dtype = "float32",
     quantization: Quantization = None,
     method: Annotated[
@@ -197,6 +202,7 @@ def train(
     ] = None,
     max_length: MaxLength = None,
     n_samples: Samples = None,
+    preset: Preset = "default",
     settings: Settings = None,
     seed: Annotated[int, whole("Seed of everything.", least=0, most=MOST_SEED)] = 0,
     out: Annotated[
@@ -248,12 +254,12 @@ def train(
         "max_length": max_length,
         "n_samples": n_samples,
     }
-    recipe = recipes_of(fields, settings or (), [method])[method]
+    recipe = recipes_of(fields, settings or (), [method], preset)[method]
     source = Source(
         data=source_argument or data or "",
-        **source_options(test, ood, label_names, test_size, ood_size, train_size),
+        **source_options(test, ood, label_names, test_size, ood_size, train_size, split),
     )
-    one = Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed)
+    one = Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed, compat)
     build.check_experiment(one)
     files = [*output.adapter_files(), f"{folders.CHECKPOINTS}/checkpoint-*", results.METRICS_FILE]
     files += output.PICTURES if plots else ()
@@ -301,9 +307,11 @@ def compare(
     train_size: TrainSize = None,
     test_size: TestSize = None,
     ood_size: OodSize = None,
+    split: Split = "test",
     model: Base = "minilm",
     kind: Kind = "auto",
     style: Style = "blob",
+    compat: Compat = False,
     dtype: Dtype = "float32",
     quantization: Quantization = None,
     members: Annotated[
@@ -317,6 +325,7 @@ def compare(
     batch_size: StepExamples = None,
     max_length: MaxLength = None,
     n_samples: Samples = None,
+    preset: Preset = "default",
     settings: Settings = None,
     out: Results = Path("runs/compare"),
     resume: Annotated[
@@ -367,7 +376,7 @@ def compare(
     }
     source = Source(
         data=data or "",
-        **source_options(test, ood, label_names, test_size, ood_size, train_size),
+        **source_options(test, ood, label_names, test_size, ood_size, train_size, split),
     )
     used = comparison.used_methods(names)
     joins = [name for name, row in METHODS.items() if row.made == "join"]
@@ -376,14 +385,16 @@ def compare(
             f"members: expected {' or '.join(joins)} among --methods, got {', '.join(names)}"
         )
     # Plain LoRA is built even where it is not compared.
-    recipes = {PLAIN: Recipe(), **recipes_of(fields, settings or (), used)}
+    recipes = {PLAIN: Recipe(), **recipes_of(fields, settings or (), used, preset)}
     for name in set(joins) & set(used):
         count = members or METHODS[name].n_samples
         recipes[name] = dataclasses.replace(recipes[name], n_samples=count)
 
     def make(name: str, seed: int) -> Experiment:
         recipe = recipes[name]
-        return Experiment(source, model, kind, style, dtype, quantization, name, recipe, seed)
+        return Experiment(
+            source, model, kind, style, dtype, quantization, name, recipe, seed, compat
+        )
 
     for name in used:
         build.check_experiment(make(name, 0))

@@ -100,9 +100,9 @@ def build(
     """
     recipe = experiment.recipe
     base, encoder = experiment.base.load(task, recipe.max_length, device)
-    if experiment.style != "blob" and encoder.kind != "causal":
+    if (experiment.style != "blob" or experiment.compat) and encoder.kind != "causal":
         raise ValueError(
-            f"style: expected a causal language model with a style of prompt, got "
+            f"{'compat' if experiment.compat else 'style'}: expected a causal language model with it, got "
             f"{experiment.model!r}, which is loaded as {encoder.kind}; leave it out"
         )
     if recipe.base_dropout is not None:

@@ -184,7 +184,8 @@ def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
 def _run_piece(
     piece: Piece, saved: Run | None, folder: Path, device: str | None, progress: bool
 ) -> None:
-    one, task, score = piece.experiment, piece.task, piece.score
+    one, score = piece.experiment, piece.score
+    task = one.seen(piece.task)
     method = METHODS[one.method]
     made = method.made
     options: dict[str, Any] = {

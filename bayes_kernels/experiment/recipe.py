@@ -19,7 +19,7 @@ from typing import Any
 from ..hf.method import METHODS, PLAIN
 from ..hf.tasks.adapters import Base
 from ..hf.tasks.task import Example, Task
-from .data.hub import HUB_DATASETS
+from .data.hub import HUB_DATASETS, SPLITS
 from .data.load import load_task
 from .data.splits import choose_subset
 
@@ -47,6 +47,8 @@ class Recipe:
         weight_decay: Of AdamW; None for the method's default.
         adam_epsilon, max_grad_norm: Of AdamW; a norm of 0 does not clip.
         max_length: Largest number of tokens; None for what `load_model` chooses.
+        train_on_validation: Whether the validation examples are trained on as well, so that a method that
+            chooses nothing on them sees as many labels as one that does; no temperature then.
         n_samples: Posterior draws of a prediction; None for the method's default.
         eval_batch_size: Examples of one batch in prediction.
         options: Options of the method, as `bayes_kernels.hf.method.Method.options` lists them.
@@ -70,6 +72,7 @@ class Recipe:
     adam_epsilon: float = 1e-6
     max_grad_norm: float = 0.0
     max_length: int | None = None
+    train_on_validation: bool = False
     n_samples: int | None = None
     eval_batch_size: int = 16
     options: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +100,11 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must be {words}, got {value!r}")
             if value > _LARGEST:
                 raise ValueError(f"recipe: {name} must be a number of fp32, got {value!r}")
+        if not isinstance(self.train_on_validation, bool):
+            raise ValueError(
+                "recipe: train_on_validation must be true or false, got "
+                f"{self.train_on_validation!r}"
+            )
         targets = self.target_modules
         if targets is not None and not (
             isinstance(targets, tuple)
@@ -166,6 +174,7 @@ class Source:
         test_size, ood_size: Largest number of test examples, and of examples of each
             out-of-distribution set, chosen by hash; None for all.
         label_names: Names of the classes, for files only.
+        split: "test", or "published" for the rows that the papers score, for data of the hub.
     """
 
     data: str = "stdlib-docs"
@@ -175,6 +184,7 @@ class Source:
     test_size: int | None = None
     ood_size: int | None = None
     label_names: tuple[str, ...] | None = None
+    split: str = "test"
 
     def __post_init__(self) -> None:
         for name in ("ood", "label_names"):
@@ -188,6 +198,8 @@ class Source:
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and (name == "data" or value is not None):
                 raise ValueError(f"{name}: expected a name or path, got {value!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split: expected {' or '.join(SPLITS)}, got {self.split!r}")
         for name, least in (("train_size", 0), ("test_size", 1), ("ood_size", 1)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -220,6 +232,13 @@ class Source:
                     "which brings its own; leave it out"
                 )
             options["ood"] = self.ood
+        if self.split != "test":
+            if is_file or self.data not in HUB_DATASETS:
+                raise ValueError(
+                    f"split: expected data of the hub beside {self.split!r}, got {self.data!r}; leave "
+                    "it out"
+                )
+            options["split"] = self.split
         task = load_task(self.data, **options)
         return dataclasses.replace(
             task,
@@ -245,6 +264,7 @@ class Experiment:
         method: A name of `bayes_kernels.hf.method.METHODS`: "mle" (plain LoRA), "blob", ...
         recipe: How it is trained.
         seed: Seed of the training subset, head, factors, order of examples, and noise.
+        compat: Whether prompts are those of the published code to the letter, see `load_model`.
     """
 
     source: Source = field(default_factory=Source)
@@ -256,6 +276,7 @@ class Experiment:
     method: str = "blob"
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
+    compat: bool = False
 
     def __post_init__(self) -> None:
         _ = self.base  # which checks what it is made of
@@ -271,6 +292,13 @@ class Experiment:
                     f"options: expected those of {self.method} ({', '.join(row.options) or 'none'}), "
                     f"got {name}" + (f", an option of {', '.join(having)}" if having else "")
                 )
+
+    def seen(self, task: Task) -> Task:
+        """The task as the method is to see it, with the validation examples where the recipe puts them."""
+        if not self.recipe.train_on_validation:
+            return task
+        known = [example for example in task.validation if example.label is not None]
+        return dataclasses.replace(task, train=[*task.train, *known], validation=[])
 
     def check_options(self) -> None:
         """Whether the settings of the recipe go together and do something.
@@ -315,7 +343,15 @@ class Experiment:
     @property
     def base(self) -> Base:
         """The base model, with the head that the seed draws."""
-        return Base(self.model, self.kind, self.style, self.dtype, self.quantization, self.seed)
+        return Base(
+            self.model,
+            self.kind,
+            self.style,
+            self.dtype,
+            self.quantization,
+            self.seed,
+            self.compat,
+        )
 
     @property
     def training_options(self) -> dict[str, Any]:

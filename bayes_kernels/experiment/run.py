@@ -88,6 +88,7 @@ def run(
     if known_labels(task.test) is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     check_trainable(experiment.method)
+    task = experiment.seen(task)
     conversion = METHODS[experiment.method].conversion
     options = conversion_options(experiment) if conversion is not None else {}
     model, encoder = build(experiment, task, device=device)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..hf.method import METHODS
+from ..hf.method import METHODS, Method
 from .recipe import Recipe
 
 # Fields of the recipe that are tables, with names below them, and the others.
 _TABLES = ("options", "lora")
 FIELDS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in _TABLES)
+
+# Where recipes start: word to the fields of a method's recipe that differ from the defaults.
+PRESETS: dict[str, Callable[[Method], Mapping[str, Any]]] = {
+    "default": lambda method: {},
+    "published": lambda method: method.published,
+}
 
 
 class Setting(NamedTuple):
@@ -104,7 +110,7 @@ def method_options(items: Iterable[str], method: str) -> dict[str, Any]:
 
 
 def recipes_of(
-    fields: Mapping[str, Any], items: Iterable[str], methods: Sequence[str]
+    fields: Mapping[str, Any], items: Iterable[str], methods: Sequence[str], preset: str = "default"
 ) -> dict[str, Recipe]:
     """The recipes of methods that run together, from the options of a command.
 
@@ -112,32 +118,44 @@ def recipes_of(
         fields: Fields of the recipe that have an option of the command; None where it is not given.
         items: Texts of ``--set``.
         methods: The methods.
+        preset: A word of `PRESETS`, whose recipe is what the settings change.
 
     Raises:
-        ValueError: As `parse_settings` and `make_recipes`.
+        ValueError: The preset is unknown, or as `parse_settings` and `make_recipes`.
     """
+    if preset not in PRESETS:
+        raise ValueError(f"recipe: expected {' or '.join(PRESETS)}, got {preset!r}")
     given = [
         Setting(name.replace("_", "-"), None, (name,), value)
         for name, value in fields.items()
         if value is not None
     ]
-    return make_recipes([*given, *parse_settings(items, methods)], methods)
+    return make_recipes([*given, *parse_settings(items, methods)], methods, preset)
 
 
-def make_recipes(settings: Iterable[Setting], methods: Sequence[str]) -> dict[str, Recipe]:
+def make_recipes(
+    settings: Iterable[Setting], methods: Sequence[str], preset: str = "default"
+) -> dict[str, Recipe]:
     """The recipes of methods that run together.
 
     What is set for all goes to the methods that have it, and to one at least. What is set for one
     method stands, whatever is said of all.
 
     Args:
-        settings: What differs from the defaults.
+        settings: What differs from the preset.
         methods: The methods.
+        preset: A word of `PRESETS`.
 
     Raises:
         ValueError: No method uses a setting, one is given twice, or a value is out of range.
     """
-    fields: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    fields: dict[str, dict[str, Any]] = {
+        name: {
+            field: dict(value) if field in _TABLES else value
+            for field, value in PRESETS[preset](METHODS[name]).items()
+        }
+        for name in methods
+    }
     seen: set[tuple[str | None, tuple[str, ...]]] = set()
     for one in sorted(settings, key=lambda one: one.method is not None):
         if (one.method, one.path) in seen:

@@ -18,6 +18,21 @@ from .draws import Predictor, noise_predictor
 # The method that trains stock LoRA, which the others are compared with and which conversions start from.
 PLAIN = "mle"
 
+# What the papers on these methods share, as fields of a recipe: 20,000 examples, four at a time. Source:
+# scripts of BLoB (arXiv 2406.11675), whose setting TFB, ScalaBL and PoLAR-VBLL took over. A method's own file
+# has the rest.
+PAPERS: Mapping[str, Any] = {
+    "rank": 8,
+    "alpha": 16.0,
+    "target_modules": ("q_proj", "v_proj", "lm_head"),
+    "lr": 1e-4,
+    "steps": 5000,
+    "batch_size": 4,
+    "warmup": 0.06,
+    "adam_epsilon": 1e-6,
+    "max_length": 300,
+}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -105,6 +120,7 @@ class Method:
         save: (model, folder): writes these files.
         load: (model, folder): reads them.
         stored: (folder) -> whether the folder holds the files of this method.
+        published: fields of a recipe as in the paper or its code, for causal language models.
     """
 
     name: str
@@ -126,6 +142,7 @@ class Method:
     save: Callable[[nn.Module, Path], object] = _nothing
     load: Callable[[nn.Module, Path], object] = _nothing
     stored: Callable[[Path], bool] = lambda folder: False
+    published: Mapping[str, Any] = field(default_factory=lambda: PAPERS)
 
     @property
     def made(self) -> Literal["train", "convert", "join"]:

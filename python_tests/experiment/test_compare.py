@@ -110,7 +110,7 @@ def test_a_comparison_goes_on_after_a_failure(
 
     # Its folder, and those of its members, are loaded like an adapter's.
     texts = [example.question for example in tasks[0].test]
-    members = [tmp_path / "map" / "seed-0", tmp_path / "ensemble" / "seed-0-member-1"]
+    members = [tmp_path / "mle" / "seed-0", tmp_path / "ensemble" / "seed-0-member-1"]
     for asked in (load(tmp_path / "ensemble" / "seed-0"), load(*members)):
         found = asked.predict(texts)
         assert (found.n_samples, asked.method.name) == (2, "ensemble")

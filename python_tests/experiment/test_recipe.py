@@ -90,3 +90,18 @@ def test_weight_decay_is_the_only_difference_of_map(tiny: Experiment) -> None:
         assert len(given) == 1
     own = dataclasses.replace(found["map"], recipe=Recipe(weight_decay=0.0))
     assert own.weight_decay == 0.0
+
+
+def test_training_on_validation_rows(tiny: Experiment, source: Source) -> None:
+    task = source.load(0)
+    assert tiny.seen(task) is task
+    one = dataclasses.replace(tiny, recipe=Recipe(train_on_validation=True))
+    seen = one.seen(task)
+    assert [e.id for e in seen.train] == [e.id for e in [*task.train, *task.validation]]
+    assert not seen.validation and seen.test == task.test
+
+
+def test_rows_of_the_papers_are_for_data_of_the_hub(tiny_data: Path) -> None:
+    for data in (str(tiny_data), "stdlib-docs"):
+        with pytest.raises(ValueError, match="split: expected data of the hub beside 'published'"):
+            Source(data=data, split="published").load(0)

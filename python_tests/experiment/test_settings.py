@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,11 +12,16 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from hf.story_task import choice_task
 from typer.testing import CliRunner
 
 from bayes_kernels.cli import app
+from bayes_kernels.experiment import build
 from bayes_kernels.experiment import compare as co
+from bayes_kernels.experiment import run as ex
+from bayes_kernels.experiment.recipe import Experiment
 from bayes_kernels.experiment.settings import method_options, parse_value, recipes_of
+from bayes_kernels.hf.method import METHODS
 
 
 @pytest.mark.parametrize(
@@ -143,3 +150,36 @@ def test_settings_of_all_methods_go_to_those_that_have_them() -> None:
     assert {(one.rank, one.lr, one.steps, one.warmup) for one in found.values()} == {
         (2, 0.5, 600, 0)
     }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_recipes_are_accepted(name: str) -> None:
+    recipe = recipes_of({}, [], [name], "published")[name]
+    one = Experiment(model="causal", method=name, recipe=recipe)
+    build.check_experiment(one)
+    assert recipe.steps >= 5000 and one.lr != 1e-3
+    assert ("lm_head" in (recipe.target_modules or ())) == (not name.startswith("polar"))
+
+
+def test_settings_change_a_published_recipe() -> None:
+    published = METHODS["blob"].published
+    before = json.dumps(published)
+    found = recipes_of({"steps": 3}, ["blob.kl_lr=0.5", "lr=0.25"], ["blob", "mle"], "published")
+    blob = found["blob"]
+    assert (blob.steps, blob.lr, blob.batch_size) == (3, 0.25, 4)
+    assert blob.options == {**published["options"], "kl_lr": 0.5}
+    assert json.dumps(published) == before and found["mle"].options == {}
+    with pytest.raises(ValueError, match="recipe: expected default or published, got 'magic'"):
+        recipes_of({}, [], ["blob"], "magic")
+
+
+@pytest.mark.parametrize("name", ["blob", "scalabl", "polar", "polar-vbll", "laplace", "tfb"])
+def test_published_recipes_train_a_causal_model(name: str, models_dir: Path) -> None:
+    short: dict[str, Any] = {"steps": 2, "batch_size": 2, "max_length": 64}
+    if name != "polar":
+        short["n_samples"] = 2
+    recipe = recipes_of(short, [], [name], "published")[name]
+    model = str(models_dir / "stories260K")
+    one = Experiment(model=model, style="plain", method=name, recipe=recipe)
+    (*_, row) = ex.run(one, choice_task(), progress=False).rows
+    assert row.report.nll < 5

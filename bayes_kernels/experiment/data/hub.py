@@ -80,7 +80,16 @@ class HubDataset:
     # The split with public labels that the papers report on.
     test_split: str = "test"
     label_names: tuple[str, ...] | None = None
+    # The split that the papers score, where it is another.
+    published_split: str | None = None
 
+    def scored(self, split: str) -> str:
+        """The split of the hub behind a word of `SPLITS`."""
+        return (self.published_split if split == "published" else None) or self.test_split
+
+
+# Which rows are the test examples: those of the public test split, or those that the papers score.
+SPLITS = ("test", "published")
 
 _ARC, _WINOGRANDE, _MMLU = "allenai/ai2_arc", "allenai/winogrande", "cais/mmlu"
 
@@ -91,9 +100,11 @@ HUB_DATASETS: dict[str, HubDataset] = {
     "wg_m": HubDataset(
         _WINOGRANDE, "winogrande_m", convert_winogrande, "winogrande", test_split="validation"
     ),
-    "arc_c": HubDataset(_ARC, "ARC-Challenge", convert_arc, "arc"),
-    "arc_e": HubDataset(_ARC, "ARC-Easy", convert_arc, "arc"),
-    "obqa": HubDataset("allenai/openbookqa", "main", convert_obqa, "obqa"),
+    "arc_c": HubDataset(_ARC, "ARC-Challenge", convert_arc, "arc", published_split="validation"),
+    "arc_e": HubDataset(_ARC, "ARC-Easy", convert_arc, "arc", published_split="validation"),
+    "obqa": HubDataset(
+        "allenai/openbookqa", "main", convert_obqa, "obqa", published_split="validation"
+    ),
     "boolq": HubDataset(
         "google/boolq",
         None,
@@ -169,6 +180,7 @@ def load_hub(
     train_size: int | None = None,
     validation: float = 0.1,
     seed: int = 0,
+    split: str = "test",
 ) -> Task:
     """A public data set of the LoRA-uncertainty papers, through the ``datasets`` library.
 
@@ -178,15 +190,19 @@ def load_hub(
 
     Args:
         name: One of the names above.
-        ood: Names of out-of-distribution sets (their test splits); for obqa arc_c, arc_e,
+        ood: Names of out-of-distribution sets (their test examples); for obqa arc_c, arc_e,
             mmlu_chem and mmlu_phys by default, else none.
         train_size, validation, seed: As in :func:`load_jsonl`.
+        split: "test", or "published": the code of BLoB and TFB scores the hub's validation split of ARC (299
+            and 570 examples) and of OpenBookQA (500).
 
     Raises:
         ValueError: Unknown name, or sets of different kinds.
         ImportError: The ``datasets`` library is not installed (extra ``train``).
         ConnectionError: The hub cannot be reached and its cache has no copy.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected {' or '.join(SPLITS)}, got {split!r}")
     names = _HUB_OOD.get(name, ()) if ood is None else tuple(ood)
     for wanted in (name, *names):
         if wanted not in HUB_DATASETS:
@@ -205,10 +221,10 @@ def load_hub(
         return convert_rows(_hub_rows(key, split), HUB_DATASETS[key].convert)
 
     train = read(name, entry.train_split) if entry.train_split else []
-    test = read(name, entry.test_split)
+    test = read(name, entry.scored(split))
     known = {example.id for example in test}
     train = [example for example in train if example.id not in known]
-    ood_sets = {key: read(key, HUB_DATASETS[key].test_split) for key in names}
+    ood_sets = {key: read(key, HUB_DATASETS[key].scored(split)) for key in names}
     train, held_out = split_by_hash(train, validation, "validation")
     if entry.label_names is None:
         everything = [*train, *held_out, *test, *(e for part in ood_sets.values() for e in part)]

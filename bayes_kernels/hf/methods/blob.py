@@ -17,7 +17,7 @@ from ... import functional, reference
 from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
-from ..method import Method
+from ..method import PAPERS, Method
 from ..noise import DRAW_SCOPES
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
 
@@ -218,4 +218,10 @@ def _prior(config: Mapping[str, Any]) -> str:
     return f"N(0, ({config.get('prior_std')}{rule})^2) on each element of A"
 
 
-METHOD = Method("blob", "BLoB", BlobConfig, prior=_prior)
+# The paper's setting for Llama-2; its Llama-3.1-8B has prior_std 0.15 and kl_lr 0.0075.
+PUBLISHED = {
+    **PAPERS,
+    "options": {"kl_schedule": "published", "kl_lr": 0.01, "prior_std": 0.2, "scope": "token"},
+}
+
+METHOD = Method("blob", "BLoB", BlobConfig, prior=_prior, published=PUBLISHED)

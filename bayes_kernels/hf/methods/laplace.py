@@ -33,7 +33,7 @@ from ..logits import (
     mean_prediction,
     need_classes,
 )
-from ..method import Conversion, Method, default_options
+from ..method import PAPERS, Conversion, Method, default_options
 from ..swap import make_plain, the_adapter
 from ..undo import as_before_if_stopped
 from .laplace_posterior import (
@@ -419,6 +419,17 @@ def laplace_predictor(model: nn.Module) -> LaplacePredictor | None:
     return None if found is None else LaplacePredictor(model, found)
 
 
+# The authors' training, and their curvature and prior by the evidence after it. Their code has dense factors,
+# the paper ten columns.
+PUBLISHED = {
+    **PAPERS,
+    "dropout": 0.1,
+    "lr": 5e-5,
+    "steps": 10_000,
+    "options": {"tokens": "sum_padded", "prior": "mackay", "structure": "scalar", "rank": 10},
+}
+
+
 def _method(name: str, title: str, **fixed: Any) -> Method:
     return Method(
         name,
@@ -436,6 +447,7 @@ def _method(name: str, title: str, **fixed: Any) -> Method:
         save=save_laplace,
         load=load_laplace,
         stored=lambda folder: laplace_method(folder) == name,
+        published=PUBLISHED,
     )
 
 

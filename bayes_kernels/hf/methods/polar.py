@@ -244,6 +244,22 @@ def _factors(item: BayesLayer) -> tuple[nn.Parameter, nn.Parameter]:
     return item.layer.lora_B[item.adapter].weight, item.mean
 
 
-METHOD = Method("polar", "PoLAR", PolarConfig, bayesian=False, lr=2e-3)
+# The code's setting for Llama-2-7B on 170,420 questions of common sense: five epochs, gradients clipped
+# before they become the landing field. Its rate falls along a cosine, ours linearly.
+PUBLISHED = {
+    "rank": 8,
+    "alpha": 32.0,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    "dropout": 0.05,
+    "lr": 4e-3,
+    "steps": 6657,
+    "batch_size": 128,
+    "warmup": 0.03,
+    "max_grad_norm": 1.0,
+    "max_length": 512,
+    "options": {"stiefel": "landing", "stiefel_penalty": 5e-3},
+}
+
+METHOD = Method("polar", "PoLAR", PolarConfig, bayesian=False, lr=2e-3, published=PUBLISHED)
 
 __all__ = ["METHOD", "PolarConfig", "PolarVariant", "parameter_groups", "stiefel_error"]

@@ -33,7 +33,7 @@ from ..last_layer import (
     need_head,
 )
 from ..logits import Prediction, gaussian_prediction, mean_prediction, need_classes
-from ..method import Method, Option
+from ..method import PAPERS, Method, Option
 from ..variants import VariationalLoss
 from .polar import PolarConfig, PolarTraining, PolarVariant
 
@@ -602,10 +602,21 @@ def _after_training(
         laplace_refine(model, batches)
 
 
+# Steps, batch, rank, layers and the dense covariance are the paper's; its output layer is the Bayesian
+# one here. It gives no rates: that of the adapters is the default, penalty and clipping are of PoLAR's code.
+PUBLISHED = {
+    **PAPERS,
+    "target_modules": ("q_proj", "v_proj"),
+    "lr": 2e-3,
+    "max_grad_norm": 1.0,
+    "options": {"head_covariance": "dense", "stiefel": "landing", "stiefel_penalty": 5e-3},
+}
+
 METHOD = Method(
     "polar-vbll",
     "PoLAR-VBLL",
     PolarVbllConfig,
+    published=PUBLISHED,
     n_samples=1000,
     lr=2e-3,
     predictor=last_layer_predictor,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ... import functional, random
 from ...optim import KLSchedule
 from ..config import VariationalConfig, option
-from ..method import Method
+from ..method import PAPERS, Method
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, normal_like, uniform_like
 
 if TYPE_CHECKING:
@@ -430,4 +430,10 @@ def _prior(config: Mapping[str, Any]) -> str:
     return f"N(0, {config.get('prior_std')}^2) on each singular value"
 
 
-METHOD = Method("scalabl", "ScalaBL", ScalablConfig, prior=_prior)
+# The code's setting in distribution; its runs out of distribution have kl_lr 0.1.
+PUBLISHED = {
+    **PAPERS,
+    "options": {"kl_schedule": "published", "kl_lr": 0.2, "kl_direction": "code"},
+}
+
+METHOD = Method("scalabl", "ScalaBL", ScalablConfig, prior=_prior, published=PUBLISHED)

@@ -34,7 +34,7 @@ from .._compat import unsupported_layer
 from ..config import BayesLoraConfig, option
 from ..layers import bayes_layers
 from ..logits import Prediction, need_classes
-from ..method import Conversion, Method, default_options
+from ..method import PAPERS, Conversion, Method, default_options
 from ..noise import NoiseState
 from ..predict import predict
 from ..swap import adapted_layers, lora_options, make_bayesian, mean_factors, the_adapter
@@ -423,14 +423,17 @@ def regroup(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         a: (..., r, n).
-        b: (..., m, r), r at most m.
+        b: (..., m, r). Where r is above m, as for a head of few classes, r - m columns of B' are zero, and
+            so is their d: there is no noise that B could let through.
 
     Returns:
         A' (..., r, n) and B' (..., m, r) in fp64, d (..., r) descending.
     """
-    q, upper = torch.linalg.qr(b.double())
+    m, r = b.shape[-2:]
+    wide = nn.functional.pad(b.double(), (0, 0, 0, max(r - m, 0)))
+    q, upper = torch.linalg.qr(wide)
     left, d, right = torch.linalg.svd(upper)
-    return d[..., None] * (right @ a.double()), q @ left, d
+    return d[..., None] * (right @ a.double()), (q @ left)[..., :m, :], d
 
 
 def bisect(
@@ -582,11 +585,6 @@ def _convert(
         reason = unsupported_layer(layer)
         if reason is not None:
             raise ValueError(f"tfb_: layer {key} cannot carry noise: {reason}")
-        out, rank = layer.lora_B[name].weight.shape
-        if rank > out:
-            raise ValueError(
-                f"tfb_: r must be at most the layer's output features, got {rank} and {out} in {key}"
-            )
     plain = [mean_factors(layer, name) for _, layer in found]
     weights = _old_weights(found, name, old) if again else []
     new = plain if again else _regroup_all(plain, weights)
@@ -649,10 +647,26 @@ def _prior(config: Mapping[str, Any]) -> str:
     return f"none; noise of deviation sigma_q = {sigma} found without training"
 
 
+# The code's search by predictions that change; classes of the mean are the labels.
+PUBLISHED = {
+    **PAPERS,
+    "options": {
+        "anchors": 500,
+        "metric": "flips",
+        "tolerance": 0.01,
+        "labels": "pseudo",
+        "low": 0.001,
+        "high": 0.015,
+        "max_trials": 5,
+        "rule": "code",
+    },
+}
+
 METHOD = Method(
     "tfb",
     "TFB",
     TfbConfig,
     prior=_prior,
+    published=PUBLISHED,
     conversion=Conversion(tfb_, check_options, check_model, "the anchor examples", examples=500),
 )

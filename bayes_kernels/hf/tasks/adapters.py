@@ -36,6 +36,7 @@ class Base:
         dtype: "float32", "bfloat16" or "float16": type of its weights.
         quantization: A word of `bayes_kernels.quantization.QUANTIZATIONS`; None for none.
         seed: Seed of a new head.
+        compat: Whether prompts are those of the published code to the letter, see `load_model`.
 
     Raises:
         ValueError: One of them is something else.
@@ -47,6 +48,7 @@ class Base:
     dtype: str = "float32"
     quantization: str | None = None
     seed: int = 0
+    compat: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -59,6 +61,8 @@ class Base:
         seed = self.seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
             raise ValueError(f"seed: expected an integer from 0 to {_SEEDS - 1}, got {seed!r}")
+        if not isinstance(self.compat, bool):
+            raise ValueError(f"compat: expected true or false, got {self.compat!r}")
 
     def _options(self, device: str | None) -> dict[str, Any]:
         """Options of `from_pretrained`."""
@@ -86,6 +90,7 @@ class Base:
             task,
             kind=self.kind,  # type: ignore[arg-type]
             style=self.style,  # type: ignore[arg-type]
+            compat=self.compat,
             max_length=max_length,
             head_seed=self.seed,
             **self._options(device),

@@ -104,6 +104,11 @@ def test_load_hub_assembles_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
     )
     assert task.label_names == tuple("ABCD") and task.template == "obqa"
+    asked.clear()
+    hub.load_hub("obqa", split="published")
+    assert [split for _, split in asked] == ["train", *["validation"] * 3, *["test"] * 2]
+    with pytest.raises(ValueError, match="split: expected test or published, got 'dev'"):
+        hub.load_hub("obqa", split="dev")
     boolq = hub.load_hub("boolq")
     assert boolq.kind == "classification" and asked[-1] == ("boolq", "validation")
     with pytest.raises(ValueError, match="must be of the kind"):

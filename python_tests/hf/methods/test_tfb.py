@@ -59,6 +59,21 @@ def test_regrouping_keeps_the_product() -> None:
     torch.testing.assert_close((b2[0] * d[0]) @ (a2[0] / d[0][:, None]), product[0])
 
 
+@pytest.mark.parametrize("full_rank", [True, False])
+def test_regrouping_below_the_rank(full_rank: bool) -> None:
+    """A head of three classes with r = 8: the noise of B' A' is that of three directions."""
+    a, b = torch.randn(8, 40), torch.randn(3, 8)
+    if not full_rank:
+        b[2] = b[0] - b[1]
+    a2, b2, d = regroup(a, b)
+    assert a2.shape == a.shape and b2.shape == b.shape
+    torch.testing.assert_close(b2 @ a2, (b @ a).double(), rtol=0, atol=1e-5)
+    rank = 3 if full_rank else 2
+    assert (d[:rank] > 0.1).all() and (d[rank:] < 1e-6).all()
+    kept = b2[:, :rank]
+    torch.testing.assert_close(kept.T @ kept, torch.eye(rank).double(), rtol=0, atol=1e-6)
+
+
 # --- search --------------------------------------------------------------------------------------
 
 
