@@ -32,6 +32,10 @@ class Predictor(Protocol):
     def draws(self) -> bool:
         """Whether there are posterior draws: n_samples may be above 0."""
 
+    @property
+    def texts(self) -> WeightDraws | None:
+        """How whole texts are drawn; None where draws are of class logits, not of weights."""
+
     def predict(
         self,
         batch: Mapping[str, Any],
@@ -75,6 +79,11 @@ class WeightDraws:
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
         """Outputs of the model on `count` copies of the batch, for draws from number `first`."""
         return self.model(**folded)
+
+    @property
+    def texts(self) -> WeightDraws:
+        """How whole texts are drawn."""
+        return self
 
     @property
     def generator(self) -> Any:

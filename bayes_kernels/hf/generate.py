@@ -298,8 +298,8 @@ def score_texts(
 
 def _draws_of(op: str, model: nn.Module, n_samples: int) -> WeightDraws:
     """How the weights of a text are drawn."""
-    predictor = predictor_of(model)
-    if not isinstance(predictor, WeightDraws):
+    predictor = predictor_of(model).texts
+    if predictor is None:
         if n_samples:
             raise ValueError(
                 f"{op}: n_samples must be 0 for a posterior whose draws are class logits, not weights, "

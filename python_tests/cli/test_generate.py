@@ -151,6 +151,16 @@ def test_adapters_of_commands(writer: Path, data: Path, tmp_path: Path) -> None:
     assert "name one of" in error and str(tmp_path / "run" / "mle") in error
     result = call("generate", tmp_path / "run/mle", "--json", "--prompt", "be", *WORDS[2:4])
     assert objects(result.stdout)[0]["n_samples"] == 0
+    result = call("bayesianize", tmp_path / "run/mle", "--method", "laplace")
+    assert result.exit_code == 0, result.output
+    laplace = ["generate", tmp_path / "run/mle-laplace", "--json", "--prompt", "be", *WORDS[:4]]
+    result = call(*laplace)
+    assert result.exit_code == 0, result.output
+    assert objects(result.stdout)[0]["max_mutual_information"] > 0
+    vbll = tmp_path / "vbll"
+    result = call(*train, "--method", "polar-vbll", "--n-samples", 3, "--out", vbll)
+    assert result.exit_code == 0, result.output
+    assert "a causal model with a trimmed head" in refuse("generate", vbll, "--prompt", "be")
 
 
 @pytest.mark.parametrize(

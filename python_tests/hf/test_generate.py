@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_models import adapted, fill, llama, t5, trained
+from tiny_models import adapted, answering_llama, fill, llama, t5, trained
 from torch import Tensor, nn
 from transformers.generation import TextStreamer
 
@@ -20,10 +20,13 @@ from bayes_kernels.hf import (
     BlobConfig,
     Ensemble,
     PolarConfig,
+    PolarVbllConfig,
     ScalablConfig,
     bayesianize,
+    drawn_weights,
     generate,
     posterior,
+    predict,
     score_texts,
 )
 from bayes_kernels.hf.methods.dropout import dropout_draws
@@ -426,19 +429,19 @@ def test_real_models(models_dir: Path, name: str, beams: int) -> None:
     model = fill(adapted(base, BlobConfig), rho=0.15, scale=0.1).eval()
     prompts = ["Once upon a time", "The dog was very"]
     found = generate(
-        model, tokenizer, prompts, n_samples=3, seed=SEED, max_new_tokens=6, num_beams=beams
+        model, tokenizer, prompts, n_samples=2, seed=SEED, max_new_tokens=4, num_beams=beams
     )
     for text, prompt in zip(found, prompts, strict=True):
         ids = tokenizer(prompt)["input_ids"]
-        check_numbers(model, text, ids, 3)
+        check_numbers(model, text, ids, 2)
         assert tokenizer.decode([*ids, *text.token_ids], skip_special_tokens=True) == (
             prompt + text.text
         )
         if beams == 1:
-            expected = explicit(model, ids, 3, 6, lambda p: int(p.argmax()))
+            expected = explicit(model, ids, 2, 4, lambda p: int(p.argmax()))
             assert text.token_ids == expected
         else:
-            best = explicit_beams(model, ids, 3, beams, 6)
+            best = explicit_beams(model, ids, 2, beams, 4)
             assert text.token_ids == best[0][1][len(ids) :]
 
 
@@ -489,11 +492,33 @@ def test_adapters_without_draws() -> None:
         generate(model, TOKENIZER, "A")
 
 
-def test_laplace_draws_logits() -> None:
-    model = trained("llama")
+@pytest.mark.parametrize("name", ["laplace", "laplace-last"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_laplace_draws_weights(name: str, beams: int) -> None:
+    """Each draw is an adapter while the text is written; the model is as before then."""
+    model = fill(adapted(sharp(), peft.LoraConfig), rho=None).eval()
     ids = torch.randint(3, 64, (8, 5), generator=torch.Generator().manual_seed(1))
     data = [{"input_ids": ids, "labels": ids[:, 0] % 3}]
-    bayesianize(model, "laplace", data, choices=[5, 6, 7], progress=False)
+    bayesianize(model, name, data, choices=[5, 6, 7], progress=False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+
+    def weights(model: nn.Module, draw: int) -> Any:
+        return drawn_weights(model, SEED, draw)
+
+    check_method(model, 3, weights, num_beams=beams)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    assert model.active_adapters == ["default"]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert generate(model, TOKENIZER, "A", n_samples=0, max_new_tokens=2)[0].n_samples == 0
+    assert predict(model, {"input_ids": ids}, choices=[5, 6, 7]).n_samples == 10
+
+
+def test_draws_of_class_logits_write_no_text() -> None:
+    base = answering_llama()
+    config = PolarVbllConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config).eval()
     with pytest.raises(ValueError, match="draws are class logits, not weights, got 10"):
         generate(model, TOKENIZER, "A")
-    assert generate(model, TOKENIZER, "A", n_samples=0, max_new_tokens=2)[0].n_samples == 0

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from ...batches import as_batches, inputs_of, labels_of
 from ...laplace import FISHERS, METHODS, TOKENS
 from ...progress import progress_bar
+from ..draws import WeightDraws
 from ..logits import (
     Prediction,
     gaussian_prediction,
@@ -38,6 +39,7 @@ from ..swap import make_plain, the_adapter
 from ..undo import as_before_if_stopped
 from .laplace_posterior import (
     LAPLACE_FILE,
+    DrawnAdapters,
     LaplacePosterior,
     build_laplace,
     drawn_weights,
@@ -362,6 +364,11 @@ class LaplacePredictor:
 
     def __init__(self, model: nn.Module, posterior: LaplacePosterior) -> None:
         self.model, self.posterior = model, posterior
+
+    @property
+    def texts(self) -> WeightDraws:
+        """Draws of the weights."""
+        return DrawnAdapters(self.model, self.posterior)
 
     def predict(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -20,9 +22,8 @@ from torch import Tensor, nn
 from ...batches import split
 from ...files import replacing_file
 from ...laplace import Laplace, Layer
-from ..logits import (
-    forward_logits,
-)
+from ..draws import WeightDraws
+from ..logits import forward_logits
 from ..model import BayesLoraModel
 from ..swap import adapted_layers, the_adapter
 from ..variants import BayesVariant
@@ -93,6 +94,59 @@ def drawn_weights(model: nn.Module, seed: int = 0, index: int = 0) -> Iterator[N
     found = need_posterior(model, "drawn_weights")
     with found.laplace.sampled(seed, index):
         yield
+
+
+class DrawnAdapters(WeightDraws):
+    """Draws of a Laplace posterior for texts: each is an adapter of its own, which rows are sent to.
+
+    Args:
+        model: plain LoRA with a Laplace posterior of its factors.
+        posterior: the posterior.
+    """
+
+    draws = True
+
+    def __init__(self, model: nn.Module, posterior: LaplacePosterior) -> None:
+        super().__init__(model)
+        self.posterior = posterior
+
+    @contextlib.contextmanager
+    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+        """As `WeightDraws.throughout`; inside, the model has `n_samples` more adapters.
+
+        Raises:
+            ValueError: a head has a posterior too, or the adapter is not plain LoRA.
+        """
+        if not n_samples:
+            yield {}
+            return
+        model, name = the_adapter("generate", self.model)
+        layers = adapted_layers(model, name)
+        factors = {f"{key}.{part}" for key, _ in layers for part in ("lora_A", "lora_B")}
+        plain = all(layer.lora_variant.get(name) is None for _, layer in layers)
+        heads = sorted({layer.name for layer in self.posterior.laplace.layers} - factors)
+        if heads or not plain:
+            raise ValueError(
+                "generate: a Laplace posterior must be of the factors of plain LoRA, got "
+                f"{', '.join(heads) or 'another adapter'}; pass n_samples=0"
+            )
+        drawn = [f"draw{i}-of-{name}" for i in range(n_samples)]
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                for i, other in enumerate(drawn):
+                    model.add_adapter(other, copy.copy(model.peft_config[name]))
+                    sample = self.posterior.laplace.sample(seed, i)
+                    for key, layer in layers:
+                        for part in ("lora_A", "lora_B"):
+                            own = getattr(layer, part)
+                            value = sample.get(f"{key}.{part}", own[name].weight)
+                            own[other].weight.copy_(value)
+            model.eval()
+            yield {"adapter_names": [other for other in drawn for _ in range(examples)]}
+        finally:
+            for other in drawn:
+                if other in model.peft_config:
+                    model.delete_adapter(other)
 
 
 def forget_laplace(model: nn.Module) -> None:

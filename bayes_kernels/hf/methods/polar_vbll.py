@@ -542,6 +542,7 @@ class LastLayerDraws:
     """
 
     draws = True
+    texts = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
