@@ -291,13 +291,6 @@ def kl_step_(
             local_means = [_local(mean_list[i]) for i in indices]
             local_rhos = [_local(rho_list[i]) for i in indices]
             local_priors = [priors[i] for i in indices]
-            check_divergence("kl_step_", local_means, local_rhos, local_priors, std, direction)
-            for tensor in (*local_means, *local_rhos):
-                if not tensor.is_contiguous():
-                    raise ValueError(
-                        f"kl_step_: tensors must be contiguous, got strides {tensor.stride()} for "
-                        f"shape {tuple(tensor.shape)}; call .contiguous() when they are made"
-                    )
             dtype = local_means[0].dtype
             if isinstance(weight, Tensor):
                 size = weight.to(device=device, dtype=dtype)
@@ -305,20 +298,34 @@ def kl_step_(
                 size = torch.full((), weight, dtype=dtype, device=device)
             both = [*local_means, *local_rhos]
             if not _library.has_kernels(local_means[0]):
-                check_writable("kl_step_", "means and rhos", both)
+                _check_step(local_means, local_rhos, local_priors, std, direction)
                 _kl_step(both, size, local_priors, std, direction)
                 continue
             try:
                 _library.ops.gaussian_kl_step_(
                     local_means, local_rhos, size, local_priors, std, direction
                 )
-            except RuntimeError:  # of an overlap, which the op finds in less time
-                check_writable("kl_step_", "means and rhos", both)
+            except RuntimeError:  # of an argument: the op finds that in less time
+                _check_step(local_means, local_rhos, local_priors, std, direction)
                 raise
             torch.autograd.graph.increment_version(both)
     sharded = [t for t in (*mean_list, *rho_list) if hasattr(t, "to_local")]
     if sharded:
         torch.autograd.graph.increment_version(sharded)
+
+
+def _check_step(
+    means: list[Tensor], rhos: list[Tensor], priors: list[float], std: str, direction: str
+) -> None:
+    """Raise unless `kl_step_` takes the tensors of one device."""
+    check_divergence("kl_step_", means, rhos, priors, std, direction)
+    for tensor in (*means, *rhos):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"kl_step_: tensors must be contiguous, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}; call .contiguous() when they are made"
+            )
+    check_writable("kl_step_", "means and rhos", [*means, *rhos])
 
 
 def _kl_step(

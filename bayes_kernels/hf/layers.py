@@ -20,7 +20,7 @@ def active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLay
     found = []
     module: Any
     for module in model.modules():
-        variants = getattr(module, "lora_variant", None)
+        variants = _variants(module)
         if not variants:
             continue
         names = module.active_adapters if adapter is None else [adapter]
@@ -54,7 +54,7 @@ def bayes_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLaye
 def bayes_variants(model: nn.Module) -> Iterator[BayesVariant]:
     """Those of all Bayesian adapters, active or not."""
     for module in model.modules():
-        for variant in getattr(module, "lora_variant", {}).values():
+        for variant in _variants(module).values():
             if isinstance(variant, BayesVariant):
                 yield variant
 
@@ -115,12 +115,28 @@ def warn_uncalled(op: str, names: Sequence[str], layers: int) -> None:
     )
 
 
+def _variants(module: nn.Module) -> dict[str, Any]:
+    """The variants of a LoRA layer by adapter; {} for any other module.
+
+    A walk over a model looks at each of its modules, most of which would search for the name three times
+    and raise an error.
+    """
+    return vars(module).get("lora_variant") or {}
+
+
+def key_devices(model: nn.Module, state: NoiseState) -> set[torch.device]:
+    """Devices that need the noise key: found once, until layers ask for it on another one or move."""
+    if state.devices is None:
+        state.devices = adapter_devices(model)
+    return state.devices
+
+
 def adapter_devices(model: nn.Module) -> set[torch.device]:
     """Devices of the layers that have Bayesian adapters, active or not."""
     devices = set()
     module: Any
     for module in model.modules():
-        for name, variant in getattr(module, "lora_variant", {}).items():
+        for name, variant in _variants(module).items():
             if isinstance(variant, BayesVariant):
                 weight = module.lora_A[name].weight
                 devices.update([] if weight.is_meta else [weight.device])

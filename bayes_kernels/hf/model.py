@@ -13,7 +13,7 @@ from torch import nn
 from ._compat import register
 from .config import BayesLoraConfig
 from .guards import install as install_guards
-from .layers import adapter_devices
+from .layers import key_devices
 from .noise import NoiseState
 from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
 from .undo import as_before_if_stopped
@@ -78,7 +78,9 @@ class BayesLoraModel(LoraModel):
             lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
-        attach(layer, adapter_name, lora_config, current_key, self._noise(lora_config))
+        state = self._noise(lora_config)
+        attach(layer, adapter_name, lora_config, current_key, state)
+        state.devices = None
         # PEFT leaves new modules in training mode, which would make an eval() model random.
         layer.train(target.training)
 
@@ -146,10 +148,12 @@ class BayesLoraModel(LoraModel):
         for place, parameter in fp32_parameters(self):
             if place in kept and parameter.dtype != torch.float32 and not parameter.is_meta:
                 parameter.data = kept[place].to(parameter.device)
-        devices = adapter_devices(self)
         state = getattr(self.model, "bayes_noise", None)
-        if state is not None and devices - set(state.keys):
-            state.set_key(next(iter(state.keys.values())), devices)
+        if state is not None:
+            state.devices = None
+            devices = key_devices(self, state)
+            if devices - set(state.keys):
+                state.set_key(next(iter(state.keys.values())), devices)
         return self
 
 

@@ -130,6 +130,7 @@ class NoiseState:
         own: what passes outside of every context use.
         latest: of the latest pass that a backward pass may follow. A backward pass that computes it again
             may run in a thread of autograd, which has no context.
+        devices: where layers need the key, as far as is known; None before anyone has looked.
         samples_in_eval: whether an adapter has sample_at_inference.
         enabled: False while the adapters are disabled.
         packing_checked, calls_checked, eval_warned: what has been looked at, for warnings that come
@@ -138,6 +139,7 @@ class NoiseState:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.devices: set[torch.device] | None = None
         self.samples_in_eval = False
         self.enabled = True
         self.packing_checked = self.calls_checked = self.eval_warned = False
@@ -181,10 +183,12 @@ class NoiseState:
         """Let compiled code of this thread use what the context variable says here and now."""
         self._traced.current = self._innermost()
 
-    def remember(self) -> None:
-        """Keep what this pass uses for a backward pass that computes it again."""
+    def remember(self) -> Pass:
+        """`current`, kept for a backward pass that computes the pass again."""
+        chosen = self.current()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.latest = self.current()
+            self.latest = chosen
+        return chosen
 
     @property
     def mode(self) -> str | None:
@@ -212,6 +216,7 @@ class NoiseState:
         if key is None:
             key = next(iter(keys.values())).to(device)
             keys[device] = key
+            self.devices = {*(self.devices or ()), device}
         return key
 
     def set_key(self, key: Tensor, devices: set[torch.device]) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from .. import random
 from ._compat import continues_a_text
-from .layers import active_layers, adapter_devices, bayes_variants, draws_weights, noise_state
+from .layers import (
+    active_layers,
+    adapter_devices,
+    bayes_variants,
+    draws_weights,
+    key_devices,
+    noise_state,
+)
 from .noise import (
     DRAW_SCOPES,
     KINDS,
@@ -188,7 +195,7 @@ def refresh_noise(
         return random.fold_in(random.fold_in(key, process), number)
 
     with normal_tensors():
-        state.keys = made_on(made, adapter_devices(model))
+        state.keys = made_on(made, key_devices(model, state))
 
 
 def checkpoint_noise(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
@@ -300,7 +307,7 @@ def posterior(
     state = noise_state(model)
     if mode == "sample":
         _check_draws(model, scope)
-    devices = adapter_devices(model)
+    state.devices = devices = adapter_devices(model)
     with normal_tensors():
         keys = made_on(lambda device: random.key(seed, device), devices)
         if ids is None:

@@ -324,20 +324,16 @@ class BayesVariant(LoraVariant):
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """result + the adapter's output, with weights that are the mean or drawn, as `mode` says."""
-        self.state.remember()
+        # That of an enclosing `posterior`; else training draws and evaluation does not.
+        mode = self.state.remember().mode
         dropout = 0.0
         if module.training:
-            dropout = float(getattr(module.lora_dropout[active_adapter], "p", 0.0))
-        return self.adapted(module, active_adapter, x, result, self.mode(module), dropout)
-
-    def mode(self, module: Any) -> str:
-        """The mode of an enclosing `posterior`; else training draws and evaluation does not."""
-        chosen = self.state.mode
-        if chosen is not None:
-            return chosen
-        if module.training:
-            return "flipout"
-        return "sample" if self.sample_at_inference else "mean"
+            mode = mode or "flipout"
+            # Past the search of a module for a name that identities lack.
+            dropout = float(vars(module.lora_dropout[active_adapter]).get("p", 0.0))
+        if mode is None:
+            mode = "sample" if self.sample_at_inference else "mean"
+        return self.adapted(module, active_adapter, x, result, mode, dropout)
 
     def copies(self, x: Tensor, draws: int) -> int:
         """Successive rows, along the first dimension of x, that belong to each of the batch's draws.
@@ -465,7 +461,7 @@ def fp32_parameters(model: nn.Module) -> Iterator[tuple[tuple[str, str, str], nn
     """Tensors of Bayesian adapters that stay fp32, with (module name, tensor name, adapter)."""
     layer: Any
     for where, layer in model.named_modules():
-        for adapter, variant in getattr(layer, "lora_variant", {}).items():
+        for adapter, variant in vars(layer).get("lora_variant", {}).items():
             if isinstance(variant, BayesVariant):
                 for name in variant.fp32:
                     entries = getattr(layer, name, ())

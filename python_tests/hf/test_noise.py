@@ -11,9 +11,29 @@ from tiny_models import IDS, LABELS, blob, gradients, logits
 from torch import Tensor, nn
 
 from bayes_kernels import random, reference
-from bayes_kernels.hf import checkpoint_noise, posterior, refresh_noise
+from bayes_kernels.hf import checkpoint_noise, layers, posterior, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from hf.methods.test_scalabl import scalabl
+
+
+def test_a_micro_batch_does_not_walk_over_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walks = blob(), []
+    state = noise_state(model)
+    found = layers.adapter_devices
+    monkeypatch.setattr(
+        layers, "adapter_devices", lambda model: walks.append(model) or found(model)
+    )
+    for step in range(3):
+        refresh_noise(model, step=step)
+    assert len(walks) == 1
+    model.double()  # as moves to another device
+    refresh_noise(model, step=3)
+    assert len(walks) == 2 and set(state.keys) == {torch.device("cpu")}
+    state.key_on(torch.device("meta"))  # a layer that was moved alone asks for the key
+    assert state.devices == {torch.device("cpu"), torch.device("meta")}
+    model.add_adapter("other", model.peft_config["default"])
+    refresh_noise(model, step=4)
+    assert set(state.keys) == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("scope", ["token", "example", "none"])

@@ -92,8 +92,11 @@ class GaussianFactor(BayesVariant):
             )
         rho = getattr(module, self.deviation)[adapter]
         options: dict[str, Any] = {"scaling": scaling, "stream": self.stream, "std": self.std}
+        if mode == "flipout":
+            options.update(key=state.key_on(x.device), scope=self.scope, dropout=dropout)
+            return functional.flipout_lora(x, a, rho, b, result, **options)
         chosen = state.current()
-        if mode == "sample" and chosen.scope == "token":
+        if chosen.scope == "token":
             x = self.dropped(x, dropout)
             keys = chosen.keys_of_draws[x.device]
             sizes = [self.copies(x, len(keys))] * len(keys)
@@ -105,13 +108,12 @@ class GaussianFactor(BayesVariant):
                 ]
             )
         key = state.key_on(x.device)
-        if mode == "sample" and chosen.kind != "shared":
+        if chosen.kind != "shared":
             options.update(self.draws_of(x), antithetic=chosen.kind == "antithetic")
             return functional.sampled_lora(
                 self.dropped(x, dropout), a, rho, b, result, key=key, **options
             )
-        groups = self.ids_of(x) if mode == "sample" else None
-        options.update(scope=self.scope, groups=groups, dropout=dropout)
+        options.update(groups=self.ids_of(x), dropout=dropout)
         return functional.flipout_lora(x, a, rho, b, result, key=key, **options)
 
     def draw_factors(
