@@ -195,7 +195,8 @@ class _Whole(torch.autograd.Function):
         dbase = dy if need_base else None
         dx: Tensor | None
         if torch.is_grad_enabled() or transformed():
-            noise = Noise(key, *ctx.counted, ids, dropout)
+            stream, row0, rows_per_id = ctx.counted
+            noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
             kind = "plain" if rho is None else "flipped"
             dx, da, drho, db = second_order(
                 lambda x, a, rho, b: _update(x, a, rho, None, b, noise, scaling, std, kind),
