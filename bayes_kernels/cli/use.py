@@ -336,7 +336,7 @@ def _check_classes(expected: Task, got: Task) -> None:
 
 def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
     """What to predict, from the command line and a file."""
-    from ..experiment.data.jsonl import is_unicode, read_examples
+    from ..experiment.data.files import is_unicode, read_examples
     from ..hf.tasks.task import Example
 
     found = []

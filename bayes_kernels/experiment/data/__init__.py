@@ -3,7 +3,7 @@
 ``stdlib_docs()``
     Docstrings of the running interpreter's own standard library, sorted into eight areas. Needs no
     download, so that a complete Bayesian fine-tuning run works on any machine that has Python.
-``load_jsonl(path)``
+``load_files(path)``
     Files with one JSON object a line: ``id``, ``question``, optional ``context``, ``choices``
     (multiple choice only) and ``label`` (an index from 0).
 ``load_hub(name)``

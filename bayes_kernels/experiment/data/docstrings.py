@@ -246,7 +246,7 @@ def stdlib_corpus() -> tuple[tuple[str, str, int], ...]:
     if not (root / "os.py").is_file():
         raise ValueError(
             f"stdlib_docs: expected the sources of the standard library in {root}, found none; "
-            "use an interpreter that ships them, or load_jsonl with data of your own"
+            "use an interpreter that ships them, or load_files with data of your own"
         )
     module_names = frozenset(
         name.partition(":")[0].strip("_")

@@ -192,7 +192,7 @@ def load_hub(
         name: One of the names above.
         ood: Names of out-of-distribution sets (their test examples); for obqa arc_c, arc_e,
             mmlu_chem and mmlu_phys by default, else none.
-        train_size, validation, seed: As in :func:`load_jsonl`.
+        train_size, validation, seed: As in :func:`load_files`.
         split: "test", or "published": the code of BLoB and TFB scores the hub's validation split of ARC (299
             and 570 examples) and of OpenBookQA (500).
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bayes_kernels.experiment.data import jsonl
-from bayes_kernels.experiment.data.jsonl import load_jsonl
+from bayes_kernels.experiment.data import rows as readers
+from bayes_kernels.experiment.data.files import load_files
 from bayes_kernels.experiment.data.load import load_task
 from bayes_kernels.experiment.data.splits import choose_subset, split_by_hash
 from bayes_kernels.hf.tasks.task import Example
@@ -48,22 +48,22 @@ def test_hash_splits_are_the_same_on_every_machine() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_load_jsonl_classification(tmp_path: Path, suffix: str) -> None:
+def test_load_files_classification(tmp_path: Path, suffix: str) -> None:
     train = write_lines(tmp_path / f"toy_train{suffix}", rows(200))
     test = write_lines(tmp_path / f"toy_test{suffix}", rows(50, "test"))
     ood = write_lines(tmp_path / f"far_test{suffix}", [{"id": 7, "question": "unlabelled"}])
-    task = load_jsonl(train, test, ood=[ood], train_size=20, seed=3)
+    task = load_files(train, test, ood=[ood], train_size=20, seed=3)
     assert (task.name, task.kind, task.label_names) == ("toy", "classification", ("0", "1"))
     assert len(task.train) == 20 and len(task.test) == 50
     assert 8 <= len(task.validation) <= 35
     assert not {e.id for e in task.train} & {e.id for e in task.validation}
     assert task.ood == {"far": [Example("7", "unlabelled", None)]}
-    named = load_jsonl(train, test, label_names=["negative", "positive"], train_size=20, seed=3)
+    named = load_files(train, test, label_names=["negative", "positive"], train_size=20, seed=3)
     assert named.label_names == ("negative", "positive") and named.train == task.train
     assert "largest class" in named.summary()
 
 
-def test_load_jsonl_folder_and_multiple_choice(tmp_path: Path) -> None:
+def test_load_files_folder_and_multiple_choice(tmp_path: Path) -> None:
     lines = [
         {"id": i, "question": f"q{i}", "choices": [f"x{i}", "y", "z"][: 2 + i % 2], "label": 1}
         for i in range(30)
@@ -76,12 +76,12 @@ def test_load_jsonl_folder_and_multiple_choice(tmp_path: Path) -> None:
     assert task.test[0].choices == ("x20", "y")
     write_lines(tmp_path / "other_train.jsonl", lines[:20])
     with pytest.raises(ValueError, match="expected one train file"):
-        load_jsonl(tmp_path)
+        load_files(tmp_path)
 
 
-def test_load_jsonl_same_choices_make_a_classification(tmp_path: Path) -> None:
+def test_load_files_same_choices_make_a_classification(tmp_path: Path) -> None:
     lines = rows(60, choices=["false", "true"], context="a passage")
-    task = load_jsonl(write_lines(tmp_path / "boolq_train.jsonl", lines))
+    task = load_files(write_lines(tmp_path / "boolq_train.jsonl", lines))
     assert (task.kind, task.label_names, task.template) == (
         "classification",
         ("false", "true"),
@@ -92,7 +92,7 @@ def test_load_jsonl_same_choices_make_a_classification(tmp_path: Path) -> None:
     assert len(task.train) + len(task.validation) + len(task.test) == 60
 
 
-def test_load_jsonl_reports_every_bad_line_with_its_number(tmp_path: Path) -> None:
+def test_load_files_reports_every_bad_line_with_its_number(tmp_path: Path) -> None:
     good = {"id": "a", "question": "q", "label": 0}
     path = write_lines(
         tmp_path / "bad.jsonl",
@@ -110,7 +110,7 @@ def test_load_jsonl_reports_every_bad_line_with_its_number(tmp_path: Path) -> No
         ],
     )
     with pytest.raises(ValueError) as caught:
-        load_jsonl(path)
+        load_files(path)
     lines = str(caught.value).splitlines()
     assert len(lines) == 8
     expected = {
@@ -127,38 +127,38 @@ def test_load_jsonl_reports_every_bad_line_with_its_number(tmp_path: Path) -> No
         assert line.startswith(f"{path}:{number}: ") and message in line
 
 
-def test_load_jsonl_shows_ten_problems_at_most(tmp_path: Path) -> None:
+def test_load_files_shows_ten_problems_at_most(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "bad.jsonl", ["nothing"] * 25)
     with pytest.raises(ValueError) as caught:
-        load_jsonl(path)
+        load_files(path)
     lines = str(caught.value).splitlines()
     assert len(lines) == 11 and lines[-1] == "... and 15 more"
 
 
-def test_load_jsonl_checks_files_against_each_other(tmp_path: Path) -> None:
+def test_load_files_checks_files_against_each_other(tmp_path: Path) -> None:
     train = write_lines(tmp_path / "train.jsonl", rows(10))
     with pytest.raises(
         ValueError, match=r"test\.jsonl:3: 'id' must be new, got 'row-2', which is also in the tr"
     ):
-        load_jsonl(train, write_lines(tmp_path / "test.jsonl", [*rows(2, "t"), rows(3)[2]]))
+        load_files(train, write_lines(tmp_path / "test.jsonl", [*rows(2, "t"), rows(3)[2]]))
     far = write_lines(tmp_path / "far.jsonl", [{"id": "x", "question": "q", "label": 2}])
     with pytest.raises(ValueError, match=r"far\.jsonl:1: 'label' must be below 2"):
-        load_jsonl(train, ood={"far": far})
+        load_files(train, ood={"far": far})
     mixed = write_lines(tmp_path / "mixed.jsonl", [*rows(2, choices=["a", "b"]), *rows(2, "n")])
     with pytest.raises(ValueError, match=r"mixed\.jsonl:3: 'choices' is missing"):
-        load_jsonl(mixed)
+        load_files(mixed)
     with pytest.raises(ValueError, match="expected a file that can be read"):
-        load_jsonl(tmp_path / "absent.jsonl")
+        load_files(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="empty file"):
-        load_jsonl(write_lines(tmp_path / "empty.jsonl", []))
+        load_files(write_lines(tmp_path / "empty.jsonl", []))
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(b'{"id": "a"}\n' * 1000)[:40])
     with pytest.raises(ValueError, match=r"broken\.jsonl\.gz: expected a file that can be read"):
-        load_jsonl(broken)
+        load_files(broken)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"id": "a", "question": "caf\xe9", "label": 0}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl:1: expected UTF-8, got"):
-        load_jsonl(latin)
+        load_files(latin)
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -193,7 +193,7 @@ def test_lines_that_no_task_can_have(tmp_path: Path, line: str, message: str) ->
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(20)) + line + "\n")
     with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:21: [^\n]*({message})[^\n]*$"):
-        load_jsonl(file)
+        load_files(file)
 
 
 def test_files_that_cannot_be_read_to_their_end(tmp_path: Path) -> None:
@@ -213,14 +213,14 @@ def test_files_that_cannot_be_read_to_their_end(tmp_path: Path) -> None:
         (Path("/dev/zero"), "expected a file of JSON lines, got a pipe or device"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {re.escape(message)}"):
-            jsonl.read_examples(file)
+            readers.read_examples(file)
     with pytest.raises(ValueError, match="data: expected stdlib-docs"):
         load_task(loop)
 
 
 def test_classes_without_examples(tmp_path: Path) -> None:
     one = write_lines(tmp_path / "one.jsonl", [{**row, "label": 0} for row in rows(40)])
-    task = load_jsonl(one, name="one")
+    task = load_files(one, name="one")
     assert task.label_names == ("0", "1")
     assert task.warnings() == [
         "one: every training example has label 0; a model learns nothing else",
@@ -228,19 +228,19 @@ def test_classes_without_examples(tmp_path: Path) -> None:
     ]
     two = write_lines(tmp_path / "two.jsonl", rows(40))
     test = write_lines(tmp_path / "test.jsonl", [{**row, "label": 2} for row in rows(5, "t")])
-    task = load_jsonl(two, test, name="two")
+    task = load_files(two, test, name="two")
     (line,) = task.warnings()
     assert line == "two: test examples of 2 have no training example of their class"
-    task = load_jsonl(two, name="two", label_names=["a", "b", *"cdefghi"])
+    task = load_files(two, name="two", label_names=["a", "b", *"cdefghi"])
     (line,) = task.warnings()
     assert line == "two: no training or test example is of class c, d, e, f, g and 2 more"
-    assert load_jsonl(two).warnings() == []
+    assert load_files(two).warnings() == []
     for names in ([], ["a"], ["a", "a"], ["a", " "], ["a", "\ud800"]):
         with pytest.raises(ValueError, match="expected two or more distinct names"):
-            load_jsonl(two, label_names=names)
+            load_files(two, label_names=names)
     from_one = write_lines(tmp_path / "from_one.jsonl", [{**r, "label": 1} for r in rows(9)])
     with pytest.raises(ValueError, match=r"from_one.jsonl:1: .*got 1 where no row has 0"):
-        load_jsonl(from_one)
+        load_files(from_one)
 
 
 def test_out_of_distribution_rows_are_not_those_inside(tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ def test_out_of_distribution_rows_are_not_those_inside(tmp_path: Path) -> None:
     test = write_lines(tmp_path / "test.jsonl", rows(20, "test"))
     for file in (train, test):
         with pytest.raises(ValueError, match=rf"{file.name}:1: expected data of another kind"):
-            load_jsonl(train, test, ood={"far": file})
+            load_files(train, test, ood={"far": file})
     # Other data that counts from 0 as well.
     far = write_lines(tmp_path / "far.jsonl", [{**r, "question": "other"} for r in rows(20)])
-    assert len(load_jsonl(train, test, ood={"far": far}).ood["far"]) == 20
+    assert len(load_files(train, test, ood={"far": far}).ood["far"]) == 20
 
 
-def test_load_jsonl_reads_the_public_sets(data_dir: Path) -> None:
-    task = load_jsonl(
+def test_load_files_reads_the_public_sets(data_dir: Path) -> None:
+    task = load_files(
         data_dir / "obqa_train.jsonl.gz",
         data_dir / "obqa_test.jsonl.gz",
         ood=[data_dir / "arc_easy_test.jsonl.gz", data_dir / "mmlu_chem_test.jsonl.gz"],

@@ -143,7 +143,7 @@ def _read_jsonl(
 
 
 def read_examples(path: str | Path, *, need_label: bool = False) -> list[Example]:
-    """The examples of one file of JSON lines, plain or ``.gz``; keys as in :func:`load_jsonl`.
+    """The examples of one file of JSON lines, plain or ``.gz``; keys as in :func:`load_files`.
 
     Args:
         path: The file.
@@ -170,11 +170,11 @@ def _one_file(folder: Path, words: tuple[str, ...], required: bool) -> Path | No
     if len(files) > 1:
         names = ", ".join(path.name for path in files[:5])
         raise ValueError(
-            f"load_jsonl: expected one {words[0]} file in {folder}, got {names}; name the files"
+            f"load_files: expected one {words[0]} file in {folder}, got {names}; name the files"
         )
     if not files and required:
         raise ValueError(
-            f"load_jsonl: expected {words[0]}.jsonl or {words[0]}.jsonl.gz (or a name that ends "
+            f"load_files: expected {words[0]}.jsonl or {words[0]}.jsonl.gz (or a name that ends "
             f"in _{words[0]}) in {folder}, got none"
         )
     return files[0] if files else None
@@ -202,7 +202,7 @@ def _template(name: str) -> Template | None:
     return _TEMPLATE_NAMES.get(re.split(r"[_-]", name.lower())[0])
 
 
-def load_jsonl(
+def load_files(
     train: str | Path,
     test: str | Path | None = None,
     *,
