@@ -10,12 +10,14 @@ import errno
 import io
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import typer
 
 from ..table import shorten
 from .bench import bench
+from .data import data
 from .generate import generate
 from .methods import methods
 from .options import Debug
@@ -74,9 +76,10 @@ def _usage(error: Any) -> str:
     parameter = getattr(error, "param", None)
     if isinstance(error, typer.BadParameter) and parameter is not None and error.message:
         return f"{' / '.join(parameter.opts)}: {error.message}"
-    command = ["bayes-kernels"]
-    if error.ctx is not None and error.ctx.parent is not None:
-        command.append(error.ctx.info_name)
+    command, context = ["bayes-kernels"], error.ctx
+    while context is not None and context.parent is not None:
+        command.insert(1, context.info_name)
+        context = context.parent
     message = error.format_message().rstrip(".")
     return f"{message}; expected what {' '.join(command)} --help lists"
 
@@ -93,11 +96,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Bayesian fine-tuning of language models at LoRA's price.",
-    epilog="Docs: docs/cli.md. Every command has --help and --debug.",
+    epilog="Which method: docs/choosing.md. Commands: docs/cli.md. Every command has --help and --debug.",
 )
 
 
-@app.command()
 def info(debug: Debug = False) -> None:
     """Versions, what was compiled, and which path runs on which device."""
     from ..diagnosis import diagnosis
@@ -105,10 +107,20 @@ def info(debug: Debug = False) -> None:
     print(diagnosis())
 
 
-for _command in (methods, demo, train, compare, bayesianize, evaluate, predict, generate, bench):
-    # Lines of a paragraph are joined, so that help is wrapped at the width of the terminal only.
-    _paragraphs = (_command.__doc__ or "").split("\n\n")
-    app.command(help="\n\n".join(" ".join(part.split()) for part in _paragraphs))(_command)
+# By the panels of help.
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Begin": (info, methods, demo),
+    "Train": (train, compare, bayesianize),
+    "Use": (evaluate, predict, generate),
+    "Measure": (bench,),
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        # Lines of a paragraph are joined, so that help is wrapped at the width of the terminal only.
+        _paragraphs = (_command.__doc__ or "").split("\n\n")
+        _help = "\n\n".join(" ".join(part.split()) for part in _paragraphs)
+        app.command(help=_help, rich_help_panel=_panel)(_command)
+app.add_typer(data, name="data", rich_help_panel="Begin")
 
 
 def main() -> None:

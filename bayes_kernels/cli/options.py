@@ -76,13 +76,13 @@ Data = Annotated[
         "--data",
         "--task",
         help="stdlib-docs, a data set of the hub (wg_s, wg_m, arc_c, arc_e, obqa, boolq, mmlu_chem, "
-        "mmlu_phys), or a JSONL file or folder.",
+        "mmlu_phys), or a file (JSONL, CSV, TSV) or folder with text and label.",
     ),
 ]
-Test = Annotated[str | None, typer.Option(help="JSONL file of test examples.")]
+Test = Annotated[str | None, typer.Option(help="File of test examples.")]
 Ood = Annotated[
     list[str] | None,
-    typer.Option(help="Out-of-distribution set: JSONL file or hub name; may be repeated."),
+    typer.Option(help="Out-of-distribution set: a file or hub name; may be repeated."),
 ]
 LabelNames = Annotated[str | None, typer.Option(help="Names of the classes, divided by commas.")]
 Split = Annotated[

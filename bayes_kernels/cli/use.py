@@ -235,7 +235,7 @@ def predict(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSONL file (id, question, context, choices) or text, one a line."),
+        typer.Option(help="File (JSONL, CSV, TSV) as train reads it, or text, one a line."),
     ] = None,
     model: OtherBase = None,
     n_samples: Samples = None,
@@ -336,7 +336,7 @@ def _check_classes(expected: Task, got: Task) -> None:
 
 def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
     """What to predict, from the command line and a file."""
-    from ..experiment.data.files import is_unicode, read_examples
+    from ..experiment.data.rows import SUFFIXES, is_unicode, read_examples
     from ..hf.tasks.task import Example
 
     found = []
@@ -349,7 +349,7 @@ def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
     if data is not None:
         if not data.is_file():
             raise ValueError(f"data {str(data)!r}: expected a file that exists, found none")
-        if data.suffix in (".jsonl", ".json", ".gz"):
+        if data.suffix.lower() in (*SUFFIXES, ".json", ".gz"):
             found += read_examples(data)
         else:
             try:

@@ -166,9 +166,9 @@ class Source:
     """Where a task comes from: the arguments of `load_task`.
 
     Attributes:
-        data: "stdlib-docs", a name of the hub, or a JSONL file or folder.
-        test: A JSONL file of test examples, for files only.
-        ood: Out-of-distribution sets: JSONL files, or names for data of the hub; None for the sets
+        data: "stdlib-docs", a name of the hub, or a file (JSONL, CSV, TSV) or folder.
+        test: A file of test examples, for files only.
+        ood: Out-of-distribution sets: Files, or names for data of the hub; None for the sets
             that the task itself brings.
         train_size: Number of training examples; None for the task's default, 0 for all.
         test_size, ood_size: Largest number of test examples, and of examples of each

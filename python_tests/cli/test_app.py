@@ -176,3 +176,22 @@ def test_help_breaks_lines_at_the_width_of_the_terminal_only(command: str) -> No
     for line, following in pairwise(lines):
         if line and following:
             assert len(line) + 1 + len(following.split()[0]) > width - 1
+
+
+def test_data_is_checked_before_it_is_used(tmp_path: Path) -> None:
+    file = tmp_path / "messages.csv"
+    result = call("data", "sample", file)
+    assert result.exit_code == 0 and f"data check {file}" in result.stdout
+    assert "expected a new file" in refuse("data", "sample", file)
+    assert "ends in .csv" in refuse("data", "sample", tmp_path / "messages.txt")
+    result = call("data", "check", file)
+    assert result.exit_code == 0 and "classification, 3 classes" in result.stdout
+    assert "no test data" in result.stdout and "praise" in result.stdout
+    result = call("data", "check", file, "--test", tmp_path / "nothing.csv")
+    assert (
+        result.exit_code == 2 and "nothing.csv: expected a file that can be read" in result.stderr
+    )
+    file.write_text("text,label\nfine,good\nbad\n,good\n")
+    lines = call("data", "check", file).stderr.splitlines()
+    assert [line.partition("messages.csv:")[2][:2] for line in lines] == ["3:", "4:"]
+    assert "bayes-kernels data check --help" in refuse("data", "check", file, "--tset", file)

@@ -353,7 +353,7 @@ CONTENTS: dict[str, bytes] = {
     "half deep": lines(f'{{"id": {"[" * 700}{"]" * 700}, "question": "a", "label": 0}}'),
     "long integer": lines(f'{{"id": "x", "question": "a", "label": {"9" * 5000}}}'),
     "twice": lines(GOOD_ROWS[0]),
-    "no id": lines({"question": "a", "label": 0}),
+    "both texts": lines({**ROW, "text": "a"}),
     "empty id": lines({**ROW, "id": ""}),
     "no question": lines({"id": "x", "label": 0}),
     "blank question": lines({**ROW, "question": " \t"}),

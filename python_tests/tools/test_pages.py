@@ -111,7 +111,7 @@ def fill(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(home)
     run(shlex.split("train reviews.jsonl --out runs/reviews"))
     for seed in "01":
-        words = f"train reviews.jsonl --method map --seed {seed} --out runs/reviews-map-{seed}"
+        words = f"train reviews.jsonl --method mle --seed {seed} --out runs/reviews-plain-{seed}"
         run(shlex.split(words))
     return home
 

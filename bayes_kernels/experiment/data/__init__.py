@@ -4,8 +4,8 @@
     Docstrings of the running interpreter's own standard library, sorted into eight areas. Needs no
     download, so that a complete Bayesian fine-tuning run works on any machine that has Python.
 ``load_files(path)``
-    Files with one JSON object a line: ``id``, ``question``, optional ``context``, ``choices``
-    (multiple choice only) and ``label`` (an index from 0).
+    Files (JSON lines, CSV, TSV) and data sets of the library ``datasets`` with ``text`` and
+    ``label``, optional ``id``, ``context`` and ``choices`` (multiple choice only).
 ``load_hub(name)``
     The public data sets of the LoRA-uncertainty papers, through the ``datasets`` library.
 

@@ -1,172 +1,31 @@
-"""Tasks from JSON lines."""
+"""Tasks from files, and from data sets of the library ``datasets``."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...hf.tasks.task import LETTERS, Example, Kind, Task, Template
-from .splits import choose_subset, split_by_hash
+from .rows import SUFFIXES, Problems, Row, is_unicode, read_rows, rows_of, shown
+from .splits import choose_subset, has_made_id, split_by_hash
 
-_MAX_PROBLEMS = 10
-
-
-class _Problems:
-    """Collects what is wrong with the data, so that one error shows the first ten lines at once."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, place: str, message: str) -> None:
-        self.lines.append(f"{place}: {message}")
-
-    def raise_if_any(self) -> None:
-        if self.lines:
-            shown = self.lines[:_MAX_PROBLEMS]
-            if len(self.lines) > len(shown):
-                shown.append(f"... and {len(self.lines) - len(shown)} more")
-            raise ValueError("\n".join(shown))
+# What `save_to_disk` of the library datasets leaves in a folder.
+_SAVED = ("dataset_dict.json", "dataset_info.json")
+_TEST = (("test",), ("dev", "validation", "val"))
 
 
-def _open_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as stream:
-        yield from enumerate(stream, start=1)
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _decode_row(line: bytes, need_label: bool) -> Example | str:
-    """The example in one line, or what is wrong with it."""
-    try:
-        return _parse_row(json.loads(line), need_label)
-    except json.JSONDecodeError as error:
-        return f"expected JSON, got {error.msg} at column {error.colno}"
-    except UnicodeDecodeError as error:
-        return f"expected UTF-8, got {error.reason} at byte {error.start}"
-    except ValueError as error:  # an integer of thousands of digits
-        return f"expected JSON that can be read, got: {error}"
-    except RecursionError:
-        return "expected a flat JSON object, got lists or objects nested too deep"
-
-
-def _parse_row(row: object, need_label: bool) -> Example | str:
-    """The example in one decoded line, or what is wrong with it."""
-    if not isinstance(row, dict):
-        return f"expected a JSON object, got {_shorten(row)}"
-    identity = row.get("id")
-    if isinstance(identity, int) and not isinstance(identity, bool):
-        identity = str(identity)
-    if not (isinstance(identity, str) and identity):
-        return f"'id' must be a non-empty string or an integer, got {_shorten(identity)}"
-    question = row.get("question")
-    if not (isinstance(question, str) and question.strip()):
-        return f"'question' must be a non-empty string, got {_shorten(question)}"
-    context = row.get("context")
-    if context is not None and not isinstance(context, str):
-        return f"'context' must be a string, got {_shorten(context)}"
-    choices = row.get("choices")
-    if choices is None:
-        choices = []
-    elif not (
-        isinstance(choices, list)
-        and 2 <= len(choices) <= len(LETTERS)
-        and all(isinstance(choice, str) and choice.strip() for choice in choices)
-    ):
-        return f"'choices' must be a list of 2 to 26 non-empty strings, got {_shorten(choices)}"
-    for key in ("id", "question", "context", "choices"):
-        texts = choices if key == "choices" else [row.get(key)]
-        for text in texts:
-            if isinstance(text, str) and not is_unicode(text):
-                return f"{key!r} must be Unicode text, got a lone surrogate in {_shorten(text)}"
-    label = row.get("label")
-    if label is None and not need_label:
-        return Example(identity, question, None, context, tuple(choices))
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        return f"'label' must be an integer from 0, got {_shorten(label)}"
-    if choices and label >= len(choices):
-        found = _shorten(label)
-        return f"'label' must be below the number of choices, {len(choices)}, got {found}"
-    return Example(identity, question, label, context, tuple(choices))
-
-
-def _read_jsonl(
-    path: Path, problems: _Problems, need_label: bool = True
-) -> list[tuple[str, Example]]:
-    """(``file:line``, example) of every good line; the bad ones go to ``problems``."""
-    rows: list[tuple[str, Example]] = []
-    seen: dict[str, int] = {}
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for who writes to it
-            what = "a folder" if path.is_dir() else "a pipe or device"
-            problems.add(str(path), f"expected a file of JSON lines, got {what}")
-            return rows
-        for number, line in _open_lines(path):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            parsed = _decode_row(line, need_label)
-            if isinstance(parsed, str):
-                problems.add(place, parsed)
-            elif parsed.id in seen:
-                problems.add(
-                    place,
-                    f"'id' must be new, got {_shorten(parsed.id)}, which is also on line {seen[parsed.id]}",
-                )
-            else:
-                seen[parsed.id] = number
-                rows.append((place, parsed))
-    except (OSError, EOFError, zlib.error) as error:
-        problems.add(str(path), f"expected a file that can be read, got: {error}")
-        return rows
-    if not rows and not problems.lines:
-        problems.add(str(path), "expected one JSON object a line, got an empty file")
-    return rows
-
-
-def read_examples(path: str | Path, *, need_label: bool = False) -> list[Example]:
-    """The examples of one file of JSON lines, plain or ``.gz``; keys as in :func:`load_files`.
-
-    Args:
-        path: The file.
-        need_label: Whether every line must have a label.
-
-    Raises:
-        ValueError: The first ten bad lines, one a line, each with its file and line number; or the
-            file is missing, damaged or empty.
-    """
-    problems = _Problems()
-    rows = _read_jsonl(Path(path), problems, need_label)
-    problems.raise_if_any()
-    return [example for _, example in rows]
-
-
-def _jsonl_files(folder: Path, words: tuple[str, ...]) -> list[Path]:
+def _files_of(folder: Path, words: tuple[str, ...]) -> list[Path]:
     """Files whose name says that they hold the split, such as ``obqa_train.jsonl.gz``."""
-    pattern = re.compile(rf"(?:^|[_.-])(?:{'|'.join(words)})\.jsonl(?:\.gz)?$")
+    ends = "|".join(re.escape(suffix) for suffix in SUFFIXES)
+    pattern = re.compile(rf"(?:^|[_.-])(?:{'|'.join(words)})(?:{ends})(?:\.gz)?$")
     return [path for path in sorted(folder.iterdir()) if pattern.search(path.name)]
 
 
 def _one_file(folder: Path, words: tuple[str, ...], required: bool) -> Path | None:
-    files = _jsonl_files(folder, words)
+    files = _files_of(folder, words)
     if len(files) > 1:
         names = ", ".join(path.name for path in files[:5])
         raise ValueError(
@@ -174,15 +33,17 @@ def _one_file(folder: Path, words: tuple[str, ...], required: bool) -> Path | No
         )
     if not files and required:
         raise ValueError(
-            f"load_files: expected {words[0]}.jsonl or {words[0]}.jsonl.gz (or a name that ends "
-            f"in _{words[0]}) in {folder}, got none"
+            f"load_files: expected {words[0]} with one of the endings {', '.join(SUFFIXES)}, plain or "
+            f".gz (or a name that ends in _{words[0]}), in {folder}, got none"
         )
     return files[0] if files else None
 
 
 def _dataset_name(path: Path) -> str:
     """``obqa`` for ``obqa_train.jsonl.gz``, the folder's name for ``train.jsonl``."""
-    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    stem = path.name.removesuffix(".gz")
+    for suffix in SUFFIXES:
+        stem = stem.removesuffix(suffix)
     stem = re.sub(r"[_.-]?(?:train|test|dev|validation|val)(?:[_.-][a-z]{1,2})?$", "", stem)
     return stem or path.resolve().parent.name
 
@@ -203,8 +64,8 @@ def _template(name: str) -> Template | None:
 
 
 def load_files(
-    train: str | Path,
-    test: str | Path | None = None,
+    train: str | Path | Iterable[Mapping[str, Any]],
+    test: str | Path | Iterable[Mapping[str, Any]] | None = None,
     *,
     ood: Mapping[str, str | Path] | Sequence[str | Path] = (),
     label_names: Sequence[str] | None = None,
@@ -213,132 +74,240 @@ def load_files(
     seed: int = 0,
     name: str | None = None,
 ) -> Task:
-    """A task from files with one JSON object a line, plain or ``.gz``.
+    """A task from files: JSON objects (``.jsonl``) or tables (``.csv``, ``.tsv``), plain or ``.gz``.
 
-    Keys of a line: ``id`` (unique), ``question``, optional ``context``, ``choices`` (a list of
-    strings) and ``label`` (an index from 0). Without ``choices``, or where all lines of training
-    and test files have the same ones, the task is a classification, else multiple choice. Lines of
-    out-of-distribution files may leave the label out.
+    A row has ``text`` (or ``question``) and ``label``: a number from 0, or the name of a class.
+    Optional are ``id`` (unique; made of the text where it is missing), ``context`` (a passage that the
+    text refers to) and, in JSON lines, ``choices`` (a list of strings). The first line of a table
+    names its columns. Without ``choices``, or where all rows of training and test files have the same
+    ones, the task is a classification, else multiple choice, whose label may also be the letter or
+    the text of a choice. Rows of out-of-distribution files may leave the label out.
+
+    Rows that have no id and the same text are in one split.
 
     Everything is read and checked before anything else happens.
 
     Args:
-        train: A file, or a folder with ``train.jsonl`` and possibly ``test.jsonl`` (also
-            ``<anything>_train.jsonl.gz``; ``dev`` and ``validation`` serve as test files where
-            there is no ``test``).
-        test: The test file. Where there is none, 20 % of the training file by hash of the id.
+        train: A file; or a folder with ``train.jsonl`` or the like and possibly ``test.jsonl`` (also
+            ``<anything>_train.csv.gz``; ``dev`` and ``validation`` serve as test files where there is no
+            ``test``); or a ``Dataset`` or ``DatasetDict`` of the library ``datasets``, or a folder that it
+            saved.
+        test: The test file or data set. Where there is none, 20 % of the training rows by hash.
         ood: Out-of-distribution files, by name or as a list (then named after the file).
-        label_names: Names of the classes of a classification without choices; "0", "1", ...
-            by default.
+        label_names: Names of the classes of a classification without choices; by default those of
+            the file in alphabetical order, or "0", "1", ...
         train_size: Number of training examples, chosen by hash of id and seed; None for all.
-        validation: Fraction of the training file split off for validation by hash of the id,
+        validation: Fraction of the training rows split off for validation by hash of the id,
             before ``train_size`` is applied.
         seed: Chooses the training subset; splits do not depend on it.
         name: Name of the task; from the file name by default.
 
     Raises:
-        ValueError: The first ten bad lines, one a line, each with its file and line number; an
+        ValueError: The first ten bad rows, one a line, each with its file and line number; an
             id in both training and test file; an out-of-distribution example that is one of theirs;
             labels out of range or with gaps; a fraction or size out of range; a file that is
             missing or cannot be told from the folder.
+        ImportError: The folder is one of ``datasets``, which is not installed (extra ``train``).
     """
     if not 0.0 <= validation < 1.0:
         raise ValueError(f"validation: expected a fraction in [0, 1), got {validation!r}")
-    train_path = Path(train)
-    test_path = None if test is None else Path(test)
-    if train_path.is_dir():
-        folder = train_path
-        found = _one_file(folder, ("train",), required=True)
-        assert found is not None
-        train_path = found
-        if test_path is None:
-            test_path = _one_file(folder, ("test",), required=False) or _one_file(
-                folder, ("dev", "validation", "val"), required=False
-            )
+    name = name or (_dataset_name(Path(train)) if isinstance(train, str | Path) else "data")
+    train, test = _splits(train, test)
+    if isinstance(train, Path):
+        name = _dataset_name(train) if train.is_file() else name
     if not isinstance(ood, Mapping):
         ood = {_dataset_name(Path(path)): path for path in ood}
 
-    problems = _Problems()
-    train_rows = _read_jsonl(train_path, problems)
-    test_rows = [] if test_path is None else _read_jsonl(test_path, problems)
+    problems = Problems()
+    train_rows = _read(train, "train", problems)
+    test_rows = [] if test is None else _read(test, "test", problems)
     ood_rows = {
-        key: _read_jsonl(Path(path), problems, need_label=False) for key, path in ood.items()
+        key: _read(Path(path), key, problems, need_label=False) for key, path in ood.items()
     }
-    train_places = {example.id: place for place, example in train_rows}
-    for place, example in test_rows:
+    train_places = {row.example.id: row.place for row in train_rows}
+    for place, example, _ in test_rows:
         if example.id in train_places:
             other = train_places[example.id]
-            problems.add(
-                place,
-                f"'id' must be new, got {_shorten(example.id)}, which is also in the training data, {other}",
-            )
-    inside = {_content(example): place for place, example in train_rows + test_rows}
-    for place, example in (row for part in ood_rows.values() for row in part):
+            made = has_made_id(example)
+            what = f"text must be new, got {shown(example.question)}" if made else ""
+            what = what or f"'id' must be new, got {shown(example.id)}"
+            problems.add(place, f"{what}, which is also in the training data, {other}")
+    inside = {_content(row.example): row.place for row in train_rows + test_rows}
+    for place, example, _ in (row for part in ood_rows.values() for row in part):
         # Other data may count from 0 as well; the same text of the same id is the same example.
         if (twin := inside.get(_content(example))) is not None:
             problems.add(place, f"expected data of another kind, got the example of {twin}")
     problems.raise_if_any()
 
+    parts = {"train": train_rows, "test": test_rows, **{f"ood {k}": v for k, v in ood_rows.items()}}
+    label_names = _name_labels(parts, label_names, problems)
+    problems.raise_if_any()
+    train_rows, test_rows = parts["train"], parts["test"]
+    ood_rows = {key: parts[f"ood {key}"] for key in ood_rows}
     kind, names = _kind_of(train_rows + test_rows, ood_rows, label_names, problems)
     problems.raise_if_any()
-    if kind == "classification":
+
+    def examples(rows: Sequence[Row]) -> list[Example]:
+        if kind == "multiple_choice":
+            return [row.example for row in rows]
         # The choices of a classification are its classes, known from the task.
-        train_rows, test_rows = _drop_choices(train_rows), _drop_choices(test_rows)
-        ood_rows = {key: _drop_choices(rows) for key, rows in ood_rows.items()}
-    task_name = name or _dataset_name(train_path)
-    train_examples = [example for _, example in train_rows]
-    if test_path is None:
+        return [replace(row.example, choices=()) for row in rows]
+
+    train_examples = examples(train_rows)
+    if test is None:
         train_examples, test_examples = split_by_hash(train_examples, 0.2, "test")
     else:
-        test_examples = [example for _, example in test_rows]
+        test_examples = examples(test_rows)
     train_examples, validation_examples = split_by_hash(train_examples, validation, "validation")
     return Task(
-        name=task_name,
+        name=name,
         kind=kind,
         label_names=names,
         train=choose_subset(train_examples, train_size, seed),
         validation=validation_examples,
         test=test_examples,
-        ood={key: [example for _, example in rows] for key, rows in ood_rows.items()},
-        template=_template(task_name),
+        ood={key: examples(rows) for key, rows in ood_rows.items()},
+        template=_template(name),
     )
+
+
+def _splits(train: Any, test: Any) -> tuple[Any, Any]:
+    """Training and test data: a file's path each, or something to go through; test data may be None."""
+    if isinstance(train, str | Path):
+        train = Path(train)
+        if train.is_dir() and any((train / name).is_file() for name in _SAVED):
+            train = _load_from_disk(train)
+        elif train.is_dir():
+            folder, train = train, _one_file(train, ("train",), required=True)
+            found = (_one_file(folder, words, required=False) for words in _TEST)
+            test = next(filter(None, found), None) if test is None else test
+    if isinstance(train, Mapping):  # a DatasetDict
+        if "train" not in train:
+            raise ValueError(f"load_files: expected a split train, got {', '.join(train)}")
+        names = [word for words in _TEST for word in words if word in train]
+        test = train[names[0]] if test is None and names else test
+        train = train["train"]
+    return train, Path(test) if isinstance(test, str) else test
+
+
+def _load_from_disk(folder: Path) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"load_files: {str(folder)!r} was saved by the library datasets, which is not installed; "
+            "run: pip install 'bayes-kernels[train]'"
+        ) from None
+    return datasets.load_from_disk(str(folder))
+
+
+def _read(source: Any, name: str, problems: Problems, need_label: bool = True) -> list[Row]:
+    """Every good row of a file or of a data set; the bad ones go to ``problems``."""
+    if isinstance(source, Path):
+        return read_rows(source, problems, need_label)
+    # The library stores classes as numbers, and their names beside them.
+    features = getattr(source, "features", None) or {}
+    classes = {key: getattr(features.get(key), "names", None) for key in ("label", "labels")}
+
+    def named(row: Any) -> Any:
+        found = dict(row) if isinstance(row, Mapping) else row
+        for key, words in classes.items():
+            if words and isinstance(found.get(key), int) and 0 <= found[key] < len(words):
+                found[key] = words[found[key]]
+        return found
+
+    rows = rows_of(((i, named(row)) for i, row in enumerate(source)), name, problems, need_label)
+    if not rows and not problems.lines:
+        problems.add(name, "expected a data set with rows, got an empty one")
+    return rows
 
 
 def _content(example: Example) -> tuple[str, str, str | None]:
     return example.id, example.question, example.context
 
 
-def _drop_choices(rows: list[tuple[str, Example]]) -> list[tuple[str, Example]]:
-    return [(place, replace(example, choices=())) for place, example in rows]
+def _name_labels(
+    parts: dict[str, list[Row]], label_names: Sequence[str] | None, problems: Problems
+) -> Sequence[str] | None:
+    """Replace names of classes in all parts by numbers; the names of the classes, if they are known.
+
+    Names that are all numbers, as those of tables are, count as numbers.
+    """
+    named = [row for rows in parts.values() for row in rows if row.name is not None]
+    if not named:
+        return label_names
+    digits = all(re.fullmatch(r"\d{1,9}", row.name or "") for row in named)
+    numbered = any(row.example.label is not None for rows in parts.values() for row in rows)
+    choices = any(row.example.choices for rows in parts.values() for row in rows)
+    own = sorted({row.name for part in ("train", "test") for row in parts[part] if row.name})
+    names = list(own if label_names is None else label_names)
+    if numbered and not choices:
+        for row in named:
+            problems.add(
+                row.place,
+                f"'label' must be an integer from 0 as in other rows, got {shown(row.name)}",
+            )
+        return label_names
+
+    def number(row: Row) -> int | None:
+        if row.name is None:
+            return row.example.label
+        if row.example.choices:
+            letters = list(LETTERS[: len(row.example.choices)])
+            for words in (letters, list(row.example.choices)):
+                if row.name in words:
+                    return words.index(row.name)
+            allowed = [*letters, *row.example.choices]
+        elif row.name in names:
+            return names.index(row.name)
+        else:
+            allowed = names
+        problems.add(
+            row.place, f"'label' must be one of {shown(', '.join(allowed))}, got {shown(row.name)}"
+        )
+        return None
+
+    plain = digits and not choices and (label_names is None or not set(own) <= set(label_names))
+    for part, rows in parts.items():
+        parts[part] = [
+            row._replace(
+                example=replace(
+                    row.example,
+                    label=int(row.name) if plain and row.name is not None else number(row),
+                )
+            )
+            for row in rows
+        ]
+    return label_names if plain or choices else names
 
 
 def _kind_of(
-    rows: list[tuple[str, Example]],
-    ood_rows: dict[str, list[tuple[str, Example]]],
+    rows: list[Row],
+    ood_rows: dict[str, list[Row]],
     label_names: Sequence[str] | None,
-    problems: _Problems,
+    problems: Problems,
 ) -> tuple[Kind, tuple[str, ...]]:
     """Kind and label names that fit all rows; what does not fit goes to ``problems``."""
     all_rows = rows + [row for part in ood_rows.values() for row in part]
-    choice_sets = {example.choices for _, example in rows}
+    choice_sets = {example.choices for _, example, _ in rows}
     if len(choice_sets) > 1:
-        for place, example in all_rows:
+        for place, example, _ in all_rows:
             if not example.choices:
                 problems.add(place, "'choices' is missing, but other lines have choices")
         if label_names is not None:
             problems.add("label_names", "expected None for multiple choice, got names")
-        count = max(len(example.choices) for _, example in all_rows)
+        count = max(len(example.choices) for _, example, _ in all_rows)
         return "multiple_choice", tuple(LETTERS[:count])
     shared = next(iter(choice_sets), ())
     if label_names is None and not shared:
         # Numbers are the only names: the largest says how many classes there are.
-        labels = {example.label for _, example in rows if example.label is not None}
+        labels = {example.label for _, example, _ in rows if example.label is not None}
         count = next(label for label in range(len(labels) + 1) if label not in labels)
-        for place, example in rows:
+        for place, example, _ in rows:
             if example.label is not None and example.label > count:
                 problems.add(
                     place,
-                    f"'label' must be 0, 1, ... without gaps, got {_shorten(example.label)} where no "
+                    f"'label' must be 0, 1, ... without gaps, got {shown(example.label)} where no "
                     f"row has {count}; name all classes (label-names) where some have no example",
                 )
                 return "classification", ()
@@ -351,20 +320,20 @@ def _kind_of(
         and len(set(names)) == len(names)
     ):
         problems.add(
-            "label_names", f"expected two or more distinct names, got {_shorten(list(names))}"
+            "label_names", f"expected two or more distinct names, got {shown(list(names))}"
         )
         return "classification", ()
-    for place, example in all_rows:
+    for place, example, _ in all_rows:
         if example.label is not None and example.label >= len(names):
             problems.add(
                 place,
                 f"'label' must be below {len(names)}, the number of classes, got "
-                f"{_shorten(example.label)}",
+                f"{shown(example.label)}",
             )
         if example.choices not in (shared, ()):
             problems.add(
                 place,
-                f"'choices' must be those of the training data, {_shorten(list(shared))}, got "
-                f"{_shorten(list(example.choices))}",
+                f"'choices' must be those of the training data, {shown(list(shared))}, got "
+                f"{shown(list(example.choices))}",
             )
     return "classification", names

@@ -166,7 +166,7 @@ def _hub_rows(name: str, split: str) -> Iterable[Mapping[str, Any]]:
         reason = reason or f"{type(error).__name__}: {_first_line(error)}"
         raise ConnectionError(
             f"load_hub: {name!r} ({entry.repository}) is neither reachable nor in the cache "
-            f"({reason}); connect to the hub once, or pass a JSONL file or folder instead, or "
+            f"({reason}); connect to the hub once, or pass a file or folder instead, or "
             "use stdlib-docs, which needs no download"
         ) from None
     finally:

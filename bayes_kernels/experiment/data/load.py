@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...hf.tasks.task import Task
 from .docstrings import stdlib_docs
-from .hub import HUB_DATASETS, load_hub
 from .files import load_files
+from .hub import HUB_DATASETS, load_hub
 
 
-def load_task(name_or_path: str | Path, **options: Any) -> Task:
-    """A task by name or from a JSONL file or folder.
+def load_task(data: str | Path | Iterable[Mapping[str, Any]], **options: Any) -> Task:
+    """A task by name, from a file or folder, or from a data set of the library ``datasets``.
 
     Names are ``stdlib-docs`` and those of :func:`load_hub`. Options go to :func:`stdlib_docs`,
     :func:`load_hub` or :func:`load_files`. A path that exists wins over a name.
@@ -21,7 +22,9 @@ def load_task(name_or_path: str | Path, **options: Any) -> Task:
     Raises:
         ValueError: Neither a known name nor an existing path.
     """
-    text = str(name_or_path)
+    if not isinstance(data, str | Path):
+        return load_files(data, **options)
+    text = str(data)
     if os.path.exists(text):
         return load_files(text, **options)
     if text.replace("_", "-") == "stdlib-docs":
@@ -29,6 +32,6 @@ def load_task(name_or_path: str | Path, **options: Any) -> Task:
     if text in HUB_DATASETS:
         return load_hub(text, **options)
     raise ValueError(
-        f"data: expected stdlib-docs, one of {', '.join(HUB_DATASETS)}, or a JSONL file or folder "
-        f"that exists, got {text!r}"
+        f"data: expected stdlib-docs, one of {', '.join(HUB_DATASETS)}, or a file (JSONL, CSV, TSV) or "
+        f"folder that exists, got {text!r}"
     )

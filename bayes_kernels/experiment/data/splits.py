@@ -9,6 +9,7 @@ methods are compared on, is a few hundred rows.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 from ...hf.tasks.task import Example
@@ -46,10 +47,28 @@ def split_by_hash(
 ) -> tuple[list[Example], list[Example]]:
     """(rest, part): the examples whose hash of ``purpose`` and id is below ``fraction``.
 
-    Whether an example is in the part depends on its id alone, not on the other examples.
+    Whether an example is in the part depends on its id alone, not on the other examples. Ids that
+    were made of one text go together.
     """
     rest: list[Example] = []
     part: list[Example] = []
     for example in examples:
-        (part if fraction_of(f"{purpose}\n{example.id}") < fraction else rest).append(example)
+        made = _MADE.match(example.id)
+        key = example.id if made is None else made[0]
+        (part if fraction_of(f"{purpose}\n{key}") < fraction else rest).append(example)
     return rest, part
+
+
+# The second of two rows of one text has a number behind that.
+_MADE = re.compile(r"text-[0-9a-f]{16}")
+
+
+def content_id(question: str, context: str | None) -> str:
+    """An id for a row that has none."""
+    text = question if context is None else f"{context}\n{question}"
+    return f"text-{hash_of(text):016x}"
+
+
+def has_made_id(example: Example) -> bool:
+    """Whether the example's id was made of its text."""
+    return _MADE.match(example.id) is not None

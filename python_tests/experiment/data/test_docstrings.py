@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bayes_kernels.experiment.data import docstrings, jsonl
+from bayes_kernels.experiment.data import docstrings, files
 from bayes_kernels.experiment.data.docstrings import stdlib_docs
 from bayes_kernels.hf.tasks.task import Task
 
@@ -108,5 +108,5 @@ def test_sources_that_nobody_can_read(tmp_path: Path) -> None:
     half = tmp_path / "half.py"
     half.write_text('def f():\n    "Return four words \\ud800 of text."\n')
     ((name, doc),) = docstrings._documented_sources(half)
-    assert name == "half.f" and not jsonl.is_unicode(doc)
+    assert name == "half.f" and not files.is_unicode(doc)
     assert docstrings.first_paragraph(doc) == "Return four words  of text."

@@ -1,8 +1,10 @@
-"""JSON lines as a task: splits, classes, and each bad line by its number."""
+"""Files as a task: splits, classes, and each bad row by its number."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -117,7 +119,7 @@ def test_load_files_reports_every_bad_line_with_its_number(tmp_path: Path) -> No
         2: "expected JSON, got",
         3: "'id' must be",
         4: "'question' must be",
-        5: "'label' must be an integer from 0, got True",
+        5: "'label' must be an integer from 0, or a name, got True",
         7: "'id' must be new, got 'a', which is also on line 1",
         8: "'choices' must be",
         9: "below the number of choices, 2, got 2",
@@ -176,8 +178,14 @@ DEEP = "[" * 100_000 + "]" * 100_000
             f'{{"id": "x", "question": "q", "label": {"9" * 5000}}}',
             "expected JSON that can be read",
         ),
-        ('{"id": "x", "question": "q", "label": 1e400}', "must be an integer from 0, got inf"),
-        ('{"id": "x", "question": "q", "label": NaN}', "must be an integer from 0, got nan"),
+        (
+            '{"id": "x", "question": "q", "label": 1e400}',
+            "must be an integer from 0, or a name, got inf",
+        ),
+        (
+            '{"id": "x", "question": "q", "label": NaN}',
+            "must be an integer from 0, or a name, got nan",
+        ),
         (f'{{"id": "x", "question": {DEEP}, "label": 0}}', "nested too deep"),
         ('{"a": ' * 100_000, "nested too deep"),
         (
@@ -274,3 +282,174 @@ def test_load_files_reads_the_public_sets(data_dir: Path) -> None:
 def test_load_task_names_what_it_knows() -> None:
     with pytest.raises(ValueError, match=r"stdlib-docs.*obqa.*got 'nothing'"):
         load_task("nothing")
+
+
+# --- Texts and labels as people have them --------------------------------------------------------
+
+WORDS = [("a bright day", "good"), ("a dull road", "bad"), ('kind, "warm"\nand calm', "good")] * 10
+
+
+def write_as(path: Path, content: list[dict[str, Any]]) -> Path:
+    """Rows in the format that the name's ending says."""
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return write_lines(path, content)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(
+        text, list(content[0]), delimiter="," if name.endswith("csv") else "\t", restval=""
+    )
+    writer.writeheader()
+    writer.writerows(content)
+    encoded = text.getvalue().encode("utf-8-sig")
+    path.write_bytes(gzip.compress(encoded) if path.suffix == ".gz" else encoded)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".csv.gz"])
+@pytest.mark.parametrize("keys", [("text", "label"), ("question", "labels")])
+def test_every_format_says_the_same(tmp_path: Path, suffix: str, keys: tuple[str, str]) -> None:
+    words = [(f"{text} {i}", label) for i, (text, label) in enumerate(WORDS)]
+    named = [dict(zip(keys, pair, strict=True)) for pair in words]
+    task = load_files(write_as(tmp_path / f"mine{suffix}", named))
+    assert (task.name, task.kind, task.label_names) == ("mine", "classification", ("bad", "good"))
+    inside = [*task.train, *task.validation, *task.test]
+    found = {example.question: task.label_names[example.label or 0] for example in inside}
+    assert found == dict(words) and len(task.test) in range(1, 15)
+    # Numbers say the same, once names are given in their order; so does a column of ids.
+    numbered = [
+        {"id": str(i), keys[0]: text, keys[1]: int(label == "good")}
+        for i, (text, label) in enumerate(words)
+    ]
+    other = load_files(
+        write_as(tmp_path / f"numbers_train{suffix}", numbered), label_names=("bad", "good")
+    )
+    assert {(e.question, e.label) for e in [*other.train, *other.validation, *other.test]} == {
+        (e.question, e.label) for e in inside
+    }
+    plain = load_files(tmp_path / f"numbers_train{suffix}")
+    assert plain.label_names == ("0", "1") and plain.train == other.train
+    assert plain.train[0].id.isdigit() and task.train[0].id.startswith("text-")
+
+
+def test_rows_of_one_text_stay_together(tmp_path: Path) -> None:
+    repeated = [{"text": f"text {i % 15}", "label": i % 2} for i in range(60)]
+    task = load_files(write_as(tmp_path / "twice.csv", repeated))
+    parts = [task.train, task.validation, task.test]
+    assert sum(map(len, parts)) == 60
+    texts = [{example.question for example in part} for part in parts]
+    assert texts[0] and texts[2] and sum(map(len, texts)) == 15
+    ids = [example.id for part in parts for example in part]
+    assert len(set(ids)) == 60
+    file = write_as(tmp_path / "again.csv", repeated[:1])
+    with pytest.raises(ValueError, match=r"again\.csv:2: text must be new, got 'text 0', which is"):
+        load_files(tmp_path / "twice.csv", file)
+
+
+def test_names_of_classes_are_given_or_found(tmp_path: Path) -> None:
+    content = [{"text": text, "label": label} for text, label in WORDS]
+    file = write_as(tmp_path / "mine.csv", content)
+    assert load_files(file, label_names=("good", "bad", "so so")).label_names[0] == "good"
+    with pytest.raises(
+        ValueError, match=r"mine\.csv:2: 'label' must be one of 'bad, worse', got 'go"
+    ):
+        load_files(file, label_names=("bad", "worse"))
+    far = write_as(tmp_path / "far.csv", [{"text": "x", "label": "ugly"}])
+    with pytest.raises(ValueError, match=r"far\.csv:2: 'label' must be one of .*, got 'ugly'"):
+        load_files(file, ood=[far])
+    mixed = write_lines(tmp_path / "mixed.jsonl", [*content, {"text": "x", "label": 1}])
+    with pytest.raises(
+        ValueError, match=r"mixed\.jsonl:1: 'label' must be an integer from 0 as in"
+    ):
+        load_files(mixed)
+
+
+def test_choices_are_answered_by_letter_text_or_number(tmp_path: Path) -> None:
+    lines = [
+        {"text": f"q{i}", "choices": [f"x{i}", "y", "z"], "label": label}
+        for i, label in enumerate(["B", "y", 1, "x3", 0, "C"] * 4)
+    ]
+    for i, line in enumerate(lines):
+        line["choices"][0] = "x3" if line["label"] == "x3" else f"x{i}"
+    task = load_files(write_lines(tmp_path / "quiz.jsonl", lines))
+    inside = sorted([*task.train, *task.validation, *task.test], key=lambda e: int(e.question[1:]))
+    assert [example.label for example in inside] == [1, 1, 1, 0, 0, 2] * 4
+    lines[3]["label"] = "D"
+    with pytest.raises(
+        ValueError, match=r":4: 'label' must be one of 'A, B, C, x3, y, z', got 'D'"
+    ):
+        load_files(write_lines(tmp_path / "quiz.jsonl", lines))
+
+
+TABLES = {
+    "name,mark\na,0\n": "1: expected columns text and label in the first line, got ['name', 'mark']",
+    "text,text,label\na,b,0\n": "1: expected a name for each column, got 'text' twice",
+    "text,label\na,0\nb\n": "3: expected 2 columns, got 1",
+    "text,label\na,0\nb,1,2\n": "3: expected 2 columns, got 3",
+    "text,label\na,\n": "2: 'label' must be an integer from 0, or a name, got None",
+    "text,label\n,1\n": "2: 'text' must be a non-empty string, got None",
+    "text,question,label\na,b,1\n": "2: expected one of 'question' and 'text', got both",
+    "text,label\n": " expected a row for each text, got an empty file",
+    "": " expected a row for each text, got an empty file",
+    'text,label\n"a,0\n': "2: expected 2 columns, got 1",
+    "text,label\na\0b,0\ncaf\xe9,1\n": ": expected UTF-8, got",
+}
+
+
+@pytest.mark.parametrize("content", TABLES)
+def test_tables_that_no_task_can_have(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError) as caught:
+        load_files(file)
+    message = str(caught.value).splitlines()[-1]
+    assert message.startswith(f"{file}:") and TABLES[content] in message
+
+
+class FakeDataset(list[dict[str, Any]]):
+    """What the library datasets shows of a data set: rows, and the names of its classes."""
+
+    def __init__(self, content: list[dict[str, Any]], names: list[str] | None = None) -> None:
+        super().__init__(content)
+        label = type("ClassLabel", (), {"names": names})() if names else object()
+        self.features = {"label": label}
+
+
+def test_data_sets_of_the_library() -> None:
+    content = [{"text": f"{text} {i}", "label": i % 2} for i, (text, _) in enumerate(WORDS)]
+    task = load_task(FakeDataset(content, ["neg", "pos"]), name="mine")
+    assert (task.name, task.label_names) == ("mine", ("neg", "pos"))
+    assert {e.question: e.label for e in task.train}.items() <= {
+        row["text"]: row["label"] for row in content
+    }.items()
+    both = {"train": FakeDataset(content[:20]), "validation": FakeDataset(content[20:])}
+    split = load_task(both, label_names=("a", "b"))
+    assert len(split.test) == 10 and split.label_names == ("a", "b")
+    with pytest.raises(ValueError, match="expected a split train, got test"):
+        load_task({"test": FakeDataset(content)})
+    with pytest.raises(ValueError, match=r"train:0: 'label' must be an integer from 0"):
+        load_task([{"text": "a", "label": -1}])
+
+
+def test_data_sets_that_the_library_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+
+    def part(first: int, last: int) -> Any:
+        texts = [f"{text} {i}" for i, (text, _) in enumerate(WORDS)]
+        numbers = [int(name == "good") for _, name in WORDS]
+        columns = {"text": texts[first:last], "label": numbers[first:last]}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    both = datasets.DatasetDict({"train": part(0, 20), "test": part(20, 30)})
+    for name, saved in (("one", part(0, 30)), ("two", both)):
+        saved.save_to_disk(tmp_path / name)
+        task = load_task(tmp_path / name)
+        assert (task.name, task.label_names) == (name, ("bad", "good"))
+        assert len(task.train) + len(task.validation) + len(task.test) == 30
+        inside = {example.question: example.label for example in task.train}
+        assert (
+            inside.items()
+            <= {f"{t} {i}": int(n == "good") for i, (t, n) in enumerate(WORDS)}.items()
+        )
+    assert len(task.test) == 10
