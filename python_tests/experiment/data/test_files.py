@@ -432,6 +432,8 @@ def test_data_sets_of_the_library() -> None:
 
 def test_data_sets_that_the_library_saved(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
+    import pyarrow
+
     label = datasets.ClassLabel(names=["bad", "good"])
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
 
@@ -439,7 +441,9 @@ def test_data_sets_that_the_library_saved(tmp_path: Path) -> None:
         texts = [f"{text} {i}" for i, (text, _) in enumerate(WORDS)]
         numbers = [int(name == "good") for _, name in WORDS]
         columns = {"text": texts[first:last], "label": numbers[first:last]}
-        return datasets.Dataset.from_dict(columns, features=features)
+        table = pyarrow.table(columns).cast(features.arrow_schema)
+        info = datasets.DatasetInfo(features=features)
+        return datasets.Dataset(table, info=info, fingerprint=f"rows{first}to{last}")
 
     both = datasets.DatasetDict({"train": part(0, 20), "test": part(20, 30)})
     for name, saved in (("one", part(0, 30)), ("two", both)):
