@@ -148,7 +148,7 @@ def check_laplace_options(**options: Any) -> None:
     for option, allowed in (
         ("layers", LAYERS),
         ("fisher", FISHERS),
-        ("tokens", TOKENS),
+        ("tokens", (None, *TOKENS)),
         ("prior", (None, *PRIORS)),
         ("structure", STRUCTURES),
         ("prediction", METHODS),
@@ -181,7 +181,7 @@ def laplace_(
     *,
     layers: str = "all",
     fisher: str = "ggn",
-    tokens: str = "expand",
+    tokens: str | None = None,
     rank: int | None = 10,
     dense_below: int = 512,
     mc_samples: int = 1,
@@ -220,7 +220,8 @@ def laplace_(
             model; "empirical".
         mc_samples: labels drawn for each example, for fisher "mc": one backward pass each.
         tokens: what a sequence contributes: "expand", "sum", "sum_padded" (both as the paper's code,
-            without padding and with it), "reduce" or "last", see `Laplace`.
+            without padding and with it), "reduce" or "last", see `Laplace`. None: "sum" where the
+            evidence chooses delta, which needs it, else "expand".
         rank: columns of low-rank factors; None for dense factors everywhere.
         dense_below: sides with fewer entries have dense factors.
         prior_precision: delta at the start, and the one that is kept for prior "fixed".
@@ -269,6 +270,8 @@ def laplace_(
         raise ValueError("laplace_: validation must be held-out examples for prior='validation'")
     if prior is None:
         prior = "validation" if validation is not None and structure == "scalar" else "mackay"
+    if tokens is None:
+        tokens = "sum" if prior in ("mackay", "gradient") else "expand"
     begin = time.perf_counter()
     peft_model, name = the_adapter("laplace_", model)
     if choices is None:

@@ -55,7 +55,10 @@ def test_equals_the_general_laplace(kind: str) -> None:
         return pytest.approx(float(value), rel=1e-4)
 
     plain = laplace.Laplace(
-        model, laplace.linear_layers(model, r".*lora_[AB]\.default"), forward=forward
+        model,
+        laplace.linear_layers(model, r".*lora_[AB]\.default"),
+        forward=forward,
+        tokens=report.tokens,
     ).fit(BATCHES, verbose=False)
     assert report.evidence_before == near(plain.log_marginal_likelihood())
     plain.optimize_prior_precision()
@@ -187,6 +190,24 @@ def test_multiple_choice_sees_several_sequences_an_example() -> None:
     with pytest.raises(ValueError, match="tokens must be 'expand', 'sum' or 'reduce'"):
         fit(model, data=[batch], tokens="last")
     assert fit(model, data=[batch], tokens="sum_padded").tokens == "sum_padded"
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, "sum"),
+        ({"prior": "gradient"}, "sum"),
+        ({"structure": "layer", "validation": BATCHES}, "sum"),
+        ({"prior": "fixed"}, "expand"),
+        ({"validation": BATCHES, "n_samples": 20}, "expand"),
+        ({"tokens": "expand"}, "expand"),
+    ],
+)
+def test_tokens_are_summed_where_the_evidence_chooses(options: dict[str, Any], tokens: str) -> None:
+    found = fit(trained(), layers="adapters", **options)
+    assert found.tokens == tokens
+    again = fit(trained(), layers="adapters", **{**options, "tokens": tokens})
+    assert again.prior_precision == found.prior_precision
 
 
 @pytest.mark.parametrize("prediction", laplace.METHODS)
