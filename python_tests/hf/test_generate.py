@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import adapted, answering_llama, fill, llama, t5, trained
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers.generation import TextStreamer
 
@@ -277,6 +278,13 @@ def test_streaming(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
         assert [token.text for token in tokens] == text.tokens
         assert [token.log_prob for token in tokens] == text.log_probs
         assert [token.mutual_information for token in tokens] == text.mutual_information
+    seen.clear()
+    drawn = {"do_sample": True, "num_return_sequences": 2, **options}
+    found = generate(model, TOKENIZER, PROMPTS, streamer=seen.append, **drawn)
+    for number, text in enumerate(found):
+        ids = [token.token_id for token in seen if token.sequence == number]
+        assert ids == text.token_ids
+    found = generate(model, TOKENIZER, PROMPTS[0], **options)
     stock = TextStreamer(TOKENIZER, skip_prompt=True)
     generate(model, TOKENIZER, PROMPTS[0], streamer=stock, **options)
     assert capsys.readouterr().out.strip() == found[0].text.strip()
@@ -290,6 +298,13 @@ def test_conversations(model: Any) -> None:
         found = generate(model, TOKENIZER, prompts, chat=chat, **options)
         assert len(found) == 1 and found[0].token_ids == text.token_ids
         assert found[0].prompt == "user: be."
+    begins = letters()  # with a token that begins every text, as the template does
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    begins.chat_template = "<s>" + begins.chat_template
+    text = generate(model, begins, "user: be.", **options)[0]
+    assert generate(model, begins, messages, **options)[0].token_ids == text.token_ids
     with pytest.raises(ValueError, match="chat must be True or None for messages, got False"):
         generate(model, TOKENIZER, messages, chat=False)
     with pytest.raises(ValueError, match="must have a chat template"):

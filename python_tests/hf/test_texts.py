@@ -1,0 +1,87 @@
+"""What each token adds to a text, and what is shown of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+from test_html import check_self_contained
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from bayes_kernels.hf import Generation, ScoredText
+from bayes_kernels.hf.highlight import LIMITS, html_page, level_of, measure_of, terminal_text
+from bayes_kernels.hf.texts import pieces_of
+from hf.letters import letters
+
+
+def bytes_of_text() -> Any:
+    """A tokenizer whose tokens are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_the_first_word_keeps_its_space() -> None:
+    tokenizer = letters()
+    before, after = tokenizer("no")["input_ids"], tokenizer("way")["input_ids"]
+    assert pieces_of(tokenizer, before, after) == [" ", "w", "a", "y"]
+    assert pieces_of(tokenizer, [], [*before, *after]) == ["", "n", "o", " ", "w", "a", "y"]
+    assert pieces_of(tokenizer, before, [*after[:2], 2]) == [" ", "w", ""]  # an end adds nothing
+
+
+@pytest.mark.parametrize("text", ["né", "日本", "a🙂b", "e\u0301", "tab\t\n"])
+def test_characters_come_whole(text: str) -> None:
+    tokenizer = bytes_of_text()
+    ids = tokenizer(text)["input_ids"]
+    pieces = pieces_of(tokenizer, tokenizer("x y")["input_ids"], ids)
+    assert len(pieces) == len(ids) == len(text.encode())
+    assert "".join(pieces) == text and all(piece in (*text, "") for piece in pieces)
+    cut = pieces_of(tokenizer, [], tokenizer("n日")["input_ids"][:-1])
+    assert cut[0] == "n" and cut[-1].startswith("\ufffd")
+
+
+def scored(tokens: list[str], doubts: list[float], **options: Any) -> ScoredText:
+    options = {"n_samples": 4, **options}
+    kind = Generation if "prompt" in options else ScoredText
+    return kind(
+        text="".join(tokens),
+        token_ids=list(range(len(tokens))),
+        tokens=tokens,
+        log_probs=[-1.0] * len(tokens),
+        entropy=[doubt + 0.25 for doubt in doubts],
+        expected_entropy=[0.25] * len(tokens),
+        **options,
+    )
+
+
+def test_levels() -> None:
+    for by, limits in LIMITS.items():
+        assert [level_of(limit, by) for limit in limits] == [1, 2, 3, 4, 5]
+        assert [level_of(limit * 0.999, by) for limit in limits] == [0, 1, 2, 3, 4]
+    text = scored(["a", "b"], [0.0, 2.0])
+    assert measure_of(text) == "mutual_information"
+    assert measure_of(scored(["a"], [0.0], n_samples=1)) == "entropy"
+    with pytest.raises(ValueError, match="'mutual_information' with 0 draws"):
+        measure_of(scored(["a"], [0.0], n_samples=0), "mutual_information")
+
+
+def test_terminal_marks_uncertain_tokens_and_obeys_none() -> None:
+    shown = terminal_text(scored(["sure", "\x1b[2J\r", " un\n"], [0.0, 0.0, 2.0]))
+    assert shown.plain == "sure\ufffd[2J\ufffd un\n"
+    spans = {shown.plain[span.start : span.end]: str(span.style) for span in shown.spans}
+    assert "white" in spans[" un\n"] and "sure" not in spans
+
+
+def test_page_shows_text_as_text() -> None:
+    ending = {"prompt": "a <i>", "stopped": True, "abstain_on": "max_entropy"}
+    text = scored(['<b "x">', "", "\n", ""], [0.0, 0.05, 2.0, 0.4], abstain_above=0.1, **ending)
+    page = html_page([text], "A & B")
+    parsed = check_self_contained(page)
+    assert "b" not in parsed.tags and "i" not in parsed.tags
+    assert 'a <i><b "x">\n [end]' in "".join(parsed.text)
+    assert "abstained" in page and 'class="t e4 m5"' in page and 'class="t e1 m0"' in page
+    notes = [value for _, name, value in parsed.attributes if name == "data-n"]
+    assert len(notes) == 3 and "mutual information 2 nats" in str(notes[1])
