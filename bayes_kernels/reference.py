@@ -280,6 +280,28 @@ def grouped_lora(
     return y if base is None else base + y
 
 
+def grouped_flipout_lora(
+    x: Tensor,
+    mean: Tensor,
+    rho: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    groups: Tensor,
+    scaling: float = 1.0,
+    noise: DenseNoise,
+    std: str = "square",
+) -> Tensor:
+    """`flipout_lora` with the factors and the eps (G, r, n) of each row's group; x (tokens, n)."""
+    y = x.new_zeros(x.shape[0], b.shape[-2])
+    for g in range(len(mean)):
+        own = DenseNoise(noise.eps[g], noise.r_in, noise.r_out)
+        h = flipout_rank(x, mean[g], rho[g], own, std)
+        found = h @ (b if b.dim() == 2 else b[g]).T * scaling
+        y = torch.where((groups == g)[:, None], found, y)
+    return y if base is None else base + y
+
+
 # --- divergence --------------------------------------------------------------------------------
 
 

@@ -19,7 +19,8 @@ namespace bayes_kernels {
 namespace {
 
 constexpr int kFmaThreads = 128;
-constexpr int kFmaTokens = 32;  // worked on between two barriers
+constexpr int kFmaTokens = 32;          // worked on between two barriers
+constexpr uint32_t kNan = 0x7fc00000u;  // of rows that have no group
 
 // ---- down ---------------------------------------------------------------------------------------
 
@@ -61,6 +62,8 @@ struct DownFmaArgs {
   int64_t tokens_per_block;
   int64_t passes_per_split;    // of the columns of a block; one with outer
   bool vector, vector_factor;  // rows of x, of the factors may be read four elements at a time
+  Grouping groups = {};
+  int64_t group_stride = 0;  // of factors and gradients
 };
 
 constexpr int kDownFmaRanks = 8;
@@ -80,26 +83,27 @@ __device__ __forceinline__ void load_4(const T* data, float (&x)[4]) {
   }
 }
 
-// Four columns from element `at` on of tokens 0 to kFmaAhead - 1, of which `count` exist; `inside`
-// of the columns do.
-__device__ __forceinline__ void load_ahead(DType dtype, const void* data, int64_t at,
-                                           int64_t stride, int count, int64_t inside, bool vector,
+// Four columns from `column` on of tokens 0 to kFmaAhead - 1, which begin at row(0), ... and of
+// which `count` exist; `inside` of the columns do.
+template <class Row>
+__device__ __forceinline__ void load_ahead(DType dtype, const void* data, int64_t column,
+                                           const Row& row, int count, int64_t inside, bool vector,
                                            float (&x)[kFmaAhead][4]) {
   BK_UNROLL
   for (int u = 0; u < kFmaAhead; ++u) x[u][0] = x[u][1] = x[u][2] = x[u][3] = 0.0f;
   with_element(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(data) + at;
+    const T* from = static_cast<const T*>(data) + column;
     if (vector && inside >= 4) {
       BK_UNROLL
       for (int u = 0; u < kFmaAhead; ++u)
-        if (u < count) load_4(from + u * stride, x[u]);
+        if (u < count) load_4(from + row(u), x[u]);
     } else {
       BK_UNROLL
       for (int u = 0; u < kFmaAhead; ++u) {
         BK_UNROLL
         for (int j = 0; j < 4; ++j)
-          if (u < count && j < inside) x[u][j] = static_cast<float>(from[u * stride + j]);
+          if (u < count && j < inside) x[u][j] = static_cast<float>(from[row(u) + j]);
       }
     }
   });
@@ -110,7 +114,7 @@ __device__ __forceinline__ void load_ahead(DType dtype, const void* data, int64_
 // halving: each exchange also halves the number of sums a lane looks after, 9 shuffles in all
 // instead of 40. A block goes over the columns of its split in passes; with outer there is one, and
 // the gradients of a lane's columns stay in registers. blockIdx.z counts runs of eight ranks.
-template <bool kFlip, bool kOuter, int kWarps>
+template <bool kFlip, bool kOuter, int kWarps, bool kGrouped = false>
 __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
     down_fma_kernel(const __grid_constant__ DownFmaArgs p) {
   constexpr int kThreads = 32 * kWarps, kColumns = kWarps * kSignsPerBlock;
@@ -123,8 +127,11 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
   const int64_t passes = ceil_div(p.n, kColumns), first_pass = blockIdx.x * p.passes_per_split;
   const int64_t end_pass =
       first_pass + p.passes_per_split < passes ? first_pass + p.passes_per_split : passes;
+  const Slice slice = slice_of<kGrouped>(p.groups, p.tokens, p.tokens_per_block);
+  if (kGrouped && slice.blocks == 0) return;
+  const RowOf<kGrouped> row_of{p.groups.order};
   const bool has_down = p.sum.out != nullptr;
-  const bool has_outer = kOuter && p.gradients.partial != nullptr;
+  const bool has_outer = kOuter && p.gradients.partial != nullptr && !(kGrouped && slice.none);
 
   float factor[kDownFmaRanks][4] = {}, factor_e[kFlip ? kDownFmaRanks : 1][4] = {};
   const auto load_factor = [&](int64_t column) {
@@ -133,6 +140,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
       for (int k = 0; k < kDownFmaRanks; ++k) {
         const bool inside = rank0 + k < p.r;
         const float* from = source + (rank0 + k) * p.rank_stride + column * p.column_stride;
+        if (kGrouped) from += slice.group * p.group_stride;
         if (p.vector_factor && column + 4 <= p.n) {
           const float4 v = inside ? __ldg(reinterpret_cast<const float4*>(from))
                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -162,22 +170,22 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
   // Parts of this block's eight ranks.
   const int parts = static_cast<int>(gridDim.x);
   RowSum sums = p.sum;
+  if (kGrouped && slice.none) sums.scale = __uint_as_float(kNan);
   if (sums.partial != nullptr)
     sums.partial += blockIdx.z * parts * p.tokens * kDownFmaRanks - rank0;
 
-  const int64_t begin = blockIdx.y * p.tokens_per_block;
-  const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
+  const int64_t begin = slice.begin, end = slice.end;
   for (int64_t row0 = begin; row0 < end; row0 += kFmaTokens) {
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
     if (has_outer) {
       for (int at = thread; at < count * kDownFmaRanks; at += kThreads) {
         const int i = at / kDownFmaRanks, k = at % kDownFmaRanks;
-        low[i][k] = rank0 + k < p.r ? __ldg(p.low + (row0 + i) * p.r + rank0 + k) : 0.0f;
+        low[i][k] = rank0 + k < p.r ? __ldg(p.low + row_of(row0 + i) * p.r + rank0 + k) : 0.0f;
       }
       __syncthreads();
     }
     if (kFlip && lane < count) {
-      const int64_t id = sign_row_of(p.noise.rows, row0 + lane);
+      const int64_t id = sign_row_of(p.noise.rows, row_of(row0 + lane));
       const PhiloxBlock o = sign_block(out_key, id, p.r, 0);
       rank_signs[warp][lane] = (rank0 < 32 ? o.word[0] : o.word[1]) >> (rank0 % 32);
     }
@@ -185,7 +193,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
       const int64_t column0 = pass * kColumns + warp * kSignsPerBlock, column = column0 + 4 * lane;
       if (!one_pass) load_factor(column);
       if (kFlip && lane < count) {
-        const int64_t id = sign_row_of(p.noise.rows, row0 + lane);
+        const int64_t id = sign_row_of(p.noise.rows, row_of(row0 + lane));
         const PhiloxBlock b = sign_block(in_key, id, p.n, column0 / kSignsPerBlock);
         BK_UNROLL
         for (int w = 0; w < 4; ++w) sign_words[warp][lane][w] = b.word[w];
@@ -193,8 +201,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
       __syncwarp();
       for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
         float ahead[kFmaAhead][4];
-        load_ahead(p.dtype, p.x, (row0 + i0) * p.stride + column, p.stride, count - i0,
-                   p.n - column, p.vector, ahead);
+        load_ahead(
+            p.dtype, p.x, column, [&](int u) { return row_of(row0 + i0 + u) * p.stride; },
+            count - i0, p.n - column, p.vector, ahead);
         BK_UNROLL
         for (int u = 0; u < kFmaAhead; ++u) {
           const int i = i0 + u;
@@ -271,18 +280,20 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
         for (int j = 0; j < 2; ++j) sum[j] += partial[w][i][k + j];
       }
       store_part<kDownFmaRanks>(sums, blockIdx.x, p.tokens, p.r, row0 + i, rank0 + k, sum[0],
-                                sum[1]);
+                                sum[1], row_of);
     }
     __syncthreads();
   }
 
   if (has_down && parts > 1 && last_of(sums.tickets + blockIdx.z * gridDim.y + blockIdx.y, parts))
-    sum_rows<kDownFmaRanks, kDownFmaRanks, kThreads>(sums, parts, p.tokens, p.r, begin, end, rank0);
+    sum_rows<kDownFmaRanks, kDownFmaRanks, kThreads>(sums, parts, p.tokens, p.r, begin, end, rank0,
+                                                     row_of);
   if constexpr (kOuter) {
     if (!has_outer) return;
     const int splits = static_cast<int>(gridDim.y);
     const int64_t padded = static_cast<int64_t>(parts) * kColumns, column0 = blockIdx.x * kColumns;
     Gradients gradients = p.gradients;
+    int64_t ticket = blockIdx.z * parts + blockIdx.x;
     gradients.partial += blockIdx.z * splits * padded * kDownFmaRanks - rank0;
     BK_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -293,9 +304,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
       *reinterpret_cast<float4*>(to + 4) =
           make_float4(outer[j][4], outer[j][5], outer[j][6], outer[j][7]);
     }
-    if (last_of(gradients.tickets + blockIdx.z * parts + blockIdx.x, splits))
+    if (kGrouped) {
+      ticket = ticket * p.groups.groups + slice.group;
+      gradients.partial += slice.block0 * padded * kDownFmaRanks;
+      gradients.out += slice.group * p.group_stride;
+    }
+    if (last_of(gradients.tickets + ticket, slice.blocks))
       sum_gradients<kDownFmaRanks, kDownFmaRanks, 1, kColumns, kThreads>(
-          gradients, p.noise, splits, padded, p.n, p.r, column0, rank0, gradients.scale);
+          gradients, p.noise, slice.blocks, padded, p.n, p.r, column0, rank0, gradients.scale);
   }
 }
 
@@ -332,25 +348,25 @@ __device__ __forceinline__ TileKeys tile_keys(const AdapterNoise& noise, bool fl
   return keys;
 }
 
-template <int R, bool kFlip, int kColumns>
+template <int R, bool kFlip, int kColumns, class Row>
 __device__ void fill_tile(TokenTile<R, kFlip, kColumns>& tile, const AdapterNoise& noise,
                           const TileKeys& keys, const float* low, int r, int64_t row0, int count,
-                          int64_t block, int64_t columns) {
+                          int64_t block, int64_t columns, const Row& row_of) {
   using Tile = TokenTile<R, kFlip, kColumns>;
   const int thread = static_cast<int>(threadIdx.x);
   for (int at = thread; at < count * R; at += kFmaThreads) {
     const int i = at / R, k = at % R;
-    const float value = k < r ? __ldg(low + (row0 + i) * r + k) : 0.0f;
+    const float value = k < r ? __ldg(low + row_of(row0 + i) * r + k) : 0.0f;
     tile.low[0][i][k] = value;
     if constexpr (kFlip) {
-      const PhiloxBlock b = sign_block(keys.out, sign_row_of(noise.rows, row0 + i), r, 0);
+      const PhiloxBlock b = sign_block(keys.out, sign_row_of(noise.rows, row_of(row0 + i)), r, 0);
       tile.low[1][i][k] = ((k < 32 ? b.word[0] : b.word[1]) >> (k % 32) & 1u) != 0 ? -value : value;
     }
   }
   if constexpr (kFlip) {
     for (int at = thread; at < count * Tile::kColumns; at += kFmaThreads) {
       const int i = at / Tile::kColumns, c = at % Tile::kColumns;
-      const PhiloxBlock b = sign_block(keys.in, sign_row_of(noise.rows, row0 + i), columns,
+      const PhiloxBlock b = sign_block(keys.in, sign_row_of(noise.rows, row_of(row0 + i)), columns,
                                        block * Tile::kColumns + c);
       BK_UNROLL
       for (int w = 0; w < 4; ++w) tile.signs[i][c][w] = b.word[w];
@@ -367,11 +383,11 @@ __device__ void fill_tile(TokenTile<R, kFlip, kColumns>& tile, const AdapterNois
   }
 }
 
-// The columns of this thread, kSignsPerBlock apart from element `at` on, of tokens 0 to kFmaAhead -
-// 1, of which `count` exist; `inside` elements are left of the row.
-template <int kColumns>
-__device__ __forceinline__ void load_columns_ahead(DType dtype, const void* data, int64_t at,
-                                                   int64_t stride, int count, int64_t inside,
+// The columns of this thread, kSignsPerBlock apart from `column` on, of tokens 0 to kFmaAhead - 1,
+// which begin at row(0), ... and of which `count` exist; `inside` elements are left of the row.
+template <int kColumns, class Row>
+__device__ __forceinline__ void load_columns_ahead(DType dtype, const void* data, int64_t column,
+                                                   const Row& row, int count, int64_t inside,
                                                    float (&x)[kFmaAhead][kColumns]) {
   BK_UNROLL
   for (int u = 0; u < kFmaAhead; ++u) {
@@ -380,13 +396,13 @@ __device__ __forceinline__ void load_columns_ahead(DType dtype, const void* data
   }
   with_element(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = static_cast<const T*>(data) + at;
+    const T* from = static_cast<const T*>(data) + column;
     BK_UNROLL
     for (int u = 0; u < kFmaAhead; ++u) {
       BK_UNROLL
       for (int c = 0; c < kColumns; ++c)
         if (u < count && c * kSignsPerBlock < inside)
-          x[u][c] = static_cast<float>(from[u * stride + c * kSignsPerBlock]);
+          x[u][c] = static_cast<float>(from[row(u) + c * kSignsPerBlock]);
     }
   });
 }
@@ -405,9 +421,11 @@ struct TileFmaArgs {
   Gradients gradients;  // of outer, scale with 1 / (1 - p)
   int r;
   int64_t tokens_per_block;
+  Grouping groups = {};
+  int64_t group_stride = 0;  // of factors and gradients
 };
 
-template <int R, bool kFlip, bool kUp, bool kOuter>
+template <int R, bool kFlip, bool kUp, bool kOuter, bool kGrouped = false>
 __global__ void __launch_bounds__(kFmaThreads, 2)
     tile_fma_kernel(const __grid_constant__ TileFmaArgs p) {
   constexpr int kColumns = fma_columns(R, kUp && kOuter), kMatrices = kFlip ? 2 : 1;
@@ -416,7 +434,12 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t block = blockIdx.x;
   const int64_t column0 = block * kColumns * kSignsPerBlock + thread;
-  const bool has_up = kUp && p.out != nullptr, has_outer = kOuter && p.gradients.partial != nullptr;
+  const Slice slice = slice_of<kGrouped>(p.groups, p.tokens, p.tokens_per_block);
+  if (kGrouped && slice.blocks == 0) return;
+  const RowOf<kGrouped> row_of{p.groups.order};
+  const bool has_up = kUp && p.out != nullptr;
+  const bool has_outer = kOuter && p.gradients.partial != nullptr && !(kGrouped && slice.none);
+  const float scale = kGrouped && slice.none ? __uint_as_float(kNan) : p.scale;
   float factor[kUp ? kColumns : 1][R] = {}, factor_e[kUp && kFlip ? kColumns : 1][R] = {};
   if (kUp && has_up) {
     BK_UNROLL
@@ -425,7 +448,8 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
       BK_UNROLL
       for (int k = 0; k < R; ++k) {
         const bool inside = k < p.r && column < p.columns;
-        const int64_t at = k * p.rank_stride + column * p.column_stride;
+        int64_t at = k * p.rank_stride + column * p.column_stride;
+        if (kGrouped) at += slice.group * p.group_stride;
         factor[kUp ? c : 0][k] = inside ? __ldg(p.factor + at) : 0.0f;
         if constexpr (kUp && kFlip) factor_e[c][k] = inside ? __ldg(p.factor_e + at) : 0.0f;
       }
@@ -434,17 +458,18 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
   const TileKeys keys = tile_keys(p.noise, kFlip);
   const bool dropout = p.noise.dropout > 0.0;
   float sum[kOuter ? kMatrices : 1][kColumns][R] = {};
-  const int64_t begin = blockIdx.y * p.tokens_per_block;
-  const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
+  const int64_t begin = slice.begin, end = slice.end;
   for (int64_t row0 = begin; row0 < end; row0 += kFmaTokens) {
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
-    fill_tile<R, kFlip, kColumns>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns);
+    fill_tile<R, kFlip, kColumns>(tile, p.noise, keys, p.low, p.r, row0, count, block, p.columns,
+                                  row_of);
     __syncthreads();
     for (int i0 = 0; i0 < count; i0 += kFmaAhead) {
       float ahead[kFmaAhead][kColumns] = {};
       if (p.x != nullptr)
-        load_columns_ahead<kColumns>(p.dtype, p.x, (row0 + i0) * p.stride + column0, p.stride,
-                                     count - i0, p.columns - column0, ahead);
+        load_columns_ahead<kColumns>(
+            p.dtype, p.x, column0, [&](int u) { return row_of(row0 + i0 + u) * p.stride; },
+            count - i0, p.columns - column0, ahead);
       BK_UNROLL
       for (int u = 0; u < kFmaAhead; ++u) {
         const int i = i0 + u;
@@ -479,9 +504,9 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
               value += negative(c) ? -z : z;
             }
             if (!kept(c)) value = 0.0f;
-            value *= p.scale;
+            value *= scale;
             if (!kOuter) value += x[c];
-            store_1(p.dtype, p.out, (row0 + i) * p.columns + column, value);
+            store_1(p.dtype, p.out, row_of(row0 + i) * p.columns + column, value);
           }
         }
         if constexpr (kOuter) {
@@ -530,11 +555,18 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
                           sum[matrix][c][k + 3]);
       }
     }
-    const int splits = static_cast<int>(gridDim.y);
-    if (last_of(p.gradients.tickets + blockIdx.x, splits))
-      sum_gradients<R, R, kMatrices, kWidth, kFmaThreads>(p.gradients, p.noise, splits, padded,
+    Gradients gradients = p.gradients;
+    int64_t ticket = block;
+    if (kGrouped) {
+      ticket = ticket * p.groups.groups + slice.group;
+      gradients.partial += slice.block0 * kMatrices * padded * R;
+      if (gradients.out != nullptr) gradients.out += slice.group * p.group_stride;
+      if (gradients.out_e != nullptr) gradients.out_e += slice.group * p.group_stride;
+    }
+    if (last_of(gradients.tickets + ticket, slice.blocks))
+      sum_gradients<R, R, kMatrices, kWidth, kFmaThreads>(gradients, p.noise, slice.blocks, padded,
                                                           p.columns, p.r, block * kWidth, 0,
-                                                          p.gradients.scale);
+                                                          gradients.scale);
   }
 }
 

@@ -3,6 +3,7 @@
 // atomics, and the same bits whichever block comes last.
 #pragma once
 
+#include "adapter_groups.cuh"
 #include "adapter_noise.cuh"
 #include "ticket.cuh"
 
@@ -39,23 +40,25 @@ struct RowSum {
 };
 
 // Stores two neighbouring ranks of a token: the result where there is one split, else its part.
-template <int R>
+template <int R, class Row = RowOf<false>>
 __device__ __forceinline__ void store_part(const RowSum& p, int64_t split, int64_t tokens, int r,
-                                           int64_t token, int k, float first, float second) {
+                                           int64_t token, int k, float first, float second,
+                                           const Row& row_of = {}) {
   if (token >= tokens) return;
   if (p.partial != nullptr) {
     *reinterpret_cast<float2*>(p.partial + (split * tokens + token) * R + k) =
         make_float2(first, second);
     return;
   }
-  if (k < r) p.out[token * r + k] = p.scale * first;
-  if (k + 1 < r) p.out[token * r + k + 1] = p.scale * second;
+  const int64_t row = row_of(token);
+  if (k < r) p.out[row * r + k] = p.scale * first;
+  if (k + 1 < r) p.out[row * r + k + 1] = p.scale * second;
 }
 
 // Ranks k0 to k0 + K - 1 of tokens begin to end - 1.
-template <int R, int K, int kThreads>
+template <int R, int K, int kThreads, class Row = RowOf<false>>
 __device__ void sum_rows(const RowSum& p, int splits, int64_t tokens, int r, int64_t begin,
-                         int64_t end, int k0) {
+                         int64_t end, int k0, const Row& row_of = {}) {
   constexpr int kQuads = K / 4;
   const int64_t count = (end - begin) * kQuads;
   for (int64_t at = threadIdx.x; at < count; at += kThreads) {
@@ -75,7 +78,7 @@ __device__ void sum_rows(const RowSum& p, int splits, int64_t tokens, int r, int
     }
     BK_UNROLL
     for (int i = 0; i < 4; ++i)
-      if (k + i < r) p.out[token * r + k + i] = p.scale * sum[i];
+      if (k + i < r) p.out[row_of(token) * r + k + i] = p.scale * sum[i];
   }
   if constexpr (K == R) {
     __syncthreads();

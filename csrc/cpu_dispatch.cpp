@@ -7,6 +7,7 @@
 #include "adapter.h"
 #include "curvature.h"
 #include "divergence.h"
+#include "grouped.h"
 #include "noise.h"
 #include "predict.h"
 #include "tall.h"
@@ -79,6 +80,16 @@ BK_LAUNCHER(shrink, ShrinkParams)
 BK_LAUNCHER(shrink_backward, ShrinkBackwardParams)
 BK_LAUNCHER(expand, ExpandParams)
 BK_LAUNCHER(expand_backward, ExpandBackwardParams)
+
+BK_LAUNCHER(group_rows, GroupRowsParams)
+BK_SIZER(grouped_shrink_workspace, Grouped<ShrinkParams>)
+BK_SIZER(grouped_shrink_backward_workspace, Grouped<ShrinkBackwardParams>)
+BK_SIZER(grouped_expand_workspace, Grouped<ExpandParams>)
+BK_SIZER(grouped_expand_backward_workspace, Grouped<ExpandBackwardParams>)
+BK_LAUNCHER(grouped_shrink, Grouped<ShrinkParams>)
+BK_LAUNCHER(grouped_shrink_backward, Grouped<ShrinkBackwardParams>)
+BK_LAUNCHER(grouped_expand, Grouped<ExpandParams>)
+BK_LAUNCHER(grouped_expand_backward, Grouped<ExpandBackwardParams>)
 
 BK_LAUNCHER(normal, NormalParams)
 BK_LAUNCHER(sign_bits, SignParams)

@@ -57,6 +57,19 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "adapter_expand_backward(Tensor dy, Tensor h, Tensor b, float scaling, bool need_dh, "
       "bool need_db) -> (Tensor, Tensor)");
 
+  // grouped
+  m.def("group_rows(Tensor ids, SymInt groups) -> Tensor");
+  m.def(
+      "grouped_forward(Tensor x, Tensor a, Tensor? e, Tensor b, Tensor? base, Tensor? plan, SymInt "
+      "rows_per_group, Tensor? key, SymInt stream, SymInt row0, Tensor? ids, float scaling) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "grouped_backward(Tensor dy, Tensor x, Tensor a, Tensor? e, Tensor b, Tensor h, Tensor? "
+      "plan, "
+      "SymInt rows_per_group, Tensor? key, SymInt stream, SymInt row0, Tensor? ids, float scaling, "
+      "bool need_dx, bool need_da, bool need_de, bool need_db) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+
   // divergence
   m.def(
       "gaussian_kl(Tensor[] means, Tensor[] rhos, float[] prior_std, str std, str direction) -> "

@@ -21,7 +21,7 @@ from __future__ import annotations
 from .adapter import core_lora, flipout_lora, lora, scaled_lora
 from .curvature import kron_accumulate_, low_rank_update_
 from .divergence import check_divergence, gaussian_kl
-from .grouped import gaussian_draws, grouped_lora, sampled_lora
+from .grouped import gaussian_draws, grouped_flipout_lora, grouped_lora, sampled_lora
 from .noise import SCOPES, STDS
 from .predict import (
     COVARIANCES,
@@ -64,6 +64,7 @@ __all__ = [
     "gaussian_draws",
     "gaussian_kl",
     "gram",
+    "grouped_flipout_lora",
     "grouped_lora",
     "kron_accumulate_",
     "landing_field",

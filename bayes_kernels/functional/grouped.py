@@ -7,13 +7,13 @@ alone. A row that shares its draw with others costs what a row of plain LoRA cos
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _library, reference
-from .._library import fake
+from .. import _library, random, reference
+from .._library import MAX_FUSED_RANK, fake
 from ..random import check_key
 from .adapter import _check
 from .arguments import (
@@ -28,7 +28,44 @@ from .arguments import (
     second_order,
     transformed,
 )
-from .noise import STDS, group_ids
+from .noise import STDS, Noise, dense_noise, group_ids
+
+
+class _Groups(NamedTuple):
+    """The group of each row: ids (tokens,), or row // size; `number` groups."""
+
+    ids: Tensor | None
+    size: int
+    number: int
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """int64, one for each row of x (tokens, n)."""
+        if self.ids is not None:
+            return self.ids
+        return torch.arange(x.shape[0], device=x.device) // self.size
+
+
+class _Law(NamedTuple):
+    """What the first factor of each group is.
+
+    kind: "given"; "drawn" (the draws `draws` of mean and rho (r, n)); "flipped" (mean and rho (G, r, n),
+    with signs for each row); "shared" (the same without signs).
+    """
+
+    kind: str
+    draws: Tensor | None = None
+    key: Tensor | None = None
+    stream: int = 0
+    std: str = ""
+    antithetic: bool = False
+    row0: int = 0
+    ids: Tensor | None = None
+
+    def signs(self) -> tuple[Tensor | None, int, int, Tensor | None]:
+        """key, stream, first sign row and sign rows, as the ops take them."""
+        if self.kind != "flipped":
+            return None, 0, 0, None
+        return self.key, self.stream, self.row0, self.ids
 
 
 def gaussian_draws(
@@ -100,8 +137,8 @@ def grouped_lora(
         ValueError, TypeError: shapes, dtypes, devices or groups do not fit.
     """
     op = "grouped_lora"
-    ids = _check_grouped(op, x, a, b, base, groups, rows_per_group, scaling)
-    return _grouped(x, a, b, base, ids, scaling)
+    found = _check_grouped(op, x, a, b, base, groups, rows_per_group, scaling)
+    return _grouped(x, a, None, b, base, _Law("given"), found, scaling)
 
 
 def sampled_lora(
@@ -150,11 +187,78 @@ def sampled_lora(
     check_tensor(op, "mean", mean)
     _check_law(op, mean, rho, draws, key, stream, std)
     factor = mean.expand(len(draws), *mean.shape)
-    ids = _check_grouped(op, x, factor, b, base, groups, rows_per_group, scaling)
+    found = _check_grouped(op, x, factor, b, base, groups, rows_per_group, scaling)
+    law = _Law("drawn", draws.to(torch.int64), key, stream, std, antithetic)
+    return _grouped(x, mean, rho, b, base, law, found, scaling)
+
+
+def grouped_flipout_lora(
+    x: Tensor,
+    mean: Tensor,
+    rho: Tensor,
+    b: Tensor,
+    base: Tensor | None = None,
+    *,
+    groups: Tensor | None = None,
+    rows_per_group: int | None = None,
+    scaling: float = 1.0,
+    key: Tensor,
+    stream: int = 0,
+    scope: str = "token",
+    sign_rows: Tensor | None = None,
+    std: str = "square",
+    row0: int = 0,
+) -> Tensor:
+    """`flipout_lora` with factors and noise for each group of rows: Bayesian adapters of experts.
+
+    With E_g = std(rho_g) . eps_g, eps one tensor of shape (G, r, n) for all groups, and signs R_in, R_out
+    as in `flipout_lora`:
+
+        y = base + scaling * (x mean_g^T + ((x . R_in) E_g^T) . R_out) b_g^T
+
+    Args:
+        x: (..., n).
+        mean: (G, r, n).
+        rho: (G, r, n), or (G, r, 1) for a deviation that is constant along each row.
+        b: (m, r), one for all groups, or (G, m, r).
+        base: (..., m) or None.
+        groups: int64 (...,), or any shape that broadcasts to it: the group (expert) of each row.
+        rows_per_group: in place of groups: row t has group t // rows_per_group.
+        scaling: multiplies mean path and noise.
+        key: int64 tensor of two elements (`random.key`); refresh it before each micro-batch.
+        stream: the layer's noise stream.
+        scope: "token": signs of their own for every row; "none": one draw for the whole call.
+        sign_rows: int64 (...,) or any shape that broadcasts to it: the sign row of each row, in place
+            of its place in the batch. Give the token's number where rows were sorted by expert.
+        std: "square" (rho^2), "softplus" or "direct".
+        row0: sign row of the first row, for batches that are split.
+
+    Returns:
+        (..., m) in the dtype of base, or of x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, groups, scope, std or key do not fit.
+
+    Sources: Wang et al., "BLoB", arXiv 2406.11675; Wen et al., "Flipout", arXiv 1803.04386.
+    """
+    op = "grouped_flipout_lora"
+    found = _check_grouped(op, x, mean, b, base, groups, rows_per_group, scaling)
+    check_key(op, key)
     check_same_device(op, "key", key, x)
-    acc = accumulate_dtype(x)
-    a = _drawn(mean.to(acc), rho.to(acc), draws, key, stream, std, antithetic)
-    return _grouped(x, a, b, base, ids, scaling)
+    check_integer(op, "stream", stream)
+    check_integer(op, "row0", row0)
+    check_choice(op, "scope", scope, ("token", "none"))
+    check_choice(op, "std", std, STDS)
+    check_factor(op, "rho", rho, x)
+    if rho.shape not in (mean.shape, (*mean.shape[:2], 1)):
+        raise ValueError(
+            f"{op}: rho must have shape {tuple(mean.shape)} or {(*mean.shape[:2], 1)}, got "
+            f"{tuple(rho.shape)}"
+        )
+    ids = group_ids(op, sign_rows, x)
+    kind = "shared" if scope == "none" and ids is None else "flipped"
+    law = _Law(kind, None, key, stream, std, row0=row0, ids=ids)
+    return _grouped(x, mean, rho, b, base, law, found, scaling)
 
 
 def _check_law(
@@ -189,8 +293,8 @@ def _check_grouped(
     groups: Tensor | None,
     rows_per_group: int | None,
     scaling: float,
-) -> Tensor:
-    """Raise unless the arguments fit each other. The group of each row, int64 (tokens,)."""
+) -> _Groups:
+    """The groups of the rows; raises unless the arguments fit each other."""
     check_tensor(op, "x", x)
     check_factor(op, "the first factor", a, x)
     check_factor(op, "b", b, x)
@@ -214,16 +318,16 @@ def _check_grouped(
                 f"{op}: rows_per_group must be at least 1 and cover {tokens} rows with {most} groups, "
                 f"got {rows_per_group}"
             )
-        return torch.arange(tokens, device=x.device) // rows_per_group
+        return _Groups(None, rows_per_group, most)
     ids = group_ids(op, groups, x)
     assert ids is not None
-    if ids.is_cpu and tokens > 0 and not torch.compiler.is_compiling():
+    if ids.is_cpu and tokens > 0 and not torch.compiler.is_compiling() and not transformed():
         least, largest = (v.item() for v in torch.aminmax(ids))
         if least < 0 or largest >= most:
             raise ValueError(
                 f"{op}: groups must lie in [0, {most}), got numbers from {least} to {largest}"
             )
-    return ids
+    return _Groups(ids, 1, most)
 
 
 def _drawn(mean: Tensor, rho: Tensor, draws: Tensor, *law: Any) -> Tensor:
@@ -270,16 +374,161 @@ class _Draws(torch.autograd.Function):
 
 
 def _grouped(
-    x: Tensor, a: Tensor, b: Tensor, base: Tensor | None, ids: Tensor, scaling: float
+    x: Tensor,
+    mean: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    law: _Law,
+    groups: _Groups,
+    scaling: float,
 ) -> Tensor:
-    """Checked arguments of any leading shape."""
+    """The output for checked arguments of any leading shape, on the path that takes them."""
     x = autocast_input(x)
     acc = accumulate_dtype(x)
-    rows = x.reshape(-1, x.shape[-1]).to(acc)
+    mean, b = mean.to(acc), b.to(acc)
+    rho = rho if rho is None else rho.to(acc)
+    m, shape = b.shape[-2], x.shape
+    rows = x if x.dim() == 2 else x.reshape(math.prod(shape[:-1]), shape[-1])
+    base_rows = base if base is None or base.dim() == 2 else base.reshape(len(rows), m)
+    if b.shape[-1] > MAX_FUSED_RANK or not _library.has_kernels(x) or transformed():
+        y = _update(rows, mean, rho, b, law, groups, scaling)
+        y = y.to(x.dtype) if base_rows is None else (base_rows.to(acc) + y).to(base_rows.dtype)
+    else:
+        plan = None
+        if groups.ids is not None:
+            plan = _library.ops.group_rows(groups.ids, groups.number)
+        inputs = (rows, mean, rho, b, base_rows)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            y = _Grouped.apply(*inputs, law, groups, plan, float(scaling))
+        else:
+            y, _ = _forward(*inputs, law, groups, plan, float(scaling))
+    return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
+
+
+def _update(
+    x: Tensor,
+    mean: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    law: _Law,
+    groups: _Groups,
+    scaling: float,
+) -> Tensor:
+    """What is added to base, in PyTorch's own operations and on materialised noise.
+
+    For ranks above 64, devices without kernels, second derivatives and torch.func.
+    """
     with no_autocast(x):
-        y = reference.grouped_lora(rows, a.to(acc), b.to(acc), groups=ids, scaling=scaling)
-    y = y.reshape(*x.shape[:-1], b.shape[-2])
-    return y.to(x.dtype) if base is None else (base.to(acc) + y).to(base.dtype)
+        wide, ids = x.to(accumulate_dtype(x)), groups.numbers(x)
+        if rho is None:
+            return reference.grouped_lora(wide, mean, b, groups=ids, scaling=scaling)
+        assert law.key is not None
+        if law.kind == "drawn":
+            assert law.draws is not None
+            a = _defined_draws(mean, rho, law.draws, law.key, law.stream, law.std, law.antithetic)
+            return reference.grouped_lora(wide, a, b, groups=ids, scaling=scaling)
+        count, r, n = mean.shape
+        where = Noise(law.key, law.stream, law.row0, 1, law.ids)
+        drawn = dense_noise(x, r, where, signs=law.kind == "flipped")
+        made = reference if transformed() else random
+        drawn.eps = made.normal(law.key, (count, r, n), stream=law.stream).to(wide.dtype)
+        return reference.grouped_flipout_lora(
+            wide, mean, rho, b, groups=ids, scaling=scaling, noise=drawn, std=law.std
+        )
+
+
+def _factors(mean: Tensor, rho: Tensor | None, law: _Law) -> tuple[Tensor, Tensor | None]:
+    """The factors (G, r, n) that the ops take, and the noise beside them."""
+    if rho is None:
+        return mean, None
+    ops = _library.ops
+    if law.kind == "drawn":
+        a = ops.gaussian_draws(mean, rho, law.draws, law.key, law.stream, law.std, law.antithetic)
+        return a, None
+    e = ops.scaled_normal(rho.flatten(0, 1), mean.shape[2], law.key, law.stream, law.std)
+    e = e.view(mean.shape)
+    return (mean, e) if law.kind == "flipped" else (mean + e, None)
+
+
+def _forward(
+    x: Tensor,
+    mean: Tensor,
+    rho: Tensor | None,
+    b: Tensor,
+    base: Tensor | None,
+    law: _Law,
+    groups: _Groups,
+    plan: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """The output and the rank-space activations."""
+    a, e = _factors(mean, rho, law)
+    return _library.ops.grouped_forward(x, a, e, b, base, plan, groups.size, *law.signs(), scaling)
+
+
+class _Grouped(torch.autograd.Function):
+    """One op forward and one backward, on factors that are made again in the backward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        rho: Tensor | None,
+        b: Tensor,
+        base: Tensor | None,
+        law: _Law,
+        groups: _Groups,
+        plan: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        y, h = _forward(x, mean, rho, b, base, law, groups, plan, scaling)
+        ctx.save_for_backward(x, mean, rho, b, h, plan, groups.ids, law.draws, law.key, law.ids)
+        ctx.law = law._replace(draws=None, key=None, ids=None)
+        ctx.groups, ctx.scaling = groups._replace(ids=None), scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rho, b, h, plan, numbers, draws, key, ids = ctx.saved_tensors
+        law = ctx.law._replace(draws=draws, key=key, ids=ids)
+        groups = ctx.groups._replace(ids=numbers)
+        need_x, need_mean, need_rho, need_b, need_base = ctx.needs_input_grad[:5]
+        rest = (dy if need_base else None, None, None, None, None)
+        if torch.is_grad_enabled() or transformed():
+            found = second_order(
+                lambda x, mean, rho, b: _update(x, mean, rho, b, law, groups, ctx.scaling),
+                (x, mean, rho, b),
+                dy.to(h.dtype),
+            )
+            return *found, *rest
+        if x.dtype == h.dtype != dy.dtype:
+            dy = dy.to(h.dtype)  # kernels of a half-precision dy round their operands
+        ops = _library.ops
+        a, e = _factors(mean, rho, law)
+        flipped = law.kind == "flipped"
+        need_a = need_mean or (need_rho and not flipped)
+        dx, da, de, db = ops.grouped_backward(
+            dy, x, a, e, b, h, plan, groups.size, *law.signs(), ctx.scaling,
+            need_x, need_a, need_rho and flipped, need_b,
+        )  # fmt: skip
+        dmean, drho = da, None
+        if law.kind == "drawn" and need_a:
+            dmean, drho = ops.gaussian_draws_backward(
+                da, rho, draws, key, law.stream, law.std, law.antithetic, need_mean, need_rho
+            )
+        elif rho is not None and need_rho:
+            drho = ops.scaled_normal_backward(
+                (de if flipped else da).flatten(0, 1), rho.flatten(0, 1), key, law.stream, law.std
+            ).view(rho.shape)
+        return (
+            dx if need_x else None,
+            dmean if need_mean else None,
+            drho if need_rho else None,
+            db if need_b else None,
+            *rest,
+        )
 
 
 # --- fake kernels: shapes and dtypes of the ops' results ---------------------------------------------
@@ -306,3 +555,47 @@ def _(
         grad.new_empty(tuple(grad.shape[1:]) if need_mean else (0, 0)),
         grad.new_empty(tuple(rho.shape) if need_rho else (0, 0)),
     )
+
+
+@fake("group_rows")
+def _(ids: Tensor, groups: int) -> Tensor:
+    return ids.new_empty((groups + 1 + ids.shape[0],), dtype=torch.int32)
+
+
+@fake("grouped_forward")
+def _(
+    x: Tensor, a: Tensor, e: Tensor | None, b: Tensor, base: Tensor | None, *options: object
+) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[0]
+    return (
+        x.new_empty((tokens, b.shape[-2]), dtype=x.dtype if base is None else base.dtype),
+        x.new_empty((tokens, a.shape[1]), dtype=accumulate_dtype(x)),
+    )
+
+
+@fake("grouped_backward")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    e: Tensor | None,
+    b: Tensor,
+    h: Tensor,
+    plan: Tensor | None,
+    rows_per_group: int,
+    key: Tensor | None,
+    stream: int,
+    row0: int,
+    ids: Tensor | None,
+    scaling: float,
+    need_dx: bool,
+    need_da: bool,
+    need_de: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def made(needed: bool, like: Tensor) -> Tensor:
+        shape = tuple(like.shape) if needed else (0,) * like.dim()
+        return like.new_empty(shape)
+
+    need_de = need_de and e is not None
+    return made(need_dx, x), made(need_da, a), made(need_de, a), made(need_db, b)

@@ -271,7 +271,7 @@ def adapter(case: Case) -> None:
 
 
 def grouped(case: Case) -> None:
-    op = case.pick("gaussian_draws", "grouped_lora", "grouped_lora", "sampled_lora")
+    op = case.pick("gaussian_draws", "grouped_lora", "sampled_lora", "grouped_flipout_lora")
     dtype = case.real((torch.float32, torch.float32, *HALVES, torch.float64))
     budget = 2_000_000 if case.device == "cpu" else 100_000
     count = int(case.pick(1, 2, 3, 10, 33))  # type: ignore[call-overload]
@@ -284,9 +284,13 @@ def grouped(case: Case) -> None:
     law: dict = {"stream": case.random.randrange(5)}
     numbers = torch.randint(-9, 9, (count,), generator=case.generator)
     std = case.random.choice(F.STDS)
-    if op == "grouped_lora":
-        values["a"] = case.normal(count, r, n, scale=n**-0.5).to(acc)
-    else:
+    drawn = op in ("gaussian_draws", "sampled_lora")
+    if not drawn:
+        values["mean"] = case.normal(count, r, n, scale=n**-0.5).to(acc)
+    if op == "grouped_flipout_lora":
+        rho = case.normal(count, r, 1 if case.chance(0.2) else n, scale=0.3)
+        values["rho"] = (rho + (0.5 if std == "square" else 0.0)).to(acc)
+    elif drawn:
         law["antithetic"] = bool(case.pick(True, False))
         zero, one = torch.zeros(r, n), torch.ones(r, n)
         eps = F.gaussian_draws(zero, one, numbers, key=case.key, std="direct", **law)
@@ -311,7 +315,7 @@ def grouped(case: Case) -> None:
         for name, a, s, t in zip(("draws", "dmean", "drho"), ours, *found, strict=True):
             agree(a, s, t, f"{op} {name}")
         return
-    experts = (count,) if op == "grouped_lora" and case.chance(0.5) else ()
+    experts = () if drawn or case.chance(0.5) else (count,)
     values["b"] = case.normal(*experts, m, r, scale=r**-0.5).to(acc)
     out = dtype
     if case.chance(0.7):
@@ -329,19 +333,41 @@ def grouped(case: Case) -> None:
     if kind != "counted":
         options["groups"] = ids.reshape(lead)
 
+    if op != "grouped_lora":
+        options |= {"key": case.key, "std": std, **law}
+    if drawn:
+        options["draws"] = numbers
+    where: dict = {"stream": law["stream"]}
+    if op == "grouped_flipout_lora":
+        options["row0"] = where["row0"] = case.random.choice((0, 7))
+        options["scope"] = case.pick("token", "none")
+        if options["scope"] == "token" and case.chance(0.4):
+            where["ids"] = torch.randint(0, 1 << 40, (tokens,), generator=case.generator)
+            options["sign_rows"] = where["ids"].reshape(lead)
+
     def define(p: dict[str, Tensor]) -> Tensor:
-        a = p["a"] if op == "grouped_lora" else factor(p)
-        return reference.grouped_lora(
-            p["x"], a, p["b"], p.get("base"), groups=ids.reshape(lead), scaling=options["scaling"]
-        )
+        if op != "grouped_flipout_lora":
+            a = factor(p) if drawn else p["mean"]
+            return reference.grouped_lora(
+                p["x"], a, p["b"], p.get("base"), groups=ids.reshape(lead),
+                scaling=options["scaling"],
+            )  # fmt: skip
+        noise = reference.dense_noise(case.key, tokens, n, r, dtype=p["x"].dtype, **where)
+        noise.eps = random.normal(case.key, (count, r, n), stream=law["stream"]).to(p["x"].dtype)
+        if options["scope"] == "none":
+            noise.r_in, noise.r_out = (torch.ones_like(t) for t in (noise.r_in, noise.r_out))
+        y = reference.grouped_flipout_lora(
+            p["x"].reshape(-1, n), p["mean"], p["rho"], p["b"],
+            groups=ids, scaling=options["scaling"], noise=noise, std=std,
+        ).reshape(*lead, m)  # fmt: skip
+        return y + p["base"] if "base" in p else y
+
+    names = (
+        ("x", "mean", "b", "base") if op == "grouped_lora" else ("x", "mean", "rho", "b", "base")
+    )
 
     def call(p: dict[str, Tensor]) -> Tensor:
-        if op == "grouped_lora":
-            return F.grouped_lora(p["x"], p["a"], p["b"], p.get("base"), **options)
-        return F.sampled_lora(
-            p["x"], p["mean"], p["rho"], p["b"], p.get("base"),
-            draws=numbers, key=case.key, std=std, **law, **options,
-        )  # fmt: skip
+        return getattr(F, str(op))(*(p.get(k) for k in names), **options)
 
     check_adapter(case, str(op), call, define, values, out)
 
@@ -590,7 +616,7 @@ def noise(case: Case) -> None:
 
 FAMILIES: dict[Callable[[Case], None], tuple[int, set[str]]] = {
     adapter: (8, {"lora", "flipout_lora", "scaled_lora", "core_lora"}),
-    grouped: (4, {"gaussian_draws", "grouped_lora", "sampled_lora"}),
+    grouped: (4, {"gaussian_draws", "grouped_lora", "sampled_lora", "grouped_flipout_lora"}),
     tall: (4, {"gram", "polar_retract_", "qr_retract_", "stiefel_step_", "landing_field", "landing_step_"}),
     kron: (2, {"kron_accumulate_"}),
     low_rank: (2, {"low_rank_update_"}),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from accuracy import assert_no_worse_than_torch
 
+from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
-from bayes_kernels import random, reference
-from functional.adapter_parts import clone_as, compare, make
+from functional.adapter_parts import CPU, clone_as, compare, dense_noise, make
 
 ZERO_ONE = {"std": "direct", "key": random.key(7), "stream": 3}
 
@@ -168,22 +168,129 @@ def test_sampled_lora_is_grouped_lora_of_the_draws(device, antithetic):
     compare(device, torch.float32, y, run, parts, names, "sampled_lora")
 
 
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["sorted", "any"])
+@pytest.mark.parametrize("scope", ["token", "none", "sign_rows"])
+def test_grouped_flipout_lora(device, shape, dtype, order, scope):
+    parts, groups = parts_of(device, shape, dtype, order=order, experts=True)
+    tokens, n, _, r, count = shape
+    g = torch.Generator().manual_seed(3)
+    wide = scope != "none"
+    rho = torch.rand(count, r, n if wide else 1, generator=g).to(parts["a"]) * 0.3 + 0.1
+    parts["rho"] = rho.requires_grad_()
+    key = random.key(5, device.torch)
+    names = ["x", "a", "rho", "b", "base"]
+    options = {"scope": scope if scope in ("token", "none") else "token"}
+    where = {"stream": 2, "row0": 0 if scope == "sign_rows" else 4}
+    options |= where
+    if scope == "sign_rows":
+        options["sign_rows"] = where["ids"] = torch.randperm(tokens, generator=g).to(device.torch)
+    y = F.grouped_flipout_lora(
+        *(parts[k] for k in names), groups=groups, key=key, scaling=0.7, **options
+    )
+    eps = random.normal(key, (count, r, n), stream=2)
+
+    def run(p):
+        ids = {k: v.cpu() if k == "ids" else v for k, v in where.items()}
+        noise = dense_noise(device, key, tokens, n, r, dtype=p["x"].dtype, **ids)
+        noise.eps = eps.to(p["x"].dtype)
+        if scope == "none":
+            noise.r_in, noise.r_out = torch.ones_like(noise.r_in), torch.ones_like(noise.r_out)
+        return reference.grouped_flipout_lora(
+            *(p[k] for k in names), groups=groups, scaling=0.7, noise=noise
+        )
+
+    compare(device, dtype, y, run, parts, names, "grouped_flipout_lora")
+
+
+def dealt(groups):
+    """A permutation that mixes the groups and keeps the order of the rows of each."""
+    place = torch.zeros(len(groups))
+    for g in groups.unique():
+        own = (groups == g).nonzero()[:, 0].cpu()
+        place[own] = torch.arange(len(own)) + 0.1 * float(g)
+    return torch.argsort(place).to(groups.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [False, True], ids=["draws", "experts"])
+def test_rows_and_groups_in_another_order_give_the_same_bits(device, dtype, experts):
+    """A row's result and a group's gradient depend on neither the place of rows nor on other groups."""
+    shape = (70, 130, 40, 8, 5)
+    parts, groups = parts_of(device, shape, dtype, experts=experts, grad=False)
+    for name in NAMES:
+        parts[name].requires_grad_()
+    sorted_y = F.grouped_lora(*(parts[k] for k in NAMES), groups=groups)
+    wanted = torch.autograd.grad(sorted_y, [parts["x"], parts["a"]], parts["dy"])
+    again = F.grouped_lora(*(parts[k] for k in NAMES), groups=groups)
+    assert torch.equal(sorted_y, again)
+    moved = dealt(groups)
+    mixed = {k: parts[k].detach()[moved].requires_grad_() for k in ("x", "base")}
+    y = F.grouped_lora(mixed["x"], parts["a"], parts["b"], mixed["base"], groups=groups[moved])
+    dx, da = torch.autograd.grad(y, [mixed["x"], parts["a"]], parts["dy"][moved])
+    assert torch.equal(da, wanted[1])
+    if experts:  # with one b for all, expand takes all rows in the order in which they come
+        assert torch.equal(y, sorted_y[moved]) and torch.equal(dx, wanted[0][moved])
+
+
+def test_rows_without_a_group_are_not_a_number_on_a_gpu(device):
+    if device.name == "cpu":
+        pytest.skip("an error there")
+    parts, _ = parts_of(device, (9, 40, 24, 4, 3), torch.float32, experts=True)
+    groups = torch.tensor([0, 3, 1, -1, 2, 2, 0, 1, 7], device=device.torch)
+    known = (groups >= 0) & (groups < 3)
+    plan = _library.ops.group_rows(groups, 3)
+    rest = (plan, 1, None, 0, 0, None, 1.0)
+    x, a, b, base = (parts[k].detach() for k in NAMES)
+    y, h = _library.ops.grouped_forward(x, a, None, b, base, *rest)
+    assert torch.isnan(y[~known]).all() and torch.isfinite(y[known]).all()
+    wanted = F.grouped_lora(x[known], a, b, base[known], groups=groups[known])
+    torch.testing.assert_close(y[known], wanted)
+    dx, da, _, db = _library.ops.grouped_backward(
+        parts["dy"], x, a, None, b, h, *rest, True, True, False, True
+    )
+    assert torch.isnan(dx[~known]).all()
+    for found in (dx[known], da, db):
+        assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("groups", [[2, 0, 0, 1, 2, 2, 0], [0, 0, 1, 2], [3, 3], []], ids=str)
+def test_group_rows_sorts_the_rows(device, groups):
+    ids = torch.tensor(groups, dtype=torch.int64, device=device.torch)
+    plan = _library.ops.group_rows(ids, 4).long()
+    start, order = plan[:5], plan[5:]
+    assert torch.equal(order, torch.argsort(ids, stable=True))
+    assert torch.equal(start, torch.searchsorted(ids.sort().values, torch.arange(5).to(ids)))
+
+
+def test_second_derivatives():
+    parts, groups = parts_of(CPU, (5, 6, 4, 2, 3), torch.float64, order="any", experts=True)
+    given = [parts[k] for k in ("x", "a", "b")]
+    run = lambda *p: F.grouped_lora(*p, groups=groups)  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, given)
+    draws, key = torch.tensor([1, 6, 0]), random.key(3)
+    run = lambda *p: F.gaussian_draws(*p, draws, key=key)  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, [parts["mean"], parts["rho"]])
+
+
 def test_gradcheck():
-    cpu = type("Cpu", (), {"torch": torch.device("cpu")})
-    parts, groups = parts_of(cpu, (5, 9, 4, 2, 3), torch.float64, order="any")
+    parts, groups = parts_of(CPU, (5, 9, 4, 2, 3), torch.float64, order="any")
     given = [parts[k] for k in NAMES]
     assert torch.autograd.gradcheck(lambda *p: F.grouped_lora(*p, groups=groups), given)
     draws, key = torch.tensor([1, 6, 0]), random.key(3)
     factors = [parts[k] for k in ("x", "mean", "rho", "b", "base")]
     sampled = lambda *p: F.sampled_lora(*p, draws=draws, groups=groups, key=key)  # noqa: E731
     assert torch.autograd.gradcheck(sampled, factors)
+    rho = torch.rand(3, 2, 9, dtype=torch.float64).requires_grad_()
+    noisy = lambda *p: F.grouped_flipout_lora(*p, groups=groups, key=key)  # noqa: E731
+    assert torch.autograd.gradcheck(noisy, [parts["x"], parts["a"], rho, parts["b"]])
     drawn = lambda *p: F.gaussian_draws(*p, draws, key=key, std="softplus")  # noqa: E731
     assert torch.autograd.gradcheck(drawn, factors[1:3])
 
 
 def test_compiles_into_one_graph():
-    cpu = type("Cpu", (), {"torch": torch.device("cpu")})
-    parts = make(cpu, (12, 40, 24, 4), torch.float32)
+    parts = make(CPU, (12, 40, 24, 4), torch.float32)
     given = [parts[k] for k in ("x", "mean", "rho", "b", "base")]
 
     def run(draws, groups, key):

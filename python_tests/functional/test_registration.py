@@ -40,6 +40,8 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
     samples_of = [torch.randn(7, 3).to(dtype), torch.randn(2, 5).to(acc)]
     weights = [torch.rand(7).to(acc), torch.empty(0, dtype=acc)]
     scalar = torch.tensor(0.1, dtype=torch.float64)
+    factors, experts = torch.randn(3, 5, 33).to(acc), torch.randn(3, 9, 5).to(acc)
+    plan = OPS.group_rows(torch.tensor([2, 0, 0, 1, 2, 2, 0]), 3)
     return {
         "fold_in": [(key, 5)],
         "normal": [(key, 2, [3, 5]), (key, 0, [0])],
@@ -101,6 +103,55 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (dy[:0], x[:0], a, e, b, h[:0], key, 0, 0, 1, None, 0.0, "", 1.0, *[False] * 3, True),
         ],
         "adapter_expand_backward": [(dy, h, b, 2.0, True, True), (dy, h, b, 1.0, False, True)],
+        "group_rows": [(torch.tensor([2, 0, 0, 1, 2, 2, 0]), 4), (ids[:0], 2)],
+        "grouped_forward": [
+            (x, factors, None, b, base, plan, 1, None, 0, 0, None, 2.0),
+            (x, factors, None, experts, None, None, 3, None, 0, 0, None, 1.0),
+            (x, factors, factors, experts, base, plan, 1, key, 4, 2, None, 1.0),
+            (x[:0], factors, None, b, None, None, 3, None, 0, 0, None, 1.0),
+        ],
+        "grouped_backward": [
+            (
+                dy,
+                x,
+                factors,
+                None,
+                b,
+                h,
+                plan,
+                1,
+                *[None, 0, 0, None],
+                2.0,
+                *[True, True, False, True],
+            ),
+            (dy, x, factors, factors, experts, h, None, 3, key, 4, 0, ids, 1.0, *[True] * 4),
+            (
+                dy,
+                x,
+                factors,
+                None,
+                experts,
+                h,
+                plan,
+                1,
+                *[None, 0, 0, None],
+                1.0,
+                *[False, True] * 2,
+            ),
+            (
+                dy[:0],
+                x[:0],
+                factors,
+                None,
+                b,
+                h[:0],
+                None,
+                3,
+                *[None, 0, 0, None],
+                1.0,
+                *[True] * 4,
+            ),
+        ],
         "gaussian_kl": [(means, rhos, [0.2, 0.3], "square", "elbo")],
         "gaussian_kl_backward": [(weight, means, rhos, [0.2], "softplus", "code")],
         "gaussian_kl_step_": [(means, rhos, weight, [0.2], "square", "elbo")],
