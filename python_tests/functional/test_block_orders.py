@@ -100,6 +100,26 @@ def retraction(r: int) -> list[Tensor]:
     return xs
 
 
+def grouped(dtype: torch.dtype) -> list[Tensor]:
+    """Experts' rows in any order, over several blocks of columns and of rows."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"x": (90, 1100), "a": (3, 9, 1100), "rho": (3, 9, 1100), "b": (3, 600, 9)}
+    p = {k: 0.1 * torch.randn(size, generator=generator) for k, size in sizes.items()}
+    p["x"] = p["x"].to(dtype)
+    for t in p.values():
+        t.requires_grad_()
+    groups = torch.randint(0, 3, (90,), generator=generator)
+    y = F.grouped_flipout_lora(*p.values(), groups=groups, key=random.key(3))
+    draws = torch.tensor([3, 2, 7])
+    drawn = F.gaussian_draws(p["a"][0], p["rho"][0, :, :1], draws, key=random.key(3))
+    return [
+        y.detach(),
+        *torch.autograd.grad(y.float().square().sum(), list(p.values())),
+        drawn.detach(),
+        *torch.autograd.grad(drawn.square().sum(), [p["a"], p["rho"]]),
+    ]
+
+
 OTHERS: dict[str, Callable[[], list[Tensor]]] = {
     **{
         f"mc_predict {shape} {samples} {spread}": partial(many, shape, spread, samples)
@@ -107,6 +127,7 @@ OTHERS: dict[str, Callable[[], list[Tensor]]] = {
         for spread in (1.0, 100.0)
     },
     "mc_predict full": full,
+    **{f"grouped {dtype}": partial(grouped, dtype) for dtype in (torch.float32, torch.bfloat16)},
     "gaussian_kl": divergence,
     **{
         f"low_rank_update_ {shape}": partial(curvature, *shape)

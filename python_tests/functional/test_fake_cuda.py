@@ -101,6 +101,41 @@ def test_adapters(waits: list[Wait], r: int, dtype: torch.dtype) -> None:
         assert functional.flipout_lora(x, a, leaf(r, 80), b, base, key=key).device == CUDA
 
 
+@pytest.mark.parametrize("r", [4, 70])  # fused, and the path of large ranks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_adapters(waits: list[Wait], r: int, dtype: torch.dtype) -> None:
+    x, base = leaf(2, 3, 80, dtype=dtype), leaf(2, 3, 72, dtype=dtype)
+    a, b, rho = leaf(4, r, 80), leaf(4, 72, r), leaf(4, r, 1)
+    mean, shared, spread = leaf(r, 80), leaf(72, r), leaf(r, 80)
+    key, draws = random.key(3, CUDA), torch.arange(4, device=CUDA)
+    for where in (
+        {"rows_per_group": 2},
+        {"groups": torch.zeros(2, 1, dtype=torch.int64, device=CUDA)},
+    ):
+        noisy = {"key": key, **where}
+        for y, leaves in (
+            (functional.grouped_lora(x, a, b, base, **where), (x, a, b, base)),
+            (functional.grouped_lora(x, a, shared, **where), (x, a, shared)),
+            *(
+                (functional.grouped_flipout_lora(x, a, rho, b, base, **options), (x, a, rho, b))
+                for options in (noisy, {"scope": "none", **noisy})
+            ),
+            (
+                functional.sampled_lora(x, mean, spread, shared, base, draws=draws, **noisy),
+                (x, mean, spread, shared, base),
+            ),
+        ):
+            assert (y.device, y.dtype, y.shape) == (CUDA, dtype, (2, 3, 72))
+            y.sum().backward()
+            check_gradients(leaves)
+            for t in (x, base, a, b, rho, mean, shared, spread):
+                t.grad = None
+    out = functional.gaussian_draws(mean, leaf(r, 1), draws, key=key)
+    assert (out.device, out.shape) == (CUDA, (4, r, 80))
+    out.sum().backward()
+    assert own(waits) == []
+
+
 def test_arguments_on_other_devices_are_refused(waits: list[Wait]) -> None:
     x, a, b = leaf(3, 8), leaf(2, 8), leaf(5, 2)
     with pytest.raises(ValueError, match="key must be on cuda:0, got cpu; move it"):

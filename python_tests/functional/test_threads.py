@@ -55,6 +55,19 @@ def adapters(tokens: int, n: int, m: int, r: int, dtype: torch.dtype) -> list[Te
     return flatten(found)
 
 
+def grouped(tokens: int, n: int, m: int, r: int, dtype: torch.dtype) -> list[Tensor]:
+    x, base = normal(tokens, n, dtype=dtype), normal(tokens, m, seed=1, dtype=dtype)
+    a, b, key = normal(5, r, n, seed=2), normal(5, m, r, seed=3), random.key(5)
+    rho, found = 0.1 * normal(5, r, n, seed=4), []
+    for groups in (torch.arange(tokens) * 5 // tokens, torch.arange(tokens) % 5):
+        found.append(with_gradients(F.grouped_lora, x, a, b, base, groups=groups))
+        options = {"groups": groups, "key": key}
+        found.append(with_gradients(F.grouped_flipout_lora, x, a, rho, b, base, **options))
+        options["draws"] = torch.tensor([3, 2, 8, 1, 0])
+        found.append(with_gradients(F.sampled_lora, x, a[0], rho[0], b[0], base, **options))
+    return flatten(found)
+
+
 def talls(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
     xs, ds = ([normal(*s, seed=i, dtype=dtype) for s in shapes] for i in (0, 1))
     found = [F.gram(xs), F.landing_field(xs, ds, 0.3)]
@@ -110,6 +123,8 @@ def dumps(rows: int, columns: int, _: torch.dtype) -> list[Tensor]:
 
 CASES = {
     **{f"adapters {s}": (adapters, *s) for s in ADAPTERS},
+    "grouped, many rows": (grouped, 400, 1030, 300, 16),
+    "grouped, few rows": (grouped, 17, 70, 515, 8),
     "talls": (talls, TALLS),
     "a long tall": (talls, [(10_000, 16)]),
     **{f"curvature {s}": (curvature, *s) for s in [(5, 3, 9000), (128, 17, 300), (60, 60, 5000)]},
@@ -126,7 +141,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bits_do_not_depend_on_the_number_of_threads(case: str, dtype: torch.dtype):
     compute, *arguments = CASES[case]
-    if dtype == torch.bfloat16 and compute is not adapters:
+    if dtype == torch.bfloat16 and compute not in (adapters, grouped):
         pytest.skip("takes fp32 and fp64")
     before, results = torch.get_num_threads(), []
     try:

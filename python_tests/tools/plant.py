@@ -41,6 +41,7 @@ def seen_by_ops(file: str, old: str, new: str) -> Fault:
 
 
 DIVERGENCE, PREDICT, CURVATURE, TALL = "divergence", "predict", "curvature", "tall"
+GROUPED = "grouped"
 
 
 def seen_by(family: str, file: str, old: str, new: str) -> Fault:
@@ -104,6 +105,27 @@ FAULTS = {
     ),
     "half of the warps": seen_by_ops(
         "adapter_mma.cuh", "half = column_warps / 2; half > 0", "half = column_warps / 2; half > 1"
+    ),
+    "another group's partial sums": seen_by(
+        GROUPED,
+        "adapter_fma.cuh",
+        "gradients.partial += slice.block0 * kMatrices * padded * R;",
+        "gradients.partial += slice.group * kMatrices * padded * R;",
+    ),
+    "the sign rows of sorted rows": seen_by(
+        GROUPED,
+        "adapter_fma.cuh",
+        "sign_block(keys.out, sign_row_of(noise.rows, row_of(row0 + i)), r, 0)",
+        "sign_block(keys.out, sign_row_of(noise.rows, row0 + i), r, 0)",
+    ),
+    "a place in a group": seen_by(
+        GROUPED, "grouped_cuda.cu", "if (lane >= step) sum += other;", "if (lane > step) sum += other;"
+    ),
+    "the eps of a pair for the next draw": seen_by(
+        GROUPED,
+        "noise_cuda.cu",
+        "if (d == 0 || pair != draw_pair(p.draws[i0], p.antithetic))",
+        "if (d == 0)",
     ),
     "a sum over two launches": seen_by(
         DIVERGENCE,
