@@ -31,17 +31,18 @@ _STYLE = f"""
 :root{{color-scheme:light dark;{_PAPER}{_series(_LIGHT)}}}
 @media (prefers-color-scheme:dark){{:root{{{_NIGHT}{_series(_DARK)}}}}}
 *{{box-sizing:border-box}}
-body{{margin:0 auto;max-width:64rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
+body{{margin:0 auto;max-width:70rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
 font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}}
 h1{{font-size:1.7rem;line-height:1.25;margin:.5rem 0}}h2{{font-size:1.2rem;margin:2.5rem 0 .5rem}}
 p{{margin:.5rem 0;max-width:48rem}}a{{color:var(--strong)}}
 .quiet,figcaption,caption{{color:var(--quiet);font-size:.9rem}}
 .wide{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}}
-caption{{text-align:left;padding-bottom:.3rem}}
-th,td{{padding:.3rem .75rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}}
+caption{{text-align:left;padding:1rem 0 .3rem}}
+th,td{{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}}
 th{{border-bottom-width:2px;white-space:nowrap}}
 .left{{text-align:left}}
+td.left:first-child{{white-space:nowrap}}
 figure{{margin:0;padding:.75rem;background:var(--panel);border:1px solid var(--line);border-radius:.5rem}}
 svg{{display:block;width:100%;height:auto}}
 .grid{{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(22rem,100%),1fr))}}

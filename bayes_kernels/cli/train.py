@@ -95,7 +95,7 @@ def demo(
     Task: which area of Python's standard library a docstring is from. Out of distribution:
     docstrings of numpy and torch. No download.
     """
-    from ..experiment import build, output, results, tables
+    from ..experiment import build, output, page, results, tables
     from ..experiment import run as experiments
     from ..experiment.recipe import DEMO, Experiment, Source
     from ..files import write_json
@@ -116,7 +116,7 @@ def demo(
     experiments.check_trainable(method)
     for name in methods:
         build.check_experiment(Experiment(source, model=model, method=name, recipe=recipes[name]))
-    files = [*methods, *output.PICTURES, results.METRICS_FILE]
+    files = [*methods, *output.PICTURES, results.METRICS_FILE, page.REPORT_FILE]
     inputs = {"data": data, "model": model}
     with writing("demo", out, files, inputs, overwrite=overwrite) as place:
         jobs = []
@@ -150,13 +150,17 @@ def demo(
         verdict = results.verdict(summaries, rows[0].name, rows[-1].name)
         content["verdict"] = verdict
         pictures = draw_pictures(rows, out)
+        title = f"{task.name}: {len(task.train)} training texts, {model}"
+        page.write_page(
+            out, summaries, rows, task, title=title, verdict=verdict, command=command_line()
+        )
         write_json(out / results.METRICS_FILE, content)
-    title = f"{task.name}: {len(task.train)} training texts, {model}"
     print(tables.run_tables(summaries, title), verdict, sep="\n")
     names = ", ".join(path.name for path in pictures)
     print(
         f"Wrote {out}/: {results.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters "
         f"{PLAIN}/ and {method}/ (seed 0).\n"
+        f"Look at {out / page.REPORT_FILE}\n"
         f"Try: bayes-kernels predict {out / method} --text 'Return the sine of x.'"
     )
 
@@ -232,7 +236,7 @@ def train(
         )
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from ..experiment import build, folders, output, results, tables
+    from ..experiment import build, folders, output, page, results, tables
     from ..experiment import run as experiments
     from ..experiment.recipe import Experiment, Source
     from ..experiment.settings import recipes_of
@@ -261,7 +265,8 @@ def train(
     )
     one = Experiment(source, model, kind, style, dtype, quantization, method, recipe, seed, compat)
     build.check_experiment(one)
-    files = [*output.adapter_files(), f"{folders.CHECKPOINTS}/checkpoint-*", results.METRICS_FILE]
+    files = [*output.adapter_files(), f"{folders.CHECKPOINTS}/checkpoint-*"]
+    files += [results.METRICS_FILE, page.REPORT_FILE]
     files += output.PICTURES if plots else ()
     inputs = {**inputs_of(source), "model": model}
     options = {"overwrite": overwrite, "resume": resume}
@@ -286,9 +291,12 @@ def train(
         if plots:
             draw_pictures(run.rows, folder)
         content = results.report([run], task, command=command_line())
+        title = f"{task.name}, {model}, seed {seed}"
+        summaries = results.summarise([run])
+        page.write_page(folder, summaries, run.rows, task, title=title, command=command_line())
         write_json(folder / results.METRICS_FILE, content)
-    title = f"{task.name}, {model}, seed {seed}"
-    print(tables.run_tables(results.summarise([run]), title), f"Wrote {folder}/", sep="\n")
+    where = f"Wrote {folder}/, look at {folder / page.REPORT_FILE}"
+    print(tables.run_tables(summaries, title), where, sep="\n")
 
 
 def compare(
@@ -354,7 +362,7 @@ def compare(
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from ..experiment import build, output, results, tables
+    from ..experiment import build, output, page, results, tables
     from ..experiment import compare as comparison
     from ..experiment.recipe import Experiment, Recipe, Source
     from ..experiment.settings import recipes_of
@@ -398,7 +406,7 @@ def compare(
 
     for name in used:
         build.check_experiment(make(name, 0))
-    files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, *output.PICTURES]
+    files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, page.REPORT_FILE, *output.PICTURES]
     inputs = {**inputs_of(source), "model": model}
     with writing("compare", out, files, inputs, overwrite=overwrite, resume=resume) as place:
         tasks = {}
@@ -435,11 +443,21 @@ def compare(
         rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
         drawn = comparison.main_rows(rows, names)
         pictures = draw_pictures(drawn, out) if drawn else []
+        if drawn:
+            page.write_page(
+                out,
+                shown,
+                drawn,
+                tasks[0],
+                title=f"{tasks[0].name}, {model}: {len(shown)} methods",
+                note="Pictures and texts are those of seed 0.",
+                command=command_line(),
+            )
         write_text(out / comparison.TABLE_FILE, text)
         write_json(out / comparison.RESULTS_FILE, content)
     # Wide tables would be cut at the width of a terminal: Markdown is read as it is.
     print(text)
-    written = ", ".join([comparison.RESULTS_FILE, comparison.TABLE_FILE])
+    written = ", ".join([page.REPORT_FILE, comparison.RESULTS_FILE, comparison.TABLE_FILE])
     drawings = ", ".join(path.name for path in pictures)
     note(f"Wrote {out}/: {written}{f', {drawings} (seed 0)' if drawings else ''}, adapters")
     if failures:

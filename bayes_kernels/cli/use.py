@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..table import shorten
+from ..table import Table, shorten
 from .options import (
     BatchExamples,
     Data,
@@ -91,7 +91,7 @@ def bayesianize(
 
     Methods look at training examples of the recorded task, or of --data.
     """
-    from ..experiment import folders, output, results, scoring, tables
+    from ..experiment import folders, output, page, results, scoring, tables
     from ..experiment.convert import conversion_options, convert_model
     from ..experiment.run import Run
     from ..experiment.settings import method_options
@@ -117,7 +117,8 @@ def bayesianize(
     one = dataclasses.replace(one, source=source, method=method, recipe=recipe)
     conversion_options(one)
     folder = out or Path(f"{adapter.rstrip('/')}-{method}")
-    files = [*output.adapter_files(), results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    files = [*output.adapter_files(), results.METRICS_FILE, page.REPORT_FILE]
+    files += output.PICTURES if plots else ()
     inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
     with writing("bayesianize", folder, files, inputs, overwrite=overwrite) as place:
         with status(f"reading {source.data}"):
@@ -150,10 +151,20 @@ def bayesianize(
         run = Run(one, None, rows)
         content = results.report([run], task, command=command_line())
         content["conversion"] = report.to_dict()
+        title, summaries = f"{task.name}, {adapter}", results.summarise([run])
+        page.write_page(
+            folder,
+            summaries,
+            rows,
+            task,
+            title=title,
+            note=str(report),
+            command=command_line(),
+        )
         write_json(folder / results.METRICS_FILE, content)
-    print(tables.Table(*report.table(), left=0).text(), end="")
-    print(tables.run_tables(results.summarise([run]), f"{task.name}, {adapter}"))
-    print(report, f"Wrote {folder}/", sep="\n")
+    print(Table(*report.table(), left=0).text(), end="")
+    print(tables.run_tables(summaries, title))
+    print(report, f"Wrote {folder}/, look at {folder / page.REPORT_FILE}", sep="\n")
 
 
 def evaluate(
@@ -178,7 +189,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data."""
-    from ..experiment import folders, output, results, scoring, tables
+    from ..experiment import folders, output, page, results, scoring, tables
     from ..experiment.run import Run
     from ..files import write_json
     from ..hf.predict import predictor_of
@@ -189,7 +200,7 @@ def evaluate(
     changes = source_options(test, ood, label_names, test_size, ood_size)
     source = dataclasses.replace(_source_of(one, saved, data), **changes)
     folder = out or Path(adapter) / output.EVALUATION
-    files = [results.METRICS_FILE, *(output.PICTURES if plots else ())]
+    files = [results.METRICS_FILE, page.REPORT_FILE, *(output.PICTURES if plots else ())]
     inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
     with writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
         with status(f"reading {source.data}"):
@@ -223,9 +234,11 @@ def evaluate(
         if plots:
             draw_pictures(rows, folder)
         content = results.report([run], task, command=command_line())
+        title, summaries = f"{task.name}, {adapter}", results.summarise([run])
+        page.write_page(folder, summaries, rows, task, title=title, command=command_line())
         write_json(folder / results.METRICS_FILE, content)
-    title = f"{task.name}, {adapter}"
-    print(tables.run_tables(results.summarise([run]), title), f"Wrote {folder}/", sep="\n")
+    where = f"Wrote {folder}/, look at {folder / page.REPORT_FILE}"
+    print(tables.run_tables(summaries, title), where, sep="\n")
 
 
 def predict(

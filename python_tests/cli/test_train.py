@@ -193,7 +193,7 @@ def test_data_that_is_missing_or_bad(model: Path, data: Path, tmp_path: Path) ->
     assert f"{file}:7: expected JSON, got" in refuse("train", file, *common)
     good[2].pop("label")
     tiny_task.write_rows(file, good)
-    assert f"{file}:3: 'label' must be an integer from 0, got None" in refuse(
+    assert f"{file}:3: 'label' must be an integer from 0, or a name, got None" in refuse(
         "train", file, *common
     )
     assert not out.exists()
