@@ -130,7 +130,7 @@ def generate(
         **warped,
     )
     if html is not None:
-        write_text(html, html_page(found, f"{writer.method.title}, {writer.base.model}"))
+        write_text(html, html_page(found, f"{writer.method.title}, {Path(writer.base.model).name}"))
     if json_lines:
         for text in found:
             print(json.dumps(text.to_dict(), ensure_ascii=not writes_unicode(sys.stdout)))

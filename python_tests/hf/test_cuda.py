@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 
 from bayes_kernels.experiment import build, convert, folders, train
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 from bayes_kernels.experiment.scoring import predict_examples
+from bayes_kernels.hf import generate
 from bayes_kernels.hf.layers import noise_state
 from bayes_kernels.hf.methods.laplace import laplace_posterior
 from bayes_kernels.hf.tasks.task import Task
+from hf.letters import letters
 
 # Those with an adapter of their own; an ensemble is several of plain LoRA.
 METHOD_NAMES = [name for name, method in METHODS.items() if method.made != "join"]
@@ -144,6 +147,21 @@ def test_blob_in_bfloat16(source: Source, task: Task, model_folder: str, tmp_pat
     half = go(dataclasses.replace(experiment, dtype="bfloat16"), task, "cuda", tmp_path / "bf16")
     torch.testing.assert_close(half.losses, full.losses, rtol=0.05, atol=0.05)
     torch.testing.assert_close(half.drawn, full.drawn, rtol=0, atol=0.1)
+
+
+@cuda
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+def test_texts_are_those_of_the_cpu(options: dict[str, Any]) -> None:
+    model = tiny_models.fill(
+        tiny_models.adapted(tiny_models.llama(initializer_range=0.2)), 0.6, 1.0
+    )
+    options = {"n_samples": 4, "max_new_tokens": 6, "eos_token_id": None, **options}
+    expected = generate(model, letters(), ["be", "no way"], **options)
+    found = generate(model.cuda(), letters(), ["be", "no way"], **options)
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
+        assert a.mutual_information == pytest.approx(b.mutual_information, abs=1e-4)
 
 
 @cuda
