@@ -10,9 +10,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..batches import batch_size, eval_mode, fold_samples, inputs_of, labels_of, to_device
+from ..batches import (
+    batch_size,
+    eval_mode,
+    fold_samples,
+    inputs_of,
+    labels_of,
+    split,
+    to_device,
+)
 from ._compat import without_padding
-from .folding import samples_that_fit
+from .folding import plan
 from .layers import (
     bayes_layers,
     bayes_variants,
@@ -61,6 +69,8 @@ class WeightDraws:
     """
 
     draws = False
+    # Whether a draw of an example is the same in any part of the batch.
+    divisible = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -143,9 +153,30 @@ class WeightDraws:
         rows = LogitRows(model, batch, choices)  # from the mask on the host: no wait for the GPU
         inputs.update(rows.options)
         draws = max(n_samples, 1)
-        per_pass = samples_per_pass or 1
-        if samples_per_pass is None and not self.one_per_pass:
-            per_pass = samples_that_fit(model, inputs, memory_budget)
+        at_once, per_pass = plan(
+            model,
+            inputs,
+            1 if self.one_per_pass else draws,
+            samples_per_pass=samples_per_pass,
+            memory_budget=memory_budget,
+        )
+        if at_once < size and self.divisible:
+            parts = split(batch, -(-size // at_once))
+            if len(parts) > 1:
+                found = [
+                    WeightDraws.predict(
+                        self,
+                        part,
+                        n_samples=n_samples,
+                        seed=seed,
+                        choices=choices,
+                        samples_per_pass=samples_per_pass,
+                        memory_budget=memory_budget,
+                        return_samples=return_samples,
+                    )
+                    for part in parts
+                ]
+                return found[0].concatenate(found)  # type: ignore[arg-type]
         gathered: Any = None
         with eval_mode(model), without_padding(model, inputs):
             for first in range(0, draws, per_pass):

@@ -63,15 +63,19 @@ def predict(
         n_samples: S; 0 uses the posterior mean.
         seed: seed of the draws.
         choices: ids of the answer tokens, the classes; needed for (B, T, V) logits.
-        samples_per_pass: draws folded into one pass; None for as many as fit the memory budget.
+        samples_per_pass: draws folded into one pass; None for as many as bring it to 512 tokens for each
+            thread of the CPU, 8192 on a GPU, and fit the memory budget.
         memory_budget: bytes that the activations of one pass may take; None for half of the free
             memory of the GPU, or 1 GiB on the CPU. It is estimated for a transformer without
-            gradients, from the sizes in its configuration.
+            gradients, from the sizes in its configuration. A batch of which not even one draw fits is
+            split, for the same numbers up to rounding; with MC dropout, whose masks go by the place in
+            the batch, and with inputs that cannot be cut by example it stays whole.
         return_samples: also return the distribution of each draw.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction`, on the CPU. Cost: S forward passes of the
-        batch, in ceil(S / samples_per_pass) calls; memory (S, B, C) for the draws' logits of one pass.
+        batch, in ceil(S / samples_per_pass) calls for each part; memory (S, B, C) for the draws' logits of
+        one pass.
 
     Raises:
         ValueError: counts are out of range, the batch or the logits do not fit, the model has no

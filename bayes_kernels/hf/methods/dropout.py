@@ -96,6 +96,7 @@ class DropoutDraws(WeightDraws):
     """Passes with dropout before the adapters; the mean is a pass without it."""
 
     draws = True
+    divisible = False  # masks go by a token's place in the batch
 
     def weights(
         self, draw: bool, *, n_samples: int, seed: int, first_sample: int
