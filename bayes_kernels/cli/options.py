@@ -108,6 +108,19 @@ OodSize = Annotated[int | None, whole("Largest number of examples of each OOD se
 Samples = Annotated[
     int | None, whole("Posterior draws; 0 is the mean.", "--n-samples", least=0, most=_MOST_DRAWS)
 ]
+Draws = Annotated[
+    str | None,
+    typer.Option(
+        help="How draws of weights hang together: antithetic (pairs, the default), independent or shared."
+    ),
+]
+DrawScope = Annotated[
+    str | None,
+    typer.Option(
+        help="example: a draw is one set of weights (the default); token: the noise of training, new for "
+        "each token."
+    ),
+]
 TrainSize = Annotated[
     int | None, whole("Training examples, chosen by the seed; 0 for all.", least=0)
 ]

@@ -17,6 +17,8 @@ from .options import (
     Data,
     Debug,
     Device,
+    Draws,
+    DrawScope,
     Dtype,
     Kind,
     LabelNames,
@@ -42,6 +44,7 @@ from .options import (
     Threads,
     TrainSize,
     all_cores,
+    given,
     number,
     source_options,
     start,
@@ -73,6 +76,8 @@ def demo(
     test_size: TestSize = 400,
     ood_size: OodSize = 200,
     n_samples: Samples = None,
+    draws: Draws = None,
+    draw_scope: DrawScope = None,
     model: Base = "minilm",
     method: Annotated[
         str, typer.Option(help="Bayesian method to compare with plain LoRA, see train.")
@@ -108,10 +113,8 @@ def demo(
         raise ValueError(f"method: expected one of {allowed}, got {method!r}")
     gpu = start(cores, device).type == "cuda"
     recipe = DEMO if steps is None else dataclasses.replace(DEMO, steps=steps)
-    recipes = {
-        name: dataclasses.replace(recipe, n_samples=n_samples if name == method else None)
-        for name in methods
-    }
+    law = given(n_samples=n_samples, draws=draws, draw_scope=draw_scope)
+    recipes = {PLAIN: recipe, method: dataclasses.replace(recipe, **law)}
     source = Source(data=data or "", train_size=train_size, test_size=test_size, ood_size=ood_size)
     experiments.check_trainable(method)
     for name in methods:
@@ -207,6 +210,8 @@ def train(
     max_length: MaxLength = None,
     n_samples: Samples = None,
     preset: Preset = "default",
+    draws: Draws = None,
+    draw_scope: DrawScope = None,
     settings: Settings = None,
     seed: Annotated[int, whole("Seed of everything.", least=0, most=MOST_SEED)] = 0,
     out: Annotated[
@@ -257,6 +262,8 @@ def train(
         "weight_decay": weight_decay,
         "max_length": max_length,
         "n_samples": n_samples,
+        "draws": draws,
+        "draw_scope": draw_scope,
     }
     recipe = recipes_of(fields, settings or (), [method], preset)[method]
     source = Source(
@@ -334,6 +341,8 @@ def compare(
     max_length: MaxLength = None,
     n_samples: Samples = None,
     preset: Preset = "default",
+    draws: Draws = None,
+    draw_scope: DrawScope = None,
     settings: Settings = None,
     out: Results = Path("runs/compare"),
     resume: Annotated[
@@ -381,6 +390,8 @@ def compare(
         "batch_size": batch_size,
         "max_length": max_length,
         "n_samples": n_samples,
+        "draws": draws,
+        "draw_scope": draw_scope,
     }
     source = Source(
         data=data or "",

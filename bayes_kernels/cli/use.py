@@ -18,6 +18,8 @@ from .options import (
     Data,
     Debug,
     Device,
+    Draws,
+    DrawScope,
     DrawSeed,
     LabelNames,
     Ood,
@@ -29,6 +31,7 @@ from .options import (
     Test,
     TestSize,
     Threads,
+    given,
     source_options,
     start,
     whole,
@@ -77,6 +80,8 @@ def bayesianize(
         ),
     ] = None,
     n_samples: Samples = None,
+    draws: Draws = None,
+    draw_scope: DrawScope = None,
     seed: DrawSeed = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the new adapter; ADAPTER-METHOD by default.")
@@ -110,9 +115,10 @@ def bayesianize(
     chosen = {} if seed is None else {"seed": seed}
     recipe = dataclasses.replace(
         one.recipe,
-        n_samples=one.recipe.n_samples if n_samples is None else n_samples,
         options={**chosen, **method_options(options or (), method)},
+        **given(n_samples=n_samples, draws=draws, draw_scope=draw_scope),
     )
+    METHODS[method].check_draws(recipe.draws, recipe.draw_scope)
     before = one.method
     one = dataclasses.replace(one, source=source, method=method, recipe=recipe)
     conversion_options(one)
@@ -138,9 +144,9 @@ def bayesianize(
             loaded, encoder, task, method=before, n_samples=0, label="before", **scores
         )
         report = convert_model(one, loaded, encoder)
-        draws = one.n_samples
+        scores.update(n_samples=one.n_samples, draws=recipe.draws, scope=recipe.draw_scope)
         after = scoring.evaluate_model(
-            loaded, encoder, task, method=method, n_samples=draws, label="after", **scores
+            loaded, encoder, task, method=method, label="after", **scores
         )[-1]
         # Rows of one name would be taken for seeds of one method.
         rows = [*(row for row in rows if row.name != after.name), after]
@@ -177,6 +183,8 @@ def evaluate(
     ood_size: OodSize = None,
     model: OtherBase = None,
     n_samples: Samples = None,
+    draws: Draws = None,
+    draw_scope: DrawScope = None,
     batch_size: BatchExamples = None,
     seed: DrawSeed = None,
     out: Annotated[
@@ -192,11 +200,14 @@ def evaluate(
     from ..experiment import folders, output, page, results, scoring, tables
     from ..experiment.run import Run
     from ..files import write_json
+    from ..hf.method import METHODS
     from ..hf.predict import predictor_of
 
     start(threads, device)
     saved = folders.read_record(adapter)
     one = _recorded(adapter, saved, model, data)
+    recipe = dataclasses.replace(one.recipe, **given(draws=draws, draw_scope=draw_scope))
+    METHODS[one.method].check_draws(recipe.draws, recipe.draw_scope)
     changes = source_options(test, ood, label_names, test_size, ood_size)
     source = dataclasses.replace(_source_of(one, saved, data), **changes)
     folder = out or Path(adapter) / output.EVALUATION
@@ -227,7 +238,9 @@ def evaluate(
             method=one.method,
             n_samples=one.n_samples if n_samples is None else n_samples,
             seed=one.seed if seed is None else seed,
-            batch_size=batch_size or one.recipe.eval_batch_size,
+            draws=recipe.draws,
+            scope=recipe.draw_scope,
+            batch_size=batch_size or recipe.eval_batch_size,
         )
         run = Run(dataclasses.replace(one, source=source), None, rows)
         place.begin()
@@ -252,6 +265,8 @@ def predict(
     ] = None,
     model: OtherBase = None,
     n_samples: Samples = None,
+    draws: Draws = None,
+    draw_scope: DrawScope = None,
     batch_size: BatchExamples = None,
     seed: DrawSeed = None,
     json_lines: Annotated[
@@ -278,7 +293,14 @@ def predict(
     asked = load(adapter, model=model, device=device)
     if asked.task.kind != "multiple_choice":
         examples = [dataclasses.replace(example, choices=()) for example in examples]
-    found = asked.predict_examples(examples, n_samples=n_samples, seed=seed, batch_size=batch_size)
+    found = asked.predict_examples(
+        examples,
+        n_samples=n_samples,
+        seed=seed,
+        draws=draws,
+        scope=draw_scope,
+        batch_size=batch_size,
+    )
     if not json_lines:
         print(found)
         return

@@ -29,8 +29,14 @@ def conversion_options(experiment: Experiment) -> dict[str, Any]:
         ValueError: An option is out of range.
     """
     recipe = experiment.recipe
-    draws = recipe.n_samples or METHODS[experiment.method].n_samples
-    options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed, **recipe.options}
+    options: dict[str, Any] = {
+        "n_samples": recipe.n_samples or METHODS[experiment.method].n_samples,
+        "seed": experiment.seed,
+    }
+    for name, value in (("draws", recipe.draws), ("scope", recipe.draw_scope)):
+        if _conversion(experiment).takes(name):
+            options[name] = value
+    options.update(recipe.options)
     for name in ("anchors", "batch_size"):
         value = options.get(name, 1)
         if value is None and name == "anchors":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..hf.method import METHODS, PLAIN
+from ..hf.noise import DRAW_SCOPES, KINDS
 from ..hf.tasks.adapters import Base
 from ..hf.tasks.task import Example, Task
 from .data.hub import HUB_DATASETS, SPLITS
@@ -50,6 +51,8 @@ class Recipe:
         train_on_validation: Whether the validation examples are trained on as well, so that a method that
             chooses nothing on them sees as many labels as one that does; no temperature then.
         n_samples: Posterior draws of a prediction; None for the method's default.
+        draws, draw_scope: How draws of weights hang together, and what has a draw of its own: `draws` and
+            `scope` of `bayes_kernels.hf.predict`.
         eval_batch_size: Examples of one batch in prediction.
         options: Options of the method, as `bayes_kernels.hf.method.Method.options` lists them.
         lora: More options of `peft.LoraConfig`.
@@ -74,6 +77,8 @@ class Recipe:
     max_length: int | None = None
     train_on_validation: bool = False
     n_samples: int | None = None
+    draws: str = "antithetic"
+    draw_scope: str = "example"
     eval_batch_size: int = 16
     options: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +110,9 @@ class Recipe:
                 "recipe: train_on_validation must be true or false, got "
                 f"{self.train_on_validation!r}"
             )
+        for name, allowed in _WORDS.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"recipe: {name} must be one of {allowed}, got {value!r}")
         targets = self.target_modules
         if targets is not None and not (
             isinstance(targets, tuple)
@@ -148,6 +156,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "dropout": _SHARE,
     "base_dropout": _SHARE,
 }
+_WORDS = {"draws": KINDS, "draw_scope": DRAW_SCOPES}
 _MAY_BE_NONE = ("max_length", "n_samples", "lr", "weight_decay", "dropout", "base_dropout")
 # Fields of `peft.LoraConfig` that recipes set, under other names.
 _OWN_LORA_OPTIONS = {
@@ -315,6 +324,7 @@ class Experiment:
                 f"n-samples: expected 0 for {self.method!r}, which has no posterior to draw from, "
                 f"got {recipe.n_samples}; leave it out"
             )
+        row.check_draws(recipe.draws, recipe.draw_scope)
         if self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"weight-decay: expected lr times weight decay below 1, which leaves something of a "

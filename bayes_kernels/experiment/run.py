@@ -165,6 +165,8 @@ def finish(
             method=experiment.method,
             n_samples=experiment.n_samples,
             seed=experiment.seed,
+            draws=experiment.recipe.draws,
+            scope=experiment.recipe.draw_scope,
             batch_size=experiment.recipe.eval_batch_size,
             temperature=temperature,
             mean=mean,

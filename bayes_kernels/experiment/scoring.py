@@ -105,6 +105,8 @@ def evaluate_model(
     method: str,
     n_samples: int = 10,
     seed: int = 0,
+    draws: str = "antithetic",
+    scope: str = "example",
     batch_size: int = 16,
     temperature: bool = True,
     mean: bool = True,
@@ -117,7 +119,7 @@ def evaluate_model(
     same with a temperature fitted on the validation split, where there is one; for Bayesian methods
     with n_samples > 0 the mean prediction of that many draws. The same seed gives the same draws
     for every set of examples. Methods that join adapters have the last row only, and without ``mean``
-    so have all methods with draws.
+    so have all methods with draws. ``draws`` and ``scope`` are those of `bayes_kernels.hf.predict`.
 
     Raises:
         ValueError: There are no labelled test examples.
@@ -131,13 +133,15 @@ def evaluate_model(
     bayesian = own is not None and own.draws
     name = (row if bayesian or row.made == "train" else METHODS[PLAIN]).title
     rows = []
-    draws = [0] if not bayesian or n_samples == 0 else [0, n_samples]
+    counts = [0] if not bayesian or n_samples == 0 else [0, n_samples]
     if n_samples and bayesian and (row.made == "join" or not mean):
-        draws = [n_samples]
-    for count in draws:
+        counts = [n_samples]
+    for count in counts:
         options: dict[str, Any] = {
             "n_samples": count,
             "seed": seed,
+            "draws": draws,
+            "scope": scope,
             "batch_size": batch_size,
             "progress": progress,
         }

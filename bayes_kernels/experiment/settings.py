@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..hf.method import METHODS, Method
+from ..hf.noise import DRAW_SCOPES
 from .recipe import Recipe
 
 # Fields of the recipe that are tables, with names below them, and the others.
@@ -187,6 +188,9 @@ def _uses(method: str, one: Setting) -> bool:
         return one.path[1] in row.options
     if one.path == ("n_samples",):  # those of an ensemble are its members
         return row.bayesian and row.made != "join"
+    if one.path in (("draws",), ("draw_scope",)):
+        known = one.path == ("draws",) or one.value not in DRAW_SCOPES
+        return bool(row.draw_scopes) if known else one.value in row.draw_scopes
     # What converts or joins is made of plain LoRA, which is trained once, with its own settings.
     return one.method is None or row.made == "train" or one.path == ("eval_batch_size",)
 

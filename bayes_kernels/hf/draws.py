@@ -54,6 +54,8 @@ class Predictor(Protocol):
         samples_per_pass: int | None,
         memory_budget: int | None,
         return_samples: bool,
+        draws: str,
+        scope: str,
     ) -> AnyPrediction:
         """The prediction of a batch; arguments as in `bayes_kernels.hf.predict`."""
 
@@ -81,10 +83,18 @@ class WeightDraws:
         return False
 
     def weights(
-        self, draw: bool, *, n_samples: int, seed: int, first_sample: int
+        self, draw: bool, *, n_samples: int, seed: int, first_sample: int, **law: str
     ) -> AbstractContextManager[Any]:
-        """Inside, a pass uses these draws of the weights, or where `draw` is false their mean."""
+        """Inside, a pass uses these draws of the weights, or where `draw` is false their mean.
+
+        Args:
+            law: `kind` and `scope` of `posterior`, which draws of other kinds do not have.
+        """
         return contextlib.nullcontext()
+
+    def dependent(self, kind: str, scope: str) -> int:
+        """Number of successive draws that depend on each other: 1, or 2 in antithetic pairs."""
+        return 1
 
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
         """Outputs of the model on `count` copies of the batch, for draws from number `first`."""
@@ -116,8 +126,7 @@ class WeightDraws:
         Yields:
             Further arguments of `generate` and of the passes.
         """
-        which = {"n_samples": max(n_samples, 1), "seed": seed, "first_sample": 0}
-        with self.weights(n_samples > 0, **which):
+        with self.weights(n_samples > 0, n_samples=max(n_samples, 1), seed=seed, first_sample=0):
             yield {}
 
     def predict(
@@ -130,6 +139,8 @@ class WeightDraws:
         samples_per_pass: int | None,
         memory_budget: int | None,
         return_samples: bool,
+        draws: str,
+        scope: str,
     ) -> AnyPrediction:
         """As `Predictor.predict`.
 
@@ -152,15 +163,16 @@ class WeightDraws:
         size = batch_size(inputs)
         rows = LogitRows(model, batch, choices)  # from the mask on the host: no wait for the GPU
         inputs.update(rows.options)
-        draws = max(n_samples, 1)
+        total = max(n_samples, 1)
         at_once, per_pass = plan(
             model,
             inputs,
-            1 if self.one_per_pass else draws,
+            1 if self.one_per_pass else total,
             samples_per_pass=samples_per_pass,
             memory_budget=memory_budget,
         )
-        if at_once < size and self.divisible:
+        # Noise for each token goes by its place in the batch.
+        if at_once < size and self.divisible and scope == "example":
             parts = split(batch, -(-size // at_once))
             if len(parts) > 1:
                 found = [
@@ -173,23 +185,25 @@ class WeightDraws:
                         samples_per_pass=samples_per_pass,
                         memory_budget=memory_budget,
                         return_samples=return_samples,
+                        draws=draws,
+                        scope=scope,
                     )
                     for part in parts
                 ]
                 return found[0].concatenate(found)  # type: ignore[arg-type]
         gathered: Any = None
         with eval_mode(model), without_padding(model, inputs):
-            for first in range(0, draws, per_pass):
-                count = min(per_pass, draws - first)
+            for first in range(0, total, per_pass):
+                count = min(per_pass, total - first)
                 folded = fold_samples(inputs, count)
-                which = {"n_samples": count, "seed": seed, "first_sample": first}
-                with self.weights(n_samples > 0, **which):
+                which: dict[str, Any] = {"n_samples": count, "seed": seed, "first_sample": first}
+                with self.weights(n_samples > 0, **which, kind=draws, scope=scope):
                     logits = rows.of(self.outputs(folded, first, count), count)
                 if gathered is None:
                     kind = "classes"
                     if choices is None:
                         kind = target_kind(model, logits.shape[1], labels)
-                    gathered = GATHERED[kind](return_samples)
+                    gathered = GATHERED[kind](return_samples, self.dependent(draws, scope))
                 accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
                 gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
         return gathered.result(n_samples, None if labels is None else labels.cpu())
@@ -208,17 +222,13 @@ class NoiseDraws(WeightDraws):
         """With routed experts, which lose track of the copies."""
         return any(variant.routed for variant in bayes_variants(self.model))
 
-    def weights(
-        self, draw: bool, *, n_samples: int, seed: int, first_sample: int
-    ) -> AbstractContextManager[Any]:
-        """Coherent draws, or the posterior mean."""
-        return posterior(
-            self.model,
-            "sample" if draw else "mean",
-            n_samples=n_samples,
-            seed=seed,
-            first_sample=first_sample,
-        )
+    def weights(self, draw: bool, **which: Any) -> AbstractContextManager[Any]:
+        """Draws of `posterior`, or the posterior mean."""
+        return posterior(self.model, "sample" if draw else "mean", **which)
+
+    def dependent(self, kind: str, scope: str) -> int:
+        """Antithetic pairs of weights; draws with noise for each token are independent."""
+        return 2 if (kind, scope) == ("antithetic", "example") else 1
 
     def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
         """As `WeightDraws.predict`; the first time with a warning about layers that no pass calls."""

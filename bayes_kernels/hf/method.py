@@ -14,6 +14,8 @@ from torch import nn
 
 from .config import own_fields
 from .draws import Predictor, noise_predictor
+from .noise import DRAW_SCOPES, KINDS
+from .variants import VARIANTS
 
 # The method that trains stock LoRA, which the others are compared with and which conversions start from.
 PLAIN = "mle"
@@ -70,7 +72,7 @@ class Conversion:
     Attributes:
         convert: (model, data, **options) -> report. Its keyword-only arguments are the options; its
             docstring describes them under `Args`. Commands always give `n_samples`, `seed` and
-            `progress`, and validation examples where it has `validation`.
+            `progress`; `draws`, `scope` and validation examples where it has arguments for them.
         check: (**options): raises ValueError where an option is out of range.
         check_model: (model, **options): raises ValueError where a model, trained or not, cannot be
             converted with these options.
@@ -159,6 +161,29 @@ class Method:
     def plain(self) -> bool:
         """Whether the adapter is one of stock PEFT."""
         return self.config is LoraConfig
+
+    @property
+    def draw_scopes(self) -> tuple[str, ...]:
+        """Scopes that `posterior` has for its draws of weights; none where it has no such draws."""
+        variant = VARIANTS.get(self.name)
+        return variant.draw_scopes if variant is not None and variant.samples else ()
+
+    def check_draws(self, draws: str, scope: str) -> None:
+        """Whether its predictions have such draws: `draws` and `scope` of `bayes_kernels.hf.predict`.
+
+        Raises:
+            ValueError: they have not, and their own rule would be followed in silence.
+        """
+        if draws != KINDS[0] and not self.draw_scopes:
+            raise ValueError(
+                f"draws: expected a method with draws of weights, which can be {draws}, got {self.name}; "
+                "leave it out"
+            )
+        if scope != DRAW_SCOPES[0] and scope not in self.draw_scopes:
+            raise ValueError(
+                f"draw-scope: expected a method whose draws can have the scope {scope!r}, got "
+                f"{self.name}; leave it out"
+            )
 
     @property
     def options(self) -> dict[str, Option]:

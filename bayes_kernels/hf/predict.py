@@ -15,6 +15,7 @@ from .draws import Predictor
 from .layers import bayes_variants
 from .logits import AnyPrediction
 from .method import METHODS
+from .noise import DRAW_SCOPES, KINDS
 
 
 @torch.no_grad()
@@ -28,6 +29,8 @@ def predict(
     samples_per_pass: int | None = None,
     memory_budget: int | None = None,
     return_samples: bool = False,
+    draws: str = "antithetic",
+    scope: str = "example",
 ) -> AnyPrediction:
     """Mean class probabilities over draws of the weights, with their uncertainty.
 
@@ -43,7 +46,7 @@ def predict(
     share a pass. The model is in eval mode meanwhile. What a draw is depends on the adapter:
 
     * BLoB, TFB, ScalaBL: weights, in antithetic pairs: draws 2 p and 2 p + 1 are the mean plus and minus
-      the same deviation, and pairs are independent.
+      the same deviation, and pairs are independent. Ask for an even number of draws.
     * Plain LoRA that was trained with dropout (MC dropout): dropout masks, which depend on (seed, s)
       and on the place of the example in the batch.
     * An `Ensemble`: its members, all of them, whatever n_samples and seed are.
@@ -71,6 +74,10 @@ def predict(
             split, for the same numbers up to rounding; with MC dropout, whose masks go by the place in
             the batch, and with inputs that cannot be cut by example it stays whole.
         return_samples: also return the distribution of each draw.
+        draws: how draws of weights hang together: "antithetic", "independent" or "shared"; `kind` of
+            `posterior`. For BLoB, TFB and ScalaBL; the others keep their own rule.
+        scope: "example", or for BLoB and TFB "token": new signs for each token and new numbers for each
+            draw, the prediction noise of the authors' code. See `posterior`.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction`, on the CPU. Cost: S forward passes of the
@@ -78,7 +85,7 @@ def predict(
         one pass.
 
     Raises:
-        ValueError: counts are out of range, the batch or the logits do not fit, the model has no
+        ValueError: counts or words are out of range, the batch or the logits do not fit, the model has no
             adapter, or draws are asked for and the adapter has none or is disabled or merged.
     """
     if not isinstance(batch, Mapping):
@@ -93,6 +100,9 @@ def predict(
         raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
     if samples_per_pass is not None and samples_per_pass < 1:
         raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
+    for name, word, words in (("draws", draws, KINDS), ("scope", scope, DRAW_SCOPES)):
+        if word not in words:
+            raise ValueError(f"predict: {name} must be one of {words}, got {word!r}; choose one")
     return predictor_of(model).predict(
         batch,
         n_samples=n_samples,
@@ -101,6 +111,8 @@ def predict(
         samples_per_pass=samples_per_pass,
         memory_budget=memory_budget,
         return_samples=return_samples,
+        draws=draws,
+        scope=scope,
     )
 
 

@@ -20,6 +20,7 @@ from ._compat import loss_is_scaled
 from .kl import decoupled_kl, kl_divergence, kl_starts
 from .layers import bayes_layers, warn_uncalled, without_effect
 from .logits import LabelPrediction, NumberPrediction
+from .noise import DRAW_SCOPES, KINDS
 from .posterior import refresh_noise
 from .predict import predict
 from .variants import KLStep, VariationalLoss
@@ -76,6 +77,7 @@ class BayesTrainerMixin(_Base):
             "decoupled".
         eval_samples: draws in evaluation; 0 for the mean.
         eval_seed: their seed.
+        eval_draws, eval_scope: `draws` and `scope` of `predict`.
         n_train: number of terms that the loss averages over the training data: examples, or target
             tokens for a per-token loss. None for the length of the data set, with a warning where
             the labels have several targets per example.
@@ -95,6 +97,8 @@ class BayesTrainerMixin(_Base):
         kl_weight: float = 1.0,
         eval_samples: int = 0,
         eval_seed: int = 0,
+        eval_draws: str = "antithetic",
+        eval_scope: str = "example",
         n_train: int | None = None,
         noise_seed: int | None = None,
         kl_schedule: KLSchedule | None = None,
@@ -106,9 +110,14 @@ class BayesTrainerMixin(_Base):
             raise ValueError(f"BayesTrainer: kl_weight must not be negative, got {kl_weight}")
         if eval_samples < 0:
             raise ValueError(f"BayesTrainer: eval_samples must not be negative, got {eval_samples}")
+        words = (("eval_draws", eval_draws, KINDS), ("eval_scope", eval_scope, DRAW_SCOPES))
+        for name, word, allowed in words:
+            if word not in allowed:
+                raise ValueError(f"BayesTrainer: {name} must be one of {allowed}, got {word!r}")
         super().__init__(*args, **kwargs)
         self.kl_mode, self.kl_weight = kl_mode, kl_weight
         self.eval_samples, self.eval_seed = eval_samples, eval_seed
+        self.eval_draws, self.eval_scope = eval_draws, eval_scope
         self.noise_seed = noise_seed
         self.decoupled_kl: KLStep | None = None
         self._n_train = n_train
@@ -354,7 +363,14 @@ class BayesTrainerMixin(_Base):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         with self.compute_loss_context_manager():
-            result = predict(model, inputs, n_samples=self.eval_samples, seed=self.eval_seed)
+            result = predict(
+                model,
+                inputs,
+                n_samples=self.eval_samples,
+                seed=self.eval_seed,
+                draws=self.eval_draws,
+                scope=self.eval_scope,
+            )
         # Processes gather on their own device; fp64 is not defined on all of them.
         logits = result.logits.float().to(self.args.device)
         loss = None

@@ -19,6 +19,7 @@ probability that underflows to zero costs an infinite log loss, its logarithm do
 | `predictive_entropy` | total uncertainty `H[mean_s p_s]` |
 | `expected_entropy` | its aleatoric part, `mean_s H[p_s]` |
 | `mutual_information` | its epistemic part, the difference of the two |
+| `corrected_mutual_information` | the same without the bias of few samples |
 | `evaluate` | all of them in one `Report` |
 
 Every function raises `ValueError` for input of the wrong shape, without rows, with NaN, with
@@ -49,6 +50,7 @@ from .selective import (
     risk_coverage_curve,
 )
 from .uncertainty import (
+    corrected_mutual_information,
     expected_entropy,
     mixture_log_probs,
     mutual_information,
@@ -67,6 +69,7 @@ __all__ = [
     "aurc",
     "brier",
     "confidence_and_correct",
+    "corrected_mutual_information",
     "coverage_at_risk",
     "debiased_ece",
     "ece",

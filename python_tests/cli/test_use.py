@@ -181,3 +181,18 @@ def test_adapters_and_data_that_do_not_fit(trained: Path, data: Path, tmp_path: 
     )
     file.write_text("")
     assert "empty file" in refuse("predict", trained, "--data", file)
+
+
+def test_laws_of_draws(trained: Path) -> None:
+    ask = ("predict", trained, "--json", "--text", "a bright day")
+    laws = ((), ("--draws", "independent"), ("--draws", "shared"), ("--draw-scope", "token"))
+    found = []
+    for law in laws:
+        result = call(*ask, *law)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout)["probability"])
+    assert len(set(found)) == len(laws)
+    assert "predict: draws must be one of" in refuse(*ask, "--draws", "pairs")
+    assert "recipe: draw_scope must be one of" in refuse(
+        "evaluate", trained, "--overwrite", "--draw-scope", "all"
+    )

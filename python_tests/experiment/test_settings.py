@@ -183,3 +183,26 @@ def test_published_recipes_train_a_causal_model(name: str, models_dir: Path) -> 
     one = Experiment(model=model, style="plain", method=name, recipe=recipe)
     (*_, row) = ex.run(one, choice_task(), progress=False).rows
     assert row.report.nll < 5
+
+
+def test_laws_of_draws_go_to_the_methods_that_have_them() -> None:
+    used = ("mle", "blob", "tfb", "scalabl", "dropout", "laplace")
+    found = recipes_of({"draws": "independent", "draw_scope": "token"}, ["tfb.draws=shared"], used)
+    assert {name: (one.draws, one.draw_scope) for name, one in found.items()} == {
+        "mle": ("antithetic", "example"),
+        "blob": ("independent", "token"),
+        "tfb": ("shared", "token"),
+        "scalabl": ("independent", "example"),
+        "dropout": ("antithetic", "example"),
+        "laplace": ("antithetic", "example"),
+    }
+    for fields, message in (
+        ({"draws": "pairs"}, "draws must be one of"),
+        ({"draw_scope": "none"}, "draw_scope must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipes_of(fields, [], used)
+    with pytest.raises(ValueError, match="draw-scope: expected a setting that scalabl uses"):
+        recipes_of({"draw_scope": "token"}, [], ["scalabl"])
+    with pytest.raises(ValueError, match="draws: expected a setting that laplace uses"):
+        recipes_of({"draws": "shared"}, [], ["laplace"])

@@ -12,11 +12,14 @@ from tiny_models import adapted, fill
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bayes_kernels import metrics, random
 from bayes_kernels.hf import Prediction, posterior, predict, predict_dataset
 from bayes_kernels.hf.layers import bayes_layers, noise_state
+from bayes_kernels.hf.noise import KINDS, using
 
 IDS = torch.randint(3, 128, (5, 7), generator=torch.Generator().manual_seed(1))
 CHOICES = [10, 20, 30]
+CPU = torch.device("cpu")
 
 
 def llama() -> Any:
@@ -260,3 +263,100 @@ def test_more_errors() -> None:
         predict(bert(), {"labels": torch.ones(2)})
     with pytest.raises(ValueError, match="at least one example"):
         predict_dataset(bert(), [], progress=False)
+
+
+# --- laws of draws -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_use_the_draws_that_were_asked_for(kind: str) -> None:
+    model = bert()
+    found = predict(model, {"input_ids": IDS}, n_samples=5, draws=kind, return_samples=True)
+    parts = predict(
+        model, {"input_ids": IDS}, n_samples=5, draws=kind, return_samples=True, samples_per_pass=3
+    )
+    torch.testing.assert_close(parts.sample_log_probs, found.sample_log_probs, rtol=1e-4, atol=1e-5)
+    for s in range(5):
+        with torch.no_grad(), posterior(model, first_sample=s, kind=kind):
+            alone = model(input_ids=IDS).logits.double().log_softmax(-1)
+        torch.testing.assert_close(found.sample_log_probs[s], alone, rtol=1e-4, atol=1e-5)
+    default = predict(model, {"input_ids": IDS}, n_samples=5)
+    assert torch.allclose(default.probs, found.probs, atol=1e-5) == (kind == "antithetic")
+
+
+def test_token_scope_is_the_noise_of_training() -> None:
+    """Draw s is a training pass of BLoB under the key fold_in(key(seed), s): the authors' prediction."""
+    model = bert()
+    found = predict(
+        model, {"input_ids": IDS}, n_samples=3, seed=4, scope="token", return_samples=True
+    )
+    state = noise_state(model)
+    for s in range(3):
+        with torch.no_grad(), posterior(model, "flipout"):
+            held = state.snapshot()
+            held.held, held.keys = True, {CPU: random.fold_in(random.key(4), s)}
+            with using(state, held):
+                alone = model(input_ids=IDS).logits.double().log_softmax(-1)
+        torch.testing.assert_close(found.sample_log_probs[s], alone, rtol=1e-4, atol=1e-5)
+    same = predict(model, {"input_ids": IDS[:1].repeat(3, 1)}, n_samples=2, scope="token")
+    assert (same.probs[0] - same.probs[1]).abs().max() > 1e-4  # each token has signs of its own
+    coherent = predict(model, {"input_ids": IDS[:1].repeat(3, 1)}, n_samples=2)
+    torch.testing.assert_close(coherent.probs[0], coherent.probs[1])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_two_scopes_have_the_same_law_for_one_token(mode: str) -> None:
+    """Mean and variance of one layer's output over draws; several tokens differ in their covariance."""
+    model = bert()
+    item = bayes_layers(model)[0]
+    x = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(5))
+    x[0, 1] = x[0, 0]
+    folded = x.expand(600, -1, -1)
+    outputs = {}
+    for scope in ("example", "token"):
+        with torch.no_grad(), posterior(model, n_samples=600, kind="independent", scope=scope):
+            outputs[scope] = item.layer.train(mode == "train")(folded).double()
+    variances = {scope: y[:, 0].var(0) for scope, y in outputs.items()}
+    torch.testing.assert_close(variances["token"], variances["example"], rtol=0.35, atol=0)
+    ratio = variances["token"].mean() / variances["example"].mean()
+    assert 0.85 < ratio < 1.18
+    assert torch.equal(outputs["example"][:, 0], outputs["example"][:, 1])
+    signs = torch.nn.functional.cosine_similarity(
+        outputs["token"][:, 0] - outputs["token"][:, 0].mean(0),
+        outputs["token"][:, 1] - outputs["token"][:, 1].mean(0),
+    )
+    assert signs.mean().abs() < 0.15
+
+
+def test_pairs_lower_the_error_of_probabilities() -> None:
+    """They cancel what is linear in the deviation: where that is small, nearly all of the error."""
+    model = bert()
+    for item in bayes_layers(model):
+        item.rho.data.mul_(0.1)
+    batch = {"input_ids": IDS}
+    truth = predict(model, batch, n_samples=100, seed=99).probs
+
+    def error(kind: str) -> float:
+        found = [predict(model, batch, n_samples=6, seed=s, draws=kind).probs for s in range(8)]
+        return float(torch.stack([(p - truth).square().mean() for p in found]).mean())
+
+    assert error("antithetic") < 0.3 * error("independent")
+
+
+@pytest.mark.parametrize("kind", ["antithetic", "independent"])
+@pytest.mark.parametrize("per_pass", [2, 3, 6])
+def test_corrected_mutual_information(kind: str, per_pass: int) -> None:
+    """That of the metrics on the kept draws, whatever number of draws shares a pass."""
+    model = bert()
+    options = {"n_samples": 6, "draws": kind, "return_samples": True}
+    found = predict(model, {"input_ids": IDS}, samples_per_pass=per_pass, **options)
+    group = 2 if kind == "antithetic" else 1
+    expected = metrics.corrected_mutual_information(found.sample_log_probs, group=group)
+    torch.testing.assert_close(found.corrected_mutual_information, expected)
+    assert bool((found.corrected_mutual_information > found.mutual_information).all())
+    batches = [{"input_ids": IDS[:2]}, {"input_ids": IDS[2:]}]
+    joined = predict_dataset(model, batches, progress=False, n_samples=6, draws=kind)
+    torch.testing.assert_close(joined.corrected_mutual_information, expected, rtol=1e-3, atol=1e-6)
+    for n_samples in (0, 1, 2):
+        few = predict(model, {"input_ids": IDS}, n_samples=n_samples, draws=kind)
+        assert (few.corrected_mutual_information is None) == (n_samples < 2 * group)

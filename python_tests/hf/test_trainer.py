@@ -477,6 +477,8 @@ def test_errors(tmp_path: Path) -> None:
         ({"kl_mode": "both"}, "kl_mode must be one of"),
         ({"kl_weight": -1.0}, "kl_weight must not be negative"),
         ({"eval_samples": -2}, "eval_samples must not be negative"),
+        ({"eval_draws": "pairs"}, "eval_draws must be one of"),
+        ({"eval_scope": "none"}, "eval_scope must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             BayesTrainer(model=bert(), args=args, train_dataset=CLASSES, **options)

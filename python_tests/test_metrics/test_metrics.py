@@ -296,6 +296,41 @@ def test_mutual_information_of_few_samples_is_low_by_one_part_in_their_number(co
     assert np.mean(few) * count / (count - 1) == pytest.approx(many, rel=0.02)
 
 
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("count", [4, 10])
+def test_corrected_mutual_information_is_right_on_average(group: int, count: int):
+    """Of independent samples, and of antithetic pairs, whose mutual information is not as low."""
+    generator = torch.Generator().manual_seed(count)
+    half = 1.5 * torch.randn(2000, 40, 3, generator=generator, dtype=torch.float64)
+    logits = half if group == 1 else torch.stack([half, -half], 1).flatten(0, 1)
+    samples = (logits + torch.tensor([1.0, 0.0, 0.0])).log_softmax(-1)
+    true = float(metrics.mutual_information(samples).mean())
+    parts = samples.unflatten(0, (-1, count)).transpose(0, 1).flatten(1, 2)
+    corrected = float(metrics.corrected_mutual_information(parts, group=group).mean())
+    few = float(metrics.mutual_information(parts).mean())
+    assert corrected == pytest.approx(true, rel=0.02 if group == 2 else 0.08)
+    assert few < (0.98 if group == 2 else 0.92) * true
+
+
+def test_corrected_mutual_information_is_the_leading_term_of_the_jackknife():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 8, 4, dtype=torch.float64) + 0.02 * torch.randn(
+        6, 8, 4, generator=generator, dtype=torch.float64
+    )
+    samples = logits.log_softmax(-1)
+    whole = metrics.predictive_entropy(metrics.mixture_log_probs(samples))
+    without = [
+        metrics.predictive_entropy(metrics.mixture_log_probs(samples[torch.arange(6) != i]))
+        for i in range(6)
+    ]
+    jackknife = 6 * whole - 5 * torch.stack(without).mean(0) - metrics.expected_entropy(samples)
+    found = metrics.corrected_mutual_information(samples)
+    torch.testing.assert_close(found, jackknife, rtol=1e-2, atol=0)
+    for bad in ({"group": 0}, {"group": 4}, {"group": 6}):
+        with pytest.raises(ValueError, match="two groups or more"):
+            metrics.corrected_mutual_information(samples, **bad)
+
+
 # evaluate
 
 

@@ -99,7 +99,7 @@ class DropoutDraws(WeightDraws):
     divisible = False  # masks go by a token's place in the batch
 
     def weights(
-        self, draw: bool, *, n_samples: int, seed: int, first_sample: int
+        self, draw: bool, *, n_samples: int, seed: int, first_sample: int, **law: str
     ) -> AbstractContextManager[None]:
         """Dropout masks of these draws."""
         if not draw:

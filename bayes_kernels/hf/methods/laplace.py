@@ -381,7 +381,7 @@ class LaplacePredictor:
         seed: int,
         choices: Sequence[int] | None,
         return_samples: bool,
-        **memory: Any,
+        **others: Any,
     ) -> Prediction:
         """As `bayes_kernels.hf.predict`; memory does not depend on the number of draws.
 

@@ -555,7 +555,7 @@ class LastLayerDraws:
         seed: int,
         choices: Sequence[int] | None,
         return_samples: bool,
-        **memory: Any,
+        **others: Any,
     ) -> Prediction:
         """As `bayes_kernels.hf.predict`; memory does not depend on the number of draws.
 

@@ -35,7 +35,7 @@ from ..config import BayesLoraConfig, option
 from ..layers import bayes_layers
 from ..logits import Prediction, need_classes
 from ..method import PAPERS, Conversion, Method, default_options
-from ..noise import NoiseState
+from ..noise import DRAW_SCOPES, KINDS, NoiseState
 from ..predict import predict
 from ..swap import adapted_layers, lora_options, make_bayesian, mean_factors, the_adapter
 from ..undo import as_before_if_stopped
@@ -206,6 +206,8 @@ def tfb_(
     per_anchor: bool = False,
     n_samples: int = 10,
     seed: int = 0,
+    draws: str = "antithetic",
+    scope: str = "example",
     choices: Sequence[int] | None = None,
     layers: Sequence[str] | None = None,
     batch_size: int = 16,
@@ -223,7 +225,7 @@ def tfb_(
     * "nll": |NLL(sigma_q) - NLL(mean)| / NLL(mean) <= tolerance (0.003): little noise for an adapter
       that fits its anchors,
 
-    with NLL and accuracy of the mean prediction of n_samples coherent draws, as `predict` makes it.
+    with NLL and accuracy of the mean prediction of n_samples draws, as `predict` makes it.
     All evaluations use the same draws of eps (common random numbers), so that the changes are a smooth
     function of sigma_q. The noise of the update is scaling * sigma_q, as published.
 
@@ -250,6 +252,9 @@ def tfb_(
             its tolerance of 0.003 then is one of 150 % with 500 anchors.
         n_samples: draws of an evaluation.
         seed: their seed.
+        draws: how they hang together: "antithetic", "independent" or "shared"; see `predict`.
+        scope: "example": the weights of a draw are one set for all tokens; "token": the authors'
+            prediction noise; see `predict`.
         choices: ids of the answer tokens, for causal language models; see `predict`.
         layers: names, or last parts of names, of the adapted layers that get noise; None for all.
         batch_size, collate_fn: for a data set.
@@ -275,6 +280,8 @@ def tfb_(
         rule=rule,
         search=search,
         n_samples=n_samples,
+        draws=draws,
+        scope=scope,
         layers=layers,
     )
     if choices is None:
@@ -284,6 +291,8 @@ def tfb_(
     batches = _with_labels(_batches(anchors, batch_size, collate_fn), labels)
     options: dict[str, Any] = {
         "seed": seed,
+        "draws": draws,
+        "scope": scope,
         "choices": choices,
         "samples_per_pass": samples_per_pass,
     }
@@ -364,6 +373,7 @@ def check_options(**options: Any) -> None:
     """
     options = {**default_options(tfb_), **options}
     words = {"metric": METRICS, "labels": LABELS, "rule": RULES, "search": SEARCHES}
+    words.update(draws=KINDS, scope=DRAW_SCOPES)
     for name, allowed in words.items():
         word = options[name]
         if word not in allowed:

@@ -139,6 +139,8 @@ def predict_examples(
     *,
     n_samples: int = 0,
     seed: int = 0,
+    draws: str = "antithetic",
+    scope: str = "example",
     batch_size: int = 16,
     progress: bool = True,
     label: str = "predict",
@@ -153,6 +155,7 @@ def predict_examples(
         examples: At least one.
         n_samples: Posterior draws; 0 for the mean, and for adapters without a posterior.
         seed: Seed of the draws.
+        draws, scope: As in `bayes_kernels.hf.predict`.
         batch_size: Examples of a batch.
         progress: Whether to show a bar when it takes longer than two seconds.
         label: Name of the bar.
@@ -172,7 +175,7 @@ def predict_examples(
         batch = encoder.collate([items[i] for i in chunk])
         synchronise(model)
         begin = time.perf_counter()
-        part = predict(model, batch, n_samples=n_samples, seed=seed)
+        part = predict(model, batch, n_samples=n_samples, seed=seed, draws=draws, scope=scope)
         synchronise(model)
         times.append(time.perf_counter() - begin)
         assert isinstance(part, Prediction), type(part)  # tasks have classes
@@ -192,6 +195,7 @@ def predict_examples(
         log_probs=joined.log_probs[back],
         entropy=joined.entropy[back],
         expected_entropy=joined.expected_entropy[back],
+        entropy_bias=None if joined.entropy_bias is None else joined.entropy_bias[back],
     )
     return prediction, milliseconds
 

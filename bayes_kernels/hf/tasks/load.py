@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checks import RECORD_NAME
 from ..method import METHODS, Method
+from ..noise import DRAW_SCOPES, KINDS
 from ..predict import predictor_of
 from .adapters import Base, load_adapter, pick_device
 from .answers import Answers, predict_examples
@@ -59,6 +60,10 @@ def load(
         recipe = settings["recipe"]
         draws = recipe["n_samples"] if recipe["n_samples"] is not None else method.n_samples
         batch_size, seed = recipe["eval_batch_size"], settings["seed"]
+        law = {
+            "draws": recipe.get("draws", KINDS[0]),
+            "scope": recipe.get("draw_scope", DRAW_SCOPES[0]),
+        }
     bases = []
     for record in records:
         with readable(record.folder):
@@ -82,7 +87,7 @@ def load(
         draws = len(records)
     if not (method.bayesian and predictor_of(found).draws):
         draws = 0
-    return SavedAdapter(found, loaded[0][1], method, draws, seed, batch_size)
+    return SavedAdapter(found, loaded[0][1], method, draws, seed, batch_size, **law)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +101,7 @@ class SavedAdapter:
         n_samples: Default number of posterior draws; 0 for one set of weights.
         seed: Default seed of the draws.
         batch_size: Default number of texts in a batch.
+        draws, scope: Defaults of these arguments of `bayes_kernels.hf.predict`.
     """
 
     model: nn.Module = dataclasses.field(repr=False)
@@ -104,6 +110,8 @@ class SavedAdapter:
     n_samples: int
     seed: int
     batch_size: int
+    draws: str = KINDS[0]
+    scope: str = DRAW_SCOPES[0]
 
     @property
     def task(self) -> Task:
@@ -123,6 +131,8 @@ class SavedAdapter:
         choices: Sequence[Sequence[str]] | None = None,
         n_samples: int | None = None,
         seed: int | None = None,
+        draws: str | None = None,
+        scope: str | None = None,
         batch_size: int | None = None,
         progress: bool = True,
     ) -> Answers:
@@ -134,6 +144,7 @@ class SavedAdapter:
             choices: The candidate answers of each, for multiple choice only.
             n_samples: Posterior draws; 0 is the mean. By default what the run used.
             seed: Seed of the draws; by default that of the run.
+            draws, scope: As in `bayes_kernels.hf.predict`; by default as in the run.
             batch_size: Texts in a batch.
             progress: Whether to show a bar when it takes longer than two seconds.
 
@@ -158,7 +169,13 @@ class SavedAdapter:
             for i, text in enumerate(texts)
         ]
         return self.predict_examples(
-            examples, n_samples=n_samples, seed=seed, batch_size=batch_size, progress=progress
+            examples,
+            n_samples=n_samples,
+            seed=seed,
+            draws=draws,
+            scope=scope,
+            batch_size=batch_size,
+            progress=progress,
         )
 
     def predict_examples(
@@ -167,6 +184,8 @@ class SavedAdapter:
         *,
         n_samples: int | None = None,
         seed: int | None = None,
+        draws: str | None = None,
+        scope: str | None = None,
         batch_size: int | None = None,
         progress: bool = True,
     ) -> Answers:
@@ -175,6 +194,7 @@ class SavedAdapter:
         Raises:
             ValueError: As `predict`.
         """
+        self.method.check_draws(draws or KINDS[0], scope or DRAW_SCOPES[0])
         examples = [self._checked(example) for example in examples]
         task = dataclasses.replace(self.task, test=list(examples))  # how many choices there are
         prediction, _ = predict_examples(
@@ -183,6 +203,8 @@ class SavedAdapter:
             examples,
             n_samples=self.n_samples if n_samples is None else n_samples,
             seed=self.seed if seed is None else seed,
+            draws=draws or self.draws,
+            scope=scope or self.scope,
             batch_size=batch_size or self.batch_size,
             progress=progress,
         )
