@@ -223,6 +223,7 @@ def _prior(config: Mapping[str, Any]) -> str:
 # The paper's setting for Llama-2; its Llama-3.1-8B has prior_std 0.15 and kl_lr 0.0075.
 PUBLISHED = {
     **PAPERS,
+    "draw_scope": "token",
     "options": {"kl_schedule": "published", "kl_lr": 0.01, "prior_std": 0.2, "scope": "token"},
 }
 

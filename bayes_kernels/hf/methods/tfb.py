@@ -660,6 +660,7 @@ def _prior(config: Mapping[str, Any]) -> str:
 # The code's search by predictions that change; classes of the mean are the labels.
 PUBLISHED = {
     **PAPERS,
+    "draw_scope": "token",
     "options": {
         "anchors": 500,
         "metric": "flips",
