@@ -220,6 +220,39 @@ def flipout_lora(
     return y if base is None else base + y
 
 
+def lora_group(
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    base: Sequence[Tensor] | None = None,
+    *,
+    scaling: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """`lora` for each of several adapters that share x."""
+    bases = [None] * len(a) if base is None else base
+    return tuple(lora(x, *one, scaling=s) for *one, s in zip(a, b, bases, scaling, strict=True))
+
+
+def flipout_lora_group(
+    x: Tensor,
+    mean: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    b: Sequence[Tensor],
+    base: Sequence[Tensor] | None = None,
+    *,
+    scaling: Sequence[float],
+    noise: Sequence[DenseNoise],
+    std: str = "square",
+    dropout: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """`flipout_lora` for each of several adapters that share x, each with noise of its own."""
+    bases = [None] * len(mean) if base is None else base
+    return tuple(
+        flipout_lora(x, *one, scaling=s, noise=drawn, std=std, dropout=dropout)
+        for *one, s, drawn in zip(mean, rho, b, bases, scaling, noise, strict=True)
+    )
+
+
 def scaled_lora(
     x: Tensor,
     a: Tensor,

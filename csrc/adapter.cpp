@@ -13,6 +13,7 @@ namespace {
 
 struct Cpu {
   static constexpr bool always_draws = false;  // in place of E: for few tokens only
+  static constexpr int64_t decode_tokens = 0;  // whole adapters in one launch up to here
   static constexpr auto shrink_workspace = shrink_workspace_cpu;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cpu;
   static constexpr auto expand_workspace = expand_workspace_cpu;
@@ -26,6 +27,9 @@ struct Cpu {
 };
 struct Cuda {
   static constexpr bool always_draws = true;
+  static constexpr int64_t decode_tokens = kDecodeTokens;
+  static constexpr auto decode_workspace = decode_workspace_cuda;
+  static constexpr auto decode = decode_cuda;
   static constexpr auto shrink_workspace = shrink_workspace_cuda;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cuda;
   static constexpr auto expand_workspace = expand_workspace_cuda;
@@ -129,27 +133,58 @@ void set_noise(const char* op, Params& p, NoiseMatrix& matrix, const NoiseArgume
                          noise.dropout};
 }
 
+// The params of shrink without h, and what they point to.
+struct ShrinkCall {
+  Rows rows;
+  Tensor a;
+  NoiseMatrix matrix;
+  ShrinkParams p = {};
+};
+
+// Of the rows of x (..., n).
+ShrinkCall shrink_call(const char* op, const Tensor& x, const Tensor& first, NoiseMatrix matrix,
+                       const NoiseArguments& noise) {
+  ShrinkCall call{as_rows(x), factor(op, "a", first, x), std::move(matrix)};
+  ShrinkParams& p = call.p;
+  p.dtype = dtype_of(op, x);
+  p.tokens = call.rows.count;
+  p.n = call.rows.columns;
+  BK_CHECK(call.a.size(1) == p.n, op, ": a must have ", p.n, " columns, got ", call.a.size(1));
+  p.r = checked_rank(op, call.a.size(0));
+  p.x = call.rows.t.data_ptr();
+  p.x_stride = call.rows.stride;
+  p.a = call.a.data_ptr();
+  set_noise(op, p, call.matrix, noise, call.a, x);
+  return call;
+}
+
 // h (tokens, r) of the rows of x (..., n).
 template <class Device>
-Tensor shrink_rows(const char* op, const Tensor& x, const Tensor& first, NoiseMatrix matrix,
+Tensor shrink_rows(const char* op, const Tensor& x, const Tensor& a, NoiseMatrix matrix,
                    const NoiseArguments& noise) {
-  const Rows rows = as_rows(x);
-  const Tensor a = factor(op, "a", first, x);
-  ShrinkParams p{};
-  p.dtype = dtype_of(op, x);
-  p.tokens = rows.count;
-  p.n = rows.columns;
-  BK_CHECK(a.size(1) == p.n, op, ": a must have ", p.n, " columns, got ", a.size(1));
-  p.r = checked_rank(op, a.size(0));
-  p.x = rows.t.data_ptr();
-  p.x_stride = rows.stride;
-  p.a = a.data_ptr();
-  set_noise(op, p, matrix, noise, a, x);
-  Tensor h = empty_like_shape(x, {p.tokens, p.r}, accumulate_type(x));
-  if (p.tokens == 0) return h;
-  p.h = h.mutable_data_ptr();
-  launch(op, x, p, Device::shrink_workspace, Device::shrink);
+  ShrinkCall call = shrink_call(op, x, a, std::move(matrix), noise);
+  Tensor h = empty_like_shape(x, {call.p.tokens, call.p.r}, accumulate_type(x));
+  if (call.p.tokens == 0) return h;
+  call.p.h = h.mutable_data_ptr();
+  launch(op, x, call.p, Device::shrink_workspace, Device::shrink);
   return h;
+}
+
+// Several calls that share x: on the CPU in one pass.
+template <class Device>
+void shrink_together(const char* op, const Tensor& x, std::vector<ShrinkCall>& calls) {
+  if (Device::always_draws || calls.size() == 1) {
+    for (ShrinkCall& call : calls) launch(op, x, call.p, Device::shrink_workspace, Device::shrink);
+    return;
+  }
+  std::vector<ShrinkParams> list;
+  std::vector<Tensor> workspaces;
+  for (ShrinkCall& call : calls) {
+    workspaces.push_back(empty_like_shape(x, {Device::shrink_workspace(call.p)}, ScalarType::Byte));
+    call.p.workspace = workspaces.back().mutable_data_ptr();
+    list.push_back(call.p);
+  }
+  shrink_list_cpu(list.data(), static_cast<int64_t>(list.size()));
 }
 
 template <class Device>
@@ -224,43 +259,56 @@ std::tuple<Tensor, Tensor, Tensor> shrink_backward(Tensor dh, Tensor x, Tensor a
                                       need_da, need_de);
 }
 
-// y of the rows of h; `shape` is its own, (..., m), and that of base.
-template <class Device>
-Tensor expand_rows(const char* op, const Tensor& given, const Tensor& second,
-                   const std::optional<Tensor>& added, double scaling, ScalarType dtype,
-                   const std::vector<int64_t>& shape) {
-  const Tensor h = row_major(given);
-  const Tensor b = row_major(second);
-  BK_CHECK(b.dim() == 2 && b.size(1) == h.size(1), op, ": b must have ", h.size(1), " columns");
-  BK_CHECK(b.scalar_type() == h.scalar_type(), op, ": h and b must have the same dtype");
-  check_device(op, "b", b, h);
-  ExpandParams p{};
-  p.tokens = h.size(0);
+// The params of expand without h, and what they point to.
+struct ExpandCall {
+  Tensor b, y;
+  std::optional<Rows> base;
+  ExpandParams p = {};
+};
+
+// Of h (tokens, r) in the accumulate type of `like`; `shape` is that of y (..., m) and of base.
+ExpandCall expand_call(const char* op, const Tensor& like, int64_t tokens, int64_t r,
+                       const Tensor& second, const std::optional<Tensor>& added, double scaling,
+                       ScalarType dtype, const std::vector<int64_t>& shape) {
+  ExpandCall call{row_major(second), empty_like_shape(like, shape, dtype), {}};
+  const Tensor& b = call.b;
+  BK_CHECK(b.dim() == 2 && b.size(1) == r, op, ": b must have ", r, " columns");
+  BK_CHECK(b.scalar_type() == accumulate_type(like), op, ": h and b must have the same dtype");
+  check_device(op, "b", b, like);
+  ExpandParams& p = call.p;
+  p.tokens = tokens;
   p.m = b.size(0);
-  p.r = checked_rank(op, h.size(1));
-  p.h = h.data_ptr();
+  p.r = checked_rank(op, r);
   p.b = b.data_ptr();
   p.scaling = scaling;
-  Tensor y = empty_like_shape(h, shape, dtype);
-  p.dtype = dtype_of(op, y);
-  BK_CHECK(accumulate_type(y) == h.scalar_type(), op,
+  p.dtype = dtype_of(op, call.y);
+  BK_CHECK(accumulate_type(call.y) == accumulate_type(like), op,
            ": h and b must be float32 (float64 beside float64 outputs)");
-  std::optional<Rows> base;
   if (added.has_value()) {
     bool fits = added->dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i)
       fits = added->size(static_cast<int64_t>(i)) == shape[i];
     BK_CHECK(fits, op, ": base must have the output's shape, ", p.tokens, " rows of ", p.m);
     BK_CHECK(added->scalar_type() == dtype, op, ": base must have the output's dtype");
-    check_device(op, "base", *added, h);
-    base = as_rows(*added);
-    p.base = base->t.data_ptr();
-    p.base_stride = base->stride;
+    check_device(op, "base", *added, like);
+    call.base = as_rows(*added);
+    p.base = call.base->t.data_ptr();
+    p.base_stride = call.base->stride;
   }
-  if (p.tokens == 0 || p.m == 0) return y;
-  p.y = y.mutable_data_ptr();
-  launch(op, h, p, Device::expand_workspace, Device::expand);
-  return y;
+  p.y = call.y.mutable_data_ptr();
+  return call;
+}
+
+template <class Device>
+Tensor expand_rows(const char* op, const Tensor& given, const Tensor& b,
+                   const std::optional<Tensor>& base, double scaling, ScalarType dtype,
+                   const std::vector<int64_t>& shape) {
+  const Tensor h = row_major(given);
+  ExpandCall call = expand_call(op, h, h.size(0), h.size(1), b, base, scaling, dtype, shape);
+  if (call.p.tokens == 0 || call.p.m == 0) return call.y;
+  call.p.h = h.data_ptr();
+  launch(op, h, call.p, Device::expand_workspace, Device::expand);
+  return call.y;
 }
 
 template <class Device>
@@ -316,32 +364,121 @@ std::tuple<Tensor, Tensor> expand_backward(Tensor dy, Tensor h, Tensor b, double
                                       need_db);
 }
 
-// The whole adapter in one call: the kernels of scaled_normal, shrink and expand in turn, or, on a
-// GPU and for few tokens, of shrink and expand; with keep_draw the CPU keeps normals from call to
-// call. Returns the output and h.
+// One of the adapters of a call.
+struct Adapter {
+  Tensor a;
+  std::optional<Tensor> rho;
+  Tensor b;
+  std::optional<Tensor> base;
+  int64_t stream;
+  double scaling;
+};
+
+// Outputs, and h of each where it was asked for.
+using Outputs = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
+
+// Whole adapters that share x, in one launch for each kMaxDecodeItems of them.
 template <class Device>
-std::tuple<Tensor, Tensor> whole(const char* op, const Tensor& x, const Tensor& a,
-                                 const std::optional<Tensor>& rho, const Tensor& b,
-                                 const std::optional<Tensor>& base, const NoiseArguments& noise,
-                                 const std::string& std, double scaling, bool keep_draw) {
-  BK_CHECK(x.dim() >= 1 && a.dim() == 2 && b.dim() == 2, op,
-           ": x must have shape (..., n), a and b two dimensions");
-  // Before the first launch: shrink would read what lies elsewhere.
-  check_device(op, "b", b, x);
-  if (base.has_value()) check_device(op, "base", *base, x);
-  OptionalDeviceGuard guard(x);
-  std::vector<int64_t> shape = shape_of(x);
-  shape.back() = b.size(0);
-  const int64_t tokens = row_count(x);
-  const bool few = tokens > 0 && tokens <= few_shrink_tokens(checked_rank(op, a.size(0)));
-  NoiseMatrix matrix = noise_matrix<Device>(op, rho, a, noise, std, x, few);
-  if (!Device::always_draws && keep_draw && matrix.draw.rho != nullptr) {
-    matrix.kept = kept_normals(noise.key->const_data_ptr<int64_t>(), noise.stream, a.numel());
-    matrix.draw.eps = matrix.kept.get();
+Outputs decode(const char* op, const Tensor& x, int64_t tokens,
+               const std::vector<Adapter>& adapters, const NoiseArguments& noise,
+               const std::string& std, const std::vector<std::vector<int64_t>>& shapes,
+               bool need_h) {
+  Outputs out;
+  auto& [ys, hs] = out;
+  for (size_t first = 0; first < adapters.size(); first += kMaxDecodeItems) {
+    std::vector<ShrinkCall> shrinks;  // alive until the launch
+    std::vector<ExpandCall> expands;
+    DecodeParams p{};
+    for (size_t i = first; i < adapters.size() && p.items < kMaxDecodeItems; ++i) {
+      const Adapter& one = adapters[i];
+      NoiseArguments own = noise;
+      own.stream = one.stream;
+      shrinks.push_back(shrink_call(
+          op, x, one.a, noise_matrix<Device>(op, one.rho, one.a, own, std, x, /*few=*/true), own));
+      const ShrinkParams& s = shrinks.back().p;
+      const ScalarType dtype = one.base.has_value() ? one.base->scalar_type() : x.scalar_type();
+      expands.push_back(
+          expand_call(op, x, tokens, s.r, one.b, one.base, one.scaling, dtype, shapes[i]));
+      const ExpandParams& e = expands.back().p;
+      ys.push_back(expands.back().y);
+      if (need_h) hs.push_back(empty_like_shape(x, {tokens, s.r}, ScalarType::Float));
+      p.dtype = s.dtype;
+      p.x = s.x;
+      p.x_stride = s.x_stride;
+      p.noise = s.noise;
+      p.std = s.draw.std;
+      p.tokens = tokens;
+      p.n = s.n;
+      p.item[p.items++] = {
+          s.a,        e.b,           s.draw.rho, s.draw.row_constant,
+          e.base,     e.base_stride, e.y,        need_h ? hs.back().mutable_data_ptr() : nullptr,
+          e.dtype,    e.m,           one.stream, s.r,
+          one.scaling};
+    }
+    launch(op, x, p, Device::decode_workspace, Device::decode);
   }
-  const Tensor h = shrink_rows<Device>(op, x, a, std::move(matrix), noise);
-  const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
-  return {expand_rows<Device>(op, h, b, base, scaling, dtype, shape), h};
+  return out;
+}
+
+// Whole adapters in one call: one launch on a GPU for few tokens; elsewhere the kernels of
+// scaled_normal, shrink and expand in turn, or, on a GPU and for few tokens, of shrink and expand.
+// With keep_draw the CPU keeps normals from call to call.
+template <class Device>
+Outputs whole(const char* op, const Tensor& x, const std::vector<Adapter>& adapters,
+              const NoiseArguments& noise, const std::string& std, bool keep_draw, bool need_h) {
+  BK_CHECK(x.dim() >= 1, op, ": x must have shape (..., n)");
+  const int64_t tokens = row_count(x);
+  bool decodes = tokens > 0 && tokens <= Device::decode_tokens && x.size(-1) > 0;
+  std::vector<std::vector<int64_t>> shapes(adapters.size(), shape_of(x));
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const Adapter& one = adapters[i];
+    BK_CHECK(one.a.dim() == 2 && one.b.dim() == 2, op, ": a and b must have two dimensions");
+    // Before the first launch: shrink would read what lies elsewhere.
+    check_device(op, "b", one.b, x);
+    if (one.base.has_value()) check_device(op, "base", *one.base, x);
+    shapes[i].back() = one.b.size(0);
+    decodes = decodes && one.b.size(0) > 0;
+  }
+  OptionalDeviceGuard guard(x);
+  if constexpr (Device::decode_tokens > 0) {
+    if (decodes) return decode<Device>(op, x, tokens, adapters, noise, std, shapes, need_h);
+  }
+  const auto output = [&](size_t i, const Tensor& h) {
+    const Adapter& one = adapters[i];
+    const ScalarType dtype = one.base.has_value() ? one.base->scalar_type() : x.scalar_type();
+    return expand_rows<Device>(op, h, one.b, one.base, one.scaling, dtype, shapes[i]);
+  };
+  const auto shrink = [&](size_t i) {
+    const Adapter& one = adapters[i];
+    NoiseArguments own = noise;
+    own.stream = one.stream;
+    const bool few = tokens > 0 && tokens <= few_shrink_tokens(checked_rank(op, one.a.size(0)));
+    NoiseMatrix matrix = noise_matrix<Device>(op, one.rho, one.a, own, std, x, few);
+    if (!Device::always_draws && keep_draw && matrix.draw.rho != nullptr) {
+      matrix.kept =
+          kept_normals(own.key->template const_data_ptr<int64_t>(), own.stream, one.a.numel());
+      matrix.draw.eps = matrix.kept.get();
+    }
+    return shrink_call(op, x, one.a, std::move(matrix), own);
+  };
+  Outputs out;
+  auto& [ys, hs] = out;
+  for (size_t first = 0; first < adapters.size(); first += kMaxShrinkList) {
+    const size_t end = std::min(adapters.size(), first + kMaxShrinkList);
+    std::vector<ShrinkCall> calls;
+    std::vector<Tensor> made;
+    for (size_t i = first; i < end; ++i) {
+      calls.push_back(shrink(i));
+      made.push_back(empty_like_shape(x, {tokens, calls.back().p.r}, accumulate_type(x)));
+      calls.back().p.h = made.back().mutable_data_ptr();
+    }
+    if (tokens > 0) shrink_together<Device>(op, x, calls);
+    for (size_t i = first; i < end; ++i) {
+      ys.push_back(output(i, made[i - first]));
+      if (need_h) hs.push_back(made[i - first]);
+    }
+  }
+  return out;
 }
 
 template <class Device>
@@ -350,9 +487,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> rho
                                    int64_t stream, int64_t row0, int64_t rows_per_id,
                                    std::optional<Tensor> ids, double dropout, std::string std,
                                    double scaling) {
-  return whole<Device>("adapter_forward", x, a, rho, b, base,
-                       {key, stream, row0, rows_per_id, ids, dropout}, std, scaling,
-                       /*keep_draw=*/false);
+  const auto [ys, hs] = whole<Device>("adapter_forward", x, {{a, rho, b, base, stream, scaling}},
+                                      {key, stream, row0, rows_per_id, ids, dropout}, std,
+                                      /*keep_draw=*/false, /*need_h=*/true);
+  return {ys[0], hs[0]};
 }
 
 // Stands for devices and layouts without kernels.
@@ -366,9 +504,10 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> train(
     std::optional<Tensor> ids, double dropout, std::string std, double scaling) {
   if constexpr (!std::is_same_v<Device, NoDevice>) {
     try {
-      return whole<Device>("adapter_train", x, a, rho, b, base,
-                           {key, stream, row0, rows_per_id, ids, dropout}, std, scaling,
-                           /*keep_draw=*/false);
+      const auto [ys, hs] = whole<Device>("adapter_train", x, {{a, rho, b, base, stream, scaling}},
+                                          {key, stream, row0, rows_per_id, ids, dropout}, std,
+                                          /*keep_draw=*/false, /*need_h=*/true);
+      return {ys[0], hs[0]};
     } catch (const ArgumentError&) {
     }
   }
@@ -383,13 +522,41 @@ std::optional<Tensor> infer(Tensor x, Tensor a, std::optional<Tensor> rho, Tenso
                             double dropout, std::string std, double scaling) {
   if constexpr (!std::is_same_v<Device, NoDevice>) {
     try {
-      return std::get<0>(whole<Device>("adapter_infer", x, a, rho, b, base,
-                                       {key, stream, row0, rows_per_id, ids, dropout}, std, scaling,
-                                       /*keep_draw=*/true));
+      return std::get<0>(whole<Device>("adapter_infer", x, {{a, rho, b, base, stream, scaling}},
+                                       {key, stream, row0, rows_per_id, ids, dropout}, std,
+                                       /*keep_draw=*/true, /*need_h=*/false))[0];
     } catch (const ArgumentError&) {
     }
   }
   return std::nullopt;
+}
+
+// Adapters that share x: outputs, and with `train` h of each; nothing where the op does not take an
+// argument. rho, base: empty, or one for each adapter.
+template <class Device>
+Outputs group(Tensor x, std::vector<Tensor> a, std::vector<Tensor> rho, std::vector<Tensor> b,
+              std::vector<Tensor> base, std::optional<Tensor> key, std::vector<int64_t> streams,
+              int64_t row0, int64_t rows_per_id, std::optional<Tensor> ids, double dropout,
+              std::string std, std::vector<double> scaling, bool train) {
+  constexpr const char* op = "adapter_group";
+  if constexpr (!std::is_same_v<Device, NoDevice>) {
+    try {
+      const auto fits = [&](size_t size) { return size == 0 || size == a.size(); };
+      BK_CHECK(b.size() == a.size() && streams.size() == a.size() && scaling.size() == a.size() &&
+                   fits(rho.size()) && fits(base.size()),
+               op, ": lists must have one entry for each adapter");
+      std::vector<Adapter> adapters;
+      for (size_t i = 0; i < a.size(); ++i)
+        adapters.push_back({a[i], rho.empty() ? std::nullopt : std::optional<Tensor>(rho[i]), b[i],
+                            base.empty() ? std::nullopt : std::optional<Tensor>(base[i]),
+                            streams[i], scaling[i]});
+      const int64_t first = streams.empty() ? 0 : streams[0];
+      return whole<Device>(op, x, adapters, {key, first, row0, rows_per_id, ids, dropout}, std,
+                           /*keep_draw=*/!train, /*need_h=*/train);
+    } catch (const ArgumentError&) {
+    }
+  }
+  return {};
 }
 
 // The derivatives of forward in one call: the kernels of expand_backward, scaled_normal,
@@ -445,6 +612,7 @@ void adapter_ops(Library& m) {
   m.impl("adapter_forward", TORCH_BOX(&forward<Device>));
   m.impl("adapter_train", TORCH_BOX(&train<Device>));
   m.impl("adapter_infer", TORCH_BOX(&infer<Device>));
+  m.impl("adapter_group", TORCH_BOX(&group<Device>));
   m.impl("adapter_backward", TORCH_BOX(&backward<Device>));
   m.impl("adapter_expand_backward", TORCH_BOX(&expand_backward<Device>));
 }
@@ -452,6 +620,7 @@ BK_REGISTER(adapter_ops)
 STABLE_TORCH_LIBRARY_IMPL(BK_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("adapter_train", TORCH_BOX(&train<NoDevice>));
   m.impl("adapter_infer", TORCH_BOX(&infer<NoDevice>));
+  m.impl("adapter_group", TORCH_BOX(&group<NoDevice>));
 }
 
 }  // namespace

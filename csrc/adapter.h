@@ -110,6 +110,47 @@ struct ExpandBackwardParams {
   AdapterTickets tickets = {};
 };
 
+// CUDA only: whole adapters that share x, h b^T after h, in one launch. For few tokens.
+constexpr int64_t kDecodeTokens = 16;
+constexpr int kMaxDecodeItems = 8;
+
+struct DecodeItem {
+  const void *a, *b;  // as in shrink and expand, fp32
+  const void* rho;    // (r, n) or (r, 1), of all items or of none
+  bool row_constant;
+  const void* base;  // or null
+  int64_t base_stride;
+  void* y;
+  void* h;      // or null
+  DType dtype;  // of base and y
+  int64_t m, stream;
+  int r;
+  double scaling;
+};
+
+struct DecodeParams {
+  DType dtype;
+  const void* x;
+  int64_t x_stride;
+  AdapterNoise noise;  // each item has a stream of its own
+  Std std;
+  void* workspace;  // decode_workspace bytes
+  int64_t tokens, n;
+  int items;
+  DecodeItem item[kMaxDecodeItems];
+};
+
+int64_t decode_workspace_cuda(const DecodeParams& p);
+const char* decode_cuda(const DecodeParams& p, void* stream);
+
+// CPU only: shrink of 1 to kMaxShrinkList adapters that share x, which is read from memory once
+// where they have one rank; the numbers are those of shrink.
+constexpr int64_t kMaxShrinkList = 8;
+void shrink_list_cpu(const ShrinkParams* p, int64_t count);
+void shrink_list_baseline(const ShrinkParams* p, int64_t count);
+void shrink_list_avx2(const ShrinkParams* p, int64_t count);
+void shrink_list_avx512(const ShrinkParams* p, int64_t count);
+
 // Each returns null on success or the text of an error. Zero tokens are handled by the caller.
 #define BK_DECLARE_ADAPTER(device)                                                   \
   int64_t shrink_workspace_##device(const ShrinkParams& p);                          \

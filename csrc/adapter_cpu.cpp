@@ -10,6 +10,7 @@
 // in task order: the same bits for any number of threads.
 #include "adapter.h"
 
+#include <optional>
 #include <type_traits>
 
 #include "cpu_isa.h"
@@ -395,6 +396,10 @@ struct Grid {
   int64_t chunk, chunks;      // tokens of one task; number of them
   int64_t segment, segments;  // columns
   int64_t tasks() const { return chunks * segments; }
+  bool operator==(const Grid& other) const {
+    return chunk == other.chunk && chunks == other.chunks && segment == other.segment &&
+           segments == other.segments;
+  }
 };
 
 constexpr int64_t kFewTokens = 2;  // expand does without a transposed copy of b up to here
@@ -569,25 +574,60 @@ struct Shrink {
     parts = grid.segments > 1 ? arena.template take<A>(grid.segments * p.tokens * p.r) : nullptr;
   }
 
-  void run() {
-    const Keys keys(p.noise);
-    const Rows<const A> a = padded(static_cast<const A*>(p.a), p.r, p.n, a_copy);
-    const Rows<const A> e = padded(static_cast<const A*>(p.e), p.r, p.n, e_copy);
-    A* h = static_cast<A*>(p.h);
-    run_tasks(grid, rows, [&](int64_t chunk, int64_t segment) {
-      const int64_t row = chunk * grid.chunk;
-      A* out = grid.segments > 1 ? parts + segment * p.tokens * p.r : h;
-      if (p.noise.dropout > 0.0)
-        task<true>(keys, a, e, row, segment * grid.segment, out);
-      else
-        task<false>(keys, a, e, row, segment * grid.segment, out);
+  // What the tasks of a call share.
+  struct Shared {
+    Keys keys;
+    Rows<const A> a, e;
+  };
+  Shared begin() const {
+    return {Keys(p.noise), padded(static_cast<const A*>(p.a), p.r, p.n, a_copy),
+            padded(static_cast<const A*>(p.e), p.r, p.n, e_copy)};
+  }
+  void run_task(const Shared& s, int64_t chunk, int64_t segment) const {
+    const int64_t row = chunk * grid.chunk;
+    A* out = grid.segments > 1 ? parts + segment * p.tokens * p.r : static_cast<A*>(p.h);
+    if (p.noise.dropout > 0.0)
+      task<true>(s.keys, s.a, s.e, row, segment * grid.segment, out);
+    else
+      task<false>(s.keys, s.a, s.e, row, segment * grid.segment, out);
+  }
+  void end() const {
+    const int64_t size = p.tokens * p.r;
+    if (grid.segments > 1) add_parts(parts, grid.segments, size, size, static_cast<A*>(p.h));
+  }
+
+  void run() const {
+    const Shared shared = begin();
+    run_tasks(grid, rows,
+              [&](int64_t chunk, int64_t segment) { run_task(shared, chunk, segment); });
+    end();
+  }
+
+  // Several adapters of one x: a task does all of them, while its part of x is in the cache.
+  // Those whose tasks are cut in another way come before, one by one.
+  static void run_list(const ShrinkParams* p, int64_t count) {
+    std::optional<Shrink> op[kMaxShrinkList];
+    std::optional<Shared> shared[kMaxShrinkList];
+    int work = 0;
+    int64_t together = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      op[together].emplace(p[i]);
+      if (!(op[together]->grid == op[0]->grid)) {
+        op[together]->run();
+        continue;
+      }
+      shared[together].emplace(op[together]->begin());
+      work += op[together++]->rows;
+    }
+    run_tasks(op[0]->grid, work, [&](int64_t chunk, int64_t segment) {
+      for (int64_t i = 0; i < together; ++i) op[i]->run_task(*shared[i], chunk, segment);
     });
-    if (grid.segments > 1) add_parts(parts, grid.segments, p.tokens * p.r, p.tokens * p.r, h);
+    for (int64_t i = 0; i < together; ++i) op[i]->end();
   }
 
   template <bool drop>
   void task(const Keys& keys, Rows<const A> a, Rows<const A> e, int64_t row, int64_t column,
-            A* out) {
+            A* out) const {
     const int64_t tokens = smaller(grid.chunk, p.tokens - row);
     const int64_t stop = smaller(column + grid.segment, p.n);
     Vec<A> acc[kMaxProjectVectors + kLanes<A>];
@@ -631,7 +671,7 @@ struct Shrink {
   // acc += the two products of one tile of tokens and one block of columns.
   template <bool drop>
   void tile(const Keys& keys, Rows<const A> a, Rows<const A> e, int64_t row, int64_t tokens,
-            int64_t column, int64_t width, Ahead ahead, Vec<A>* acc) {
+            int64_t column, int64_t width, Ahead ahead, Vec<A>* acc) const {
     const int64_t vectors = ceil_div(width, kLanes<A>);
     alignas(64) A copy[kTileTokens * kPitch<A>];
     const A* keep = nullptr;
@@ -1040,6 +1080,9 @@ int64_t BK_CPU(expand_backward_workspace)(const ExpandBackwardParams& p) {
 }
 
 const char* BK_CPU(shrink)(const ShrinkParams& p, void*) { return launch<Shrink>(p); }
+void BK_CPU(shrink_list)(const ShrinkParams* p, int64_t count) {
+  with_op<Shrink>(*p, [&](const auto& op) { std::decay_t<decltype(op)>::run_list(p, count); });
+}
 const char* BK_CPU(shrink_backward)(const ShrinkBackwardParams& p, void*) {
   return launch<ShrinkBackward>(p);
 }

@@ -1,5 +1,6 @@
 // Adapter family on the GPU: which kernels run, over which grid, with what workspace.
 //
+//   whole adapters   decode                   of up to 16 tokens
 //   shrink           [prepare: E, fragments]  down
 //   expand                                    tile (up)
 //   expand_backward  [prepare: tickets]       tile (down and outer)
@@ -12,6 +13,7 @@
 
 #include <type_traits>
 
+#include "adapter_decode.cuh"
 #include "adapter_fma.cuh"
 #include "adapter_mma.cuh"
 #include "adapter_plan.h"
@@ -392,6 +394,110 @@ TilePlan plan(const ShrinkBackwardParams& p) {
 
 ShrinkPlan plan(const ShrinkParams& p) { return ShrinkPlan(p); }
 
+// ---- whole adapters -----------------------------------------------------------------------------
+
+// Numbers of splits and slices, by a block's bytes and normals: one launch takes 2.5 us, a
+// ticket 1.7 more, 32 KB of a factor 0.7, and 2,700 normals as long.
+constexpr int64_t kDecodeSplits = 32, kDecodeSlices = 16, kDecodeGrid = 256;
+constexpr int64_t kWithoutTicket = 8192;  // numbers of a factor that every block may take
+constexpr int64_t kSliceNumbers = 8192;
+
+struct DecodePlan {
+  DecodeArgs args{};
+  int blocks = 0, tickets = 0, rank = 0;
+  std::size_t shared_bytes = 0;
+  bool noise;
+  int64_t bytes;
+
+  explicit DecodePlan(const DecodeParams& p) : noise(p.items > 0 && p.item[0].rho != nullptr) {
+    Workspace workspace(p.workspace);
+    const int item = p.dtype == DType::kF32 ? 4 : 2;
+    const int64_t padded = tokens_of(p.tokens), chunks = ceil_div(p.n, kSignsPerBlock);
+    args.jobs = p.items;
+    args.dtype = p.dtype;
+    args.x = p.x;
+    args.x_stride = p.x_stride;
+    args.n = p.n;
+    args.tokens = static_cast<int>(p.tokens);
+    args.noise = p.noise;
+    args.keep_scale = keep_scale(p.noise);
+    args.std = p.std;
+    args.vector_x = vector_access(p.x, p.x_stride * item, 4 * item);
+    for (int i = 0; i < p.items; ++i) {
+      const DecodeItem& from = p.item[i];
+      DecodeJob& to = args.job[i];
+      const bool alone = chunks <= kDecodeChunks && from.r * p.n <= kWithoutTicket;
+      const int64_t wanted = ceil_div(chunks, kDecodeSplits);
+      const int64_t of_split = alone ? chunks : wanted < kDecodeChunks ? wanted : kDecodeChunks;
+      const int64_t splits = ceil_div(chunks, of_split);
+      const int64_t most = at_least_one(kDecodeGrid / splits);
+      int64_t slices = ceil_div(from.m * from.r, kSliceNumbers);
+      if (slices > most) slices = most;
+      if (slices > kDecodeSlices) slices = kDecodeSlices;
+      const int64_t columns = round_up(ceil_div(from.m, slices), 32);
+      slices = ceil_div(from.m, columns);
+      const int64_t values = from.r * padded;
+      // clang-format off
+      to = {fp32(from.a), fp32(from.rho), fp32(from.b), from.base, from.base_stride, from.y,
+            static_cast<float*>(from.h),
+            splits > 1 ? workspace.take<float>(slices * chunks * values) : nullptr, from.m,
+            from.stream, columns, from.r, static_cast<int>(splits), static_cast<int>(of_split),
+            blocks, tickets, static_cast<float>(from.scaling), from.dtype, from.row_constant,
+            vector_access(from.a, p.n * 4, 16) &&
+                (from.rho == nullptr || from.row_constant || vector_access(from.rho, 16, 16)),
+            vector_access(from.b, from.r * 4, 16)};
+      // clang-format on
+      blocks += static_cast<int>(splits * slices);
+      if (splits > 1) tickets += static_cast<int>(slices);
+      if (from.r > rank) rank = from.r;
+      const int64_t parts = splits > 1 ? ceil_div(chunks, kChunksOfGroup) : chunks;
+      const std::size_t numbers =
+          static_cast<std::size_t>(padded * of_split * kSignsPerBlock + parts * values);
+      if (sizeof(float) * numbers > shared_bytes) shared_bytes = sizeof(float) * numbers;
+    }
+    if (tickets > 0) args.tickets = workspace.take<int>(tickets);
+    bytes = workspace.used();
+  }
+
+  static int tokens_of(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 4 ? 4 : 16; }
+
+  template <int TB, int K, bool kNoise>
+  const char* launch(void* stream) const {
+    if (shared_bytes > 40 * 1024)
+      bk_set_max_dynamic_smem(decode_kernel<TB, K, kNoise>, shared_bytes);
+    BK_LAUNCH((decode_kernel<TB, K, kNoise>), grid_of(blocks), kDecodeThreads, shared_bytes, stream,
+              args);
+    return bk_last_error();
+  }
+
+  const char* launch(void* stream) {
+    args.ticket_slot = tickets > 0 ? ticket_slot(stream) : 0;
+    if (args.ticket_slot < 0) bk_zero(args.tickets, sizeof(int) * tickets, stream);
+    const auto with_tokens = [&](auto ranks, auto drawn) {
+      constexpr int K = decltype(ranks)::value;
+      constexpr bool kNoise = decltype(drawn)::value;
+      switch (tokens_of(args.tokens)) {
+        case 1:
+          return launch<1, K, kNoise>(stream);
+        case 4:
+          return launch<4, K, kNoise>(stream);
+        default:
+          return launch<16, K, kNoise>(stream);
+      }
+    };
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
+    if (rank <= 8)
+      return noise ? with_tokens(One{}, std::true_type{}) : with_tokens(One{}, std::false_type{});
+    return noise ? with_tokens(Two{}, std::true_type{}) : with_tokens(Two{}, std::false_type{});
+  }
+};
+
+static_assert(kMaxDecodeItems * kDecodeSlices <= kTicketsOfSlot, "tickets of a slot");
+static_assert(sizeof(DecodeArgs) <= kArguments, "arguments of a kernel");
+
+DecodePlan plan(const DecodeParams& p) { return DecodePlan(p); }
+
 // Sizing runs the plan without a workspace, launching runs it again with one.
 template <class Params>
 int64_t workspace_of(Params p) {
@@ -405,6 +511,11 @@ int64_t shrink_workspace_cuda(const ShrinkParams& p) { return workspace_of(p); }
 int64_t shrink_backward_workspace_cuda(const ShrinkBackwardParams& p) { return workspace_of(p); }
 int64_t expand_workspace_cuda(const ExpandParams& p) { return workspace_of(p); }
 int64_t expand_backward_workspace_cuda(const ExpandBackwardParams& p) { return workspace_of(p); }
+int64_t decode_workspace_cuda(const DecodeParams& p) { return workspace_of(p); }
+
+const char* decode_cuda(const DecodeParams& p, void* stream) {
+  return with_dtype(p.dtype, [&](auto) { return plan(p).launch(stream); });
+}
 
 const char* shrink_cuda(const ShrinkParams& p, void* stream) {
   return with_dtype(p.dtype, [&](auto zero) { return plan(p).launch<decltype(zero)>(stream); });

@@ -5,6 +5,7 @@
 
 #include "adapter.h"
 #include "cuda_portable.h"
+#include "lanes.cuh"
 
 #ifndef BAYES_KERNELS_EVICT_FIRST
 #define BAYES_KERNELS_EVICT_FIRST 1
@@ -12,8 +13,6 @@
 
 namespace bayes_kernels {
 namespace {
-
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // Activations are read and written once by a kernel, but often again by the next one: q, k and v
 // share x, and what an adapter writes is the next layer's input. Evict-first keeps the small

@@ -67,6 +67,8 @@ const char* cpu_path_name() {
 #define BK_DISPATCH(function, ...) return function##_baseline(__VA_ARGS__);
 #endif
 
+void shrink_list_cpu(const ShrinkParams* p, int64_t count) { BK_DISPATCH(shrink_list, p, count); }
+
 #define BK_LAUNCHER(function, Params) \
   const char* function##_cpu(const Params& p, void* stream) { BK_DISPATCH(function, p, stream) }
 #define BK_SIZER(function, Params) \

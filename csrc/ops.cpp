@@ -49,6 +49,10 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, float "
       "scaling) -> Tensor?");
   m.def(
+      "adapter_group(Tensor x, Tensor[] a, Tensor[] rho, Tensor[] b, Tensor[] base, Tensor? key, "
+      "SymInt[] streams, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
+      "float[] scaling, bool train) -> (Tensor[], Tensor[])");
+  m.def(
       "adapter_backward(Tensor dy, Tensor x, Tensor a, Tensor? rho, Tensor b, Tensor h, Tensor? "
       "key, SymInt stream, SymInt row0, SymInt rows_per_id, Tensor? ids, float dropout, str std, "
       "float scaling, bool need_dx, bool need_da, bool need_drho, bool need_db) -> (Tensor, "

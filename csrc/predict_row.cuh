@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda_portable.h"
+#include "lanes.cuh"
 #include "predict.h"
 #include "ticket.cuh"
 
@@ -10,7 +11,6 @@ namespace bayes_kernels {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kMaxWarps = 8;
 constexpr int64_t kFlush = 64;  // groups in an fp32 sum, before fp64
 constexpr int kPartsAhead = 4;  // ranges loaded before the first is added
@@ -71,25 +71,6 @@ __device__ __forceinline__ void block_reduce(T* value) {
           maximum ? (parts[w][i] > value[i] ? parts[w][i] : value[i]) : value[i] + parts[w][i];
   }
   __syncthreads();  // the next call writes the same memory
-}
-
-// Sums over the lanes of a warp. With each step a lane keeps half of the values: value[0] of lane i
-// is the sum of number i / (32 / count) at the end, by about count shuffles in place of 5 count.
-template <int half, int lanes, int count>
-__device__ __forceinline__ void fold_lanes(float (&value)[count], int lane) {
-  if constexpr (half > 0) {
-    const bool upper = (lane & lanes) != 0;
-    BK_UNROLL
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? value[i] : value[i + half];
-      const float kept = upper ? value[i + half] : value[i];
-      value[i] = kept + __shfl_xor_sync(kAllLanes, given, lanes);
-    }
-    fold_lanes<half / 2, lanes / 2>(value, lane);
-  } else if constexpr (lanes > 0) {
-    value[0] += __shfl_xor_sync(kAllLanes, value[0], lanes);
-    fold_lanes<0, lanes / 2>(value, lane);
-  }
 }
 
 // Sums of `count` values, a power of two up to 32, over the block, in a fixed order; valid in every

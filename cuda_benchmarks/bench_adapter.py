@@ -10,13 +10,16 @@ Providers
     compiled       torch.compile of `eager`
     lora           bayes_kernels.functional.lora: no noise
     bayes_kernels  bayes_kernels.functional.flipout_lora
+    one_by_one     the same for each of the adapters that share x
 
 `base` is an input of every provider: the output of the frozen layer, which all add to. Output
 tensors are allocated within the measured time, as in training.
 
 One token ("forward") is called with one key again and again, as in the generation of a text under one
 draw of the weights: on the CPU the normals of the draw are kept from call to call. "forward, new draw"
-is the same call with a key of its own each time, so that every call draws.
+is the same call with a key of its own each time, so that every call draws. "forward, q k v" is one token
+through three adapters that share x: in one call of `flipout_lora_group` and `lora_group`, `one_by_one` in
+three of `flipout_lora`.
 """
 
 from __future__ import annotations
@@ -282,7 +285,7 @@ def check_forward(
 # --- runs --------------------------------------------------------------------------------------
 
 OURS = ("bayes_kernels", "lora")
-PEERS = ("published", "peft_lora", "peft_lora_low", "eager", "compiled")
+PEERS = ("published", "peft_lora", "peft_lora_low", "eager", "compiled", "one_by_one")
 
 
 def run_training(case: Case, options: Options) -> list[Row]:
@@ -369,6 +372,68 @@ def run_forward(case: Case, options: Options, mode: str) -> list[Row]:
     return rows
 
 
+QKV = "forward, q k v"
+WIDTHS = (4096, 1024, 1024)  # of query, key and value with grouped heads
+SHARED = [Case(1, 4096, sum(WIDTHS), 8, t) for t in (torch.float32, torch.bfloat16)]
+
+
+def run_group(case: Case, options: Options) -> list[Row]:
+    """One token through adapters that share x, without gradients, under one key."""
+    device = options.device
+    each = [make_inputs(Case(1, case.n, m, case.r, case.dtype), device) for m in WIDTHS]
+    x = each[0].x.detach()[None]
+    lists = [[getattr(i, name) for i in each] for name in ("mean", "rho", "b")]
+    base = [i.base[None] for i in each]
+    key, streams = bayes_kernels.random.key(1, device), list(range(len(each)))
+    ops = bayes_kernels.functional
+
+    def peft() -> tuple[Tensor, ...]:
+        mean, _, b = lists
+        wide = x.to(torch.float32)
+        return tuple(
+            (y + F.linear(F.linear(wide, m), w) * SCALING).to(y.dtype)
+            for m, w, y in zip(mean, b, base, strict=True)
+        )
+
+    def singles() -> tuple[Tensor, ...]:
+        return tuple(
+            ops.flipout_lora(x, *one, scaling=SCALING, key=key, stream=s)
+            for *one, s in zip(*lists, base, streams, strict=True)
+        )
+
+    steps: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "peft_lora": peft,
+        "one_by_one": singles,
+        "lora": lambda: ops.lora_group(x, lists[0], lists[2], base, scaling=SCALING),
+        "bayes_kernels": lambda: ops.flipout_lora_group(
+            x, *lists, base, scaling=SCALING, key=key, streams=streams
+        ),
+    }
+    agreement = Agreement(case.name, OURS)
+    drawn = [
+        reference.dense_noise(key, 1, case.n, case.r, stream=s, dtype=torch.float64)
+        for s in streams
+    ]
+    wide = [
+        [t.detach().double() for t in some] for some in (*lists, [y.flatten(0, -2) for y in base])
+    ]
+    token, scaling = x.double().flatten(0, -2), [SCALING] * len(each)
+    noisy = reference.flipout_lora_group(token, *wide, scaling=scaling, noise=drawn)
+    plain = reference.lora_group(token, wide[0], wide[2], wide[3], scaling=scaling)
+    for name, step in steps.items():
+        wanted = plain if name in ("peft_lora", "lora") else noisy
+        got = [y.detach().flatten(0, -2) for y in step()]
+        agreement.check(name, got, list(wanted), allowed(case))
+    steps = options.pick({name: torch.no_grad()(step) for name, step in steps.items()}, OURS)
+    times = time_interleaved(steps, device, seconds=options.time_for(1.5, 1.0))
+    rows = []
+    for name, step in steps.items():
+        row = make_row("adapter", case.name, name, QKV, times, device, agreement)
+        row.launches = count_launches(step, device)
+        rows.append(row)
+    return rows
+
+
 def run(options: Options) -> Iterator[Row]:
     """All cases."""
     for case in cases(options.device, options.quick):
@@ -381,6 +446,9 @@ def run(options: Options) -> Iterator[Row]:
     for case in decode:
         if options.wants(f"new draw {case.name}"):
             yield from run_forward(case, options, NEW_DRAW)
+    for case in SHARED[:1] if options.quick and options.device == "cpu" else SHARED:
+        if options.wants(f"q k v {case.name}"):
+            yield from run_group(case, options)
     if options.wants(f"overhead {OVERHEAD.name}"):
         yield from run_forward(OVERHEAD, options, "forward with gradients")
 

@@ -35,11 +35,14 @@ from pathlib import Path
 # Beside this file; sets one thread for CPU work before torch is imported.
 import harness
 import torch
-from smoke_parts import BF16, FP16, FP32, FP64, Case, Inputs, Tensors, double, odd, with_gradients
+from smoke_adapter import ADAPTER_SHAPES, adapter
+from smoke_parts import BF16, FP16, FP32, FP64, Case, Inputs, Tensors, double
 from torch import Tensor
 
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
+
+__all__ = ["ADAPTER_SHAPES", "Case", "Inputs", "adapter"]  # for tests, and families by name
 
 LR = 0.1  # of the steps on the Stiefel manifold
 FAMILIES = ("noise", "adapter", "grouped", "divergence", "tall", "predict", "curvature")
@@ -118,88 +121,6 @@ def noise(i: Inputs, small: bool) -> Iterator[Case]:
             lambda s=signs: {"keep": random.dropout_mask(key, s["rows"], s["columns"], 0.3)},
             lambda s=signs: {"keep": reference.dropout_mask(key, s["rows"], s["columns"], 0.3)},
             0.0,
-        )
-
-
-ADAPTER_SHAPES = [  # tokens, n, m, r
-    (1, 130, 130, 8),
-    (31, 4097, 130, 1),
-    (32, 130, 4097, 17),
-    (33, 130, 130, 64),
-    (129, 130, 72, 8),
-    (33, 4097, 72, 17),
-    (129, 65, 130, 1),
-    (32, 130, 64, 64),
-    (70, 136, 72, 24),
-    (33, 136, 72, 12),
-    (70, 1100, 600, 8),
-]
-LARGE = [(2048, 4097, 4096, 8), (2048, 4096, 1024, 64)]
-
-
-def adapter(i: Inputs, small: bool) -> Iterator[Case]:
-    shapes = ADAPTER_SHAPES if small else [*ADAPTER_SHAPES, *LARGE]
-    for shape, dtype, scope in itertools.product(
-        shapes, (FP32, BF16, FP16), ("none", "token", "dropout")
-    ):
-        tokens, n, m, r = shape
-        shift = odd if dtype == BF16 and n < 1000 and scope == "token" else (lambda t: t)
-        x = shift(i.normal(tokens, n, dtype=dtype)).requires_grad_()
-        base = shift(i.normal(tokens, m, dtype=dtype)).requires_grad_()
-        parts = {
-            "x": x,
-            "mean": i.normal(r, n, scale=n**-0.5).requires_grad_(),
-            "rho": i.uniform(r, n).requires_grad_(),
-            "b": i.normal(m, r, scale=r**-0.5).requires_grad_(),
-            "base": base,
-        }
-        dy, key = i.normal(tokens, m, dtype=dtype), i.key(11)
-        if scope == "none":
-            del parts["rho"]
-
-        def run(
-            parts: Tensors = parts, dy: Tensor = dy, scope: str = scope, key: Tensor = key
-        ) -> Tensors:
-            p = dict(parts)
-            if scope == "none":
-                y = F.lora(p["x"], p["mean"], p["b"], p["base"], scaling=0.7)
-            else:
-                y = F.flipout_lora(
-                    *p.values(),
-                    scaling=0.7,
-                    key=key,
-                    stream=2,
-                    scope="token",
-                    dropout=0.3 if scope == "dropout" else 0.0,
-                )
-            return with_gradients(y, dy, p)
-
-        def truth(
-            parts: Tensors = parts,
-            dy: Tensor = dy,
-            scope: str = scope,
-            key: Tensor = key,
-            shape: tuple[int, ...] = shape,
-        ) -> Tensors:
-            p = {name: double(t) for name, t in parts.items()}
-            if scope == "none":
-                y = reference.lora(p["x"], p["mean"], p["b"], p["base"], scaling=0.7)
-            else:
-                rate = 0.3 if scope == "dropout" else 0.0
-                drawn = reference.dense_noise(
-                    key, shape[0], shape[1], shape[3], stream=2, dropout=rate, dtype=torch.float64
-                )
-                y = reference.flipout_lora(*p.values(), scaling=0.7, noise=drawn, dropout=rate)
-            return with_gradients(y, dy, p)
-
-        name = {"none": "lora", "token": "flipout_lora", "dropout": "flipout_lora dropout"}[scope]
-        at = " odd offset" if shift is odd else ""
-        yield Case(
-            "adapter",
-            f"{name} T{tokens} n{n} m{m} r{r} {str(dtype)[6:]}{at}",
-            run,
-            truth,
-            harness.tolerance(dtype, max(shape)),
         )
 
 

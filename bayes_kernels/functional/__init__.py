@@ -19,6 +19,7 @@ Errors are ValueError or TypeError in one line, raised before any kernel runs.
 from __future__ import annotations
 
 from .adapter import core_lora, flipout_lora, lora, scaled_lora
+from .adapter_group import flipout_lora_group, lora_group
 from .curvature import kron_accumulate_, low_rank_update_
 from .divergence import check_divergence, gaussian_kl
 from .grouped import gaussian_draws, grouped_flipout_lora, grouped_lora, sampled_lora
@@ -61,6 +62,7 @@ __all__ = [
     "check_divergence",
     "core_lora",
     "flipout_lora",
+    "flipout_lora_group",
     "gaussian_draws",
     "gaussian_kl",
     "gram",
@@ -71,6 +73,7 @@ __all__ = [
     "landing_step_",
     "linear_logits",
     "lora",
+    "lora_group",
     "low_rank_update_",
     "mc_predict",
     "mc_predict_linear",

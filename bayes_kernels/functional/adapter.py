@@ -141,12 +141,7 @@ def flipout_lora(
     _check(op, x, mean, b, base, scaling, dropout, key, stream, row0)
     check_choice(op, "scope", scope, SCOPES)
     check_choice(op, "std", std, STDS)
-    check_factor(op, "rho", rho, x)
-    r, n = mean.shape
-    if rho.dim() != 2 or rho.shape[0] != r or rho.shape[1] not in (1, n):
-        raise ValueError(
-            f"{op}: rho must have shape (r, n) = ({r}, {n}) or ({r}, 1), got {tuple(rho.shape)}"
-        )
+    check_rho(op, rho, mean, x)
     ids = group_ids(op, groups, x)
     rows_per_id = group_size(op, x, scope, rows_per_group)
     noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
@@ -250,6 +245,7 @@ def _check(
     stream: int = 0,
     row0: int = 0,
 ) -> None:
+    """Raise where the arguments of an adapter do not fit together."""
     check_tensor(op, "x", x)
     if x.dtype not in ACTIVATIONS:
         raise TypeError(
@@ -302,3 +298,13 @@ def _check(
         check_key(op, key)
     if key is not None:
         check_same_device(op, "key", key, x)
+
+
+def check_rho(op: str, rho: Tensor, mean: Tensor, x: Tensor) -> None:
+    """Raise where `rho` is no deviation parameter of a factor with that mean."""
+    check_factor(op, "rho", rho, x)
+    r, n = mean.shape
+    if rho.dim() != 2 or rho.shape[0] != r or rho.shape[1] not in (1, n):
+        raise ValueError(
+            f"{op}: rho must have shape (r, n) = ({r}, {n}) or ({r}, 1), got {tuple(rho.shape)}"
+        )

@@ -46,27 +46,27 @@ def direct(
         or type(noise.row0) is not int
         or type(std) is not str
         or torch.compiler.is_compiling()
-        or not _is_plain(x)
-        or not (base is None or _is_plain(base))
-        or not (key is None or _is_plain(key))
-        or not _is_stored_float(a)
-        or not _is_stored_float(b)
-        or not (rho is None or _is_stored_float(rho))
+        or not is_plain(x)
+        or not (base is None or is_plain(base))
+        or not (key is None or is_plain(key))
+        or not is_stored_float(a)
+        or not is_stored_float(b)
+        or not (rho is None or is_stored_float(rho))
         or not _library.has_kernels(x)
         or transformed()
     ):
         return None
     x = autocast_input(x)
-    if _needs_gradient(x, a, rho, b, base):
+    if needs_gradient(x, a, rho, b, base):
         return _Whole.apply(x, a, rho, b, base, "adapter_train", noise, std, scaling)
     return _library.ops.adapter_infer(x, a, rho, b, base, *noise, std, scaling)
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
     return type(t) is Tensor and not t.is_meta and not t.is_nested
 
 
-def _is_stored_float(factor: Tensor) -> bool:
+def is_stored_float(factor: Tensor) -> bool:
     return (
         isinstance(factor, Tensor)
         and factor.dtype == torch.float32
@@ -75,7 +75,7 @@ def _is_stored_float(factor: Tensor) -> bool:
     )
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd's function has to be called; inference is faster without it."""
     if torch.is_grad_enabled():
         for t in tensors:
@@ -112,9 +112,9 @@ def adapter(
     if rho is not None and rho.dtype != acc:
         rho = rho.to(acc)
     if a.shape[0] > MAX_FUSED_RANK or not _library.has_kernels(x) or transformed():
-        update = _update(x, a, rho, middle, b, noise, scaling, std, kind)
+        update = update_of(x, a, rho, middle, b, noise, scaling, std, kind)
         return update.to(x.dtype) if base is None else (base.to(acc) + update).to(base.dtype)
-    graph = _needs_gradient(x, a, rho, middle, b, base)
+    graph = needs_gradient(x, a, rho, middle, b, base)
     if kind in _WHOLE:
         if graph:
             return _Whole.apply(x, a, rho, b, base, "adapter_forward", noise, std, scaling)
@@ -128,7 +128,7 @@ def adapter(
     return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
 
 
-def _update(
+def update_of(
     x: Tensor,
     a: Tensor,
     rho: Tensor | None,
@@ -199,7 +199,7 @@ class _Whole(torch.autograd.Function):
             noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
             kind = "plain" if rho is None else "flipped"
             dx, da, drho, db = second_order(
-                lambda x, a, rho, b: _update(x, a, rho, None, b, noise, scaling, std, kind),
+                lambda x, a, rho, b: update_of(x, a, rho, None, b, noise, scaling, std, kind),
                 (x, a, rho, b),
                 dy.to(h.dtype),
             )
@@ -234,7 +234,10 @@ def _shrink_expand(
 ) -> tuple[Tensor, Tensor]:
     """The output and the rank-space activations before the middle."""
     ops = _library.ops
-    h = ops.adapter_shrink(x, _drawn_factor(a, rho, noise, std, kind), None, *noise)
+    factor = _drawn_factor(a, rho, noise, std, kind)
+    if middle is None:
+        return ops.adapter_forward(x, factor, None, b, base, *noise, std, scaling)
+    h = ops.adapter_shrink(x, factor, None, *noise)
     dtype = x.dtype if base is None else base.dtype
     return ops.adapter_expand(_apply_middle(h, middle, kind), b, base, scaling, dtype), h
 
@@ -269,7 +272,7 @@ class _Parts(torch.autograd.Function):
         dbase = dy if need_base else None
         if torch.is_grad_enabled() or transformed():
             found = second_order(
-                lambda x, a, rho, middle, b: _update(
+                lambda x, a, rho, middle, b: update_of(
                     x, a, rho, middle, b, noise, scaling, std, kind
                 ),
                 (x, a, rho, middle, b),

@@ -124,19 +124,38 @@ def adapter(dtype: torch.dtype, tokens: int, rank: int) -> dict[str, Any]:
 def test_launches_of_an_adapter(
     dtype: torch.dtype, rank: int, tokens: int, launches: Callable[[Callable[[], Any]], int]
 ) -> None:
-    """Forward: two products, with noise its matrix before. Backward: a kernel for both products of dy and
-    one for both of x, before each of them at most one launch. fp16 has a launch more for each op that
-    takes tensor cores, which finds the largest magnitudes."""
+    """Forward: one launch up to 16 tokens; else two products, with noise its matrix before. Backward: a
+    kernel for both products of dy and one for both of x, before each of them at most one launch. fp16 has
+    a launch more for each op that takes tensor cores, which finds the largest magnitudes."""
     i = adapter(dtype, tokens, rank)
     key = random.key(1)
     largest = 2 if dtype == torch.float16 and tokens >= 32 else 0
     plain = lambda: functional.lora(i["x"], i["a"], i["b"], i["base"])  # noqa: E731
     noisy = lambda: functional.flipout_lora(i["x"], i["a"], i["rho"], i["b"], i["base"], key=key)  # noqa: E731
-    assert launches(plain) == 2 + largest
-    assert launches(noisy) == 3 + largest
+    assert launches(plain) == (1 if tokens <= 16 else 2 + largest)
+    assert launches(noisy) == (1 if tokens <= 16 else 3 + largest)
     y, z = plain(), noisy()
     assert launches(lambda: y.backward(torch.ones_like(y))) == 3 + largest
     assert launches(lambda: z.backward(torch.ones_like(z))) == 4 + largest
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_launches_of_adapters_that_share_x(
+    tokens: int, grad: bool, launches: Callable[[Callable[[], Any]], int]
+) -> None:
+    """Up to 8 adapters of few tokens in one launch."""
+    i = adapter(torch.bfloat16, tokens, 8)
+    key = random.key(1)
+
+    def step(count: int) -> Callable[[], object]:
+        lists = ([i[name]] * count for name in ("a", "rho", "b", "base"))
+        call = functional.flipout_lora_group
+        streams = list(range(count))
+        return lambda lists=list(lists): call(i["x"], *lists, key=key, streams=streams)
+
+    with torch.set_grad_enabled(grad):
+        assert [launches(step(count)) for count in (1, 3, 8, 9)] == [1, 1, 1, 2]
 
 
 def test_launches_do_not_grow_with_the_list(
@@ -213,6 +232,7 @@ COALESCED = {
     "adapter_expand": 3.4,
     "adapter_expand_backward": 2.6,
     "adapter_forward": 1.8,
+    "adapter_group": 1.8,
     "adapter_backward": 1.8,
     "gaussian_kl": 1.01,
     "gaussian_kl_backward": 1.01,

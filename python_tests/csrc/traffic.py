@@ -410,6 +410,63 @@ def layer_cases(tokens: int, n: int, m: int, r: int) -> dict[str, Case]:
     }
 
 
+def decode(tokens: int, n: int, sizes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, int]:
+    """Several adapters (m, r) with noise in one launch, each of splits x slices blocks."""
+    padded = next(t for t in (1, 4, 16) if tokens <= t)
+    chunks = ceil_div(n, 128)
+    terms = {
+        "x, factors and rho, for each slice": 0,
+        "h, in partial sums": 0,
+        "b, base and y, once": 0,
+    }
+    for m, r in sizes:
+        alone = chunks <= 4 and r * n <= 8192
+        splits = 1 if alone else ceil_div(chunks, min(4, ceil_div(chunks, 32)))
+        slices = min(ceil_div(m * r, 8192), max(1, 256 // splits), 16)
+        slices = ceil_div(m, 32 * ceil_div(ceil_div(m, slices), 32))
+        terms["x, factors and rho, for each slice"] += slices * (
+            tokens * n * dtype.itemsize + 2 * r * n * F32
+        )
+        if not alone:
+            terms["h, in partial sums"] += 2 * slices * chunks * r * padded * F32
+        terms["b, base and y, once"] += m * r * F32 + 2 * tokens * m * dtype.itemsize
+    return terms
+
+
+def group_cases(
+    tokens: int, n: int, sizes: list[tuple[int, int]], dtype: torch.dtype
+) -> dict[str, Case]:
+    """A few tokens through adapters that share x."""
+    x = normal(tokens, n, dtype=dtype)
+    a, rho = ([normal(r, n) for _, r in sizes] for _ in range(2))
+    b = [normal(m, r) for m, r in sizes]
+    base = [normal(tokens, m, dtype=dtype) for m, _ in sizes]
+    name = f"T{tokens} n{n} {' '.join(f'm{m} r{r}' for m, r in sizes)} {str(dtype)[6:]}"
+    streams, scaling = list(range(len(sizes))), [1.0] * len(sizes)
+    return {
+        f"adapter_group {name}": Case(
+            lambda: _library.ops.adapter_group(
+                x,
+                a,
+                rho,
+                b,
+                base,
+                random.key(1),
+                streams,
+                0,
+                1,
+                None,
+                0.0,
+                "square",
+                scaling,
+                False,
+            ),
+            size_of(x, *a, *rho, *b, *base, *base),
+            decode(tokens, n, sizes, dtype),
+        )
+    }
+
+
 # --- divergence ------------------------------------------------------------------------------------
 
 
@@ -608,6 +665,8 @@ def all_cases() -> dict[str, Case]:
         **adapter_cases(torch.float32, 40, 200, 20),
         **adapter_cases(torch.bfloat16, 40, 200, 20),
         **layer_cases(160, 1024, 512, 8),
+        **group_cases(1, 4096, [(1024, 8), (256, 8), (256, 8)], torch.bfloat16),
+        **group_cases(3, 1024, [(1024, 16), (4096, 4)], torch.float32),
         **divergence_cases(),
         **tall_cases(),
         **predict_cases(),

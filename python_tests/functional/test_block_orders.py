@@ -20,7 +20,7 @@ from bayes_kernels import functional as F
 FORWARD, REVERSE, RANDOM = 0, 1, 2
 
 # Tokens, n, m, rank: several blocks of columns and of tokens in every product; partial tiles.
-SHAPES = [(33, 1100, 600, 8), (200, 530, 300, 20), (70, 1030, 530, 64)]
+SHAPES = [(33, 1100, 600, 8), (200, 530, 300, 20), (70, 1030, 530, 64), (5, 1100, 2100, 12)]
 
 
 @pytest.fixture
@@ -148,6 +148,32 @@ def test_the_order_of_threads_changes_no_bit(
         in_order(order, seed)
         for one, other in zip(OTHERS[name](), expected, strict=True):
             assert torch.equal(one, other), f"order {order}, seed {seed}"
+
+
+@pytest.mark.parametrize("slot", [0, -1], ids=["own", "cleared"])
+def test_tickets_of_few_tokens(slot: int, in_order: Callable[[int, int], None]) -> None:
+    """Tickets of the library, which the last block sets back, or of the workspace, cleared before."""
+    library = ctypes.CDLL(str(_library.find_library("libbayes_kernels_sim.so")))
+    chosen = ctypes.c_int.in_dll(library, "bayes_kernels_sim_ticket_slot")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1100, generator=g)
+    lists = [
+        [torch.randn(size, generator=g) for size in sizes]
+        for sizes in (((8, 1100), (3, 1100)), ((8, 1100), (3, 1)), ((2100, 8), (40, 3)))
+    ]
+    in_order(FORWARD, 0)
+    expected = [
+        F.flipout_lora(x, *one, key=random.key(1), stream=i)
+        for i, one in enumerate(zip(*lists, strict=True))
+    ]
+    try:
+        chosen.value = slot
+        for order, seed in ((FORWARD, 0), (REVERSE, 0), (RANDOM, 1), (RANDOM, 2)):
+            in_order(order, seed)
+            ys = F.flipout_lora_group(x, *lists, key=random.key(1), streams=[0, 1])
+            assert all(torch.equal(y, wanted) for y, wanted in zip(ys, expected, strict=True))
+    finally:
+        chosen.value = 0
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["plain", "noise"])

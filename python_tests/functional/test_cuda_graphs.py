@@ -163,6 +163,20 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
 
         return step
 
+    def decode(grad: bool) -> Callable[[], list[Tensor]]:
+        """Three adapters of three tokens in one launch, whose blocks count with the stream's tickets."""
+        x = normal(3, 1100, dtype=torch.bfloat16)
+        lists = [[normal(r, 1100) for r in (8, 8, 3)] for _ in range(2)]
+        lists.append([normal(m, r) for m, r in ((1100, 8), (300, 8), (40, 3))])
+
+        def step() -> list[Tensor]:
+            with torch.set_grad_enabled(grad):
+                given = [[t.detach().requires_grad_(grad) for t in some] for some in lists]
+                ys = F.flipout_lora_group(x, *given, key=key, streams=[1, 2, 3])
+                return [y.detach() for y in ys]
+
+        return step
+
     means = [normal(4, 30) for _ in range(3)]
     rhos = [normal(4, 30).abs() + 0.1 for _ in range(3)]
     weight = torch.full((), 0.01, device=device)
@@ -213,6 +227,8 @@ def ops(device: torch.device) -> dict[str, tuple[Callable[[], list[Tensor]], lis
         "adapter bf16": (adapter(torch.bfloat16, 40), [key]),
         "adapter fp16": (adapter(torch.float16, 40), [key]),
         "one token": (adapter(torch.bfloat16, 1), [key]),
+        "decode": (decode(False), [key]),
+        "decode, with h": (decode(True), [key]),
         # Sums over several blocks, whose last one is found by a ticket.
         "adapter fp32 in splits": (adapter(torch.float32, 70, 1100, 600), [key]),
         "adapter bf16 in splits": (adapter(torch.bfloat16, 70, 1100, 600), [key]),
@@ -294,6 +310,31 @@ def test_ops_run_on_the_current_stream(name):
     side.synchronize()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@cuda
+def test_tickets_of_streams_and_graphs_are_their_own():
+    """Decoding on two streams and in two graphs at the same time: no kernel counts another's blocks."""
+    device = torch.device("cuda")
+    steps = [ops(device)[name][0] for name in ("decode", "decode, with h")]
+    expected = [[t.clone() for t in step()] for step in steps]
+    captured = [
+        Captured(step, device, warm) for step, warm in zip(steps, (True, False), strict=True)
+    ]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for _ in range(50):
+        for stream, of in zip(streams, (0, 1, 0, 1), strict=True):
+            with torch.cuda.stream(stream):
+                graph = captured[of].graph
+                if stream in streams[2:] and graph is not None:
+                    graph.replay()
+                else:
+                    for a, b in zip(steps[of](), expected[of], strict=True):
+                        torch._assert_async((a == b).all())
+    torch.cuda.synchronize()
+    for one, wanted in zip(captured, expected, strict=True):
+        for a, b in zip(one.results, wanted, strict=True):
+            assert torch.equal(a, b)
 
 
 @cuda

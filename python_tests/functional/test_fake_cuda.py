@@ -93,6 +93,16 @@ def test_adapters(waits: list[Wait], r: int, dtype: torch.dtype) -> None:
         check_gradients(leaves)
         for t in leaves:
             t.grad = None
+    lists = ([a, leaf(3, 80)], [leaf(r, 80), leaf(3, 1)], [b, leaf(40, 3)])
+    ys = functional.flipout_lora_group(x, *lists, key=key, streams=[1, 2])
+    assert [(y.device, y.dtype, y.shape) for y in ys] == [
+        (CUDA, dtype, (2, 3, m)) for m in (72, 40)
+    ]
+    sum(y.sum() for y in ys).backward()
+    leaves = (x, *lists[0], *lists[1], *lists[2])
+    check_gradients(leaves)
+    for t in leaves:
+        t.grad = None
     d = leaf(2, r)
     functional.scaled_lora(x, a, d, b, groups=groups.expand(2, 3)).sum().backward()
     check_gradients([x, a, d, b])

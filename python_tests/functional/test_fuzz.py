@@ -264,10 +264,20 @@ def adapter(case: Case) -> None:
 
     order = {"lora": ("x", "a", "b", "base"), "flipout_lora": ("x", "a", "rho", "b", "base")}
     names = order.get(str(op), ("x", "a", "d" if op == "scaled_lora" else "core", "b", "base"))
-    fused = getattr(F, str(op))
-    check_adapter(
-        case, str(op), lambda p: fused(*(p.get(k) for k in names), **options), define, values, out
-    )
+    together = case.pick(1, 2, 9) if op in order and case.chance(0.3) else 0
+    fused = getattr(F, f"{op}_group" if together else str(op))
+
+    def call(p: dict[str, Tensor]) -> Tensor:
+        if not together:
+            return fused(*(p.get(k) for k in names), **options)
+        lists = ([p[k]] * together if k in p else None for k in names[1:])
+        listed = {k: v for k, v in options.items() if k != "stream"}
+        streams = None if "stream" not in options else [stream] * together
+        y, *others = fused(p["x"], *lists, streams=streams, **listed)
+        assert all(torch.equal(y, other) for other in others)
+        return y
+
+    check_adapter(case, str(op), call, define, values, out)
 
 
 def grouped(case: Case) -> None:
@@ -615,7 +625,7 @@ def noise(case: Case) -> None:
 
 
 FAMILIES: dict[Callable[[Case], None], tuple[int, set[str]]] = {
-    adapter: (8, {"lora", "flipout_lora", "scaled_lora", "core_lora"}),
+    adapter: (8, {"lora", "flipout_lora", "lora_group", "flipout_lora_group", "scaled_lora", "core_lora"}),
     grouped: (4, {"gaussian_draws", "grouped_lora", "sampled_lora", "grouped_flipout_lora"}),
     tall: (4, {"gram", "polar_retract_", "qr_retract_", "stiefel_step_", "landing_field", "landing_step_"}),
     kron: (2, {"kron_accumulate_"}),

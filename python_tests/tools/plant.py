@@ -40,6 +40,12 @@ def seen_by_ops(file: str, old: str, new: str) -> Fault:
     return Fault(file, old, new, SIM, tests)
 
 
+def seen_by_decode(file: str, old: str, new: str) -> Fault:
+    names = ("test_adapter_group", "test_adapter", "test_block_orders")
+    tests = (*(f"{FUNCTIONAL}/{name}.py" for name in names), "--device", "sim")
+    return Fault(file, old, new, SIM, tests)
+
+
 DIVERGENCE, PREDICT, CURVATURE, TALL = "divergence", "predict", "curvature", "tall"
 GROUPED = "grouped"
 
@@ -119,13 +125,34 @@ FAULTS = {
         "sign_block(keys.out, sign_row_of(noise.rows, row0 + i), r, 0)",
     ),
     "a place in a group": seen_by(
-        GROUPED, "grouped_cuda.cu", "if (lane >= step) sum += other;", "if (lane > step) sum += other;"
+        GROUPED,
+        "grouped_cuda.cu",
+        "if (lane >= step) sum += other;",
+        "if (lane > step) sum += other;",
     ),
     "the eps of a pair for the next draw": seen_by(
         GROUPED,
         "noise_cuda.cu",
         "if (d == 0 || pair != draw_pair(p.draws[i0], p.antithetic))",
         "if (d == 0)",
+    ),
+    "the sign of a rank, few tokens": seen_by_decode(
+        "adapter_decode.cuh",
+        "(rank_signs[t][k / 32] >> (k % 32) & 1u) != 0",
+        "(rank_signs[t][0] >> (k % 32) & 1u) != 0",
+    ),
+    "a chunk of a group": seen_by_decode(
+        "adapter_decode.cuh",
+        "if (first + c < all) sum += v[c];",
+        "if (first + c + 1 < all) sum += v[c];",
+    ),
+    "the next adapter's stream": seen_by_decode(
+        "adapter_decode.cuh", "noise.stream = job.stream;", "noise.stream = p.job[0].stream;"
+    ),
+    "tokens of the second stage": seen_by_decode(
+        "adapter_decode.cuh",
+        "constexpr int kStages = TB == 16 ? 2 : 1;",
+        "constexpr int kStages = 1;",
     ),
     "a sum over two launches": seen_by(
         DIVERGENCE,
