@@ -129,8 +129,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int i = thread + s * kDecodeThreads, t = i / quads * kFmaAhead;
     const int64_t column = column0 + 4 * (i % quads);
     if (t < p.tokens)
-      load_ahead(p.dtype, p.x, t * p.x_stride + column, p.x_stride, p.tokens - t, p.n - column,
-                 p.vector_x, x[s]);
+      load_ahead(
+          p.dtype, p.x, column, [&](int u) { return (t + u) * p.x_stride; }, p.tokens - t,
+          p.n - column, p.vector_x, x[s]);
   }
   Key normals{};
   if constexpr (kNoise) normals = noise_key(noise, kNormal);

@@ -36,13 +36,14 @@ from pathlib import Path
 import harness
 import torch
 from smoke_adapter import ADAPTER_SHAPES, adapter
+from smoke_grouped import grouped
 from smoke_parts import BF16, FP16, FP32, FP64, Case, Inputs, Tensors, double
 from torch import Tensor
 
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
 
-__all__ = ["ADAPTER_SHAPES", "Case", "Inputs", "adapter"]  # for tests, and families by name
+__all__ = ["ADAPTER_SHAPES", "Case", "Inputs", "adapter", "grouped"]  # for tests, and families by name
 
 LR = 0.1  # of the steps on the Stiefel manifold
 FAMILIES = ("noise", "adapter", "grouped", "divergence", "tall", "predict", "curvature")
