@@ -74,6 +74,7 @@ class Pass:
         scope: "example": the weights of a draw are the same for all tokens; "token": they are not.
         keys_of_draws: the key of each row's draw with scope "token", on each device.
         held: True inside `generate`, all passes of which have one key.
+        kept: what layers keep from pass to pass, for `remembered`.
     """
 
     def __init__(
@@ -88,6 +89,28 @@ class Pass:
         self.kind, self.scope = kind, scope
         self.keys_of_draws: dict[torch.device, list[Tensor]] = {}
         self.held = False
+        self.kept: dict[object, tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]] = {}
+
+    def remembered(
+        self, owner: object, made_of: tuple[Tensor, ...], make: Callable[[], Tensor]
+    ) -> Tensor:
+        """What `owner` has made of these tensors, as long as they are the same and unchanged.
+
+        All owners keep at most 64 MiB, or the MiB that BAYES_KERNELS_KEPT_DRAWS says.
+        """
+        if any(t.is_inference() for t in made_of):
+            return make()  # whether these change is not known
+        versions = tuple(t._version for t in made_of)
+        tensors, before, value = self.kept.get(owner, ((), (), None))
+        same = before == versions and all(a is b for a, b in zip(tensors, made_of, strict=True))
+        if value is not None and same:
+            return value
+        self.kept.pop(owner, None)
+        value = make()
+        size = value.nbytes + sum(other.nbytes for _, _, other in self.kept.values())
+        if size <= _kept_bytes():
+            self.kept[owner] = made_of, versions, value
+        return value
 
     def draws_on(self, device: torch.device) -> Draws:
         """The draws on a device."""
@@ -103,6 +126,12 @@ class _Entered:
 
     def __init__(self, state: NoiseState, chosen: Pass) -> None:
         self.state, self.chosen, self.open = state, chosen, True
+
+
+def _kept_bytes() -> int:
+    """The limit that the CPU library has for the numbers that it keeps."""
+    text = os.environ.get("BAYES_KERNELS_KEPT_DRAWS", "")
+    return (int(text) if text.isdecimal() else 64) << 20
 
 
 # Innermost last. Threads start with an empty one, and tasks of asyncio with a copy.
@@ -155,7 +184,9 @@ class NoiseState:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k not in ("latest", "_traced")}
-        return {**kept, "own": copy.copy(self.own)}
+        own = copy.copy(self.own)
+        own.kept = {}
+        return {**kept, "own": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -225,7 +256,9 @@ class NoiseState:
 
     def snapshot(self) -> Pass:
         """What passes use here and now, for `using`: later keys do not change it."""
-        return copy.copy(self.current())
+        found = copy.copy(self.current())
+        found.kept = {}
+        return found
 
     def advance(self) -> None:
         """Draw a new key from the present one."""
@@ -256,5 +289,6 @@ def using(state: NoiseState, chosen: Pass) -> Iterator[None]:
     finally:
         # A generator may be taken up, and end, in another context than it began in.
         entered.open = False
+        chosen.kept.clear()
         _ENTERED.set(tuple(other for other in _ENTERED.get() if other.open))
         state.follow()

@@ -7,6 +7,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kept_draws import KeptDraws
 from tiny_models import IDS, blob, logits
 from torch import Tensor, nn
 
+from bayes_kernels import functional, random
 from bayes_kernels.hf import BlobConfig, fold_samples, posterior, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from hf.methods.test_scalabl import scalabl
@@ -162,6 +164,59 @@ def test_generate_keeps_the_numbers_of_its_noise(kept_draws: KeptDraws) -> None:
     assert kept_draws.known == layers and kept_draws.hits == 4 * layers  # 6 passes
     generated()  # the same key again
     assert kept_draws.hits == 10 * layers
+
+
+@pytest.mark.parametrize("how", ["one draw", "a draw for each row", "sample_at_inference"])
+def test_generate_keeps_the_factors_of_its_draws(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer draws for the prompt and for the first token; another text, or weights, draw anew."""
+    ids = IDS.repeat(1, 6)  # more than a few tokens
+    model = blob(sample_at_inference=how == "sample_at_inference")
+    layers, drawn = len(bayes_layers(model)), []
+    for name in ("gaussian_draws", "sampled_lora"):
+        function = getattr(functional, name)
+        monkeypatch.setattr(
+            functional, name, lambda *a, f=function, **k: (drawn.append(1), f(*a, **k))[1]
+        )
+    options = {"draws": [0, 1, 2, 1]} if how == "a draw for each row" else {"first_sample": 3}
+
+    def generated(tokens: int = 6) -> Tensor:
+        context = nullcontext() if how == "sample_at_inference" else posterior(model, **options)
+        drawn.clear()
+        with context:
+            return model.generate(input_ids=ids, max_new_tokens=tokens, **GREEDY)
+
+    first = generated()
+    assert len(drawn) == 2 * layers
+    second = generated()
+    assert len(drawn) == 2 * layers
+    monkeypatch.setenv("BAYES_KERNELS_KEPT_DRAWS", "0")
+    third = generated()
+    assert len(drawn) == 6 * layers
+    assert noise_state(model).current().kept == {}
+    if how != "sample_at_inference":
+        assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_kept_factors_follow_the_weights() -> None:
+    model = blob()
+    item = bayes_layers(model)[0]
+    x = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(5))
+
+    def fresh() -> Tensor:
+        with posterior(model, seed=1):
+            return item.layer(x)
+
+    with torch.no_grad(), posterior(model, seed=1):
+        for change in (lambda: item.mean.add_(1), lambda: item.rho.mul_(2)):
+            before = item.layer(x)
+            assert torch.equal(item.layer(x), before)
+            change()
+            assert torch.equal(item.layer(x), fresh()) and not torch.equal(item.layer(x), before)
+        before = item.layer(x)
+        with torch.inference_mode():
+            torch.testing.assert_close(item.layer(x), before)
+        noise_state(model).set_key(random.key(2), set())
+        assert not torch.equal(item.layer(x), before)
 
 
 def test_posterior_errors() -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 RHO = "lora_A_rho"
 
+# Tokens of a draw up to which its factors are kept from pass to pass: drawing them costs as much as all
+# else that a token takes.
+_FEW = 16
+
 
 @dataclass
 class BlobConfig(VariationalConfig, method="blob"):
@@ -109,10 +113,18 @@ class GaussianFactor(BayesVariant):
             )
         key = state.key_on(x.device)
         if chosen.kind != "shared":
-            options.update(self.draws_of(x), antithetic=chosen.kind == "antithetic")
-            return functional.sampled_lora(
-                self.dropped(x, dropout), a, rho, b, result, key=key, **options
+            where, x = self.draws_of(x), self.dropped(x, dropout)
+            options.update(key=key, antithetic=chosen.kind == "antithetic")
+            if not _writes_text(x, len(where["draws"])):
+                return functional.sampled_lora(x, a, rho, b, result, **where, **options)
+            draws = where.pop("draws")
+            del options["scaling"]
+            factors = chosen.remembered(
+                self, (a, rho, key), lambda: functional.gaussian_draws(a, rho, draws, **options)
             )
+            if len(draws) == 1:
+                return functional.lora(x, factors[0], b, result, scaling=scaling)
+            return functional.grouped_lora(x, factors, b, result, **where, scaling=scaling)
         options.update(groups=self.ids_of(x), dropout=dropout)
         return functional.flipout_lora(x, a, rho, b, result, key=key, **options)
 
@@ -127,6 +139,16 @@ class GaussianFactor(BayesVariant):
             mean, rho, numbers, key=key, stream=self.stream, std=self.std
         )
         return drawn[0], b
+
+
+def _writes_text(x: Tensor, draws: int) -> bool:
+    """Whether there are a few tokens for each draw, as when a text is written: others may follow."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or math.prod(x.shape[:-1]) > _FEW * draws
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 class BlobVariant(GaussianFactor, method="blob"):
