@@ -98,6 +98,7 @@ def bayesianize(
     """
     from ..experiment import folders, output, page, results, scoring, tables
     from ..experiment.convert import conversion_options, convert_model
+    from ..experiment.held_out import check_posterior
     from ..experiment.run import Run
     from ..experiment.settings import method_options
     from ..files import write_json
@@ -144,6 +145,9 @@ def bayesianize(
             loaded, encoder, task, method=before, n_samples=0, label="before", **scores
         )
         report = convert_model(one, loaded, encoder)
+        verdict = check_posterior(one, loaded, encoder)
+        if verdict is not None and verdict.harmful:
+            note(verdict.text)
         scores.update(n_samples=one.n_samples, draws=recipe.draws, scope=recipe.draw_scope)
         after = scoring.evaluate_model(
             loaded, encoder, task, method=method, label="after", **scores
@@ -157,6 +161,7 @@ def bayesianize(
         run = Run(one, None, rows)
         content = results.report([run], task, command=command_line())
         content["conversion"] = report.to_dict()
+        content["scale"] = None if verdict is None else verdict.report
         title, summaries = f"{task.name}, {adapter}", results.summarise([run])
         page.write_page(
             folder,
@@ -198,6 +203,7 @@ def evaluate(
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data."""
     from ..experiment import folders, output, page, results, scoring, tables
+    from ..experiment.held_out import harm_in
     from ..experiment.run import Run
     from ..files import write_json
     from ..hf.method import METHODS
@@ -243,6 +249,9 @@ def evaluate(
             batch_size=batch_size or recipe.eval_batch_size,
         )
         run = Run(dataclasses.replace(one, source=source), None, rows)
+        harm = harm_in(rows)
+        if harm is not None:
+            note(harm)
         place.begin()
         if plots:
             draw_pictures(rows, folder)

@@ -95,6 +95,7 @@ def save_run(one: Run, path: Path) -> None:
         "conversion": one.conversion,
         "conversion_seconds": one.conversion_seconds,
         "parameters": one.parameters,
+        "scale": one.scale,
         "rows": rows,
     }
     write_json(path, content)
@@ -130,6 +131,7 @@ def load_run(path: Path) -> Run:
             content["conversion"],
             content["conversion_seconds"],
             content["parameters"],
+            content["scale"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -10,6 +10,7 @@ from ..hf.bayesianize import bayesianize
 from ..hf.method import METHODS, Conversion, ConversionReport
 from ..hf.tasks.encoder import TaskEncoder, batches_of
 from .data.splits import choose_subset
+from .held_out import held_out_batches
 from .recipe import Experiment
 
 # Most validation examples that a conversion looks at.
@@ -72,10 +73,9 @@ def convert_model(
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
     options.setdefault("progress", progress)
     batches = list(batches_of(data, encoder, batch_size))
-    held_out = [example for example in encoder.task.validation if example.label is not None]
     chosen = options.get("prior"), options.get("structure", "scalar")
     wanted = chosen in ((None, "scalar"), ("validation", "scalar"))
-    if held_out and wanted and conversion.takes("validation"):
-        held_out = choose_subset(held_out, min(_HELD_OUT, len(held_out)))
-        options["validation"] = list(batches_of(encoder.dataset(held_out), encoder, batch_size))
+    if wanted and conversion.takes("validation"):
+        held_out = held_out_batches(encoder, _HELD_OUT, batch_size)
+        options.update({"validation": held_out} if held_out else {})
     return bayesianize(model, experiment.method, batches, **options)

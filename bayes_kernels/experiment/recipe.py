@@ -48,8 +48,11 @@ class Recipe:
         weight_decay: Of AdamW; None for the method's default.
         adam_epsilon, max_grad_norm: Of AdamW; a norm of 0 does not clip.
         max_length: Largest number of tokens; None for what `load_model` chooses.
-        train_on_validation: Whether the validation examples are trained on as well, so that a method that
-            chooses nothing on them sees as many labels as one that does; no temperature then.
+        train_on_validation: Whether the validation examples are trained on as well, so that a method
+            that chooses nothing on them sees as many labels as one that does; no temperature then.
+        scale: What is done about the width of a posterior, on at most 200 validation examples:
+            "guard", choose a factor on its deviations where its draws raise the NLL of its mean by more
+            than chance; "fit", choose one in any case; "keep", nothing.
         n_samples: Posterior draws of a prediction; None for the method's default.
         draws, draw_scope: How draws of weights hang together, and what has a draw of its own: `draws` and
             `scope` of `bayes_kernels.hf.predict`.
@@ -76,6 +79,7 @@ class Recipe:
     max_grad_norm: float = 0.0
     max_length: int | None = None
     train_on_validation: bool = False
+    scale: str = "guard"
     n_samples: int | None = None
     draws: str = "antithetic"
     draw_scope: str = "example"
@@ -105,6 +109,8 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must be {words}, got {value!r}")
             if value > _LARGEST:
                 raise ValueError(f"recipe: {name} must be a number of fp32, got {value!r}")
+        if self.scale not in SCALES:
+            raise ValueError(f"recipe: scale must be one of {SCALES}, got {self.scale!r}")
         if not isinstance(self.train_on_validation, bool):
             raise ValueError(
                 "recipe: train_on_validation must be true or false, got "
@@ -131,6 +137,8 @@ class Recipe:
             )
 
 
+# What is done about the width of a posterior, see `Recipe.scale`.
+SCALES = ("guard", "fit", "keep")
 _ANY = 2**31 - 1
 # torch takes no larger factor for weights in fp32.
 _LARGEST = 3.4e38

@@ -174,6 +174,7 @@ def report(runs: Sequence[Run], task: Task, *, command: Sequence[str] = ()) -> d
                 "adapter": one.training.adapter,
                 "log": one.training.log,
                 "conversion": one.conversion,
+                "scale": one.scale,
             }
             for one in runs
             if one.training is not None

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..hf.tasks.task import Task
 from .build import build
 from .convert import conversion_options, convert_model
 from .folders import CHECKPOINTS, save_adapter, stored_numbers
+from .held_out import check_posterior
 from .processes import side_by_side
 from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels
@@ -40,6 +42,7 @@ class Run:
         conversion: Report of `bayesianize` for methods that convert plain LoRA.
         conversion_seconds: Wall-clock time of the conversion.
         parameters: Numbers that the adapter's file holds; of an ensemble all of its files.
+        scale: What validation examples said of the posterior: numbers of `bayes_kernels.hf.scale`.
     """
 
     experiment: Experiment
@@ -48,6 +51,7 @@ class Run:
     conversion: dict[str, Any] | None = None
     conversion_seconds: float | None = None
     parameters: int | None = None
+    scale: dict[str, Any] | None = None
 
 
 def run(
@@ -135,7 +139,7 @@ def finish(
     score: bool = True,
     progress: bool = True,
 ) -> Run:
-    """What follows training: convert the adapter where the method does that, save and score it.
+    """What follows training: convert the adapter, look at its posterior, save and score it.
 
     Args:
         experiment, task: What is run.
@@ -152,6 +156,9 @@ def finish(
         conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
         synchronise(model)
         seconds = time.perf_counter() - begin
+    verdict = check_posterior(experiment, model, encoder, progress=progress)
+    if verdict is not None and verdict.harmful:
+        warnings.warn(verdict.text, stacklevel=2)
     parameters = None
     if folder is not None:
         save_adapter(model, experiment, task, encoder, folder)
@@ -176,7 +183,8 @@ def finish(
         own = [row for row in rows if row.method == experiment.method and row.temperature is None]
         if folder is not None and own:
             write_card(folder, scores=own[-1].report.to_dict())
-    return Run(experiment, training, rows, conversion, seconds, parameters)
+    scale = None if verdict is None else verdict.report
+    return Run(experiment, training, rows, conversion, seconds, parameters, scale)
 
 
 def check_trainable(method: str) -> None:

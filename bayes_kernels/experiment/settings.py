@@ -186,7 +186,7 @@ def _uses(method: str, one: Setting) -> bool:
     row = METHODS[method]
     if one.path[0] == "options":
         return one.path[1] in row.options
-    if one.path == ("n_samples",):  # those of an ensemble are its members
+    if one.path in (("n_samples",), ("scale",)):  # those of an ensemble are its members
         return row.bayesian and row.made != "join"
     if one.path in (("draws",), ("draw_scope",)):
         known = one.path == ("draws",) or one.value not in DRAW_SCOPES

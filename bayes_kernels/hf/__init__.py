@@ -46,6 +46,7 @@ from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_dataset  # noqa: E402
+from .scale import DrawsReport, ScaleReport, compare_draws, fit_scale_, rescale_  # noqa: E402
 from .tasks.answers import Answer, Answers  # noqa: E402
 from .tasks.load import SavedAdapter, load  # noqa: E402
 from .tasks.writer import SavedWriter, load_writer  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "BayesTrainerMixin",
     "BlobConfig",
     "ConversionReport",
+    "DrawsReport",
     "Ensemble",
     "Generation",
     "LabelPrediction",
@@ -74,6 +76,7 @@ __all__ = [
     "SavedAdapter",
     "SavedWriter",
     "ScalablConfig",
+    "ScaleReport",
     "ScoredText",
     "TfbConfig",
     "TfbReport",
@@ -84,11 +87,13 @@ __all__ = [
     "checkpoint_noise",
     "class_features",
     "class_logits",
+    "compare_draws",
     "decoupled_kl",
     "discard_laplace",
     "drawn_weights",
     "dropout_draws",
     "export_lora",
+    "fit_scale_",
     "fold_samples",
     "forget_laplace",
     "generate",
@@ -105,6 +110,7 @@ __all__ = [
     "predict",
     "predict_dataset",
     "refresh_noise",
+    "rescale_",
     "save_laplace",
     "score_texts",
     "stiefel_error",

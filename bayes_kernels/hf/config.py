@@ -159,6 +159,9 @@ class BayesLoraConfig(LoraConfig):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"{kind}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
 
+    def rescaled(self, factor: float) -> None:
+        """Take note that all deviations of the adapter were multiplied by a factor."""
+
 
 @dataclass
 class VariationalConfig(BayesLoraConfig):

@@ -261,6 +261,13 @@ class BayesVariant(LoraVariant):
         """Divergence from the prior: a term of `gaussian_kl`, a 0-dim tensor, or None for 0."""
         return None
 
+    def deviations(self, module: Any, adapter: str) -> list[Tensor]:
+        """The tensors that say how wide the posterior is in this layer; none where it has no width there."""
+        return []
+
+    def rescale_(self, module: Any, adapter: str, factor: float) -> None:
+        """Multiply the posterior's deviations by a factor, in `deviations`."""
+
     def own_decay(self, module: Any, adapter: str) -> list[nn.Parameter]:
         """Parameters that no weight decay may touch: the prior decays them."""
         return [
@@ -549,6 +556,11 @@ def normal_like(reference_tensor: Tensor, shape: Sequence[int], stream: int) -> 
         return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
     value = torch.randn(tuple(shape), generator=private_generator(stream))
     return value.to(reference_tensor.device)
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """x with log(1 + e^x) = value, for small values too."""
+    return value + torch.log(-torch.expm1(-value))
 
 
 def private_generator(stream: int) -> torch.Generator:

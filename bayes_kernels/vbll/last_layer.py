@@ -331,6 +331,19 @@ class LastLayer(nn.Module):
         return -2 * dof * logs.sum() - 0.5 * self.wishart_scale * (-2 * logs).exp().sum()
 
     @torch.no_grad()
+    def rescale_(self, factor: float) -> None:
+        """Multiply the deviations of the weights by a factor, in place: S_c becomes factor^2 S_c."""
+        if self.scale_tril is not None:
+            where = diagonal_index(self.in_features, self.scale_tril.device)
+            logs = self.scale_tril.index_select(1, where)
+            self.scale_tril.mul_(factor).index_copy_(1, where, logs + math.log(factor))
+            return
+        assert self.log_scale is not None
+        self.log_scale.add_(math.log(factor))
+        if self.factor is not None:
+            self.factor.mul_(factor)
+
+    @torch.no_grad()
     def covariance_matrix(self) -> Tensor:
         """The variational S_c as (C, D, D), for small heads and tests: C D^2 numbers."""
         if self.scale_tril is not None:

@@ -19,7 +19,7 @@ from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
 from ..method import PAPERS, Method
 from ..noise import DRAW_SCOPES
-from ..variants import BayesVariant, Divergence, KLPlan, KLStep, uniform_like
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep, inverse_softplus, uniform_like
 
 if TYPE_CHECKING:
     from ..noise import NoiseState
@@ -127,6 +127,18 @@ class GaussianFactor(BayesVariant):
             return functional.grouped_lora(x, factors, b, result, **where, scaling=scaling)
         options.update(groups=self.ids_of(x), dropout=dropout)
         return functional.flipout_lora(x, a, rho, b, result, key=key, **options)
+
+    def deviations(self, module: Any, adapter: str) -> list[Tensor]:
+        """rho, or what the method has in its place."""
+        return [getattr(module, self.deviation)[adapter]]
+
+    def rescale_(self, module: Any, adapter: str, factor: float) -> None:
+        """Omega times the factor."""
+        (rho,) = self.deviations(module, adapter)
+        if self.std == "softplus":
+            rho.copy_(inverse_softplus(factor * nn.functional.softplus(rho.double())))
+        else:
+            rho.mul_(math.sqrt(factor) if self.std == "square" else factor)
 
     def draw_factors(
         self, module: Any, adapter: str, key: Tensor, number: int

@@ -21,7 +21,15 @@ from ... import functional, random
 from ...optim import KLSchedule
 from ..config import VariationalConfig, option
 from ..method import PAPERS, Method
-from ..variants import BayesVariant, Divergence, KLPlan, KLStep, normal_like, uniform_like
+from ..variants import (
+    BayesVariant,
+    Divergence,
+    KLPlan,
+    KLStep,
+    inverse_softplus,
+    normal_like,
+    uniform_like,
+)
 
 if TYPE_CHECKING:
     from ..noise import NoiseState
@@ -135,7 +143,7 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         variance = sigma.double().square()
         return {
             LOG_S: s.log(),
-            EIGENVALUES: _softplus_inverse(variance).float(),
+            EIGENVALUES: inverse_softplus(variance).float(),
             EIGENVECTORS: torch.eye(rank, dtype=torch.float32, device=a.device),
         }
 
@@ -182,6 +190,20 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         ids = torch.tensor([number], device=key.device)
         s = self._mean(module, adapter) + self._draws(module, adapter, key, ids, True)[0]
         return s[:, None] * a, b
+
+    def deviations(self, module: Any, adapter: str) -> list[Tensor]:
+        """Logarithms of the deviations, or the eigenvalues of the covariance."""
+        name = LOG_SIGMA if self.config.covariance == "diagonal" else EIGENVALUES
+        return [getattr(module, name)[adapter]]
+
+    def rescale_(self, module: Any, adapter: str, factor: float) -> None:
+        """Deviations of the singular values times the factor."""
+        (spread,) = self.deviations(module, adapter)
+        if self.config.covariance == "diagonal":
+            spread.add_(math.log(factor))
+        else:
+            variance = nn.functional.softplus(spread.double()) * factor**2
+            spread.copy_(inverse_softplus(variance))
 
     def divergence(self, module: Any, adapter: str) -> Divergence | Tensor | None:
         """That of N(mean, covariance) from N(0, sigma_p^2 I), or its reverse ("code", diagonal)."""
@@ -331,7 +353,7 @@ class ScaleKL:
         log_s, spread = _flat(self._log_s), _flat(self._spread)
         u = nn.functional.softplus(spread) if self.full else (2 * spread).exp()
         u = p2 / (1 + (p2 / u - 1) * (-2 * t).exp())
-        _write(self._spread, _softplus_inverse(u) if self.full else u.log() / 2)
+        _write(self._spread, inverse_softplus(u) if self.full else u.log() / 2)
         _write(self._log_s, log_s - torch.log1p(2 * t * (2 * log_s).exp() / p2) / 2)
 
     def _gradient_step(self, size: float) -> None:
@@ -406,11 +428,6 @@ def _moments(item: BayesLayer) -> tuple[Tensor, Tensor]:
 def _deviations(eigenvalues: Tensor) -> Tensor:
     """Roots of the eigenvalues of the full covariance."""
     return (nn.functional.softplus(eigenvalues) + _JITTER).sqrt()
-
-
-def _softplus_inverse(value: Tensor) -> Tensor:
-    """x with log(1 + e^x) = value, for small values too."""
-    return value + torch.log(-torch.expm1(-value))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

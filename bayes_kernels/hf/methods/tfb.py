@@ -74,6 +74,11 @@ class TfbConfig(BayesLoraConfig, method="tfb"):
         None, "The deviation that was found; None before.", least=0, set_by="tfb_"
     )
 
+    def rescaled(self, factor: float) -> None:
+        """sigma_q is what the adapter has now."""
+        if self.sigma_q is not None:
+            self.sigma_q *= factor
+
 
 class TfbVariant(GaussianFactor, method="tfb"):
     """TFB in one LoRA layer: one deviation for each row of A, B orthonormal; no prior."""

@@ -1,0 +1,91 @@
+"""What validation examples say of a posterior before it is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+
+from ..hf.method import METHODS
+from ..hf.predict import predictor_of
+from ..hf.scale import can_rescale, compare_draws, fit_scale_, report_draws
+from ..hf.tasks.encoder import TaskEncoder, batches_of
+from .data.splits import choose_subset
+from .recipe import Experiment
+from .scoring import Row
+
+# Most validation examples that the scale is chosen on: every trial takes all draws of them.
+_EXAMPLES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found, and what was done.
+
+    Attributes:
+        text: one or two sentences.
+        harmful: whether draws raised the NLL by more than chance.
+        factor: what all deviations were multiplied by.
+        report: all numbers.
+    """
+
+    text: str
+    harmful: bool
+    factor: float
+    report: dict[str, Any]
+
+
+def harm_in(rows: Sequence[Row]) -> str | None:
+    """What to say of the rows of one adapter where its draws raise the NLL by more than chance."""
+    own = [row for row in rows if row.temperature is None]
+    mean = next((row for row in own if row.n_samples == 0), None)
+    drawn = next((row for row in own if row.n_samples), None)
+    if mean is None or drawn is None:
+        return None
+    found = report_draws(mean.log_probs, drawn.log_probs, drawn.labels, drawn.n_samples)
+    return f"{found}; --n-samples 0 predicts with the mean" if found.harmful else None
+
+
+def held_out_batches(encoder: TaskEncoder, most: int, batch_size: int) -> list[dict[str, Any]]:
+    """Batches of at most so many labelled validation examples, the same ones for every seed."""
+    found = [example for example in encoder.task.validation if example.label is not None]
+    if not found:
+        return []
+    chosen = encoder.dataset(choose_subset(found, min(most, len(found))))
+    return list(batches_of(chosen, encoder, batch_size))
+
+
+def check_posterior(
+    experiment: Experiment, model: PeftModel, encoder: TaskEncoder, *, progress: bool = True
+) -> Verdict | None:
+    """Compare draws with the mean on validation examples, and choose the scale as the recipe says.
+
+    Args:
+        experiment: method, draws, and what to do: `Recipe.scale`.
+        model, encoder: an adapter with its posterior, which may be rescaled in place.
+        progress: whether to show bars.
+
+    Returns:
+        None where there is nothing to compare: no draws, no labelled validation examples, or scale "keep".
+    """
+    recipe, row = experiment.recipe, METHODS[experiment.method]
+    draws = experiment.n_samples if row.bayesian and predictor_of(model).draws else 0
+    if not draws or recipe.scale == "keep":
+        return None
+    batches = held_out_batches(encoder, _EXAMPLES, recipe.eval_batch_size)
+    if not batches:
+        return None
+    options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed, "progress": progress}
+    name = f"{row.title}, seed {experiment.seed}"
+    if can_rescale(model):
+        found = fit_scale_(model, batches, only_if_harmful=recipe.scale == "guard", **options)
+        before, factor, text = found.before, found.factor, f"{name}: {found}"
+        report: dict[str, Any] = dataclasses.asdict(found)
+        report["trials"] = [list(trial) for trial in found.trials]
+    else:
+        before, factor = compare_draws(model, batches, **options), 1.0
+        text = f"{name}: {before}; predict with n_samples=0, which is the mean"
+        report = {"factor": 1.0, "before": dataclasses.asdict(before)}
+    return Verdict(text, before.harmful, factor, report)

@@ -1,0 +1,158 @@
+"""The scale of a posterior: what a factor does to draws, and which one held-out examples choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_models import BASES, IDS, adapted, fill, trained
+from torch import Tensor, nn
+
+from bayes_kernels.hf import (
+    BlobConfig,
+    PolarConfig,
+    PolarVbllConfig,
+    ScalablConfig,
+    bayesianize,
+    predict,
+)
+from bayes_kernels.hf.last_layer import need_head
+from bayes_kernels.hf.layers import bayes_layers
+from bayes_kernels.hf.scale import can_rescale, compare_draws, fit_scale_, rescale_
+
+MAKERS: dict[str, Any] = {
+    "square": lambda: fill(adapted(BASES["bert"](), BlobConfig)),
+    "softplus": lambda: fill(adapted(BASES["bert"](), BlobConfig, std="softplus")),
+    "direct": lambda: fill(adapted(BASES["bert"](), BlobConfig, std="direct")),
+    "diagonal": lambda: fill(adapted(BASES["bert"](), ScalablConfig)),
+    "full": lambda: fill(adapted(BASES["bert"](), ScalablConfig, covariance="full"), None),
+}
+HEADS = ("diagonal", "dense", "low_rank")
+
+
+def head_model(covariance: str) -> nn.Module:
+    model = fill(adapted(BASES["bert"](), PolarVbllConfig, head_covariance=covariance))
+    head = need_head(model, "test")
+    with torch.no_grad():
+        for name in ("log_scale", "factor", "scale_tril"):
+            if getattr(head, name) is not None:
+                getattr(head, name).normal_(-1, 0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def examples(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Forty examples whose labels the mean predicts."""
+    ids = torch.randint(1, int(IDS.max()), (40, 6), generator=torch.Generator().manual_seed(4))
+    found = predict(model.eval(), {"input_ids": ids}, n_samples=0)
+    return [{"input_ids": ids, "labels": found.classes}]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unlike(before: dict[str, Tensor], model: nn.Module) -> list[str]:
+    return [n for n, value in model.state_dict().items() if not torch.equal(before[n], value)]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_draws_deviate_by_the_factor(name: str) -> None:
+    model = MAKERS[name]()
+    before = state(model)
+
+    def deviation() -> list[Tensor]:
+        items = bayes_layers(model)
+        return [(i.factors(draw=3)[0] - i.factors()[0]).detach() for i in items]
+
+    first = deviation()
+    rescale_(model, 0.3)
+    for old, new in zip(first, deviation(), strict=True):
+        assert old.abs().max() > 1e-3
+        torch.testing.assert_close(new, 0.3 * old, rtol=1e-4, atol=1e-6)
+    assert all("lora_A." not in n and "lora_B." not in n for n in unlike(before, model))
+    with pytest.raises(ValueError, match="factor must be a positive number, got 0"):
+        rescale_(model, 0)
+
+
+@pytest.mark.parametrize("covariance", HEADS)
+def test_covariances_of_a_last_layer_are_multiplied_by_the_square(covariance: str) -> None:
+    model = head_model(covariance)
+    head = need_head(model, "test")
+    first, mean = head.covariance_matrix(), head.weight_mean.detach().clone()
+    rescale_(model, 3.0)
+    torch.testing.assert_close(head.covariance_matrix(), 9 * first, rtol=1e-5, atol=1e-6)
+    assert torch.equal(head.weight_mean, mean)
+
+
+def test_sigma_q_of_tfb_is_what_the_adapter_has() -> None:
+    model = trained()
+    sigma = bayesianize(model, "tfb", examples(model), tolerance=0.2, progress=False).sigma
+    item = bayes_layers(model)[0]
+    first = item.tensor("lora_A_sigma").clone()
+    rescale_(model, 0.5)
+    assert item.variant.config.sigma_q == sigma / 2
+    assert torch.equal(item.tensor("lora_A_sigma"), first / 2)
+
+
+@pytest.mark.parametrize("make", [*MAKERS.values(), lambda: head_model("dense")])
+def test_harmful_draws_are_found_and_mended(make: Any) -> None:
+    model = make().eval()
+    batches = examples(model)
+    rescale_(model, 16.0)
+    before = state(model)
+    found = fit_scale_(model, batches, n_samples=8, only_if_harmful=True, progress=False)
+    assert found.before.harmful and found.factor < 0.5
+    after = compare_draws(model, batches, n_samples=8, progress=False)
+    assert after.nll == pytest.approx(found.nll, abs=1e-6)
+    assert after.nll < found.before.nll and after.nll < after.mean_nll + 0.1
+    assert min(nll for _, nll in found.trials) == found.nll
+    assert "raise the NLL of 40 examples" in str(found) and unlike(before, model)
+
+
+def test_harmless_draws_stay_as_they_are() -> None:
+    model = MAKERS["square"]().eval()
+    rescale_(model, 0.01)
+    before = state(model)
+    found = fit_scale_(model, examples(model), n_samples=4, only_if_harmful=True, progress=False)
+    assert found.factor == 1 and not found.before.harmful and not unlike(before, model)
+    assert "left as they are" in str(found)
+
+
+def test_wider_where_that_is_better() -> None:
+    """Labels that contradict the mean: any width helps."""
+    model = MAKERS["square"]().eval()
+    rescale_(model, 0.1)
+    batches = examples(model)
+    batches[0]["labels"] = (batches[0]["labels"] + 1) % 3
+    assert fit_scale_(model, batches, n_samples=8, progress=False).factor > 2
+
+
+def test_what_stops_the_search_leaves_the_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MAKERS["full"]().eval()
+    batches = examples(model)
+    rescale_(model, 16.0)
+    before = state(model)
+    calls = iter(range(100))
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return predict(args[0], args[1][0], n_samples=options["n_samples"])
+
+    monkeypatch.setattr("bayes_kernels.hf.scale.predict_dataset", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit_scale_(model, batches, progress=False)
+    assert not unlike(before, model)
+
+
+def test_adapters_without_deviations_are_refused() -> None:
+    for config in (LoraConfig, PolarConfig):
+        model = adapted(BASES["bert"](), config)
+        assert not can_rescale(model)
+        with pytest.raises(ValueError, match="rescale_: the adapter must have deviations"):
+            rescale_(model, 2.0)
+    model = MAKERS["square"]().eval()
+    with pytest.raises(ValueError, match="examples must have class labels, got none"):
+        compare_draws(model, [{"input_ids": IDS}], progress=False)
