@@ -311,8 +311,9 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="all, or some of `bayes-kernels methods` and temperature (plain LoRA with a "
-            "temperature that was fitted on validation rows), divided by commas."
+            help="all, or some of `bayes-kernels methods`, temperature (plain LoRA with a temperature "
+            "that was fitted on validation rows), temperature-draws (the same for draws) and variants such "
+            "as tfb-on-blob, divided by commas."
         ),
     ] = "all",
     seeds: Seeds = 3,
@@ -436,7 +437,7 @@ def compare(
         def done(piece: comparison.Piece, result: Run | Failure) -> None:
             one = piece.experiment
             what = f"failed: {result.error}" if isinstance(result, tables.Failure) else "done"
-            note(f"{one.method}, seed {one.seed}: {what}")
+            note(f"{piece.word}, seed {one.seed}: {what}")
 
         runs, failures = comparison.compare(
             pieces, processes=1 if gpu else cores, device=device, done=done

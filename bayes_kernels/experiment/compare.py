@@ -35,8 +35,9 @@ from .recipe import Experiment
 from .results import Summary
 from .run import Run, finish, run
 from .scoring import Row, evaluate_model
-from .tables import TEMPERATURE, Failure
+from .tables import TEMPERATURE, TEMPERED_DRAWS, Failure
 from .train import Training
+from .variants import VARIANTS, method_of, named, source_of, title_of, varied
 
 RESULT_FILE = "result.json"
 RESULTS_FILE = "results.json"
@@ -48,11 +49,11 @@ MEMBER_SEED = 1000
 def known_methods() -> tuple[str, ...]:
     """Words for `compare`: plain LoRA, the baselines, the Bayesian methods."""
     rest = [name for name in METHODS if name != PLAIN]
-    return (PLAIN, TEMPERATURE, *rest)
+    return (PLAIN, TEMPERATURE, *rest, TEMPERED_DRAWS, *VARIANTS)
 
 
 def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods in the order of the table, each once; "all" is all of them.
+    """The methods in the order of the table, each once; "all" is one row for each method.
 
     Raises:
         ValueError: A word is unknown, or there is none.
@@ -63,14 +64,16 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(
             f"methods: expected all or some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
         )
-    return known if "all" in methods else tuple(name for name in known if name in methods)
+    every = (*METHODS, TEMPERATURE) if "all" in methods else ()
+    return tuple(name for name in known if name in (*methods, *every))
 
 
 def used_methods(methods: Sequence[str]) -> tuple[str, ...]:
     """Names of `METHODS` that a comparison of these words runs: plain LoRA too where it is needed."""
-    named = [name for name in methods if name != TEMPERATURE]
-    plain = any(METHODS[name].made != "train" for name in named) or TEMPERATURE in methods
-    return tuple(dict.fromkeys([PLAIN, *named] if plain else named))
+    words = [word for word in methods if word not in (TEMPERATURE, TEMPERED_DRAWS)]
+    sources = [source for word in words if (source := source_of(word)) is not None]
+    first = [PLAIN] if TEMPERATURE in methods or PLAIN in sources else []
+    return tuple(dict.fromkeys([*first, *sources, *map(method_of, words)]))
 
 
 # --- Results as files ----------------------------------------------------------------------------
@@ -161,6 +164,13 @@ class Piece(NamedTuple):
     folder: Path
     plain: tuple[Path, ...] = ()
     score: bool = True
+    variant: str = ""
+    temper_draws: bool = False
+
+    @property
+    def word(self) -> str:
+        """What `compare --methods` calls the row."""
+        return self.variant or self.experiment.method
 
 
 def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
@@ -192,13 +202,20 @@ def _run_piece(
     made = method.made
     options: dict[str, Any] = {
         "temperature": one.method == PLAIN,
-        "mean": made == "train",
+        "temper_draws": piece.temper_draws,
+        "mean": made == "train" and not piece.plain,
         "progress": progress,
     }
     if saved is not None and made == "train":  # trained as a member only, and not scored then
         model, encoder = load_adapter(folder, one, task, device=device)
         scored = finish(one, task, model, encoder, saved.training, **options)
         result = dataclasses.replace(scored, parameters=saved.parameters)
+    elif made == "train" and piece.plain:  # another way to score an adapter that is there
+        (path,) = piece.plain
+        source = _plain(path)
+        model, encoder = load_adapter(path, source.experiment, task, device=device)
+        result = finish(one, task, model, encoder, source.training, **options)
+        result = dataclasses.replace(result, parameters=source.parameters)
     elif made == "train":
         result = run(
             one, task, folder=folder, checkpoints=False, score=score, device=device, **options
@@ -232,6 +249,7 @@ def _run_piece(
             parameters = sum(stored_numbers(path) for path in piece.plain)
             training = _together([source.training for source in sources])
             result = Run(one, training, rows, parameters=parameters)
+    result = dataclasses.replace(result, rows=named(result.rows, piece.word))
     save_run(result, folder / RESULT_FILE)
 
 
@@ -243,7 +261,7 @@ def _saved(folder: Path) -> Run | None:
 def _plain(folder: Path) -> Run:
     saved = _saved(folder)
     if saved is None:
-        raise ValueError(f"needs plain LoRA in {folder}, whose training failed")
+        raise ValueError(f"needs the adapter in {folder}, whose training failed")
     return saved
 
 
@@ -285,7 +303,11 @@ def plan(
         ValueError: Settings that do not go with a method.
     """
     scored_plain = PLAIN in methods or TEMPERATURE in methods
-    others = [name for name in methods if name not in (PLAIN, TEMPERATURE)]
+    tempered = TEMPERED_DRAWS in methods
+    others = [name for name in methods if name not in (PLAIN, TEMPERATURE, TEMPERED_DRAWS)]
+    # Adapters that are trained for others to be made of, and are no rows.
+    made_of = {origin for name in others if (origin := source_of(name)) is not None}
+    only_sources = [name for name in METHODS if name in made_of and name not in (*others, PLAIN)]
 
     def place(method: str, seed: int) -> Path:
         return folder / method / f"seed-{seed}"
@@ -294,26 +316,40 @@ def plan(
         return Piece(experiments(PLAIN, seed), tasks[seed], place(PLAIN, seed), score=scored_plain)
 
     pieces = []
-    if scored_plain or any(METHODS[name].made != "train" for name in others):
+    if scored_plain or PLAIN in used_methods(methods):
         pieces = [plain(seed) for seed in range(seeds)]
     # What trains first is longest and depends on nothing.
     stages = ("train", "convert", "join")
-    for name in sorted(others, key=lambda name: stages.index(METHODS[name].made)):
-        made = METHODS[name].made
-        members = experiments(name, 0).n_samples if made == "join" else 1
+
+    def order(name: str) -> tuple[bool, int]:
+        return source_of(name) is not None, stages.index(METHODS[method_of(name)].made)
+
+    for name in sorted([*only_sources, *others], key=order):
+        method = method_of(name)
+        made = METHODS[method].made
+        members = experiments(method, 0).n_samples if made == "join" else 1
         if made == "join" and members < 2:
-            raise ValueError(
-                f"members: expected at least 2 for {METHODS[name].title}, got {members}"
-            )
+            raise ValueError(f"members: expected at least 2 for {title_of(name)}, got {members}")
         for seed in range(seeds):
-            source = [] if made == "train" else [place(PLAIN, seed)]
+            of = source_of(name)
+            source = [] if of is None else [place(of, seed)]
             for i in range(1, members):
                 # Other factors, head and order of examples, but the same examples.
                 one = experiments(PLAIN, seed + MEMBER_SEED * i)
                 source.append(folder / name / f"seed-{seed}-member-{i}")
                 pieces.append(Piece(one, tasks[seed], source[-1], score=False))
-            one = experiments(name, seed)
-            pieces.append(Piece(one, tasks[seed], place(name, seed), tuple(source)))
+            one = varied(experiments(method, seed), name)
+            pieces.append(
+                Piece(
+                    one,
+                    tasks[seed],
+                    place(name, seed),
+                    tuple(source),
+                    score=name not in only_sources,
+                    variant=name if name != method else "",
+                    temper_draws=tempered and METHODS[method].bayesian,
+                )
+            )
     return pieces
 
 
@@ -375,7 +411,7 @@ def compare(
             text = " ".join(str(result).split()) or type(result).__name__
             one = piece.experiment
             error = text if isinstance(result, ValueError) else f"{type(result).__name__}: {text}"
-            failed[piece.folder] = Failure(one.method, one.seed, error)
+            failed[piece.folder] = Failure(piece.word, one.seed, error)
             done(piece, failed[piece.folder])
         else:
             done(piece, load_run(piece.folder / RESULT_FILE))
@@ -413,10 +449,10 @@ def chosen(summaries: Sequence[Summary], methods: Sequence[str]) -> list[Summary
     found = []
     for name in methods:
         for one in summaries:
-            tempered = one.temperature and one.method == PLAIN
-            if name == TEMPERATURE and tempered:
-                found.append(one)
-            elif name == one.method and not tempered:
+            word = one.method
+            if one.temperature:
+                word = TEMPERATURE if one.method == PLAIN else TEMPERED_DRAWS
+            if name == word:
                 found.append(one)
     return found
 
@@ -425,8 +461,9 @@ def main_rows(rows: Sequence[Row], methods: Sequence[str]) -> list[Row]:
     """Of each method the row with draws where there are any: one line for each in a picture."""
     found: dict[str, Row] = {}
     for row in rows:
-        tempered = row.temperature is not None
-        name = TEMPERATURE if tempered and row.method == PLAIN else row.method
+        name = row.method
+        if row.temperature is not None:
+            name = TEMPERATURE if row.method == PLAIN else TEMPERED_DRAWS
         if name in methods:
             found[name] = row
     return [found[name] for name in methods if name in found]

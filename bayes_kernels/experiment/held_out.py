@@ -77,7 +77,13 @@ def check_posterior(
     batches = held_out_batches(encoder, _EXAMPLES, recipe.eval_batch_size)
     if not batches:
         return None
-    options: dict[str, Any] = {"n_samples": draws, "seed": experiment.seed, "progress": progress}
+    options: dict[str, Any] = {
+        "n_samples": draws,
+        "seed": experiment.seed,
+        "draws": recipe.draws,
+        "scope": recipe.draw_scope,
+        "progress": progress,
+    }
     name = f"{row.title}, seed {experiment.seed}"
     if can_rescale(model):
         found = fit_scale_(model, batches, only_if_harmful=recipe.scale == "guard", **options)

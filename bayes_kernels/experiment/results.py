@@ -68,6 +68,11 @@ def _costs(run: Run, row: Row) -> dict[str, float]:
     return costs
 
 
+def _word(run: Run) -> str:
+    """The method, or of a variant in a comparison its word."""
+    return run.rows[0].method if run.rows else run.experiment.method
+
+
 def summarise(runs: Sequence[Run]) -> list[Summary]:
     """Runs that differ in the seed only, put together by name of the row, in their order."""
     found: dict[str, list[tuple[Run, Row]]] = {}
@@ -163,7 +168,7 @@ def report(runs: Sequence[Run], task: Task, *, command: Sequence[str] = ()) -> d
             "label_names": list(task.label_names),
             "examples": {split: len(examples) for split, examples in task.splits.items()},
         },
-        "experiments": {one.experiment.method: one.experiment.to_dict() for one in reversed(runs)},
+        "experiments": {_word(one): one.experiment.to_dict() for one in reversed(runs)},
         "seeds": sorted({one.experiment.seed for one in runs}),
         "methods": methods,
         "training": [

@@ -63,6 +63,7 @@ def run(
     save_every: int | None = None,
     checkpoints: bool = True,
     temperature: bool = True,
+    temper_draws: bool = False,
     mean: bool = True,
     score: bool = True,
     device: str | None = None,
@@ -78,6 +79,7 @@ def run(
         save_every: Steps between checkpoints.
         checkpoints: Whether to write any.
         temperature: Whether to add the row with temperature scaling.
+        temper_draws: Whether draws have a row with temperature scaling.
         mean: Whether methods with draws have a row for the mean, see `evaluate_model`.
         score: Whether to score the adapter at all.
         device: "cpu", "cuda" or "auto".
@@ -120,6 +122,7 @@ def run(
         training,
         folder=folder,
         temperature=temperature,
+        temper_draws=temper_draws,
         mean=mean,
         score=score,
         progress=progress,
@@ -135,6 +138,7 @@ def finish(
     *,
     folder: Path | None = None,
     temperature: bool = True,
+    temper_draws: bool = False,
     mean: bool = True,
     score: bool = True,
     progress: bool = True,
@@ -145,7 +149,7 @@ def finish(
         experiment, task: What is run.
         model, encoder: A trained adapter, plain LoRA for methods that convert it.
         training: What its training cost.
-        folder, temperature, mean, score, progress: As `run`.
+        folder, temperature, temper_draws, mean, score, progress: As `run`.
 
     Raises:
         ValueError: The conversion's options do not fit.
@@ -176,6 +180,7 @@ def finish(
             scope=experiment.recipe.draw_scope,
             batch_size=experiment.recipe.eval_batch_size,
             temperature=temperature,
+            temper_draws=temper_draws,
             mean=mean,
             progress=progress,
             label=f"{METHODS[experiment.method].title}, seed {experiment.seed}",

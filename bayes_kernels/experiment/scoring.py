@@ -109,6 +109,7 @@ def evaluate_model(
     scope: str = "example",
     batch_size: int = 16,
     temperature: bool = True,
+    temper_draws: bool = False,
     mean: bool = True,
     progress: bool = True,
     label: str = "",
@@ -118,8 +119,9 @@ def evaluate_model(
     Rows: the single set of weights (plain LoRA, or the posterior mean); with ``temperature`` the
     same with a temperature fitted on the validation split, where there is one; for Bayesian methods
     with n_samples > 0 the mean prediction of that many draws. The same seed gives the same draws
-    for every set of examples. Methods that join adapters have the last row only, and without ``mean``
-    so have all methods with draws. ``draws`` and ``scope`` are those of `bayes_kernels.hf.predict`.
+    for every set of examples, and ``temper_draws`` adds a temperature to them. Methods that join
+    adapters have the last row only, and without ``mean`` so have all methods with draws. ``draws`` and
+    ``scope`` are those of `bayes_kernels.hf.predict`.
 
     Raises:
         ValueError: There are no labelled test examples.
@@ -158,12 +160,12 @@ def evaluate_model(
         row_name = f"{name} N={count}" if count else f"{name} mean" if bayesian else name
         rows.append(_score(row_name, method, None, test, ood, task, cost, peak.mib))
         held_out = known_labels(task.validation)
-        if count == 0 and temperature and held_out is not None:
+        if (temper_draws if count else temperature) and held_out is not None:
             validation, _ = predict_examples(
                 model, encoder, task.validation, label=f"{what}: validation", **options
             )
             t = fit_temperature(validation.log_probs, held_out)
-            short = f"{name} mean" if bayesian else name.removesuffix(" (MLE)")
+            short = row_name.removesuffix(" (MLE)")
             rows.append(
                 _score(
                     f"{short} + temperature",

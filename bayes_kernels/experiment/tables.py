@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..hf.method import METHODS, PLAIN
+from ..hf.method import PLAIN
 from ..table import Table
 from .machine import memory_measure
 from .results import COSTS, Summary
+from .variants import title_of
 
 # The row of plain LoRA with a temperature, which is no run of its own.
 TEMPERATURE = "temperature"
+# Rows of all methods with draws and a temperature on these.
+TEMPERED_DRAWS = "temperature-draws"
 # Headings by name of the metric.
 SCORES = {
     "accuracy": "accuracy ↑",
@@ -26,7 +29,7 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A (method, seed) that did not end, and why."""
+    """A (method, seed) that did not end, and why; variants by their word."""
 
     method: str
     seed: int
@@ -112,7 +115,7 @@ def comparison_table(
         headings = [*scores.headings, *costs.headings[1:]]
         rows = [[*a, *b[1:]] for a, b in zip(scores.rows, costs.rows, strict=True)]
     for failure in failures:
-        title = f"{METHODS[failure.method].title}, seed {failure.seed}"
+        title = f"{title_of(failure.method)}, seed {failure.seed}"
         rows.append([title, f"failed: {failure.error}"])
     return Table("", headings, rows)
 

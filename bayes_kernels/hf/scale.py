@@ -88,6 +88,8 @@ def compare_draws(
     *,
     n_samples: int = 10,
     seed: int = 0,
+    draws: str = "antithetic",
+    scope: str = "example",
     choices: Sequence[int] | None = None,
     batch_size: int = 16,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -100,6 +102,7 @@ def compare_draws(
         data: examples with class labels that were not trained on, as `predict_dataset` takes them.
         n_samples: draws of a prediction, at least 1.
         seed: seed of the draws.
+        draws, scope: what a draw is, as in `predict`.
         choices: ids of the answer tokens, for causal language models; see `predict`.
         batch_size, collate_fn: for a data set.
         progress: show a bar where it takes longer than two seconds.
@@ -111,9 +114,10 @@ def compare_draws(
         ValueError: examples have no class labels, or as `predict`.
     """
     batches = list(as_batches(data, batch_size, collate_fn))
-    options: dict[str, Any] = {"seed": seed, "choices": choices, "progress": progress}
+    options: dict[str, Any] = {"choices": choices, "progress": progress}
     mean = _classes(predict_dataset(model, batches, n_samples=0, **options))
-    drawn = _classes(predict_dataset(model, batches, n_samples=n_samples, **options))
+    options.update(n_samples=n_samples, seed=seed, draws=draws, scope=scope)
+    drawn = _classes(predict_dataset(model, batches, **options))
     assert mean.labels is not None
     return report_draws(mean.log_probs, drawn.log_probs, mean.labels, n_samples)
 
@@ -174,6 +178,8 @@ def fit_scale_(
     only_if_harmful: bool = False,
     n_samples: int = 10,
     seed: int = 0,
+    draws: str = "antithetic",
+    scope: str = "example",
     choices: Sequence[int] | None = None,
     batch_size: int = 16,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -188,7 +194,8 @@ def fit_scale_(
         model: a model with a posterior that `rescale_` takes.
         data: examples with class labels that were not trained on.
         only_if_harmful: leave a posterior alone whose draws do not raise the NLL by more than chance.
-        n_samples, seed, choices, batch_size, collate_fn, progress: as in `compare_draws`.
+        n_samples, seed, draws, scope, choices, batch_size, collate_fn, progress: as in
+            `compare_draws`.
 
     Returns:
         `ScaleReport`. Cost: 1 + n_samples forward passes of the examples, and about 7 n_samples more where
@@ -206,6 +213,8 @@ def fit_scale_(
     options: dict[str, Any] = {
         "n_samples": n_samples,
         "seed": seed,
+        "draws": draws,
+        "scope": scope,
         "choices": choices,
         "progress": progress,
     }

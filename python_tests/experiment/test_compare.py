@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from bayes_kernels import metrics
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import compare as co
-from bayes_kernels.experiment import folders, machine, scoring, tables, train
+from bayes_kernels.experiment import folders, machine, results, scoring, tables, train
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
+from bayes_kernels.experiment.variants import VARIANTS
 from bayes_kernels.hf import load
 from bayes_kernels.hf.tasks.task import Task
 
@@ -195,6 +196,36 @@ def test_methods_and_plans_are_checked(make: Any, tasks: dict[int, Task], tmp_pa
             make(method, seed), recipe=dataclasses.replace(FAST, n_samples=1)
         )
         co.plan(("ensemble",), few, tasks, tmp_path, seeds=1)
+
+
+def test_variants(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
+    words = ("temperature", "temperature-draws", "blob-token", "tfb-on-blob", "laplace-sum")
+    assert co.used_methods(words) == ("mle", "blob", "tfb", "laplace")
+    assert not set(co.check_methods(["all"])) & set(VARIANTS)
+    words = co.check_methods(words)
+    pieces = co.plan(words, make, tasks, tmp_path, seeds=1)
+    assert [(p.word, p.score) for p in pieces] == [
+        ("mle", True),
+        ("blob", False),
+        ("blob-token", True),
+        ("tfb-on-blob", True),
+        ("laplace-sum", True),
+    ]
+    assert [len(p.plain) for p in pieces] == [0, 0, 1, 1, 1]
+    runs, failures = co.compare(pieces, progress=False)
+    assert not failures
+    rows = co.chosen(results.summarise(runs), words)
+    names = [row.name for row in rows]
+    draws = FAST.n_samples
+    assert names[0] == "LoRA + temperature"
+    assert {f"BLoB, token scope N={draws}", f"TFB on BLoB's mean N={draws}"} < set(names)
+    assert f"BLoB, token scope N={draws} + temperature" in names
+    assert any(name.startswith("Laplace-LoRA, evidence, sum") for name in names)
+    again, _ = co.compare(pieces, progress=False)
+    assert len(again) == len(runs)
+    report = results.report(runs, tasks[0])
+    assert {"blob-token", "tfb-on-blob", "laplace-sum"} < set(report["experiments"])
+    assert report["experiments"]["laplace-sum"]["recipe"]["options"]["tokens"] == "sum"
 
 
 # --- The command ---------------------------------------------------------------------------------

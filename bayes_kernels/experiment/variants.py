@@ -1,0 +1,87 @@
+"""Rows of a comparison that are a method with other settings, or made of another adapter than plain LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..hf.method import METHODS, PLAIN
+from .recipe import Experiment
+from .scoring import Row
+
+
+class Variant(NamedTuple):
+    """A row of a comparison.
+
+    Attributes:
+        title: Its name in tables.
+        method: A name of `bayes_kernels.hf.method.METHODS`.
+        options: Options of the method, over those of the recipe.
+        recipe: Other fields of the recipe.
+        source: The method whose adapter is converted, or scored in another way where it is the row's own.
+    """
+
+    title: str
+    method: str
+    options: Mapping[str, Any] = {}
+    recipe: Mapping[str, Any] = {}
+    source: str = PLAIN
+
+
+# By the word that `compare --methods` takes.
+VARIANTS: dict[str, Variant] = {
+    "tfb-on-map": Variant("TFB on MAP", "tfb", source="map"),
+    "tfb-on-blob": Variant("TFB on BLoB's mean", "tfb", source="blob"),
+    "blob-token": Variant(
+        "BLoB, token scope", "blob", {}, {"draw_scope": "token", "scale": "keep"}, "blob"
+    ),
+    "blob-independent": Variant(
+        "BLoB, independent draws", "blob", {}, {"draws": "independent", "scale": "keep"}, "blob"
+    ),
+    "laplace-sum": Variant(
+        "Laplace-LoRA, evidence, sum", "laplace", {"prior": "mackay", "tokens": "sum"}
+    ),
+    "laplace-expand": Variant(
+        "Laplace-LoRA, evidence, 1/T", "laplace", {"prior": "mackay", "tokens": "expand"}
+    ),
+    "scalabl-code": Variant(
+        "ScalaBL, code", "scalabl", {"kl_direction": "code", "kl_schedule": "published"}
+    ),
+    "polar-vbll-refined": Variant("PoLAR-VBLL, refined", "polar-vbll", {"refine": True}),
+}
+
+
+def method_of(word: str) -> str:
+    """The method of a row: the word itself where it is one."""
+    return VARIANTS[word].method if word in VARIANTS else word
+
+
+def source_of(word: str) -> str | None:
+    """The method whose adapter a row is made of; None for one that is trained for the row."""
+    method, source = method_of(word), VARIANTS[word].source if word in VARIANTS else PLAIN
+    return source if METHODS[method].made != "train" or source == method != PLAIN else None
+
+
+def title_of(word: str) -> str:
+    """What tables call a row."""
+    return VARIANTS[word].title if word in VARIANTS else METHODS[word].title
+
+
+def varied(experiment: Experiment, word: str) -> Experiment:
+    """The experiment of a row's method with the options of the row."""
+    if word not in VARIANTS:
+        return experiment
+    recipe = experiment.recipe
+    changes = {"options": {**recipe.options, **VARIANTS[word].options}, **VARIANTS[word].recipe}
+    return dataclasses.replace(experiment, recipe=dataclasses.replace(recipe, **changes))
+
+
+def named(rows: list[Row], word: str) -> list[Row]:
+    """Scores of a row's method under the name of the row."""
+    if word not in VARIANTS:
+        return rows
+    before, after = METHODS[VARIANTS[word].method].title, VARIANTS[word].title
+    return [
+        dataclasses.replace(row, name=row.name.replace(before, after), method=word) for row in rows
+    ]
