@@ -43,7 +43,13 @@ from torch import Tensor
 from bayes_kernels import _library, random, reference
 from bayes_kernels import functional as F
 
-__all__ = ["ADAPTER_SHAPES", "Case", "Inputs", "adapter", "grouped"]  # for tests, and families by name
+__all__ = [
+    "ADAPTER_SHAPES",
+    "Case",
+    "Inputs",
+    "adapter",
+    "grouped",
+]  # for tests, and families by name
 
 LR = 0.1  # of the steps on the Stiefel manifold
 FAMILIES = ("noise", "adapter", "grouped", "divergence", "tall", "predict", "curvature")

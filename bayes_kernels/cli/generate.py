@@ -13,6 +13,7 @@ from ..table import shorten
 from .options import (
     Debug,
     Device,
+    Draws,
     DrawSeed,
     OtherBase,
     Overwrite,
@@ -46,6 +47,7 @@ def generate(
         bool, typer.Option("--chat", help="Prompts are messages to the model's chat template.")
     ] = False,
     n_samples: Samples = None,
+    draws: Draws = None,
     max_new_tokens: Annotated[int, whole("Largest number of new tokens.", least=1)] = 64,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens; by default the likeliest is taken.")
@@ -119,6 +121,7 @@ def generate(
         prompts,
         n_samples=n_samples,
         seed=seed,
+        draws=draws,
         max_new_tokens=max_new_tokens,
         do_sample=sample,
         num_beams=beams,

@@ -115,18 +115,22 @@ class WeightDraws:
         return n_samples
 
     @contextlib.contextmanager
-    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+    def throughout(
+        self, n_samples: int, seed: int, examples: int, draws: str
+    ) -> Iterator[dict[str, Any]]:
         """Inside, draw s has its weights in all passes, on its part of the rows, whatever their number.
 
         Args:
             n_samples: draws in the batch, which lie one after the other; 0 for the mean.
             seed: seed of the draws.
             examples: rows of each draw at the beginning, before beams multiply them.
+            draws: `kind` of `posterior`, which draws of other kinds do not have.
 
         Yields:
             Further arguments of `generate` and of the passes.
         """
-        with self.weights(n_samples > 0, n_samples=max(n_samples, 1), seed=seed, first_sample=0):
+        which: dict[str, Any] = {"n_samples": max(n_samples, 1), "seed": seed, "first_sample": 0}
+        with self.weights(n_samples > 0, **which, kind=draws):
             yield {}
 
     def predict(

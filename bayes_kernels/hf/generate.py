@@ -16,6 +16,7 @@ from ..batches import eval_mode, fold_samples
 from .decoding import Lockstep, Step, mean_distribution
 from .draws import WeightDraws
 from .layers import without_effect
+from .noise import KINDS
 from .predict import predictor_of
 from .texts import SCORES, Generation, Pieces, ScoredText, Token, pieces_of
 
@@ -50,6 +51,7 @@ def generate(
     *,
     n_samples: int = 10,
     seed: int = 0,
+    draws: str = "antithetic",
     max_new_tokens: int = 64,
     do_sample: bool = False,
     num_beams: int = 1,
@@ -83,6 +85,8 @@ def generate(
             them. Prompts of unequal length are padded on the left.
         n_samples: S; 0 for the posterior mean, whose entropy is all there is.
         seed: seed of the draws, and of random choices.
+        draws: how draws of weights hang together: "antithetic" (ask for an even number), "independent" or
+            "shared"; `kind` of `posterior`. For BLoB, TFB and ScalaBL; the others keep their own rule.
         max_new_tokens: largest number of new tokens.
         do_sample: draw tokens from the mean distribution. Text i has the choices of (seed, i), whatever
             else is in the batch. False takes the likeliest token.
@@ -136,8 +140,8 @@ def generate(
             f"generate: num_return_sequences must be at most num_beams={num_beams} without sampling, "
             f"got {num_return_sequences}; pass do_sample=True"
         )
-    draws = _draws_of("generate", model, n_samples)
-    copies = draws.copies(n_samples)
+    drawing = _draws_of("generate", model, n_samples, draws)
+    copies = drawing.copies(n_samples)
     if abstain_on is None:
         abstain_on = "max_mutual_information" if copies > 1 else "max_entropy"
     if abstain_on not in SCORES or (copies < 2 and "mutual" in abstain_on):
@@ -145,7 +149,7 @@ def generate(
             f"generate: abstain_on must be one of {', '.join(SCORES)} (mutual information from two draws "
             f"on), got {abstain_on!r} with {copies} draws"
         )
-    generator = draws.generator
+    generator = drawing.generator
     encoded = _encode("generate", tokenizer, _as_list(prompts), chat)
     _check_lengths(generator, encoded, max_new_tokens)
     pad = _pad_token(generator, tokenizer)
@@ -190,7 +194,7 @@ def generate(
                 max(copies, 1), len(part), seed=seed, first=first, notice=notice, streamer=stock
             )
             batch = _padded([one.token_ids for one in part], pad, right, _device(model))
-            with draws.throughout(n_samples, seed, len(part)) as more:
+            with drawing.throughout(n_samples, seed, len(part), draws) as more:
                 generator.generate(
                     **fold_samples(batch, max(copies, 1)),
                     **settings,
@@ -222,6 +226,7 @@ def score_texts(
     prompts: str | Sequence[str] | None = None,
     n_samples: int = 10,
     seed: int = 0,
+    draws: str = "antithetic",
     progress: bool = False,
 ) -> list[ScoredText]:
     """What S draws of the weights think of given texts: `generate`'s numbers, for tokens that are there.
@@ -234,6 +239,7 @@ def score_texts(
         prompts: what comes before each text, or one for all.
         n_samples: S; 0 for the posterior mean.
         seed: seed of the draws.
+        draws: as for `generate`.
         progress: show a bar over the texts.
 
     Returns:
@@ -253,9 +259,9 @@ def score_texts(
             f"score_texts: prompts must be one for all or one for each of {len(given)} texts, got "
             f"{len(before)}"
         )
-    draws = _draws_of("score_texts", model, n_samples)
-    copies = draws.copies(n_samples)
-    if getattr(draws.generator.config, "is_encoder_decoder", False):
+    drawing = _draws_of("score_texts", model, n_samples, draws)
+    copies = drawing.copies(n_samples)
+    if getattr(drawing.generator.config, "is_encoder_decoder", False):
         raise ValueError(
             "score_texts: model must be a causal model, got an encoder-decoder; use predict with choices"
         )
@@ -279,9 +285,9 @@ def score_texts(
                 )
             ids = torch.tensor([whole], device=_device(model))
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with draws.throughout(n_samples, seed, 1) as more:
+            with drawing.throughout(n_samples, seed, 1, draws) as more:
                 folded = fold_samples(batch, max(copies, 1))
-                logits = draws.generator(**folded, **more, use_cache=False).logits
+                logits = drawing.generator(**folded, **more, use_cache=False).logits
             steps = []
             for place in range(start, len(whole), _TOKENS_AT_ONCE):
                 chosen = ids[0, place : place + _TOKENS_AT_ONCE, None]
@@ -296,8 +302,10 @@ def score_texts(
 # --- Draws ---------------------------------------------------------------------------------------
 
 
-def _draws_of(op: str, model: nn.Module, n_samples: int) -> WeightDraws:
+def _draws_of(op: str, model: nn.Module, n_samples: int, draws: str) -> WeightDraws:
     """How the weights of a text are drawn."""
+    if draws not in KINDS:
+        raise ValueError(f"{op}: draws must be one of {KINDS}, got {draws!r}; choose one")
     predictor = predictor_of(model).texts
     if predictor is None:
         if n_samples:

@@ -61,7 +61,7 @@ def test_options_reach_the_library(writer: Path) -> None:
         return objects(result.stdout)
 
     plain = run()
-    assert run("--seed", 1) != plain
+    assert run("--seed", 1) != plain and run("--draws", "independent") != plain
     assert {text["token_mutual_information"] for text in run("--n-samples", 0)} == {None}
     assert run("--beams", 3)[0]["log_prob"] >= plain[0]["log_prob"] - 1e-6
     drawn = run("--sample", "--temperature", 3, "--top-k", 0, "--top-p", 1)
@@ -171,6 +171,7 @@ def test_adapters_of_commands(writer: Path, data: Path, tmp_path: Path) -> None:
         (["--prompt", "be", "--sample", "--top-p", "0"], "--top-p: expected a number above 0"),
         (["--prompt", "be", "--sample", "--temperature", "nan"], "--temperature: expected"),
         (["--prompt", "be", "--color-by", "doubt"], "--color-by: expected mutual_information or"),
+        (["--prompt", "be", "--draws", "pairs"], "got 'pairs'"),
         (["--prompt", "be", "--beams", "0"], "expected an integer >= 1"),
         (["--prompt", "be", "--sample", "--beams", "2"], "do_sample must be False"),
         (["--prompt", "be", "--model", "minilm"], "expected a causal language model"),

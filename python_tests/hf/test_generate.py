@@ -126,6 +126,20 @@ def test_greedy_search_is_explicit_averaging(model: Any, draws: int) -> None:
         assert max(text.max_mutual_information for text in found) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["independent", "shared"])
+def test_other_draws(model: Any, kind: str) -> None:
+    def weights(model: nn.Module, draw: int) -> Any:
+        return posterior(model, "sample", seed=SEED, first_sample=draw, kind=kind)
+
+    options = {"n_samples": 3, "seed": SEED, "draws": kind}
+    found = generate(model, TOKENIZER, PROMPTS[:1], max_new_tokens=3, **options)[0]
+    check_numbers(model, found, encoded(PROMPTS[0]), 3, weights)
+    again = score_texts(model, TOKENIZER, found.text, prompts=PROMPTS[0], **options)[0]
+    assert again.entropy == pytest.approx(found.entropy, abs=1e-10)
+    other = generate(model, TOKENIZER, PROMPTS[:1], n_samples=3, seed=SEED, max_new_tokens=3)[0]
+    assert other.entropy != pytest.approx(found.entropy, abs=1e-4)
+
+
 def test_the_mean_is_plain_generation(model: Any) -> None:
     found = generate(model, TOKENIZER, PROMPTS[0], n_samples=0, max_new_tokens=5)[0]
     ids = torch.tensor([encoded(PROMPTS[0])])
@@ -467,6 +481,7 @@ def test_real_models(models_dir: Path, name: str, beams: int) -> None:
     ("options", "words"),
     [
         ({"n_samples": -1}, r"n_samples must be an integer of at least 0, got -1"),
+        ({"draws": "pairs"}, r"draws must be one of .*'antithetic'.*, got 'pairs'"),
         ({"max_new_tokens": 0}, r"max_new_tokens must be an integer of at least 1"),
         ({"num_beams": True}, r"num_beams must be an integer"),
         ({"do_sample": True, "num_beams": 2}, r"do_sample must be False with num_beams=2"),

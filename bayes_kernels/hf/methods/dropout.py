@@ -107,7 +107,9 @@ class DropoutDraws(WeightDraws):
         return dropout_draws(self.model, n_samples=n_samples, seed=seed, first_sample=first_sample)
 
     @contextlib.contextmanager
-    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+    def throughout(
+        self, n_samples: int, seed: int, examples: int, draws: str
+    ) -> Iterator[dict[str, Any]]:
         """One mask for each draw: a token that is looked at again, or from a cache, has the same."""
         with contextlib.ExitStack() as stack:
             if n_samples:

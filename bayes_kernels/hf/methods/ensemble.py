@@ -130,7 +130,9 @@ class MemberDraws(WeightDraws):
         return len(self.model)
 
     @contextlib.contextmanager
-    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+    def throughout(
+        self, n_samples: int, seed: int, examples: int, draws: str
+    ) -> Iterator[dict[str, Any]]:
         """The members, each on its part of the rows."""
         yield {"adapter_names": [name for name in self.model.names for _ in range(examples)]}
 

@@ -111,7 +111,9 @@ class DrawnAdapters(WeightDraws):
         self.posterior = posterior
 
     @contextlib.contextmanager
-    def throughout(self, n_samples: int, seed: int, examples: int) -> Iterator[dict[str, Any]]:
+    def throughout(
+        self, n_samples: int, seed: int, examples: int, draws: str
+    ) -> Iterator[dict[str, Any]]:
         """As `WeightDraws.throughout`; inside, the model has `n_samples` more adapters.
 
         Raises:

@@ -14,6 +14,7 @@ from ..checkpoints import stored_method
 from ..checks import CONFIG_NAME, read_json
 from ..generate import Prompt, generate
 from ..method import METHODS, Method
+from ..noise import KINDS
 from ..texts import Generation
 from .adapters import Base, pick_device, with_adapter
 from .load import base_of, method_of
@@ -31,6 +32,7 @@ class SavedWriter:
         method: The row of the table of methods.
         n_samples: Default number of posterior draws; 0 for one set of weights.
         seed: Default seed of the draws.
+        draws: Default of how draws hang together, see `bayes_kernels.hf.generate`.
     """
 
     model: nn.Module = dataclasses.field(repr=False)
@@ -39,6 +41,7 @@ class SavedWriter:
     method: Method = dataclasses.field(repr=False)
     n_samples: int
     seed: int
+    draws: str = KINDS[0]
 
     def generate(
         self,
@@ -46,15 +49,17 @@ class SavedWriter:
         *,
         n_samples: int | None = None,
         seed: int | None = None,
+        draws: str | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """As `bayes_kernels.hf.generate`, with the number of draws and the seed of the run by default."""
+        """As `bayes_kernels.hf.generate`, with the draws and the seed of the run by default."""
         return generate(
             self.model,
             self.tokenizer,
             prompts,
             n_samples=self.n_samples if n_samples is None else n_samples,
             seed=self.seed if seed is None else seed,
+            draws=self.draws if draws is None else draws,
             **options,
         )
 
@@ -83,7 +88,7 @@ def load_writer(
     pick_device(device)
     folders = read_members(folder) or [Path(folder)]
     settings = [_settings(one, model) for one in folders]
-    base, method, draws, seed = settings[0]
+    base, method, count, seed, kind = settings[0]
     loaded, tokenizers = [], []
     for one, (place, *_) in zip(folders, settings, strict=True):
         found, tokenizer = place.load_language_model(device)
@@ -94,12 +99,14 @@ def load_writer(
     if len(folders) > 1:
         (method,) = (one for one in METHODS.values() if one.join is not None)
         assert method.join is not None
-        whole, draws = method.join(loaded, folders), len(folders)
-    return SavedWriter(whole, tokenizers[0], base, method, draws if method.bayesian else 0, seed)
+        whole, count = method.join(loaded, folders), len(folders)
+    if not method.bayesian:
+        count = 0
+    return SavedWriter(whole, tokenizers[0], base, method, count, seed, kind)
 
 
-def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int]:
-    """Base model, method, draws and seed of an adapter; what PEFT wrote says less."""
+def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int, str]:
+    """Base model, method, number of draws, seed and kind of draws; what PEFT wrote says less."""
     record = read_record(folder)
     if record is None:
         name = model or read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
@@ -109,12 +116,12 @@ def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int]:
             )
         rows = (row for row in METHODS.values() if row.stored(folder))
         method = next(rows, None) or METHODS[stored_method(folder)]
-        return Base(name), method, method.n_samples, 0
+        return Base(name), method, method.n_samples, 0, KINDS[0]
     with readable(folder):
         base, method = base_of(record), method_of(record)
         experiment = record.fields["experiment"]
-        draws = experiment["recipe"]["n_samples"]
-        seed = experiment["seed"]
+        recipe, seed = experiment["recipe"], experiment["seed"]
+        count, kind = recipe["n_samples"], recipe.get("draws") or KINDS[0]
     if model is not None:
         base = dataclasses.replace(base, model=model)
-    return base, method, method.n_samples if draws is None else draws, seed
+    return base, method, method.n_samples if count is None else count, seed, kind
