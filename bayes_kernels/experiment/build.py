@@ -15,7 +15,7 @@ from ..hf.tasks.adapters import on_device
 from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.task import Task
 from .convert import conversion_options
-from .recipe import Experiment, trained_method
+from .recipe import TARGETS, Experiment, trained_method
 
 
 def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
@@ -26,11 +26,19 @@ def adapter_config(experiment: Experiment, model: Any, kind: str) -> LoraConfig:
     """
     options = _config_options(experiment)
     options.setdefault("task_type", {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}.get(kind))
+    options["target_modules"] = options["target_modules"] or _default_targets(model, kind)
     if kind == "multiple_choice":
-        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        heads = sorted(names & {"classifier", "logits_proj", "score"})
+        ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        heads = sorted(ends & {"classifier", "logits_proj", "score"})
         options["modules_to_save"] = options.get("modules_to_save") or heads
     return METHODS[trained_method(experiment)].config(**options)
+
+
+def _default_targets(model: Any, kind: str) -> list[str] | None:
+    """Layers to adapt where the recipe names none; None for PEFT's choice."""
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    chosen = TARGETS.get(kind, ())
+    return list(chosen) if chosen and ends.issuperset(chosen) else None
 
 
 # Fields of a configuration that are no options of training: PEFT fills them in, or loading does.
@@ -109,7 +117,7 @@ def build(
         for module in base.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.base_dropout
-    _check_targets(experiment, base)
+    _check_targets(experiment, base, encoder.kind)
     config = adapter_config(experiment, base, encoder.kind)
     # Plain LoRA and Bayesian adapters draw the same factors from the same seed.
     with torch.random.fork_rng(devices=[]):
@@ -133,11 +141,13 @@ def build(
     return on_device(model, device), encoder
 
 
-def _check_targets(experiment: Experiment, base: Any) -> None:
+def _check_targets(experiment: Experiment, base: Any, kind: str) -> None:
     """Whether every name that is to be adapted is a layer: PEFT is content with one of them."""
     targets = experiment.recipe.target_modules
     modules = dict(base.named_modules())
-    if targets is None:
+    if targets is None and _default_targets(base, kind):
+        missing = []
+    elif targets is None:
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         missing = [] if base.config.model_type in known else ["none, and PEFT has no default"]
     else:

@@ -36,8 +36,8 @@ class Recipe:
 
     Attributes:
         rank, alpha: r and alpha of LoRA; the update is alpha / r times B A.
-        target_modules: Names of the adapted layers; None for PEFT's choice for the model's type
-            (query and value projections).
+        target_modules: Names of the adapted layers; None for those of `TARGETS`, or PEFT's choice for the
+            model's type (query and value projections).
         dropout: Dropout before the adapter; None for the method's default.
         base_dropout: Dropout inside the base model; None leaves it as the checkpoint says.
         lr: Peak learning rate of AdamW, for adapter and head; None for the method's default.
@@ -173,6 +173,11 @@ _OWN_LORA_OPTIONS = {
     "lora_dropout": "dropout",
     "target_modules": "target_modules",
 }
+
+# Layers that a recipe adapts which names none, by kind of model, where the model has all of them; else
+# PEFT's. Beside query and value projections a small language model needs the outputs of both blocks:
+# docs/fidelity.md has the validation scores.
+TARGETS = {"causal": ("q_proj", "v_proj", "o_proj", "down_proj")}
 
 # What `demo` trains: docstrings are short.
 DEMO = Recipe(max_length=32)

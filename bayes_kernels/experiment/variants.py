@@ -39,6 +39,9 @@ VARIANTS: dict[str, Variant] = {
     "blob-independent": Variant(
         "BLoB, independent draws", "blob", {}, {"draws": "independent", "scale": "keep"}, "blob"
     ),
+    "blob-all-labels": Variant(
+        "BLoB, validation rows too", "blob", {}, {"train_on_validation": True}
+    ),
     "laplace-sum": Variant(
         "Laplace-LoRA, evidence, sum", "laplace", {"prior": "mackay", "tokens": "sum"}
     ),

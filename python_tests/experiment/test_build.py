@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from bayes_kernels.experiment import build
 from bayes_kernels.experiment import run as ex
-from bayes_kernels.experiment.recipe import Experiment
+from bayes_kernels.experiment.recipe import Experiment, Recipe
 from bayes_kernels.hf.methods.blob import BlobConfig
 from bayes_kernels.hf.tasks.task import Task
 from experiment.tiny_runs import with_recipe
@@ -60,3 +61,19 @@ def test_half_precision_on_the_cpu(tiny: Experiment, task: Task) -> None:
         wide = "lora_" in name  # the new head keeps the dtype of its base, as PEFT has it
         assert weight.dtype == (torch.float32 if wide else torch.bfloat16), name
     assert ex.run(half, task, device="cpu").rows[0].report.accuracy > 0.8
+
+
+def test_layers_that_are_adapted_where_none_is_named(
+    models_dir: Path, tiny: Experiment, task: Task
+) -> None:
+    """Of a causal model the outputs of its blocks too; of others, and where names are given, not."""
+    model = str(models_dir / "stories260K")
+    one = dataclasses.replace(tiny, model=model, style="plain", recipe=Recipe(rank=2))
+    named = dataclasses.replace(one, recipe=Recipe(rank=2, target_modules=("k_proj",)))
+    for experiment, expected in (
+        (one, {"q_proj", "v_proj", "o_proj", "down_proj"}),
+        (named, {"k_proj"}),
+        (dataclasses.replace(one, model=tiny.model, style="blob"), {"query", "value"}),
+    ):
+        built, _ = build.build(experiment, task)
+        assert set(built.peft_config["default"].target_modules) == expected
