@@ -31,7 +31,7 @@ except ImportError as error:
         f"plots need matplotlib ({error}): pip install bayes-kernels[plots]"
     ) from None
 
-__all__ = ["entropy_histogram", "reliability_diagram", "risk_coverage", "save"]
+__all__ = ["entropy_histogram", "errors_by_draws", "reliability_diagram", "risk_coverage", "save"]
 
 # Okabe and Ito's palette, told apart under every common colour blindness; markers and line styles
 # keep the methods apart in grey print.
@@ -302,6 +302,50 @@ def entropy_histogram(
     axes.set_ylim(bottom=0)
     axes.legend(loc="best", fontsize=8, frameon=False, handlelength=2.6)
     _tidy(axes)
+    return figure
+
+
+def errors_by_draws(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
+    """Monte-Carlo errors against the number of draws, both on logarithmic axes.
+
+    Args:
+        panels: for each title the curves by name; a curve has an error for each number of draws. A dotted
+            line falls like one over the root of that number, from the first point of the first curve.
+
+    Raises:
+        ValueError: there are no curves, or a number of draws or an error is not positive and finite.
+    """
+    values = [
+        value
+        for curves in panels.values()
+        for curve in curves.values()
+        for point in curve.items()
+        for value in point
+    ]
+    if not values or not all(0 < value < np.inf for value in values):
+        raise ValueError(
+            "errors_by_draws: draws and errors must be positive and finite, and there must be some, got "
+            f"{panels}"
+        )
+    figure = _figure(3.6 * len(panels), 3.2)
+    for axes, (title, curves) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
+        guide = next(iter(curves.values()))
+        first = min(guide)
+        draws = np.array(sorted({n for curve in curves.values() for n in curve}))
+        axes.plot(draws, guide[first] * np.sqrt(first / draws), ":", color="0.6", linewidth=1)
+        for (name, curve), (color, marker, dash) in zip(
+            curves.items(), _styles(len(curves)), strict=True
+        ):
+            points = sorted(curve.items())
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, ls=dash, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="draws", title=title)
+        axes.set_xticks(draws, [str(n) for n in draws])
+        axes.minorticks_off()
+        axes.title.set_fontsize(10)
+        axes.legend(fontsize=8, frameon=False, handlelength=2.6)
+        _tidy(axes)
     return figure
 
 

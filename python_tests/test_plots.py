@@ -132,6 +132,22 @@ def test_entropy_histogram_of_one_value(tmp_path):
     plots.save(plots.entropy_histogram([0.0, 0.0], [0.0]), tmp_path / "constant.png")
 
 
+def test_errors_by_draws(tmp_path):
+    curves = {"independent": {2: 0.2, 8: 0.1}, "antithetic": {8: 0.02, 2: 0.08}}
+    figure = plots.errors_by_draws({"probabilities": curves, "information": curves})
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("probabilities", "information")
+    assert legend_texts(left) == list(curves)
+    guide, *drawn = left.get_lines()
+    np.testing.assert_allclose(guide.get_ydata(), [0.2, 0.1])
+    assert [line.get_xdata().tolist() for line in drawn] == [[2, 8], [2, 8]]
+    assert drawn[1].get_ydata().tolist() == [0.08, 0.02]
+    plots.save(figure, tmp_path / "errors.png")
+    for bad in ({}, {"a": {}}, {"a": {"b": {2: 0.0}}}, {"a": {"b": {2: math.nan}}}):
+        with pytest.raises(ValueError, match="errors_by_draws: draws and errors"):
+            plots.errors_by_draws(bad)
+
+
 def test_save_is_a_whole_png_and_leaves_nothing_else(tmp_path):
     figure = plots.reliability_diagram(make_bins())
     path = plots.save(figure, tmp_path / "new" / "reliability.png", dpi=100)

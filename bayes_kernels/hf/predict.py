@@ -50,8 +50,8 @@ def predict(
     * Plain LoRA that was trained with dropout (MC dropout): dropout masks, which depend on (seed, s)
       and on the place of the example in the batch.
     * An `Ensemble`: its members, all of them, whatever n_samples and seed are.
-    * A variational last layer (PoLAR-VBLL): logits, from one forward pass. Draws are independent, and
-      all examples have the same noise.
+    * A variational last layer (PoLAR-VBLL): logits, from one forward pass, in pairs mean + e, mean - e where
+      n_samples is even. All examples have the same noise.
     * A Laplace posterior: logits, likewise, from one forward and C backward passes for their
       covariance. Predictions "probit", "bridge" and "quadrature" have no draws, whatever n_samples is.
     * Plain LoRA without dropout, PoLAR: there are none, and n_samples must be 0.
