@@ -8,6 +8,7 @@ and their bookkeeping is the same.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,10 +68,12 @@ class Mean(LogitsProcessor):
     def __init__(self, copies: int) -> None:
         self.copies = copies
         self._exact: Tensor | None = None
+        self._thread = threading.get_ident()
 
     def look(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: keeps the logits of fp64 models, which transformers rounds to fp32."""
-        if output.logits.dtype == torch.float64:
+        mine = threading.get_ident() == self._thread  # others may write with the same model
+        if mine and output.logits.dtype == torch.float64:
             self._exact = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from bayes_kernels.hf import (
     predict,
     score_texts,
 )
+from bayes_kernels.hf.decoding import Mean
 from bayes_kernels.hf.methods.dropout import dropout_draws
 from hf.letters import letters
 
@@ -249,6 +253,30 @@ def test_stop_strings(model: Any) -> None:
     assert found[0].text.endswith(word) and found[0].stopped
     assert found[0].token_ids == free[0].token_ids[: len(found[0].token_ids)]
     assert len(found[0].token_ids) < 8
+
+
+def test_threads_write_with_one_model(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own seed; all write at the same time, with waits where one could take another's."""
+    wait = Mean.__call__
+
+    def slow(self: Mean, *args: Any) -> Tensor:
+        time.sleep(0.002)
+        return wait(self, *args)
+
+    monkeypatch.setattr(Mean, "__call__", slow)
+    begin = threading.Barrier(4)
+
+    def write(seed: int) -> Any:
+        begin.wait()
+        return generate(model, TOKENIZER, PROMPTS, n_samples=3, seed=seed, max_new_tokens=6)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(write, range(4)))
+    for seed, texts in enumerate(together):
+        alone = generate(model, TOKENIZER, PROMPTS, n_samples=3, seed=seed, max_new_tokens=6)
+        for a, b in zip(texts, alone, strict=True):
+            assert a.token_ids == b.token_ids
+            assert a.entropy == pytest.approx(b.entropy, abs=1e-10)
 
 
 def test_results_do_not_depend_on_the_batch(model: Any) -> None:
