@@ -84,6 +84,8 @@ BK_LAUNCHER(expand, ExpandParams)
 BK_LAUNCHER(expand_backward, ExpandBackwardParams)
 
 BK_LAUNCHER(group_rows, GroupRowsParams)
+BK_SIZER(sampled_shrink_workspace, SampledShrinkParams)
+BK_LAUNCHER(sampled_shrink, SampledShrinkParams)
 BK_SIZER(grouped_shrink_workspace, Grouped<ShrinkParams>)
 BK_SIZER(grouped_shrink_backward_workspace, Grouped<ShrinkBackwardParams>)
 BK_SIZER(grouped_expand_workspace, Grouped<ExpandParams>)

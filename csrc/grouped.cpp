@@ -2,6 +2,7 @@
 #include "grouped.h"
 
 #include "rows.h"
+#include "scaled_normal.h"
 #include "torch_stable.h"
 
 namespace bayes_kernels {
@@ -9,6 +10,8 @@ namespace {
 
 struct Cpu {
   static constexpr auto group_rows = group_rows_cpu;
+  static constexpr auto sampled_shrink_workspace = sampled_shrink_workspace_cpu;
+  static constexpr auto sampled_shrink = sampled_shrink_cpu;
   static constexpr auto shrink_workspace = grouped_shrink_workspace_cpu;
   static constexpr auto shrink_backward_workspace = grouped_shrink_backward_workspace_cpu;
   static constexpr auto grouped_expand_workspace = grouped_expand_workspace_cpu;
@@ -24,6 +27,8 @@ struct Cpu {
 };
 struct Cuda {
   static constexpr auto group_rows = group_rows_cuda;
+  static constexpr auto sampled_shrink_workspace = sampled_shrink_workspace_cuda;
+  static constexpr auto sampled_shrink = sampled_shrink_cuda;
   static constexpr auto shrink_workspace = grouped_shrink_workspace_cuda;
   static constexpr auto shrink_backward_workspace = grouped_shrink_backward_workspace_cuda;
   static constexpr auto grouped_expand_workspace = grouped_expand_workspace_cuda;
@@ -124,6 +129,47 @@ void check_factors(const char* op, const Tensor& x, const Tensor& a, const std::
            op, ": b must have shape (m, r) or (groups, m, r)");
 }
 
+// y of the rows of h, which is (tokens, r); `groups` counts where b is (groups, m, r).
+template <class Device>
+Tensor expand_rows(const char* op, const Tensor& h, const Tensor& b,
+                   const std::optional<Tensor>& base, const Grouping& groups, double scaling,
+                   ScalarType type) {
+  const int64_t tokens = h.size(0), m = b.size(-2);
+  const ScalarType dtype = base.has_value() ? base->scalar_type() : type;
+  Tensor y = empty_like_shape(h, {tokens, m}, dtype);
+  if (tokens == 0 || m == 0) return y;
+  Grouped<ExpandParams> p{};
+  std::optional<Rows> base_rows;
+  if (base.has_value()) {
+    base_rows = as_rows(*base);
+    p.base = base_rows->t.data_ptr();
+    p.base_stride = base_rows->stride;
+  }
+  p.dtype = dtype_of(op, y);
+  p.tokens = tokens;
+  p.m = m;
+  p.r = static_cast<int>(h.size(1));
+  p.h = h.data_ptr();
+  p.b = b.data_ptr();
+  p.scaling = scaling;
+  p.y = y.mutable_data_ptr();
+  p.groups = groups;
+  if (b.dim() == 3)
+    launch(op, h, p, Device::grouped_expand_workspace, Device::grouped_expand);
+  else
+    launch(op, h, static_cast<ExpandParams&>(p), Device::expand_workspace, Device::expand);
+  return y;
+}
+
+void check_base(const char* op, const std::optional<Tensor>& base, const Tensor& x, int64_t m) {
+  if (!base.has_value()) return;
+  BK_CHECK(base->dim() == 2 && base->size(0) == x.size(0) && base->size(1) == m, op,
+           ": base must have the output's shape, ", x.size(0), " rows of ", m);
+  BK_CHECK(accumulate_type(*base) == accumulate_type(x), op,
+           ": base must have a dtype that fits x");
+  check_device(op, "base", *base, x);
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> e, Tensor b,
                                    std::optional<Tensor> base, std::optional<Tensor> plan,
@@ -132,48 +178,60 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor a, std::optional<Tensor> e, 
                                    double scaling) {
   constexpr const char* op = "grouped_forward";
   check_factors(op, x, a, e, b);
+  check_base(op, base, x, b.size(-2));
   OptionalDeviceGuard guard(x);
   a = factor(op, "a", a, x);
   b = factor(op, "b", b, x);
   if (e.has_value()) e = factor(op, "e", *e, x);
-  const GroupArguments g{plan, rows_per_group, key, stream, row0, ids};
   const Rows rows = as_rows(x);
-  Grouped<ShrinkParams> s{};
-  set_first(op, s, rows, a, e, g);
-  const int64_t tokens = rows.count, m = b.size(-2);
-  const ScalarType dtype = base.has_value() ? base->scalar_type() : x.scalar_type();
-  Tensor h = empty_like_shape(x, {tokens, s.r}, accumulate_type(x));
-  Tensor y = empty_like_shape(x, {tokens, m}, dtype);
-  Grouped<ExpandParams> p{};
-  std::optional<Rows> base_rows;
-  if (base.has_value()) {
-    BK_CHECK(base->dim() == 2 && base->size(0) == tokens && base->size(1) == m, op,
-             ": base must have the output's shape, ", tokens, " rows of ", m);
-    BK_CHECK(accumulate_type(*base) == accumulate_type(x), op,
-             ": base must have a dtype that fits x");
-    check_device(op, "base", *base, x);
-    base_rows = as_rows(*base);
-    p.base = base_rows->t.data_ptr();
-    p.base_stride = base_rows->stride;
+  Grouped<ShrinkParams> p{};
+  set_first(op, p, rows, a, e, {plan, rows_per_group, key, stream, row0, ids});
+  Tensor h = empty_like_shape(x, {rows.count, p.r}, accumulate_type(x));
+  if (rows.count > 0) {
+    p.h = h.mutable_data_ptr();
+    launch(op, x, p, Device::shrink_workspace, Device::shrink);
   }
-  if (tokens == 0) return {y, h};
-  s.h = h.mutable_data_ptr();
-  launch(op, x, s, Device::shrink_workspace, Device::shrink);
-  if (m == 0) return {y, h};
-  p.dtype = dtype_of(op, y);
-  p.tokens = tokens;
-  p.m = m;
-  p.r = s.r;
-  p.h = s.h;
-  p.b = b.data_ptr();
-  p.scaling = scaling;
-  p.y = y.mutable_data_ptr();
-  p.groups = s.groups;
-  if (b.dim() == 3)
-    launch(op, x, p, Device::grouped_expand_workspace, Device::grouped_expand);
-  else
-    launch(op, x, static_cast<ExpandParams&>(p), Device::expand_workspace, Device::expand);
-  return {y, h};
+  return {expand_rows<Device>(op, h, b, base, p.groups, scaling, x.scalar_type()), h};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> sampled_forward(Tensor x, Tensor mean, Tensor rho, Tensor b,
+                                           std::optional<Tensor> base, Tensor draws,
+                                           std::optional<Tensor> plan, int64_t rows_per_group,
+                                           Tensor key, int64_t stream, std::string std,
+                                           bool antithetic, double scaling) {
+  constexpr const char* op = "sampled_forward";
+  BK_CHECK(x.dim() == 2 && mean.dim() == 2 && rho.dim() == 2 && b.dim() == 2 &&
+               mean.size(1) == x.size(1) && rho.size(0) == mean.size(0) &&
+               b.size(1) == mean.size(0),
+           op, ": x must have shape (tokens, n), mean (r, n), rho (r, n) or (r, 1), b (m, r)");
+  BK_CHECK(mean.size(0) >= 1 && mean.size(0) <= kMaxFusedRank, op, ": rank must be 1 to ",
+           kMaxFusedRank, ", got ", mean.size(0));
+  check_base(op, base, x, b.size(0));
+  OptionalDeviceGuard guard(x);
+  mean = factor(op, "mean", mean, x);
+  rho = factor(op, "rho", rho, x);
+  b = factor(op, "b", b, x);
+  draws = row_major(draws);
+  const Rows rows = as_rows(x);
+  SampledShrinkParams p{};
+  p.law = draw_params(op, rho, x.size(1), draws, key, stream, std, antithetic);
+  p.law.mean = mean.data_ptr();
+  p.dtype = dtype_of(op, x);
+  p.tokens = rows.count;
+  p.n = rows.columns;
+  p.x = rows.t.data_ptr();
+  p.x_stride = rows.stride;
+  p.r = static_cast<int>(mean.size(0));
+  p.noise = AdapterNoise{nullptr, 0, RowIds{nullptr, 0, 1}, 0.0};
+  const std::optional<Tensor> none;
+  p.groups = grouping(op, {plan, rows_per_group, none, 0, 0, none}, draws.size(0), rows.count, x);
+  Tensor h = empty_like_shape(x, {rows.count, p.r}, accumulate_type(x));
+  if (rows.count > 0) {
+    p.h = h.mutable_data_ptr();
+    launch(op, x, p, Device::sampled_shrink_workspace, Device::sampled_shrink);
+  }
+  return {expand_rows<Device>(op, h, b, base, p.groups, scaling, x.scalar_type()), h};
 }
 
 template <class Device>
@@ -247,6 +305,7 @@ template <class Device>
 void grouped_ops(Library& m) {
   m.impl("group_rows", TORCH_BOX(&group_rows<Device>));
   m.impl("grouped_forward", TORCH_BOX(&forward<Device>));
+  m.impl("sampled_forward", TORCH_BOX(&sampled_forward<Device>));
   m.impl("grouped_backward", TORCH_BOX(&backward<Device>));
 }
 BK_REGISTER(grouped_ops)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "adapter.h"
+#include "noise.h"
 
 namespace bayes_kernels {
 
@@ -30,8 +31,16 @@ struct Grouped : Params {
   Grouping groups;
 };
 
+// shrink whose factor a (groups, r, n) are draws, which the op makes itself: of group g draw
+// law.draws[g]. `a`, `e` and law.out are not used.
+struct SampledShrinkParams : Grouped<ShrinkParams> {
+  DrawParams law;
+};
+
 #define BK_DECLARE_GROUPED(device)                                                            \
   const char* group_rows_##device(const GroupRowsParams& p, void* stream);                    \
+  int64_t sampled_shrink_workspace_##device(const SampledShrinkParams& p);                    \
+  const char* sampled_shrink_##device(const SampledShrinkParams& p, void* stream);            \
   int64_t grouped_shrink_workspace_##device(const Grouped<ShrinkParams>& p);                  \
   int64_t grouped_shrink_backward_workspace_##device(const Grouped<ShrinkBackwardParams>& p); \
   int64_t grouped_expand_workspace_##device(const Grouped<ExpandParams>& p);                  \

@@ -31,6 +31,7 @@ struct Slice {
   int64_t group, count;
   int64_t first;         // of the call's rows, where they lie together
   const int32_t* order;  // else the rows
+  int64_t factor;        // place of its factors
   int64_t row(int64_t i) const { return order == nullptr ? first + i : order[i]; }
 };
 
@@ -41,13 +42,13 @@ Slice slice_of(const Grouping& g, int64_t tokens, int64_t group) {
             left < 0                  ? 0
             : left < g.rows_per_group ? left
                                       : g.rows_per_group,
-            begin, nullptr};
+            begin, nullptr, group};
   }
   const int32_t* order = g.order + g.start[group];
   const int64_t count = g.start[group + 1] - g.start[group];
   bool together = true;  // rows of a group are in rising order
   if (count > 0) together = order[count - 1] - order[0] == count - 1;
-  return {group, count, count > 0 ? order[0] : 0, together ? nullptr : order};
+  return {group, count, count > 0 ? order[0] : 0, together ? nullptr : order, group};
 }
 
 // Rows of `bytes` bytes, `pitch` apart: where a slice's begin, or a copy of them.
@@ -100,7 +101,7 @@ RowIds slice_ids(const Slice& s, const RowIds& rows, Arena& arena) {
 
 const char* run(const Grouped<ShrinkParams>& all, const Slice& s, Arena& arena) {
   const int64_t item = size_of(all.dtype), acc = size_of_sums(all.dtype);
-  const int64_t factor = s.group * all.r * all.n * acc;
+  const int64_t factor = s.factor * all.r * all.n * acc;
   if (s.count == 0) return nullptr;
   ShrinkParams p = all;
   p.tokens = s.count;
@@ -119,7 +120,7 @@ const char* run(const Grouped<ShrinkParams>& all, const Slice& s, Arena& arena) 
 
 const char* run(const Grouped<ShrinkBackwardParams>& all, const Slice& s, Arena& arena) {
   const int64_t item = size_of(all.dtype), acc = size_of_sums(all.dtype);
-  const int64_t factor = s.group * all.r * all.n * acc;
+  const int64_t factor = s.factor * all.r * all.n * acc;
   ShrinkBackwardParams p = all;
   p.tokens = s.count;
   p.a = advance(all.a, factor);
@@ -147,7 +148,7 @@ const char* run(const Grouped<ExpandParams>& all, const Slice& s, Arena& arena) 
   if (s.count == 0) return nullptr;
   ExpandParams p = all;
   p.tokens = s.count;
-  p.b = advance(all.b, s.group * all.m * all.r * acc);
+  p.b = advance(all.b, s.factor * all.m * all.r * acc);
   p.h = gathered(s, all.h, all.r * acc, all.r * acc, arena);
   p.base = gathered(s, all.base, all.base_stride * item, all.m * item, arena);
   if (s.order != nullptr) p.base_stride = all.m;
@@ -161,7 +162,7 @@ const char* run(const Grouped<ExpandParams>& all, const Slice& s, Arena& arena) 
 
 const char* run(const Grouped<ExpandBackwardParams>& all, const Slice& s, Arena& arena) {
   const int64_t item = size_of(all.dtype), acc = size_of_sums(all.dtype);
-  const int64_t factor = s.group * all.m * all.r * acc;
+  const int64_t factor = s.factor * all.m * all.r * acc;
   ExpandBackwardParams p = all;
   p.tokens = s.count;
   p.b = advance(all.b, factor);
@@ -209,24 +210,73 @@ int64_t workspace_of(const Params& p) {
   return 64 + (side_by_side(p) ? sum : most);  // never null
 }
 
+// Calls work(begin, end, each) for ranges of groups, side by side or for all in one; it calls
+// each(params, slice) for each group in turn. The adapter kernels have no errors.
+template <class Params, class Work>
+void over_groups(const Params& p, char* base, const Work& work) {
+  auto range = [&](int64_t begin, int64_t end) {
+    int64_t offset = 0;
+    for (int64_t group = 0; side_by_side(p) && group < begin; ++group) offset += bytes_of(p, group);
+    work(begin, end, [&](const Params& own, const Slice& slice) {
+      Arena arena{base + offset};
+      run(own, slice, arena);
+      if (side_by_side(p)) offset += arena.used;
+    });
+  };
+  if (side_by_side(p))
+    parallel_ranges(p.groups.groups, 4, range);
+  else
+    range(0, p.groups.groups);
+}
+
 template <class Params>
 const char* run_all(const Params& p) {
-  char* base = static_cast<char*>(p.workspace);
-  const char* error = nullptr;
-  if (!side_by_side(p)) {
-    for (int64_t group = 0; error == nullptr && group < p.groups.groups; ++group) {
-      Arena arena{base};
-      error = run(p, slice_of(p.groups, p.tokens, group), arena);
+  over_groups(p, static_cast<char*>(p.workspace),
+              [&](int64_t begin, int64_t end, const auto& each) {
+                for (int64_t group = begin; group < end; ++group)
+                  each(p, slice_of(p.groups, p.tokens, group));
+              });
+  return nullptr;
+}
+
+// --- draws -------------------------------------------------------------------------------------
+
+// A pair of draws at a time: all of them would be new memory, whose pages take longer to come than
+// the draws to be made.
+constexpr int64_t kDraws = 2;
+
+int64_t bytes_of_draws(const SampledShrinkParams& p) {
+  return kDraws * ceil_div(p.r * p.n * size_of_sums(p.dtype), 64) * 64;
+}
+
+int64_t sampled_workspace(const SampledShrinkParams& p) {
+  const int64_t ranges = side_by_side(p) ? p.groups.groups : 1;
+  return ranges * bytes_of_draws(p) + workspace_of<Grouped<ShrinkParams>>(p);
+}
+
+const char* run_sampled(const SampledShrinkParams& p) {
+  const Grouped<ShrinkParams>& all = p;
+  const int64_t ranges = side_by_side(all) ? p.groups.groups : 1, size = bytes_of_draws(p);
+  char* draws = static_cast<char*>(p.workspace);
+  over_groups(all, draws + ranges * size, [&](int64_t begin, int64_t end, const auto& each) {
+    DrawParams law = p.law;
+    law.out = draws + (ranges > 1 ? begin : 0) * size;
+    for (int64_t first = begin; first < end; first += law.count) {
+      law.draws = p.law.draws + first;
+      law.count = end - first < kDraws ? end - first : kDraws;
+      if (law.count == 2 &&
+          draw_pair(law.draws[0], law.antithetic) != draw_pair(law.draws[1], law.antithetic))
+        law.count = 1;
+      BK_CPU(gaussian_draws)(law, nullptr);
+      for (int64_t i = 0; i < law.count; ++i) {
+        Grouped<ShrinkParams> own = all;
+        own.a = law.out;
+        Slice slice = slice_of(all.groups, all.tokens, first + i);
+        slice.factor = i;
+        each(own, slice);
+      }
     }
-    return error;
-  }
-  auto range = [&](int64_t begin, int64_t end) {
-    Arena arena{base};
-    for (int64_t group = 0; group < begin; ++group) arena.used += bytes_of(p, group);
-    for (int64_t group = begin; group < end; ++group)  // the adapter kernels have no errors
-      run(p, slice_of(p.groups, p.tokens, group), arena);
-  };
-  parallel_ranges(p.groups.groups, 4, range);
+  });
   return nullptr;
 }
 
@@ -249,6 +299,11 @@ const char* BK_CPU(group_rows)(const GroupRowsParams& p, void*) {
   p.start[0] = 0;
   return nullptr;
 }
+
+int64_t BK_CPU(sampled_shrink_workspace)(const SampledShrinkParams& p) {
+  return sampled_workspace(p);
+}
+const char* BK_CPU(sampled_shrink)(const SampledShrinkParams& p, void*) { return run_sampled(p); }
 
 #define BK_GROUPED(op, Params)                                                                   \
   int64_t BK_CPU(grouped_##op##_workspace)(const Grouped<Params>& p) { return workspace_of(p); } \

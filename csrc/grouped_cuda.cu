@@ -242,6 +242,11 @@ struct TilePlan {
   }
 };
 
+// Of all draws, which a GPU makes at once.
+int64_t bytes_of_draws(const SampledShrinkParams& p) {
+  return round_up(p.groups.groups * p.r * p.n * static_cast<int64_t>(sizeof(float)), 256);
+}
+
 template <class Plan, class Params>
 int64_t workspace_of(Params p) {
   p.workspace = nullptr;
@@ -253,6 +258,19 @@ int64_t workspace_of(Params p) {
 const char* group_rows_cuda(const GroupRowsParams& p, void* stream) {
   BK_LAUNCH(group_rows_kernel, grid_of(p.groups + 1), kSortThreads, 0, stream, p);
   return bk_last_error();
+}
+
+int64_t sampled_shrink_workspace_cuda(const SampledShrinkParams& p) {
+  return bytes_of_draws(p) + workspace_of<DownPlan>(static_cast<const Grouped<ShrinkParams>&>(p));
+}
+const char* sampled_shrink_cuda(const SampledShrinkParams& p, void* stream) {
+  DrawParams law = p.law;
+  law.out = p.workspace;
+  if (const char* error = gaussian_draws_cuda(law, stream)) return error;
+  Grouped<ShrinkParams> drawn = p;
+  drawn.a = law.out;
+  drawn.workspace = static_cast<char*>(p.workspace) + bytes_of_draws(p);
+  return grouped_shrink_cuda(drawn, stream);
 }
 
 int64_t grouped_shrink_workspace_cuda(const Grouped<ShrinkParams>& p) {

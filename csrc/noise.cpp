@@ -102,28 +102,6 @@ Tensor scaled_normal_backward(Tensor de, Tensor rho, Tensor key, int64_t stream,
   return scaled_normal_gradient(op, de, rho, key, stream, std, Device::scaled_normal_backward);
 }
 
-// What both directions take: rho and the numbers of the draws, both contiguous.
-DrawParams draw_params(const char* op, const Tensor& rho, int64_t n, const Tensor& draws,
-                       const Tensor& key, int64_t stream, const std::string& std, bool antithetic) {
-  BK_CHECK(draws.dim() == 1 && draws.scalar_type() == ScalarType::Long, op,
-           ": draws must be an int64 tensor of one dimension");
-  check_device(op, "draws", draws, rho);
-  const ScaledNormalParams law = scaled_normal_params(op, rho, n, key, stream, std);
-  DrawParams p{};
-  p.key = law.key;
-  p.stream = stream;
-  p.draws = draws.const_data_ptr<int64_t>();
-  p.count = draws.size(0);
-  p.antithetic = antithetic;
-  p.std = law.std;
-  p.f64 = law.f64;
-  p.row_constant = law.row_constant;
-  p.rho = law.rho;
-  p.r = law.r;
-  p.n = n;
-  return p;
-}
-
 template <class Device>
 Tensor gaussian_draws(Tensor mean, Tensor rho, Tensor draws, Tensor key, int64_t stream,
                       std::string std, bool antithetic) {

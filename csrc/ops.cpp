@@ -68,6 +68,10 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "rows_per_group, Tensor? key, SymInt stream, SymInt row0, Tensor? ids, float scaling) -> "
       "(Tensor, Tensor)");
   m.def(
+      "sampled_forward(Tensor x, Tensor mean, Tensor rho, Tensor b, Tensor? base, Tensor draws, "
+      "Tensor? plan, SymInt rows_per_group, Tensor key, SymInt stream, str std, bool antithetic, "
+      "float scaling) -> (Tensor, Tensor)");
+  m.def(
       "grouped_backward(Tensor dy, Tensor x, Tensor a, Tensor? e, Tensor b, Tensor h, Tensor? "
       "plan, "
       "SymInt rows_per_group, Tensor? key, SymInt stream, SymInt row0, Tensor? ids, float scaling, "

@@ -1,4 +1,5 @@
-// Host side of E = std(rho) . eps, which the op of that name and the adapter's forward op share.
+// Host side of E = std(rho) . eps and of draws, which ops of the families noise, adapter and
+// grouped share.
 #pragma once
 
 #include "noise.h"
@@ -49,6 +50,29 @@ Tensor scaled_normal_gradient(const char* op, const Tensor& grad, const Tensor& 
   p.out = out.mutable_data_ptr();
   if (p.r > 0) raise_if(op, launch(p, current_stream(rho)));
   return out;
+}
+
+// What draws and their derivatives take: rho and the numbers of the draws, both contiguous.
+inline DrawParams draw_params(const char* op, const Tensor& rho, int64_t n, const Tensor& draws,
+                              const Tensor& key, int64_t stream, const std::string& std,
+                              bool antithetic) {
+  BK_CHECK(draws.dim() == 1 && draws.scalar_type() == ScalarType::Long, op,
+           ": draws must be an int64 tensor of one dimension");
+  check_device(op, "draws", draws, rho);
+  const ScaledNormalParams law = scaled_normal_params(op, rho, n, key, stream, std);
+  DrawParams p{};
+  p.key = law.key;
+  p.stream = stream;
+  p.draws = draws.const_data_ptr<int64_t>();
+  p.count = draws.size(0);
+  p.antithetic = antithetic;
+  p.std = law.std;
+  p.f64 = law.f64;
+  p.row_constant = law.row_constant;
+  p.rho = law.rho;
+  p.r = law.r;
+  p.n = n;
+  return p;
 }
 
 }  // namespace bayes_kernels

@@ -463,6 +463,11 @@ def _forward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """The output and the rank-space activations."""
+    if law.kind == "drawn":
+        return _library.ops.sampled_forward(
+            x, mean, rho, b, base, law.draws, plan, groups.size, law.key, law.stream, law.std,
+            law.antithetic, scaling,
+        )  # fmt: skip
     a, e = _factors(mean, rho, law)
     return _library.ops.grouped_forward(x, a, e, b, base, plan, groups.size, *law.signs(), scaling)
 
@@ -570,6 +575,17 @@ def _(
     return (
         x.new_empty((tokens, b.shape[-2]), dtype=x.dtype if base is None else base.dtype),
         x.new_empty((tokens, a.shape[1]), dtype=accumulate_dtype(x)),
+    )
+
+
+@fake("sampled_forward")
+def _(
+    x: Tensor, mean: Tensor, rho: Tensor, b: Tensor, base: Tensor | None, *options: object
+) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[0]
+    return (
+        x.new_empty((tokens, b.shape[0]), dtype=x.dtype if base is None else base.dtype),
+        x.new_empty((tokens, mean.shape[0]), dtype=accumulate_dtype(x)),
     )
 
 

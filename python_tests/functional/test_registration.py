@@ -143,6 +143,11 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (x, factors, factors, experts, base, plan, 1, key, 4, 2, None, 1.0),
             (x[:0], factors, None, b, None, None, 3, None, 0, 0, None, 1.0),
         ],
+        "sampled_forward": [
+            (x, a, e, b, base, ids[:3], plan, 1, key, 1, "square", True, 2.0),
+            (x, a, e[:, :1], b, None, ids, None, 1, key, 1, "softplus", False, 1.0),
+            (x[:0], a, e, b, None, ids, None, 1, key, 0, "direct", True, 1.0),
+        ],
         "grouped_backward": [
             (
                 dy,
