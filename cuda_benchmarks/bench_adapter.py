@@ -436,6 +436,14 @@ def run_group(case: Case, options: Options) -> list[Row]:
 
 def run(options: Options) -> Iterator[Row]:
     """All cases."""
+    if options.shape is not None:
+        s = options.shape
+        case = Case(s["T"], s["n"], s["m"], s["r"], DTYPES[options.dtype or "fp32"], compiled=True)
+        yield from run_training(case, options)
+        if case.tokens == 1:
+            yield from run_forward(case, options, "forward")
+            yield from run_forward(case, options, NEW_DRAW)
+        return
     for case in cases(options.device, options.quick):
         if options.wants(case.name):
             yield from run_training(case, options)
@@ -453,4 +461,13 @@ def run(options: Options) -> Iterator[Row]:
         yield from run_forward(OVERHEAD, options, "forward with gradients")
 
 
-FAMILY = Family("adapter", "one adapted layer of BLoB without its base layer", OURS, PEERS, run)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAMILY = Family(
+    "adapter",
+    "one adapted layer of BLoB without its base layer",
+    OURS,
+    PEERS,
+    run,
+    letters=("T", "n", "m", "r"),
+    dtypes=tuple(DTYPES),
+)

@@ -174,9 +174,14 @@ def run_case(case: Case, options: Options) -> list[Row]:
 
 def run(options: Options) -> Iterator[Row]:
     """All cases."""
+    if options.shape is not None:
+        s = options.shape
+        yield from run_case(Case(s["S"], s["B"], s["C"]), options)
+        return
     for case in cases(options.quick):
         if options.wants(case.name):
             yield from run_case(case, options)
 
 
-FAMILY = Family("predict", "mean softmax of Gaussian logits", OURS, PEERS, run)
+LETTERS = ("S", "B", "C")
+FAMILY = Family("predict", "mean softmax of Gaussian logits", OURS, PEERS, run, letters=LETTERS)

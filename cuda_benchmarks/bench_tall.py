@@ -237,6 +237,9 @@ def run_landing(n: int, r: int, options: Options) -> list[Row]:
 
 def run(options: Options) -> Iterator[Row]:
     """All cases."""
+    if options.shape is not None:
+        yield from run_retraction(Case(*(options.shape[name] for name in LETTERS)), options)
+        return
     for case in cases(options.device, options.quick):
         if options.wants(case.name):
             yield from run_retraction(case, options)
@@ -249,4 +252,7 @@ def run(options: Options) -> Iterator[Row]:
 
 STEP = Case(16, 4096, 16)
 LANDING = [(4096, 16), (4096, 64), (2048, 8)]
-FAMILY = Family("tall", "retractions and landing field of tall matrices", OURS, PEERS, run)
+LETTERS = ("count", "n", "r")
+FAMILY = Family(
+    "tall", "retractions and landing field of tall matrices", OURS, PEERS, run, letters=LETTERS
+)

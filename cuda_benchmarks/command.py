@@ -1,7 +1,8 @@
 """The command line of the benchmarks: families, one after the other, with their rows and bars.
 
 python cuda_benchmarks [FAMILY ...] [--device cuda] [--quick] [--vs PROVIDERS] [--case TEXT]
-                       [--json PATH] [--save]
+                       [--shape T=2048,n=4096,m=4096,r=16 [--dtype bf16]] [--json PATH] [--save]
+python cuda_benchmarks --compare BEFORE AFTER
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from harness import (
     Row,
     load_family,
     print_rows,
+    print_table,
+    read_rows,
     results_folder,
     save_rows,
 )
@@ -33,6 +36,70 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+
+def _sizes(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if not number.isdecimal() or int(number) < 1 or not name or name in sizes:
+            raise argparse.ArgumentTypeError(f"must be sizes such as T=2048,n=4096, got {text!r}")
+        sizes[name] = int(number)
+    return sizes
+
+
+def _with_shape(
+    parser: _Parser,
+    families: Sequence[Family],
+    shape: dict[str, int],
+    dtype: str | None,
+    named: bool,
+) -> list[Family]:
+    """The families that take a shape of these sizes, all of them where they were named."""
+    fitting = [one for one in families if set(one.letters) == set(shape)]
+    if not fitting or (named and len(fitting) < len(families)):
+        known = "; ".join(f"{one.name}: {','.join(one.letters)}" for one in families if one.letters)
+        parser.error(
+            f"--shape must have the sizes of {known or 'another family'}, got {','.join(shape)}"
+        )
+    for one in fitting:
+        if dtype is not None and dtype not in one.dtypes:
+            parser.error(
+                f"--dtype must be one of {', '.join(one.dtypes)} for {one.name}, got {dtype!r}"
+            )
+    return fitting
+
+
+def _compare(parser: _Parser, before: Path, after: Path) -> int:
+    """Rows of two files side by side: medians, and what the second needs of the first's time."""
+    rows = []
+    for path in (before, after):
+        try:
+            rows.append({(r.op, r.case, r.mode, r.provider): r for r in read_rows(path)})
+        except (OSError, ValueError, TypeError) as error:
+            parser.error(f"--compare {path}: expected rows that --json wrote, got: {error}")
+    shared = [key for key in rows[0] if key in rows[1]]
+    if not shared:
+        parser.error(f"--compare: {before} and {after} have no case in common")
+    table = []
+    for op, case, mode, provider in shared:
+        a, b = (found[op, case, mode, provider] for found in rows)
+        memory = ""
+        if a.peak_bytes and b.peak_bytes:
+            memory = f"{b.peak_bytes / a.peak_bytes:.2f}"
+        name = case if case.startswith(op) else f"{op} {case}"
+        times = (f"{a.p50_us:.0f}", f"{b.p50_us:.0f}", f"{b.p50_us / a.p50_us:.2f}")
+        table.append((name, provider, mode, *times, memory))
+    header = ("case", "provider", "mode", "before us", "after us", "time", "peak memory")
+    print_table(header, table, left=3)
+    for name, found in (("before", rows[0]), ("after", rows[1])):
+        e = next(iter(found.values())).environment
+        parts = (e.get(key) for key in ("machine", "torch", "bayes_kernels", "commit", "date"))
+        print(f"{name}: {', '.join(str(part) for part in parts if part)}")
+    alone = len(rows[0]) + len(rows[1]) - 2 * len(shared)
+    if alone:
+        print(f"{alone} rows are in one file only")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +121,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--save", action="store_true", help="add the rows to results/<machine>/<family>.jsonl"
     )
+    parser.add_argument(
+        "--shape", type=_sizes, help="one case of these sizes: T=2048,n=4096,m=4096,r=16"
+    )
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16, with --shape")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="two files of rows; no run",
+    )
     given = parser.parse_args(arguments)
+    if given.compare is not None:
+        return _compare(parser, *given.compare)
     chosen = tuple(given.families) or FAMILIES
     for name in chosen:
         if name not in FAMILIES:
@@ -66,13 +146,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.vs is not None and given.save:
         # The page shows the newest run of a case: one of few providers would hide the others' bars.
         parser.error("--save needs all providers; leave --vs out, or use --json")
+    if given.shape is not None and given.save:
+        parser.error("--save takes the cases of the page; with --shape use --json")
     vs = None
     if given.vs is not None:
         vs = frozenset(word.strip() for word in given.vs.split(",") if word.strip()) - {"none"}
     if given.device == "cpu":
         torch.set_num_threads(1)
-    options = Options(given.device, given.quick, given.seconds, vs, given.case)
     families = [load_family(name) for name in chosen]
+    if given.shape is not None:
+        families = _with_shape(parser, families, given.shape, given.dtype, bool(given.families))
+    elif given.dtype is not None:
+        parser.error("--dtype goes with --shape; cases have a dtype of their own")
+    options = Options(
+        given.device, given.quick, given.seconds, vs, given.case, given.shape, given.dtype
+    )
     known = {p for family in families for p in (*family.providers, *family.ours)}
     if vs is not None and not vs <= known:
         unknown = ", ".join(sorted(vs - known))

@@ -94,6 +94,8 @@ class Options:
     seconds: float | None = None
     vs: frozenset[str] | None = None
     case: str | None = None
+    shape: Mapping[str, int] | None = None  # sizes by the family's letters, in place of its cases
+    dtype: str | None = None
 
     def wants(self, case: str) -> bool:
         """Whether a case passes the filter: part of its name, whatever the letters' case."""
@@ -125,6 +127,8 @@ class Family:
         providers: the others.
         run: measures, and yields rows as they are ready.
         missing: why it cannot run here, or None where it can.
+        letters: names of the sizes of a shape of the user's own; none where it takes none.
+        dtypes: types that such a case may have, the first by default.
     """
 
     name: str
@@ -133,6 +137,8 @@ class Family:
     providers: tuple[str, ...]
     run: Callable[[Options], Iterator[Row]]
     missing: Callable[[Options], str | None] = lambda options: None
+    letters: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("fp32",)
 
 
 def load_family(name: str) -> Family:

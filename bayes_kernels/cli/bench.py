@@ -13,6 +13,10 @@ import typer
 from .options import Debug, need_ops, number
 from .output import fail
 
+# Benchmarks of the source tree, and their copy in a wheel.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FOLDERS = (_PACKAGE.parent / "cuda_benchmarks", _PACKAGE / "cuda_benchmarks")
+
 
 def bench(
     families: Annotated[
@@ -29,9 +33,23 @@ def bench(
         typer.Option(help="Providers to compare with, divided by commas; 'none' for ours alone."),
     ] = None,
     case: Annotated[str | None, typer.Option(help="Only cases with this text in the name.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="One case of these sizes: T=2048,n=4096,m=4096,r=16 (adapter), S=100,B=16,C=32000 "
+            "(predict), count=16,n=4096,r=16 (tall)."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16, with --shape of the adapter.")
+    ] = None,
     seconds: Annotated[float | None, number("Time for each case.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file, JSON lines.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="BEFORE AFTER", help="Compare two files that --json wrote; no run."),
     ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Add the rows to the results of this machine.")
@@ -43,14 +61,18 @@ def bench(
 ) -> None:
     """Speed and memory of kernels and methods against PyTorch and published code.
 
-    Runs `cuda_benchmarks` of the source tree, one thread on a CPU. Every provider has to agree with an
-    fp64 reference before it is timed.
+    One thread on a CPU. Every provider has to agree with an fp64 reference before it is timed.
     """
-    folder = Path(__file__).resolve().parents[2] / "cuda_benchmarks"
-    if not (folder / "__main__.py").is_file():
+    folder = next((one for one in _FOLDERS if (one / "__main__.py").is_file()), None)
+    if folder is None:
         fail(
-            "bench: benchmarks come with the source tree, which is not beside this installation "
-            f"({folder.parent}); clone the repository and run pip install --no-build-isolation -e ."
+            f"bench: expected the benchmarks in {' or '.join(map(str, _FOLDERS))}, found none; install "
+            "the package again"
+        )
+    installed = folder != _FOLDERS[0]
+    if installed and (save or report):
+        fail(
+            "bench: --save and --report write to the source tree; use --json, or clone the repository"
         )
     command = [sys.executable, str(folder)]
     if report:
@@ -58,11 +80,23 @@ def bench(
     else:
         need_ops()
         command += [*(families or []), "--device", device]
-        options = {"--vs": vs, "--case": case, "--seconds": seconds, "--json": json_file}
+        options = {
+            "--vs": vs,
+            "--case": case,
+            "--shape": shape,
+            "--dtype": dtype,
+            "--seconds": seconds,
+            "--json": json_file,
+        }
         command += ["--quick"] if quick else []
         for option, value in options.items():
             command += [] if value is None else [option, str(value)]
+        command += [] if compare is None else ["--compare", *map(str, compare)]
         command += ["--save"] if save else []
     # Set before torch starts its threads, hence a process of its own.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if installed:  # no commit: a repository around the environment is another one
+        from .. import __version__
+
+        environment.setdefault("BAYES_KERNELS_COMMIT", f"wheel {__version__}")
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,17 @@ def test_one_family_from_its_options_to_its_rows(tmp_path: Path) -> None:
         (["curvature", "--vs", "nobody"], "--vs must name providers"),
         (["curvature", "--seconds", "0"], "--seconds must be positive"),
         (["curvature", "--case", "no such case"], "no case of curvature"),
+        (
+            ["curvature", "--shape", "T=1,n=2"],
+            "--shape must have the sizes of another family, got T,n",
+        ),
+        (
+            ["--shape", "T=1,n=2"],
+            "--shape must have the sizes of adapter: T,n,m,r; predict: S,B,C; ",
+        ),
+        (["--shape", "T=x"], "must be sizes such as T=2048,n=4096, got 'T=x'"),
+        (["--shape", "S=1,B=1,C=2", "--dtype", "bf16"], "--dtype must be one of fp32 for predict"),
+        (["--dtype", "bf16"], "--dtype goes with --shape"),
         pytest.param(
             ["curvature", "--device", "cuda"],
             "torch sees no GPU",
@@ -76,6 +89,47 @@ def test_mistakes_are_one_line(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and says in line
+
+
+SHAPES = {
+    "adapter": ("T=40,n=64,m=48,r=4", "T40 n64 m48 r4 bfloat16", "bf16"),
+    "predict": ("S=20,B=8,C=5", "S20 B8 C5 diagonal", None),
+    "tall": ("count=3,n=96,r=4", "3 x (96, 4)", None),
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_shape_of_ones_own(family: str, tmp_path: Path) -> None:
+    shape, name, dtype = SHAPES[family]
+    path = tmp_path / "rows.jsonl"
+    words = ["--shape", shape, "--vs", "none", "--seconds", "0.01", "--json", str(path)]
+    words += [] if dtype is None else ["--dtype", dtype]
+    assert load("command").main(words) == 0
+    rows = load("harness").read_rows(path)
+    assert {row.case for row in rows} == {name} and len(rows) >= 1
+    assert {row.provider for row in rows} <= set(load("harness").load_family(family).ours)
+
+
+def test_two_files_of_rows_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    harness, main = load("harness"), load("command").main
+    make = partial(harness.Row, "tall", mode="step", p20_us=1.0, p80_us=9.0, repeats=3)
+    keys = dict.fromkeys(("machine", "torch", "bayes_kernels", "commit", "threads"), "x")
+    for name, times in {"a": (200.0, 50.0), "b": (100.0, 55.0)}.items():
+        rows = [
+            make("c", "bayes_kernels", p50_us=times[0], peak_bytes=int(times[0]), environment=keys),
+            make("c", "qr", p50_us=times[1], environment=keys),
+            make(name, "qr", p50_us=times[1], environment=keys),
+        ]
+        harness.save_rows(tmp_path / name, rows)
+    assert main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["tall", "c", "bayes_kernels", "step", "200", "100", "0.50", "0.50"] in lines
+    assert ["tall", "c", "qr", "step", "50", "55", "1.10"] in lines
+    assert "2 rows are in one file only".split() in lines
+    (tmp_path / "a").write_text("no rows")
+    with pytest.raises(SystemExit):
+        main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "expected rows that --json wrote, got: " in capsys.readouterr().err
 
 
 def test_every_family_loads_and_has_its_bars() -> None:
@@ -526,8 +580,21 @@ def test_bench_command_without_a_source_tree(
 
     from bayes_kernels.cli import bench
 
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bayes_kernels" / "cli" / "bench.py"))
+    wheel = tmp_path / "bayes_kernels" / "cuda_benchmarks"
+    monkeypatch.setattr(bench, "_FOLDERS", (tmp_path / "cuda_benchmarks", wheel))
     with pytest.raises(typer.Exit):
         bench.bench()
     (line,) = capsys.readouterr().err.splitlines()
-    assert "benchmarks come with the source tree" in line
+    assert f"expected the benchmarks in {tmp_path}" in line
+    shutil.copytree(FOLDER, wheel, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    with pytest.raises(typer.Exit):
+        bench.bench(save=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--save and --report write to the source tree" in line
+    rows = tmp_path / "rows.jsonl"
+    with pytest.raises(typer.Exit) as end:
+        bench.bench(["tall"], shape="count=2,n=64,r=4", vs="none", seconds=0.01, json_file=rows)
+    assert end.value.exit_code == 0
+    row, *others = load("harness").read_rows(rows)
+    assert {one.case for one in (row, *others)} == {"2 x (64, 4)"}
+    assert row.environment["commit"].startswith("wheel ")
