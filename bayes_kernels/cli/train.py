@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,10 @@ def demo(
     out: Results = Path("runs/demo"),
     seeds: Seeds = 1,
     steps: Annotated[int | None, whole("Optimiser steps.", least=1)] = None,
-    train_size: Annotated[int, whole("Training examples.", least=1)] = 400,
+    train_size: Annotated[
+        int | None,
+        whole("Training examples; 400 of stdlib-docs, all of other data.", least=1),
+    ] = None,
     test_size: TestSize = 400,
     ood_size: OodSize = 200,
     n_samples: Samples = None,
@@ -115,6 +119,8 @@ def demo(
     recipe = DEMO if steps is None else dataclasses.replace(DEMO, steps=steps)
     law = given(n_samples=n_samples, draws=draws, draw_scope=draw_scope)
     recipes = {PLAIN: recipe, method: dataclasses.replace(recipe, **law)}
+    if train_size is None:
+        train_size = 0 if os.path.exists(data or "") else 400
     source = Source(data=data or "", train_size=train_size, test_size=test_size, ood_size=ood_size)
     experiments.check_trainable(method)
     for name in methods:

@@ -122,6 +122,7 @@ def bayesianize(
     METHODS[method].check_draws(recipe.draws, recipe.draw_scope)
     before = one.method
     one = dataclasses.replace(one, source=source, method=method, recipe=recipe)
+    one.check_options()
     conversion_options(one)
     folder = out or Path(f"{adapter.rstrip('/')}-{method}")
     files = [*output.adapter_files(), results.METRICS_FILE, page.REPORT_FILE]

@@ -49,6 +49,7 @@ _SET_BY_PEFT = {
     "peft_type",
     "peft_version",
     "revision",
+    "task_type",
 }
 
 
@@ -63,7 +64,9 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     fields = LoraConfig.__dataclass_fields__
     unknown = sorted(set(recipe.lora) - (set(fields) - _SET_BY_PEFT))
     if unknown:
-        raise ValueError(f"lora: expected options of peft.LoraConfig, got {', '.join(unknown)}")
+        raise ValueError(
+            f"lora: expected options of peft.LoraConfig that the model leaves open, got {', '.join(unknown)}"
+        )
     for name, value in recipe.lora.items():
         if fields[name].type in (bool, "bool") and not isinstance(value, bool):
             raise ValueError(f"lora: {name} must be true or false, got {value!r}")

@@ -53,10 +53,10 @@ def known_methods() -> tuple[str, ...]:
 
 
 def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods in the order of the table, each once; "all" is one row for each method.
+    """The methods in the order of the table; "all" is one row for each method.
 
     Raises:
-        ValueError: A word is unknown, or there is none.
+        ValueError: A word is unknown or repeated, or there is none.
     """
     known = known_methods()
     unknown = [name for name in methods if name not in (*known, "all")]
@@ -64,6 +64,8 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(
             f"methods: expected all or some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
         )
+    if twice := sorted({name for name in methods if list(methods).count(name) > 1}):
+        raise ValueError(f"methods: expected each once, got {', '.join(twice)} more than once")
     every = (*METHODS, TEMPERATURE) if "all" in methods else ()
     return tuple(name for name in known if name in (*methods, *every))
 

@@ -26,6 +26,7 @@ from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder, batches_of
 from ..hf.trainer import BayesTrainer, last_checkpoint
+from ..progress import progress_bar
 from .callbacks import Interrupted, RecordBesideCheckpoint, StopOnSignal, TrainingBar
 from .folders import named_errors
 from .machine import peak_memory
@@ -146,7 +147,14 @@ def train_model(
             _train(trainer, last, folder)
             finished = trainer.state.global_step >= recipe.steps
             if finished:
-                batches = batches_of(data, encoder, recipe.eval_batch_size)
+                size = recipe.eval_batch_size
+                batches = progress_bar(
+                    progress,
+                    batches_of(data, encoder, size),
+                    total=-(-len(data) // size),
+                    desc=f"{label}: after training",
+                    unit="batch",
+                )
                 method.after_training(model, batches, **experiment.training_options)
             synchronise(model)
             seconds = time.perf_counter() - begin

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 
 from ..batches import eval_mode, fold_samples
+from ..progress import progress_bar
 from .decoding import Lockstep, Step, mean_distribution
 from .draws import WeightDraws
 from .layers import without_effect
@@ -185,7 +185,7 @@ def generate(
     right = bool(getattr(generator.config, "is_encoder_decoder", False))
     found: list[Generation] = []
     starts = range(0, len(encoded), batch_size)
-    bar = tqdm(starts, desc="generate", delay=2, disable=not progress, leave=False)
+    bar = progress_bar(progress, starts, desc="generate", unit="batch")
     with eval_mode(model):
         for start in bar:
             part = encoded[start : start + batch_size]
@@ -267,13 +267,8 @@ def score_texts(
         )
     found = []
     with eval_mode(model):
-        for text, prompt in tqdm(
-            list(zip(given, before, strict=True)),
-            "score",
-            delay=2,
-            disable=not progress,
-            leave=False,
-        ):
+        pairs = list(zip(given, before, strict=True))
+        for text, prompt in progress_bar(progress, pairs, desc="score", unit="text"):
             whole = tokenizer(text if prompt is None else prompt + text)["input_ids"]
             start = 1
             if prompt is not None:

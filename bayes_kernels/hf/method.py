@@ -79,6 +79,7 @@ class Conversion:
         data: what the examples are called in messages.
         examples: training examples that commands give it; None for all.
         fixed: options that the method's name decides.
+        needs: by option the values of others without which it does nothing, as in `Option`.
     """
 
     convert: Callable[..., ConversionReport]
@@ -87,6 +88,7 @@ class Conversion:
     data: str
     examples: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
     def takes(self, name: str) -> bool:
         """Whether `convert` has an option of this name that is not fixed."""
@@ -240,7 +242,8 @@ def _conversion_options(conversion: Conversion) -> Iterator[Option]:
     described = _described_arguments(conversion.convert)
     for name, default in default_options(conversion.convert).items():
         if name not in _OF_THE_RUN and conversion.takes(name):
-            yield Option(name, _words(parameters[name].annotation), default, described[name])
+            words, needs = _words(parameters[name].annotation), conversion.needs.get(name, {})
+            yield Option(name, words, default, described[name], needs)
 
 
 _WORDS = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ..batches import as_batches
+from ..progress import progress_bar
 from .draws import Predictor
 from .layers import bayes_variants
 from .logits import AnyPrediction
@@ -166,7 +166,7 @@ def predict_dataset(
     batches = as_batches(data, batch_size, collate_fn)
     parts: list[Any] = [
         predict(model, batch, **options)
-        for batch in tqdm(batches, desc="predict", delay=2, disable=not progress, leave=False)
+        for batch in progress_bar(progress, batches, desc="predict", unit="batch")
     ]
     if not parts:
         raise ValueError("predict_dataset: data must have at least one example, got none")

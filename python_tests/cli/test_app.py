@@ -55,7 +55,11 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
         ),
         (["--set", "lora.use_dora=true"], "use_dora cannot be combined with a posterior over A"),
         (["--set", "rslora"], "expected NAME=VALUE, got 'rslora'"),
-        (["--set", "lora.speed=3"], "expected options of peft.LoraConfig, got speed"),
+        (
+            ["--set", "lora.speed=3"],
+            "options of peft.LoraConfig that the model leaves open, got sp",
+        ),
+        (["--set", "lora.task_type=SEQ_CLS"], "that the model leaves open, got task_type"),
         (["--set", "prior_std=-1"], "prior_std must be a positive number, got -1"),
         (["--set", "kl_schedule=linear"], "kl_schedule must be one of"),
         (["--set", "speed=3"], "or an option of blob (sample_at_inference, init_rho, "),
@@ -158,13 +162,21 @@ def test_no_network(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
     error = refuse("train", "obqa", "--out", tmp_path / "run")
     assert "neither reachable nor in the cache" in error
     error = refuse("train", data, "--model", "some/model", "--out", tmp_path / "run")
-    assert "the hub cannot be reached or has no such model" in error
+    assert "the hub cannot be reached, and its cache has no such model" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_device_is_refused_before_data_is_read(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    for words in (["train"], ["compare", "--data"], ["demo", "--data"], ["evaluate"]):
+        error = refuse(*words, nothing, "--device", "tpu")
+        assert "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'" in error
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -307,7 +307,7 @@ def laplace_(
             held_out = list(as_batches(validation, batch_size, collate_fn))
             found.optimize_prior_precision(
                 "validation",
-                loader=held_out,
+                loader=progress_bar(progress, held_out, desc="Laplace: prior", unit="batch"),
                 grid=_GRID,
                 refine=0,
                 prediction="mc" if prediction == "weights" else prediction,
@@ -452,6 +452,7 @@ def _method(name: str, title: str, **fixed: Any) -> Method:
             check_laplace_model,
             "the training examples",
             fixed=fixed,
+            needs={"mc_samples": {"fisher": ("mc",)}},
         ),
         files=(LAPLACE_FILE,),
         save=save_laplace,

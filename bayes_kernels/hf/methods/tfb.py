@@ -684,5 +684,12 @@ METHOD = Method(
     TfbConfig,
     prior=_prior,
     published=PUBLISHED,
-    conversion=Conversion(tfb_, check_options, check_model, "the anchor examples", examples=500),
+    conversion=Conversion(
+        tfb_,
+        check_options,
+        check_model,
+        "the anchor examples",
+        examples=500,
+        needs={name: {"search": ("bisection",)} for name in ("resolution", "rule")},
+    ),
 )

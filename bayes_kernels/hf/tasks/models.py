@@ -67,7 +67,26 @@ def _locate(name_or_path: str) -> tuple[str, dict[str, Any]]:
             f"model {name_or_path!r}: expected {_WORDS}, a folder that exists, or a name on the "
             "Hugging Face hub such as owner/model, got none of them"
         )
-    return name_or_path, {}
+    return name_or_path, {} if _hub_answers(name_or_path) else {"local_files_only": True}
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the Hugging Face hub can be asked; without it only its cache is looked at.
+
+    transformers would ask again and again for half a minute.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=5)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return True  # that there is no such model is an answer
+    except Exception:
+        # No network has a dozen types, those of the libraries below included.
+        return False
+    return True
 
 
 def _read(name: str) -> tuple[str, dict[str, Any], Any, Any]:
@@ -80,13 +99,16 @@ def _read(name: str) -> tuple[str, dict[str, Any], Any, Any]:
         config = transformers.AutoConfig.from_pretrained(path, **local)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
     except Exception as error:
-        if local:
+        if Path(path).is_dir():
             raise ValueError(
                 f"model {name!r}: config or tokenizer cannot be read: {error}"
             ) from error
+        reason = "the hub has no such model"
+        if local:
+            reason = "the hub cannot be reached, and its cache has no such model"
         raise OSError(
             f"model {path!r}: expected {_WORDS}, a folder, or a name that the Hugging Face hub "
-            f"knows; the hub cannot be reached or has no such model ({type(error).__name__})"
+            f"knows; {reason} ({type(error).__name__})"
         ) from None
     return path, local, config, tokenizer
 

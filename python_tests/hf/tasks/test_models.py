@@ -7,7 +7,9 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -95,3 +97,43 @@ def test_folders_that_hold_no_model(tiny_model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             load_model(name, task)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_only_the_cache_is_looked_at(
+    offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def model_info(self: Any, name: str, **options: Any) -> Any:
+        asked.append((name, options["timeout"]))
+        raise ConnectionError("no route to host")
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        assert options == {"local_files_only": True}
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="cannot be reached, and its cache has no such model"):
+        load_model("some/model", minilm_task("classifier"))
+    # One short question, none where the user is known to be offline.
+    assert asked == ([] if offline else [("some/model", 5)])
+
+
+def test_a_model_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = huggingface_hub.errors.HfHubHTTPError
+
+    def model_info(self: Any, name: str, **options: Any) -> Any:
+        raise error.__new__(error)
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        assert not options
+        raise OSError("404")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="knows; the hub has no such model"):
+        load_model("some/model", minilm_task("classifier"))
