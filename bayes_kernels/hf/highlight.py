@@ -47,10 +47,11 @@ def _style() -> str:
         ".text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:1.1rem;line-height:1.9;"
         "background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem}",
         ".prompt{color:var(--quiet)}",
-        ".t{position:relative;border-radius:.2rem;padding:.15rem 0}",
+        ".t{border-radius:.2rem;padding:.15rem 0}",
         ".t:hover{outline:2px solid var(--strong)}",
-        ".t:hover::after{content:attr(data-n);position:absolute;left:0;top:100%;z-index:1;width:max-content;"
-        "max-width:16rem;white-space:pre;font-size:.85rem;line-height:1.4;font-weight:400;"
+        # In a corner of the window, where it is whole for tokens at the edges too.
+        ".t:hover::after{content:attr(data-n);position:fixed;left:1rem;bottom:1rem;z-index:1;white-space:pre;"
+        "font-size:.85rem;line-height:1.4;font-weight:400;"
         "text-decoration:none;padding:.4rem .6rem;border-radius:.4rem;background:var(--ink);"
         "color:var(--paper)}",
         ".end{color:var(--quiet);font-size:.8em}",
