@@ -223,9 +223,7 @@ def kl_flow_(
         for (_, prior, shared), indices in groups.items():
             local_means = [_local(mean_list[i]) for i in indices]
             local_rhos = [_local(rho_list[i]) for i in indices]
-            check_divergence(
-                "kl_flow_", local_means, local_rhos, [prior] * len(indices), "square", "elbo"
-            )
+            check_divergence("kl_flow_", local_means, local_rhos, prior, "square", "elbo")
             check_writable("kl_flow_", "means and rhos", [*local_means, *local_rhos])
             flat = _flat64(local_means)
             _copy_back(local_means, flat.mul_(math.exp(-time / prior**2)))
@@ -240,7 +238,7 @@ def kl_flow_(
 
 
 def _flat64(tensors: list[Tensor]) -> Tensor:
-    return reference.wide(torch.cat([t.detach().reshape(-1) for t in tensors]))
+    return reference.wide(torch.cat([t.reshape(-1) for t in tensors]))  # without gradients
 
 
 def _copy_back(tensors: list[Tensor], flat: Tensor) -> None:

@@ -236,6 +236,8 @@ def check_writable(
     if torch.compiler.is_compiling():
         return
     for i, t in enumerate(written):
+        if t.is_contiguous():
+            continue
         if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
             raise ValueError(
                 f"{op}: {name}[{i}] must not overlap itself in memory, got strides {t.stride()} for shape "
@@ -268,6 +270,8 @@ def check_writable(
 def _span(t: Tensor) -> tuple[int, int]:
     """First byte and the one behind the last."""
     start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.nbytes
     if t.numel() == 0:
         return start, start
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))

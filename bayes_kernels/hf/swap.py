@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from .config import BayesLoraConfig
-from .layers import find_peft_model
+from .layers import find_peft_model, lora_layers
 from .model import BayesLoraModel, remove_noise
-from .variants import VARIANTS, BayesVariant, attach
+from .variants import VARIANTS, BayesLayer, BayesVariant, attach
 
 
 def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
@@ -40,7 +40,7 @@ def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
             f"{op}: the adapter must be a LoRA adapter, got {type(config).__name__} in "
             f"{type(tuner).__name__}"
         )
-    if any(getattr(m, "merged_adapters", None) for m in tuner.model.modules()):
+    if any(layer.merged_adapters for _, layer in lora_layers(tuner.model)):
         raise ValueError(
             f"{op}: the adapter must not be merged, got a merged one; unmerge_adapter()"
         )
@@ -57,9 +57,8 @@ def adapted_layers(model: PeftModel, name: str) -> list[tuple[str, Any]]:
     tuner: Any = model.base_model
     return [
         (key, layer)
-        for key, layer in tuner.model.named_modules()
-        if hasattr(layer, "lora_variant")
-        and (name in layer.lora_A or name in layer.lora_embedding_A)
+        for key, layer in lora_layers(tuner.model)
+        if name in layer.lora_A or name in layer.lora_embedding_A
     ]
 
 
@@ -102,26 +101,32 @@ def make_bayesian(
     model: PeftModel,
     name: str,
     config: BayesLoraConfig,
+    layers: Sequence[tuple[str, Any]],
     factors: Sequence[tuple[Tensor, Tensor]],
-) -> None:
+) -> list[BayesLayer]:
     """Make an adapter one of a method, with new factors.
 
     Args:
         model: a model whose only adapter it is.
         name: its name.
         config: of the method.
-        factors: A and B for each of `adapted_layers`. They are kept in fp32, or fp64 where the old
-            ones are.
+        layers: its `adapted_layers`.
+        factors: A and B for each of them. They are kept in fp32, or fp64 where the old ones are.
+
+    Returns:
+        The new layers, in the same order.
     """
     tuner: Any = model.base_model
-    layers = adapted_layers(model, name)
+    made = []
     _change_type(model, name, BayesLoraModel, config)
     for (key, layer), (a, b) in zip(layers, factors, strict=True):
         for part in (layer.lora_A[name], layer.lora_B[name]):
             if part.weight.dtype != torch.float64:
                 part.weight.data = part.weight.data.float()
         _set_factors(layer, name, a, b)
-        attach(layer, name, config, key, tuner._noise(config))
+        variant = attach(layer, name, config, key, tuner._noise(config))
+        made.append(BayesLayer(key, layer, name, variant))
+    return made
 
 
 def _change_type(model: PeftModel, name: str, kind: type[nn.Module], config: LoraConfig) -> None:

@@ -26,7 +26,7 @@ from bayes_kernels.hf import (
     refresh_noise,
 )
 from bayes_kernels.hf._compat import unsupported_layer
-from bayes_kernels.hf.layers import bayes_layers, noise_state
+from bayes_kernels.hf.layers import bayes_layers, lora_layers, noise_state
 
 
 def test_adapters_in_an_eval_model_stay_in_eval() -> None:
@@ -48,6 +48,15 @@ def test_first_values_follow_the_global_seed(config: Any, tensor: str) -> None:
     (first, other), again, changed = found
     assert not torch.equal(first, other)  # the same layer of two blocks
     assert torch.equal(first, again[0]) and not torch.equal(first, changed[0])
+
+
+def test_lora_layers_are_those_of_named_modules() -> None:
+    model = blob()
+    model.shared = model.get_base_model().model.layers[
+        0
+    ]  # a module in two places has its first name
+    expected = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    assert expected and list(lora_layers(model)) == expected
 
 
 # --- copies, devices, dtypes ---------------------------------------------------------------------

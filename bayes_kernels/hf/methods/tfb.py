@@ -32,7 +32,7 @@ from ...batches import as_batches, need_mapping
 from ...progress import progress_bar
 from .._compat import unsupported_layer
 from ..config import BayesLoraConfig, option
-from ..layers import bayes_layers
+from ..layers import lora_layers
 from ..logits import Prediction, need_classes
 from ..method import PAPERS, Conversion, Method, default_options
 from ..noise import DRAW_SCOPES, KINDS, NoiseState
@@ -412,7 +412,7 @@ def check_layers(model: PeftModel, layers: Sequence[str] | None) -> None:
     if layers is None:
         return
     tuner: Any = model.base_model
-    keys = [key for key, m in tuner.model.named_modules() if hasattr(m, "lora_variant")]
+    keys = [key for key, _ in lora_layers(tuner.model)]
     unmatched = [part for part in layers if not any(f".{key}".endswith(f".{part}") for key in keys)]
     if unmatched or not layers:
         raise ValueError(
@@ -607,10 +607,9 @@ def _convert(
         raise ValueError(
             "tfb_: the adapter must be trained, got B = 0 in all layers; train it first"
         )
-    make_bayesian(peft_model, name, config, new)
-    order = {key: weight for (key, _), weight in zip(found, weights, strict=True)}
-    items = [item for item in bayes_layers(peft_model, name) if _noisy(item)]
-    return items, [order[item.name] for item in items]
+    made = zip(make_bayesian(peft_model, name, config, found, new), weights, strict=True)
+    noisy = [(item, weight) for item, weight in made if _noisy(item)]
+    return [item for item, _ in noisy], [weight for _, weight in noisy]
 
 
 def _noisy(item: BayesLayer) -> bool:
@@ -649,9 +648,10 @@ def _regroup_all(
         if not all(bool(t.isfinite().all()) for t in stacked):
             raise ValueError("tfb_: the adapter must be finite, got nan or inf in a factor")
         first, second, d = regroup(*stacked)
-        for place, i in enumerate(indices):
-            new[i] = first[place], second[place]
-            share[i] = (d[place] / (d[place] + _SMALL)).float()
+        kept = torch.promote_types(torch.promote_types(*(t.dtype for t in stacked)), torch.float32)
+        shares = (d / (d + _SMALL)).float().unbind()
+        new.update(zip(indices, zip(first.to(kept), second.to(kept), strict=True), strict=True))
+        share.update(zip(indices, shares, strict=True))
     weights.extend(share[i] for i in range(len(plain)))
     return [new[i] for i in range(len(plain))]
 
