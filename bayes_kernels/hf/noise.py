@@ -107,7 +107,8 @@ class Pass:
             return value
         self.kept.pop(owner, None)
         value = make()
-        size = value.nbytes + sum(other.nbytes for _, _, other in self.kept.values())
+        others = list(self.kept.values())  # at once: threads may share a pass
+        size = value.nbytes + sum(other.nbytes for _, _, other in others)
         if size <= _kept_bytes():
             self.kept[owner] = made_of, versions, value
         return value

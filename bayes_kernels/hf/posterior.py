@@ -304,6 +304,11 @@ def posterior(
             "posterior: draws must come with mode 'sample' and without n_samples and first_sample, got "
             f"{mode!r}, {n_samples} and {first_sample}; number every row's draw in draws"
         )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            "posterior: the model must not be DataParallel, whose threads begin without the context; use "
+            "model.module, or a process for each GPU"
+        )
     state = noise_state(model)
     if mode == "sample":
         _check_draws(model, scope)

@@ -57,7 +57,8 @@ def predict(
     * Plain LoRA without dropout, PoLAR: there are none, and n_samples must be 0.
 
     Args:
-        model: a model with an adapter of any method, or an `Ensemble`. Its logits are (B, C), or
+        model: a model with an adapter of any method, or an `Ensemble`; of a `DataParallel` the module on
+            its first GPU is used. Its logits are (B, C), or
             (B, T, V) of a language model, of which the last token that the attention mask shows is
             taken: with an encoder and a decoder, the last token of `decoder_input_ids` that
             `decoder_attention_mask` shows.
@@ -103,6 +104,8 @@ def predict(
     for name, word, words in (("draws", draws, KINDS), ("scope", scope, DRAW_SCOPES)):
         if word not in words:
             raise ValueError(f"predict: {name} must be one of {words}, got {word!r}; choose one")
+    if isinstance(model, nn.DataParallel):
+        model = model.module  # it would cut the copies of the batch, and its threads know no draws
     return predictor_of(model).predict(
         batch,
         n_samples=n_samples,

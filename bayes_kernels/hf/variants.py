@@ -356,9 +356,9 @@ class BayesVariant(LoraVariant):
         rows = x.shape[0] if x.dim() > 1 else 1
         if rows % draws:
             raise ValueError(
-                f"posterior: with n_samples={draws} the first dimension of the batch must be "
-                f"{draws} copies of the examples, layer {self.name} got {tuple(x.shape)}; repeat "
-                "the inputs with bayes_kernels.hf.fold_samples"
+                f"posterior: with {draws} draws the first dimension of the batch must be {draws} copies "
+                f"of the examples, or a row for each of draws=..., layer {self.name} got "
+                f"{tuple(x.shape)}; repeat the inputs with bayes_kernels.hf.fold_samples"
             )
         return rows // draws
 

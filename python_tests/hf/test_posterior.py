@@ -18,7 +18,7 @@ from tiny_models import IDS, blob, logits
 from torch import Tensor, nn
 
 from bayes_kernels import functional, random
-from bayes_kernels.hf import BlobConfig, fold_samples, posterior, refresh_noise
+from bayes_kernels.hf import BlobConfig, fold_samples, posterior, predict, refresh_noise
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from hf.methods.test_scalabl import scalabl
 
@@ -431,6 +431,17 @@ def test_a_generator_that_ends_elsewhere_leaves_nothing_behind() -> None:
         assert noise_state(model).mode is None
         running.close()
         assert pool.submit(lambda: noise_state(model).mode).result() is None
+
+
+def test_replicas_in_threads_are_refused() -> None:
+    model = blob()
+    wrapped = nn.DataParallel(model)
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="must not be DataParallel"), posterior(wrapped):
+        pass
+    expected = predict(model, {"input_ids": IDS}, n_samples=2, choices=[1, 2])
+    found = predict(wrapped, {"input_ids": IDS}, n_samples=2, choices=[1, 2])
+    assert torch.equal(found.log_probs, expected.log_probs)
 
 
 def test_models_do_not_see_each_others_contexts() -> None:
