@@ -22,6 +22,7 @@ FILES = [
         for name in (
             "adapter",
             "adapter_gradients",
+            "adapter_group",
             "few_tokens",
             "tall",
             "predict",
