@@ -47,6 +47,7 @@ LOCAL_MEMORY = {
 # Kernels that stream activations or tall matrices, by what a thread must have in flight, in bytes: four
 # loads of 16 bytes; half of it where rows are so short that a lane owns two neighbours.
 STREAMING = {
+    ("adapter", "decode_kernel"): 64,
     ("adapter", "down_fma_kernel"): 64,
     ("adapter", "down_mma_kernel"): 64,
     ("adapter", "tile_fma_kernel"): 64,
