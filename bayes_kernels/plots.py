@@ -10,7 +10,7 @@ Needs matplotlib: `pip install bayes-kernels[plots]`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +31,14 @@ except ImportError as error:
         f"plots need matplotlib ({error}): pip install bayes-kernels[plots]"
     ) from None
 
-__all__ = ["entropy_histogram", "errors_by_draws", "reliability_diagram", "risk_coverage", "save"]
+__all__ = [
+    "entropy_histogram",
+    "errors_by_draws",
+    "reliability_diagram",
+    "risk_coverage",
+    "save",
+    "score_curves",
+]
 
 # Okabe and Ito's palette, told apart under every common colour blindness; markers and line styles
 # keep the methods apart in grey print.
@@ -345,6 +352,50 @@ def errors_by_draws(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
         axes.minorticks_off()
         axes.title.set_fontsize(10)
         axes.legend(fontsize=8, frameon=False, handlelength=2.6)
+        _tidy(axes)
+    return figure
+
+
+def score_curves(
+    values: Sequence[str],
+    scores: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str = "",
+) -> Figure:
+    """Scores against the values of a setting, a panel for each score.
+
+    Args:
+        values: at least two, in their order; they stand at equal distances.
+        scores: for each score, by its heading, mean and standard deviation at each value; NaN for none.
+        xlabel: the setting.
+
+    Raises:
+        ValueError: fewer than two values, no score, or another number of scores than of values.
+    """
+    lengths = {len(points) for points in scores.values()}
+    if len(values) < 2 or lengths != {len(values)}:
+        raise ValueError(
+            f"score_curves: scores must have a mean and deviation for each of two values or more, got "
+            f"{len(values)} values and {sorted(lengths) or 'no scores'}"
+        )
+    figure = _figure(2.6 * len(scores), 2.6)
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    places = np.arange(len(values))
+    for axes, (name, points) in zip(panels, scores.items(), strict=True):
+        means, deviations = np.array(points, dtype=float).T
+        axes.errorbar(
+            places,
+            means,
+            yerr=np.nan_to_num(deviations),
+            color=_COLORS[0],
+            marker="o",
+            markersize=4,
+            linewidth=1.5,
+            capsize=2,
+        )
+        axes.set(title=name, xlabel=xlabel, xticks=places, xticklabels=list(values))
+        axes.title.set_fontsize(10)
+        axes.tick_params(axis="x", labelsize=7)
         _tidy(axes)
     return figure
 

@@ -113,6 +113,24 @@ def test_risk_coverage_of_degenerate_curves(correct, tmp_path):
     plots.save(figure, tmp_path / "curve.png")
 
 
+def test_score_curves(tmp_path):
+    scores = {"NLL": [(0.5, 0.1), (0.4, float("nan")), (float("nan"), 0.0)], "ECE": [(0.1, 0)] * 3}
+    figure = plots.score_curves(["0", "1", "auto"], scores, xlabel="n_samples")
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("NLL", "ECE")
+    assert [label.get_text() for label in first.get_xticklabels()] == ["0", "1", "auto"]
+    np.testing.assert_array_equal(first.lines[0].get_ydata(), [0.5, 0.4, np.nan])
+    assert first.get_xlabel() == "n_samples"
+    plots.save(figure, tmp_path / "sweep.png")
+    for values, bad in (
+        (["0"], {"NLL": [(1, 0)]}),
+        (["0", "1"], {"NLL": [(1, 0)]}),
+        (["0", "1"], {}),
+    ):
+        with pytest.raises(ValueError, match="score_curves: scores must have"):
+            plots.score_curves(values, bad)
+
+
 def test_entropy_histogram():
     inside = torch.rand(200, generator=torch.Generator().manual_seed(0))
     outside = 0.5 + torch.rand(100, generator=torch.Generator().manual_seed(1))

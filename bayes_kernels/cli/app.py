@@ -22,6 +22,7 @@ from .generate import generate
 from .methods import methods
 from .options import Debug
 from .output import fail
+from .sweep import sweep
 from .train import compare, demo, train
 from .use import bayesianize, evaluate, predict
 
@@ -110,7 +111,7 @@ def info(debug: Debug = False) -> None:
 # By the panels of help.
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Begin": (info, methods, demo),
-    "Train": (train, compare, bayesianize),
+    "Train": (train, compare, sweep, bayesianize),
     "Use": (evaluate, predict, generate),
     "Measure": (bench,),
 }

@@ -37,7 +37,7 @@ from .run import Run, finish, run
 from .scoring import Row, evaluate_model
 from .tables import TEMPERATURE, TEMPERED_DRAWS, Failure
 from .train import Training
-from .variants import VARIANTS, method_of, named, source_of, title_of, varied
+from .variants import VARIANTS, method_of, source_of, title_of, varied
 
 RESULT_FILE = "result.json"
 RESULTS_FILE = "results.json"
@@ -159,7 +159,17 @@ def _tensor(values: list[Any]) -> torch.Tensor:
 
 
 class Piece(NamedTuple):
-    """One (method, seed): what is run, where it goes, and the plain adapters that it is made of."""
+    """One (method, seed): what is run, where it goes, and the adapters that it is made of.
+
+    Attributes:
+        experiment, task: What is run.
+        folder: Where it goes.
+        plain: Adapters that it is made of; where they are of its own method, they are scored in its way.
+        score: Whether it is a row.
+        variant: Word and `method` of its rows, unless these are its method's.
+        title: Name of its rows, in place of the method's.
+        temper_draws: Whether draws have a row with a temperature.
+    """
 
     experiment: Experiment
     task: Task
@@ -167,6 +177,7 @@ class Piece(NamedTuple):
     plain: tuple[Path, ...] = ()
     score: bool = True
     variant: str = ""
+    title: str = ""
     temper_draws: bool = False
 
     @property
@@ -205,19 +216,15 @@ def _run_piece(
     options: dict[str, Any] = {
         "temperature": one.method == PLAIN,
         "temper_draws": piece.temper_draws,
-        "mean": made == "train" and not piece.plain,
+        "mean": made == "train",
         "progress": progress,
     }
     if saved is not None and made == "train":  # trained as a member only, and not scored then
         model, encoder = load_adapter(folder, one, task, device=device)
         scored = finish(one, task, model, encoder, saved.training, **options)
         result = dataclasses.replace(scored, parameters=saved.parameters)
-    elif made == "train" and piece.plain:  # another way to score an adapter that is there
-        (path,) = piece.plain
-        source = _plain(path)
-        model, encoder = load_adapter(path, source.experiment, task, device=device)
-        result = finish(one, task, model, encoder, source.training, **options)
-        result = dataclasses.replace(result, parameters=source.parameters)
+    elif piece.plain and _plain(piece.plain[0]).experiment.method == one.method:
+        result = _score_again(piece, device, progress)
     elif made == "train":
         result = run(
             one, task, folder=folder, checkpoints=False, score=score, device=device, **options
@@ -251,8 +258,40 @@ def _run_piece(
             parameters = sum(stored_numbers(path) for path in piece.plain)
             training = _together([source.training for source in sources])
             result = Run(one, training, rows, parameters=parameters)
-    result = dataclasses.replace(result, rows=named(result.rows, piece.word))
+    if piece.variant:
+        rows = [
+            dataclasses.replace(
+                row, name=row.name.replace(method.title, piece.title), method=piece.word
+            )
+            for row in result.rows
+        ]
+        result = dataclasses.replace(result, rows=rows)
     save_run(result, folder / RESULT_FILE)
+
+
+def _score_again(piece: Piece, device: str | None, progress: bool) -> Run:
+    """An adapter that is there, scored with the draws of another experiment."""
+    one, (path,) = piece.experiment, piece.plain
+    source, recipe = _plain(path), one.recipe
+    task = one.seen(piece.task)
+    model, encoder = load_adapter(path, source.experiment, task, device=device)
+    rows = evaluate_model(
+        model,
+        encoder,
+        task,
+        method=one.method,
+        n_samples=one.n_samples,
+        seed=one.seed,
+        draws=recipe.draws,
+        scope=recipe.draw_scope,
+        batch_size=recipe.eval_batch_size,
+        temperature=False,
+        temper_draws=piece.temper_draws,
+        mean=False,
+        progress=progress,
+        label=f"{piece.title or METHODS[one.method].title}, seed {one.seed}",
+    )
+    return dataclasses.replace(source, experiment=one, rows=rows)
 
 
 def _saved(folder: Path) -> Run | None:
@@ -349,6 +388,7 @@ def plan(
                     tuple(source),
                     score=name not in only_sources,
                     variant=name if name != method else "",
+                    title=title_of(name),
                     temper_draws=tempered and METHODS[method].bayesian,
                 )
             )

@@ -42,7 +42,7 @@ EVALUATION = "evaluation"
 PICTURES = ("reliability.png", "risk_coverage.png", "entropy.png")
 _RECORD, _LOCK, _OLD = "run.json", "lock", "old"
 # Commands that go on from what a stopped run left.
-_RESUMABLE = ("train", "compare")
+_RESUMABLE = ("train", "compare", "sweep")
 
 
 def method_files() -> list[str]:

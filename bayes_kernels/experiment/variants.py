@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from ..hf.method import METHODS, PLAIN
 from .recipe import Experiment
-from .scoring import Row
 
 
 class Variant(NamedTuple):
@@ -33,11 +32,9 @@ class Variant(NamedTuple):
 VARIANTS: dict[str, Variant] = {
     "tfb-on-map": Variant("TFB on MAP", "tfb", source="map"),
     "tfb-on-blob": Variant("TFB on BLoB's mean", "tfb", source="blob"),
-    "blob-token": Variant(
-        "BLoB, token scope", "blob", {}, {"draw_scope": "token", "scale": "keep"}, "blob"
-    ),
+    "blob-token": Variant("BLoB, token scope", "blob", {}, {"draw_scope": "token"}, "blob"),
     "blob-independent": Variant(
-        "BLoB, independent draws", "blob", {}, {"draws": "independent", "scale": "keep"}, "blob"
+        "BLoB, independent draws", "blob", {}, {"draws": "independent"}, "blob"
     ),
     "blob-all-labels": Variant(
         "BLoB, validation rows too", "blob", {}, {"train_on_validation": True}
@@ -78,13 +75,3 @@ def varied(experiment: Experiment, word: str) -> Experiment:
     recipe = experiment.recipe
     changes = {"options": {**recipe.options, **VARIANTS[word].options}, **VARIANTS[word].recipe}
     return dataclasses.replace(experiment, recipe=dataclasses.replace(recipe, **changes))
-
-
-def named(rows: list[Row], word: str) -> list[Row]:
-    """Scores of a row's method under the name of the row."""
-    if word not in VARIANTS:
-        return rows
-    before, after = METHODS[VARIANTS[word].method].title, VARIANTS[word].title
-    return [
-        dataclasses.replace(row, name=row.name.replace(before, after), method=word) for row in rows
-    ]

@@ -56,6 +56,7 @@ SMALL = {
     "train": FEW,
     "compare": FEW + " --threads 1",
     "demo": FEW + " --threads 1",
+    "sweep": FEW + " --threads 1",
     "bayesianize": "--train-size 16 --test-size 16 --ood-size 8",
     "evaluate": "--test-size 16 --ood-size 8",
 }
@@ -144,7 +145,7 @@ class _Checked(Exception):
 def run(words: list[str]) -> None:
     """A command of the package, in small."""
     small = SMALL.get(words[0], "").split()
-    if words[0] in ("train", "compare", "demo") and "--model" not in words:
+    if words[0] in ("train", "compare", "demo", "sweep") and "--model" not in words:
         small += ["--model", "my-model"]
     result = CliRunner().invoke(app, [*words, *small])
     assert result.exit_code == 0 or isinstance(result.exception, _Checked), result.output

@@ -1,0 +1,188 @@
+"""The command sweep: one method at several values of one setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    MOST_THREADS,
+    Base,
+    Compat,
+    Data,
+    Debug,
+    Device,
+    Dtype,
+    Kind,
+    LabelNames,
+    MaxLength,
+    Ood,
+    OodSize,
+    Overwrite,
+    Preset,
+    Quantization,
+    Results,
+    Seeds,
+    Settings,
+    Split,
+    Steps,
+    Style,
+    Test,
+    TestSize,
+    TrainSize,
+    all_cores,
+    source_options,
+    start,
+    whole,
+)
+from .output import command_line, describe_task, inputs_of, note, status, writing
+
+if TYPE_CHECKING:
+    from ..experiment.compare import Piece
+    from ..experiment.recipe import Experiment
+    from ..experiment.run import Run
+    from ..experiment.tables import Failure
+
+
+def sweep(
+    vary: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,VALUE,...",
+            help="The setting and its values, as --set takes them: n_samples=0,1,2,5,10, prior_std=0.1,0.2, "
+            "kl_lr=..., rank=...",
+        ),
+    ],
+    data: Data = "stdlib-docs",
+    method: Annotated[
+        str, typer.Option(help="One of `bayes-kernels methods`, ensembles excepted.")
+    ] = "blob",
+    seeds: Seeds = 1,
+    test: Test = None,
+    ood: Ood = None,
+    label_names: LabelNames = None,
+    train_size: TrainSize = None,
+    test_size: TestSize = None,
+    ood_size: OodSize = None,
+    split: Split = "test",
+    model: Base = "minilm",
+    kind: Kind = "auto",
+    style: Style = "blob",
+    compat: Compat = False,
+    dtype: Dtype = "float32",
+    quantization: Quantization = None,
+    steps: Steps = None,
+    max_length: MaxLength = None,
+    preset: Preset = "default",
+    settings: Settings = None,
+    out: Results = Path("runs/sweep"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the results in the folder, run what is missing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    threads: Annotated[
+        int | None,
+        whole(
+            "Cores to use, all by default: runs go side by side on them.",
+            least=1,
+            most=MOST_THREADS,
+        ),
+    ] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Score a method at several values of one setting: one table, one picture.
+
+    Settings of predictions, such as n_samples, take one training for each seed, settings of a conversion
+    one plain adapter, all others a training for each value. Ctrl-C keeps what has ended; the same command
+    with --resume goes on, also with more values or seeds.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one")
+    from ..experiment import build, results, run, tables
+    from ..experiment import compare as comparison
+    from ..experiment import sweep as sweeps
+    from ..experiment.recipe import Experiment, Source
+    from ..experiment.settings import recipes_of
+    from ..files import write_json, write_text
+
+    cores = threads or all_cores()
+    run.check_trainable(method)
+    wanted = sweeps.parse_sweep(vary)
+    gpu = start(cores, device).type == "cuda"
+    source = Source(
+        data=data or "",
+        **source_options(test, ood, label_names, test_size, ood_size, train_size, split),
+    )
+    used = sweeps.used_methods(method)
+    fields = {"steps": steps, "max_length": max_length}
+    given = list(settings or ())
+    recipes = {
+        item: recipes_of(fields, [*given, *([item] if item else [])], used, preset)
+        for item in (None, *wanted.items)
+    }
+
+    def make(name: str, seed: int, item: str | None) -> Experiment:
+        recipe = recipes[item][name]
+        return Experiment(
+            source, model, kind, style, dtype, quantization, name, recipe, seed, compat
+        )
+
+    for item in wanted.items:
+        build.check_experiment(make(method, 0, item))
+    files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, sweeps.PICTURE_FILE]
+    inputs = {**inputs_of(source), "model": model}
+    with writing("sweep", out, files, inputs, overwrite=overwrite, resume=resume) as place:
+        tasks = {}
+        for seed in range(seeds):
+            with status(f"reading {source.data}, seed {seed}"):
+                tasks[seed] = source.load(seed)
+        describe_task(tasks[0])
+        pieces = sweeps.plan_sweep(method, wanted, make, tasks, out, seeds=seeds)
+        if resume:
+            comparison.check_saved(pieces)
+        first = pieces[0]  # whether model and data fit
+        build.build(first.experiment, first.task, device=device)
+        place.add([str(piece.folder.relative_to(out)) for piece in pieces])
+        place.begin()
+
+        def done(piece: Piece, result: Run | Failure) -> None:
+            what = f"failed: {result.error}" if isinstance(result, tables.Failure) else "done"
+            note(f"{piece.word}, seed {piece.experiment.seed}: {what}")
+
+        runs, failures = comparison.compare(
+            pieces, processes=1 if gpu else cores, device=device, done=done
+        )
+        if not runs:
+            raise ValueError(
+                "sweep: every run failed: " + "; ".join(sorted({one.error for one in failures}))
+            )
+        shown = sweeps.swept(results.summarise(runs), wanted)
+        text = tables.comparison_table(shown, failures, seeds).markdown()
+        content = results.report(runs, tasks[0], command=command_line())
+        content["failures"] = [dataclasses.asdict(one) for one in failures]
+        write_text(out / comparison.TABLE_FILE, text)
+        write_json(out / comparison.RESULTS_FILE, content)
+        written = [comparison.TABLE_FILE, comparison.RESULTS_FILE]
+        if len(shown) > 1 and importlib.util.find_spec("matplotlib") is not None:
+            from .. import plots
+
+            scores = {
+                heading: [
+                    (one.mean.get(key, math.nan), one.std.get(key, math.nan)) for one in shown
+                ]
+                for key, heading in sweeps.SHOWN.items()
+            }
+            values = [one.method.partition("=")[2] for one in shown]
+            figure = plots.score_curves(values, scores, xlabel=wanted.name)
+            plots.save(figure, out / sweeps.PICTURE_FILE)
+            written.append(sweeps.PICTURE_FILE)
+    print(text)
+    print(f"Wrote {out}/: {', '.join(written)}")
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,108 @@
+"""The command sweep: what is trained, what is scored, its table and picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bayes_kernels.cli import app
+from bayes_kernels.experiment import run as ex
+from bayes_kernels.experiment import train
+from bayes_kernels.experiment.sweep import parse_sweep
+
+# Commands choose the GPU where there is one; what they find is compared with the CPU.
+pytestmark = pytest.mark.cpu_only
+
+
+def call(*arguments: Any) -> Any:
+    return CliRunner().invoke(app.app, ["sweep", *map(str, arguments)])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Method and rank of every training."""
+    found: list[tuple[str, int]] = []
+    train_model = train.train_model
+
+    def noted(experiment: Any, *args: Any, **options: Any) -> Any:
+        found.append((experiment.method, experiment.recipe.rank))
+        return train_model(experiment, *args, **options)
+
+    monkeypatch.setattr(ex, "train_model", noted)
+    return found
+
+
+@pytest.fixture
+def common(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> list[Any]:
+    given = ["--data", tiny_data, "--model", tiny_model, "--steps", 2, "--set", "lr=5e-3"]
+    return [*given, "--threads", 1, "--out", tmp_path / "out"]
+
+
+def table(out: Path) -> list[str]:
+    lines = (out / "table.md").read_text().splitlines()
+    return [line.split("|")[1].strip() for line in lines[2:]]
+
+
+def test_draws_of_one_adapter(
+    common: list[Any], trained: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = call(*common, "--vary", "n_samples=0,2,4")
+    assert result.exit_code == 0, result.output
+    assert trained == [("blob", 8)]
+    names = [f"BLoB n_samples={n} N={n}" for n in (2, 4)]
+    assert table(out) == ["BLoB n_samples=0 mean", *names]
+    assert (out / "sweep.png").is_file() and "sweep.png" in result.stdout
+    content = json.loads((out / "results.json").read_text())
+    assert content["experiments"]["n_samples=4"]["recipe"]["n_samples"] == 4
+    more = call(*common, "--vary", "n_samples=0,2,4,6", "--resume")
+    assert more.exit_code == 0, more.output
+    assert trained == [("blob", 8)] and len(table(out)) == 4
+
+
+@pytest.mark.parametrize(
+    ("vary", "expected"),
+    [
+        ("tolerance=0.1,0.5", [("mle", 8)]),
+        ("rank=2,3", [("mle", 2), ("mle", 3)]),
+        ("n_samples=2,3", [("mle", 8)]),
+    ],
+)
+def test_plain_adapters_are_trained_as_often_as_needed(
+    common: list[Any], trained: list[tuple[str, int]], vary: str, expected: list[Any]
+) -> None:
+    result = call(*common, "--method", "tfb", "--set", "anchors=8", "--vary", vary)
+    assert result.exit_code == 0, result.output
+    assert trained == expected
+    name, _, values = vary.partition("=")
+    assert [line.partition(" N=")[0] for line in table(common[-1])] == [
+        f"TFB {name}={value}" for value in values.split(",")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vary", "rank"], "vary: expected NAME=VALUE,VALUE,... with two"),
+        (["--vary", "rank=2"], "vary: expected NAME=VALUE,VALUE,... with two"),
+        (["--vary", "rank=2,2"], "vary: expected NAME=VALUE,VALUE,... with two"),
+        (["--vary", "magic=1,2"], "expected a field of the recipe"),
+        (["--vary", "rank=0,2"], "rank must be an integer >= 1, got 0"),
+        (["--vary", "rank=2,4", "--method", "ensemble"], "made of adapters of several seeds"),
+        (["--vary", "rank=2,4", "--set", "rank=3"], "expected a setting once, got it twice"),
+    ],
+)
+def test_what_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    result = call(*options, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_are_read_as_settings_are() -> None:
+    found = parse_sweep("kl-lr=0.1, 1e-3,auto")
+    assert found.name == "kl_lr" and found.values == (0.1, 1e-3, "auto")
+    assert found.items[0] == "kl_lr=0.1"
