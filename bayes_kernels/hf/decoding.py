@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation import BaseStreamer, GenerationMode
 
 from .. import random
+from .logits import ClassSums
 
 _LOOPS = {
     GenerationMode.GREEDY_SEARCH: "_sample",
@@ -41,6 +42,7 @@ class Step(NamedTuple):
     log_prob: float
     entropy: float
     expected_entropy: float
+    entropy_bias: float
 
 
 def exact_dtype(t: Tensor) -> torch.dtype:
@@ -48,12 +50,40 @@ def exact_dtype(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
-def mean_distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (S, ..., V): log of the mean probabilities, their entropy, mean entropy of the S."""
-    log_probs = logits.to(exact_dtype(logits)).log_softmax(-1)
-    mean = torch.logsumexp(log_probs, 0) - math.log(len(log_probs))
-    expected = torch.special.entr(log_probs.exp()).sum(-1).mean(0)
-    return mean, torch.special.entr(mean.exp()).sum(-1), expected
+class Means(NamedTuple):
+    """Of S distributions at each of N places.
+
+    Attributes:
+        log_probs: (N, V) log of the mean probabilities.
+        entropy, expected_entropy: (N,) entropy of the mean, and mean entropy.
+        entropy_bias: (N,) as in `Prediction`; None for fewer than two independent groups.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    entropy_bias: Tensor | None
+
+    def at(self, row: Tensor, token: Tensor) -> list[list[float]]:
+        """For tokens at rows: the numbers of a `Step`, NaN where one is not known."""
+        chosen = self.log_probs[row, token]
+        bias = torch.full_like(chosen, math.nan)
+        if self.entropy_bias is not None:
+            bias = self.entropy_bias[row]
+        found = [chosen, self.entropy[row], self.expected_entropy[row], bias]
+        return torch.stack(found, -1).tolist()
+
+
+def means(logits: Tensor, dependent: int) -> Means:
+    """The mean of distributions with logits (S, N, V).
+
+    Args:
+        logits: of each draw.
+        dependent: number of successive draws that depend on each other.
+    """
+    sums = ClassSums(keep=False, dependent=dependent)
+    sums.add(logits.to(exact_dtype(logits)))
+    return Means(*sums.mean())
 
 
 class Mean(LogitsProcessor):
@@ -61,12 +91,11 @@ class Mean(LogitsProcessor):
 
     Attributes:
         rows: the texts of the last step, one copy.
-        log_probs: (rows, V) log of their mean probabilities.
-        entropy, expected_entropy: (rows,) of the mean, and mean over the copies.
+        found: their mean distributions.
     """
 
-    def __init__(self, copies: int) -> None:
-        self.copies = copies
+    def __init__(self, copies: int, dependent: int) -> None:
+        self.copies, self.dependent = copies, dependent
         self._exact: Tensor | None = None
         self._thread = threading.get_ident()
 
@@ -80,10 +109,8 @@ class Mean(LogitsProcessor):
         """scores (copies * rows, V): logits, or their log softmax."""
         logits, self._exact = scores if self._exact is None else self._exact, None
         self.rows = input_ids[: len(input_ids) // self.copies]
-        self.log_probs, self.entropy, self.expected_entropy = mean_distribution(
-            logits.unflatten(0, (self.copies, -1))
-        )
-        return self.log_probs.to(logits.dtype).repeat(self.copies, 1)
+        self.found = means(logits.unflatten(0, (self.copies, -1)), self.dependent)
+        return self.found.log_probs.to(logits.dtype).repeat(self.copies, 1)
 
 
 class Choice(LogitsProcessor):
@@ -156,18 +183,12 @@ class Record(StoppingCriteriaList):
         # Texts that have ended are padded while others go on.
         new = [i for i, (number, ids) in enumerate(keys) if (number, ids[:-1]) in self.open]
         parents = [(keys[i][0], keys[i][1][:-1]) for i in new]
-        device = self.mean.log_probs.device
+        device = candidates.device
         row = torch.tensor([rows[key] for key in parents], dtype=torch.int64, device=device)
         token = torch.tensor([keys[i][1][-1] for i in new], dtype=torch.int64, device=device)
-        numbers = torch.stack(
-            [
-                self.mean.log_probs[row, token],
-                self.mean.entropy[row],
-                self.mean.expected_entropy[row],
-            ]
-        )
+        numbers = self.mean.found.at(row, token)
         following: dict[tuple[int, tuple[int, ...]], Step | None] = {}
-        for i, parent, values in zip(new, parents, numbers.T.tolist(), strict=True):
+        for i, parent, values in zip(new, parents, numbers, strict=True):
             step = Step(self.open[parent], keys[i][1][-1], *values)
             if done[i]:
                 self.ended[keys[i]] = (step, stopped[i])
@@ -217,6 +238,7 @@ class Lockstep:
 
     Args:
         copies: S.
+        dependent: number of successive draws that depend on each other.
         prompts: how many prompts there are.
         seed: seed of random choices.
         first: number of the first text, which counts for them.
@@ -229,12 +251,14 @@ class Lockstep:
         copies: int,
         prompts: int,
         *,
+        dependent: int,
         seed: int,
         first: int,
         notice: Callable[[int, Step], None] | None,
         streamer: BaseStreamer | None,
     ) -> None:
-        self.copies, self.prompts, self.seed, self.first = copies, prompts, seed, first
+        self.copies, self.prompts, self.dependent = copies, prompts, dependent
+        self.seed, self.first = seed, first
         self.notice = None if notice is None else lambda i, step: notice(first + i, step)
         self.streamer = None if streamer is None else _OneCopy(streamer, copies)
         self.results: list[tuple[list[Step], bool]] = []
@@ -260,7 +284,7 @@ class Lockstep:
                 f"generate: the mode must be greedy search, sampling or beam search without sampling, "
                 f"got {str(mode.value).replace('_', ' ')}; leave the option for it out"
             )
-        mean = Mean(self.copies)
+        mean = Mean(self.copies, self.dependent)
         logits_processor.insert(0, mean)
         returned = self.prompts * generation_config.num_return_sequences
         beams = mode == GenerationMode.BEAM_SEARCH

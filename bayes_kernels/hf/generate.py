@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from transformers.generation import BaseStreamer
 
 from ..batches import eval_mode, fold_samples
 from ..progress import progress_bar
-from .decoding import Lockstep, Step, mean_distribution
+from .decoding import Lockstep, Step, means
 from .draws import WeightDraws
 from .layers import without_effect
 from .noise import KINDS
@@ -191,7 +192,13 @@ def generate(
             part = encoded[start : start + batch_size]
             first = start * num_return_sequences
             lockstep = Lockstep(
-                max(copies, 1), len(part), seed=seed, first=first, notice=notice, streamer=stock
+                max(copies, 1),
+                len(part),
+                dependent=drawing.dependent(draws, "example"),
+                seed=seed,
+                first=first,
+                notice=notice,
+                streamer=stock,
             )
             batch = _padded([one.token_ids for one in part], pad, right, _device(model))
             with drawing.throughout(n_samples, seed, len(part), draws) as more:
@@ -285,10 +292,13 @@ def score_texts(
                 logits = drawing.generator(**folded, **more, use_cache=False).logits
             steps = []
             for place in range(start, len(whole), _TOKENS_AT_ONCE):
-                chosen = ids[0, place : place + _TOKENS_AT_ONCE, None]
-                mean, *entropies = mean_distribution(logits[:, place - 1 : place - 1 + len(chosen)])
-                numbers = torch.stack([mean.gather(-1, chosen)[:, 0], *entropies], -1)
-                for token, values in zip(chosen[:, 0].tolist(), numbers.tolist(), strict=True):
+                chosen = ids[0, place : place + _TOKENS_AT_ONCE]
+                found_here = means(
+                    logits[:, place - 1 : place - 1 + len(chosen)],
+                    drawing.dependent(draws, "example"),
+                )
+                numbers = found_here.at(torch.arange(len(chosen), device=chosen.device), chosen)
+                for token, values in zip(chosen.tolist(), numbers, strict=True):
                     steps.append(Step(None, token, *values))
             found.append(_scored(tokenizer, whole[:start], steps, copies))
     return found
@@ -444,6 +454,7 @@ def _scored(
 ) -> ScoredText:
     ids = [step.token_id for step in steps]
     pieces = pieces_of(tokenizer, before, ids)
+    bias = [step.entropy_bias for step in steps]
     return ScoredText(
         text="".join(pieces),
         token_ids=ids,
@@ -451,6 +462,7 @@ def _scored(
         log_probs=[step.log_prob for step in steps],
         entropy=[step.entropy for step in steps],
         expected_entropy=[step.expected_entropy for step in steps],
+        entropy_bias=None if any(map(math.isnan, bias)) else bias,
         n_samples=copies,
     )
 
@@ -470,4 +482,4 @@ class _Notice:
 
     def __call__(self, sequence: int, step: Step) -> None:
         text = self.pieces[sequence].add(step.token_id)
-        self.function(Token(sequence, step.token_id, text, *step[2:]))
+        self.function(Token(sequence, step.token_id, text, *step[2:5]))

@@ -208,7 +208,7 @@ def _concatenated(parts: Sequence[Any], what: str) -> Any:
     return type(parts[0])(**joined)
 
 
-class _Classes:
+class ClassSums:
     """Sums over draws of softmax, as logs, and of entropies; of squares over independent groups of draws.
 
     Args:
@@ -254,19 +254,25 @@ class _Classes:
         independent = self.draws / self.dependent
         least = torch.finfo(probs.dtype).tiny
         terms = variance.clamp(min=0) / (2 * independent * probs.clamp(min=least))
-        return terms.sum(-1).cpu()
+        return terms.sum(-1)
+
+    def mean(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Log-probabilities (B, C) of the mean over all draws; its entropy, expected entropy, bias (B,)."""
+        log_mean = self.log_mean - math.log(self.draws)
+        bias = self._entropy_bias(log_mean.exp())
+        return log_mean, _entropy(log_mean), self.entropy / self.draws, bias
 
     def result(self, n_samples: int, labels: Tensor | None) -> Prediction:
         """The mean over all draws."""
-        log_mean = self.log_mean - math.log(self.draws)
+        log_mean, entropy, expected, bias = self.mean()
         return Prediction(
             log_probs=log_mean.cpu(),
-            entropy=_entropy(log_mean).cpu(),
-            expected_entropy=(self.entropy / self.draws).cpu(),
+            entropy=entropy.cpu(),
+            expected_entropy=expected.cpu(),
             n_samples=n_samples,
             labels=labels,
             sample_log_probs=torch.cat(self.kept) if self.kept else None,
-            entropy_bias=self._entropy_bias(log_mean.exp()) if n_samples else None,
+            entropy_bias=bias.cpu() if n_samples and bias is not None else None,
         )
 
 
@@ -313,7 +319,7 @@ class _Numbers(_Outputs):
         )
 
 
-GATHERED = {"classes": _Classes, "labels": _Labels, "numbers": _Numbers}
+GATHERED = {"classes": ClassSums, "labels": _Labels, "numbers": _Numbers}
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

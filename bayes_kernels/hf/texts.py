@@ -58,6 +58,8 @@ class ScoredText:
         log_probs: log p(y_t).
         entropy: entropy of p at each place: all uncertainty.
         expected_entropy: mean entropy of the p_s: what is left where the weights are known.
+        entropy_bias: how much too low `entropy` is on average with so few draws, see `Prediction`; None
+            where it is not known: fewer than two independent draws or pairs.
         n_samples: S; 0 for the posterior mean.
     """
 
@@ -67,6 +69,7 @@ class ScoredText:
     log_probs: list[float]
     entropy: list[float]
     expected_entropy: list[float]
+    entropy_bias: list[float] | None
     n_samples: int
 
     @property
@@ -74,12 +77,23 @@ class ScoredText:
         """entropy - expected_entropy of each token, at least 0; None for fewer than two draws.
 
         It is the part of the uncertainty that is due to the weights. Few draws make it too small,
-        by a share of about 1/S.
+        by a share of about 1/S; `corrected_mutual_information` is not.
         """
         if self.n_samples < 2:
             return None
         pairs = zip(self.entropy, self.expected_entropy, strict=True)
         return [max(total - expected, 0.0) for total, expected in pairs]
+
+    @property
+    def corrected_mutual_information(self) -> list[float] | None:
+        """`mutual_information` without the bias of few draws; None where that is not known.
+
+        As `Prediction.corrected_mutual_information`; for comparing different numbers of draws.
+        """
+        if self.entropy_bias is None:
+            return None
+        parts = zip(self.entropy, self.expected_entropy, self.entropy_bias, strict=True)
+        return [max(total - expected + bias, 0.0) for total, expected, bias in parts]
 
     @property
     def log_prob(self) -> float:
@@ -132,6 +146,7 @@ class ScoredText:
             "token_entropy": self.entropy,
             "token_expected_entropy": self.expected_entropy,
             "token_mutual_information": self.mutual_information,
+            "token_corrected_mutual_information": self.corrected_mutual_information,
         }
 
 

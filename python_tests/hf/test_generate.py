@@ -144,6 +144,29 @@ def test_other_draws(model: Any, kind: str) -> None:
     assert other.entropy != pytest.approx(found.entropy, abs=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "group"), [("antithetic", 2), ("independent", 1)])
+def test_mutual_information_is_corrected_for_few_draws(model: Any, kind: str, group: int) -> None:
+    """As it is for predictions of answers: the variance of the mean of independent draws or pairs."""
+
+    def weights(model: nn.Module, draw: int) -> Any:
+        return posterior(model, "sample", seed=SEED, first_sample=draw, kind=kind)
+
+    options = {"seed": SEED, "draws": kind, "max_new_tokens": 2}
+    found = generate(model, TOKENIZER, PROMPTS[:1], n_samples=6, **options)[0]
+    ids = encoded(PROMPTS[0])
+    for i, token in enumerate(found.token_ids):
+        probs = distributions(model, ids, 6, weights).exp()
+        independent = probs.unflatten(0, (-1, group)).mean(1)
+        variance = independent.var(0) / len(independent)
+        bias = float((variance / (2 * probs.mean(0))).sum())
+        assert found.entropy_bias[i] == pytest.approx(bias, abs=1e-10) and bias > 1e-4
+        corrected = found.corrected_mutual_information[i]
+        assert corrected == pytest.approx(found.mutual_information[i] + bias, abs=1e-10)
+        ids.append(token)
+    single = generate(model, TOKENIZER, PROMPTS[:1], n_samples=group, **options)[0]
+    assert single.corrected_mutual_information is None
+
+
 def test_the_mean_is_plain_generation(model: Any) -> None:
     found = generate(model, TOKENIZER, PROMPTS[0], n_samples=0, max_new_tokens=5)[0]
     ids = torch.tensor([encoded(PROMPTS[0])])

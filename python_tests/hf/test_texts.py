@@ -53,6 +53,7 @@ def scored(tokens: list[str], doubts: list[float], **options: Any) -> ScoredText
         log_probs=[-1.0] * len(tokens),
         entropy=[doubt + 0.25 for doubt in doubts],
         expected_entropy=[0.25] * len(tokens),
+        entropy_bias=None,
         **options,
     )
 
