@@ -117,6 +117,9 @@ def generate(
         folders.read_record(folder)  # which also says where a stopped run goes on
     with status(f"reading {adapter}"):
         writer = load_writer(folder, model=model, device=device)
+    count = writer.n_samples if n_samples is None else n_samples
+    if color_by == "mutual_information" and count < 2:
+        raise ValueError(f"--color-by: expected entropy with {count} draws, got {color_by}")
     found = writer.generate(
         prompts,
         n_samples=n_samples,

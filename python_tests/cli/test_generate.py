@@ -172,6 +172,10 @@ def test_adapters_of_commands(writer: Path, data: Path, tmp_path: Path) -> None:
         (["--prompt", "be", "--sample", "--temperature", "nan"], "--temperature: expected"),
         (["--prompt", "be", "--color-by", "doubt"], "--color-by: expected mutual_information or"),
         (["--prompt", "be", "--draws", "pairs"], "got 'pairs'"),
+        (
+            ["--prompt", "be", "--color-by", "mutual_information", "--n-samples", "1"],
+            "--color-by: expected entropy with 1 draws",
+        ),
         (["--prompt", "be", "--beams", "0"], "expected an integer >= 1"),
         (["--prompt", "be", "--sample", "--beams", "2"], "do_sample must be False"),
         (["--prompt", "be", "--model", "minilm"], "expected a causal language model"),
