@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import TrainerCallback
 
 from ..hf.tasks.encoder import TaskEncoder
 from ..progress import progress_bar
-from .folders import write_record
+from .folders import save_adapter, write_record
 from .recipe import Experiment
 
 
@@ -100,6 +101,29 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
+
+
+class Snapshots(TrainerCallback):
+    """Saves the adapter, as a folder of its own, after some steps."""
+
+    def __init__(
+        self,
+        folders: Mapping[int, Path],
+        experiment: Experiment,
+        model: PeftModel,
+        encoder: TaskEncoder,
+    ) -> None:
+        self.folders, self.experiment, self.model, self.encoder = (
+            folders,
+            experiment,
+            model,
+            encoder,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = self.folders.get(state.global_step)
+        if folder is not None:
+            save_adapter(self.model, self.experiment, self.encoder.task, self.encoder, folder)
 
 
 class RecordBesideCheckpoint(TrainerCallback):

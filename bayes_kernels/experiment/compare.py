@@ -33,11 +33,11 @@ from .output import unfinished
 from .processes import side_by_side
 from .recipe import Experiment
 from .results import Summary
-from .run import Run, finish, run
+from .run import SNAPSHOTS, Run, finish, run
 from .scoring import Row, evaluate_model
 from .tables import TEMPERATURE, TEMPERED_DRAWS, Failure
 from .train import Training
-from .variants import VARIANTS, method_of, source_of, title_of, varied
+from .variants import CHECKPOINTS, VARIANTS, method_of, snapshot_steps, source_of, title_of, varied
 
 RESULT_FILE = "result.json"
 RESULTS_FILE = "results.json"
@@ -169,6 +169,7 @@ class Piece(NamedTuple):
         variant: Word and `method` of its rows, unless these are its method's.
         title: Name of its rows, in place of the method's.
         temper_draws: Whether draws have a row with a temperature.
+        snapshots: Steps after which the adapter is saved on the way, for a checkpoint ensemble.
     """
 
     experiment: Experiment
@@ -179,6 +180,7 @@ class Piece(NamedTuple):
     variant: str = ""
     title: str = ""
     temper_draws: bool = False
+    snapshots: tuple[int, ...] = ()
 
     @property
     def word(self) -> str:
@@ -221,13 +223,24 @@ def _run_piece(
     }
     if saved is not None and made == "train":  # trained as a member only, and not scored then
         model, encoder = load_adapter(folder, one, task, device=device)
-        scored = finish(one, task, model, encoder, saved.training, **options)
-        result = dataclasses.replace(scored, parameters=saved.parameters)
+        # Its scale was chosen before it was saved.
+        kept = dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, scale="keep"))
+        scored = finish(kept, task, model, encoder, saved.training, **options)
+        result = dataclasses.replace(
+            scored, experiment=one, parameters=saved.parameters, scale=saved.scale
+        )
     elif piece.plain and _plain(piece.plain[0]).experiment.method == one.method:
         result = _score_again(piece, device, progress)
     elif made == "train":
         result = run(
-            one, task, folder=folder, checkpoints=False, score=score, device=device, **options
+            one,
+            task,
+            folder=folder,
+            checkpoints=False,
+            snapshots=piece.snapshots,
+            score=score,
+            device=device,
+            **options,
         )
     else:
         sources = [_plain(path) for path in piece.plain]
@@ -256,7 +269,8 @@ def _run_piece(
                 label=f"{method.title}, seed {one.seed}",
             )
             parameters = sum(stored_numbers(path) for path in piece.plain)
-            training = _together([source.training for source in sources])
+            once = sources[-1:] if piece.word == CHECKPOINTS else sources  # trained in one go
+            training = _together([source.training for source in once])
             result = Run(one, training, rows, parameters=parameters)
     if piece.variant:
         rows = [
@@ -300,6 +314,13 @@ def _saved(folder: Path) -> Run | None:
 
 
 def _plain(folder: Path) -> Run:
+    """The run of an adapter, also of one that was saved on its way."""
+    if folder.parent.name == SNAPSHOTS:
+        if not folder.is_dir():
+            raise ValueError(
+                f"needs {folder}, which was not saved when plain LoRA was trained; use another folder"
+            )
+        folder = folder.parent.parent
     saved = _saved(folder)
     if saved is None:
         raise ValueError(f"needs the adapter in {folder}, whose training failed")
@@ -354,7 +375,9 @@ def plan(
         return folder / method / f"seed-{seed}"
 
     def plain(seed: int) -> Piece:
-        return Piece(experiments(PLAIN, seed), tasks[seed], place(PLAIN, seed), score=scored_plain)
+        one = experiments(PLAIN, seed)
+        on_the_way = snapshot_steps(one.recipe.steps) if CHECKPOINTS in others else ()
+        return Piece(one, tasks[seed], place(PLAIN, seed), score=scored_plain, snapshots=on_the_way)
 
     pieces = []
     if scored_plain or PLAIN in used_methods(methods):
@@ -368,12 +391,17 @@ def plan(
     for name in sorted([*only_sources, *others], key=order):
         method = method_of(name)
         made = METHODS[method].made
-        members = experiments(method, 0).n_samples if made == "join" else 1
-        if made == "join" and members < 2:
+        on_the_way = snapshot_steps(experiments(PLAIN, 0).recipe.steps)
+        alone = made != "join" or name == CHECKPOINTS
+        members = 1 if alone else experiments(method, 0).n_samples
+        if not alone and members < 2:
             raise ValueError(f"members: expected at least 2 for {title_of(name)}, got {members}")
         for seed in range(seeds):
             of = source_of(name)
             source = [] if of is None else [place(of, seed)]
+            if name == CHECKPOINTS:
+                whole = place(PLAIN, seed)
+                source = [*(whole / SNAPSHOTS / f"step-{step}" for step in on_the_way), whole]
             for i in range(1, members):
                 # Other factors, head and order of examples, but the same examples.
                 one = experiments(PLAIN, seed + MEMBER_SEED * i)

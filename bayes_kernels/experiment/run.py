@@ -29,6 +29,9 @@ from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels
 from .train import Training, train_model
 
+# Folder of the adapters that were saved on the way of a training.
+SNAPSHOTS = "snapshots"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,6 +65,7 @@ def run(
     resume: bool = False,
     save_every: int | None = None,
     checkpoints: bool = True,
+    snapshots: Sequence[int] = (),
     temperature: bool = True,
     temper_draws: bool = False,
     mean: bool = True,
@@ -78,6 +82,7 @@ def run(
         resume: Go on from the last complete checkpoint in the folder.
         save_every: Steps between checkpoints.
         checkpoints: Whether to write any.
+        snapshots: Steps after which the adapter is saved in ``folder/snapshots``.
         temperature: Whether to add the row with temperature scaling.
         temper_draws: Whether draws have a row with temperature scaling.
         mean: Whether methods with draws have a row for the mean, see `evaluate_model`.
@@ -111,6 +116,9 @@ def run(
         checkpoints=folder / CHECKPOINTS if folder is not None and checkpoints else None,
         save_every=save_every,
         resume=resume,
+        snapshots={}
+        if folder is None
+        else {n: folder / SNAPSHOTS / f"step-{n}" for n in snapshots},
         progress=progress,
         label=f"{name}: train",
     )

@@ -10,6 +10,7 @@ import contextlib
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder, batches_of
 from ..hf.trainer import BayesTrainer, last_checkpoint
 from ..progress import progress_bar
-from .callbacks import Interrupted, RecordBesideCheckpoint, StopOnSignal, TrainingBar
+from .callbacks import Interrupted, RecordBesideCheckpoint, Snapshots, StopOnSignal, TrainingBar
 from .folders import named_errors
 from .machine import peak_memory
 from .recipe import Experiment, trained_method
@@ -64,6 +65,7 @@ def train_model(
     checkpoints: Path | None = None,
     save_every: int | None = None,
     resume: bool = False,
+    snapshots: Mapping[int, Path] | None = None,
     progress: bool = True,
     label: str = "train",
 ) -> Training:
@@ -78,6 +80,7 @@ def train_model(
         checkpoints: Folder of checkpoints; None writes none.
         save_every: Steps between checkpoints; None for a fifth of the steps.
         resume: Go on from the last complete checkpoint where there is one.
+        snapshots: Folders for the adapter after these steps.
         progress: Whether to show a bar when it takes longer than two seconds.
         label: Name of the bar.
 
@@ -135,6 +138,8 @@ def train_model(
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(TrainingBar(label, progress))
+        if snapshots:
+            trainer.add_callback(Snapshots(snapshots, experiment, model, encoder))
         stop = StopOnSignal()
         if checkpoints is not None:
             trainer.add_callback(stop)

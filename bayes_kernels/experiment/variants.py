@@ -28,8 +28,13 @@ class Variant(NamedTuple):
     source: str = PLAIN
 
 
+# The word of an ensemble of the adapters that plain LoRA had on its way. Source: Chen, Lundberg and Lee,
+# "Checkpoint Ensembles: Ensemble Methods from a Single Training Process", arXiv 1710.03282.
+CHECKPOINTS = "checkpoints"
+
 # By the word that `compare --methods` takes.
 VARIANTS: dict[str, Variant] = {
+    CHECKPOINTS: Variant("Checkpoint ensemble", "ensemble"),
     "tfb-on-map": Variant("TFB on MAP", "tfb", source="map"),
     "tfb-on-blob": Variant("TFB on BLoB's mean", "tfb", source="blob"),
     "blob-token": Variant("BLoB, token scope", "blob", {}, {"draw_scope": "token"}, "blob"),
@@ -50,6 +55,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "polar-vbll-refined": Variant("PoLAR-VBLL, refined", "polar-vbll", {"refine": True}),
 }
+
+
+def snapshot_steps(steps: int) -> tuple[int, ...]:
+    """Steps after which a checkpoint ensemble takes members, beside the last: half and three quarters."""
+    return tuple(sorted({max(1, steps // 2), max(1, 3 * steps // 4)} - {steps}))
 
 
 def method_of(word: str) -> str:

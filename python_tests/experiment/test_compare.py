@@ -178,7 +178,9 @@ def test_results_survive_json(tmp_path: Path) -> None:
 
 
 def test_methods_and_plans_are_checked(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
-    assert co.check_methods(["blob", "mle", "blob"]) == ("mle", "blob")
+    assert co.check_methods(["blob", "mle"]) == ("mle", "blob")
+    with pytest.raises(ValueError, match="expected each once, got blob more than once"):
+        co.check_methods(["blob", "mle", "blob"])
     assert co.check_methods(["all"])[:4] == ("mle", "temperature", "map", "dropout")
     with pytest.raises(ValueError, match="got magic"):
         co.check_methods(["mle", "magic"])
@@ -199,8 +201,9 @@ def test_methods_and_plans_are_checked(make: Any, tasks: dict[int, Task], tmp_pa
 
 
 def test_variants(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
-    words = ("temperature", "temperature-draws", "blob-token", "tfb-on-blob", "laplace-sum")
-    assert co.used_methods(words) == ("mle", "blob", "tfb", "laplace")
+    words = ("temperature", "temperature-draws", "checkpoints", "blob-token", "tfb-on-blob")
+    words = (*words, "laplace-sum")
+    assert co.used_methods(words) == ("mle", "blob", "ensemble", "tfb", "laplace")
     assert not set(co.check_methods(["all"])) & set(VARIANTS)
     words = co.check_methods(words)
     pieces = co.plan(words, make, tasks, tmp_path, seeds=1)
@@ -210,8 +213,9 @@ def test_variants(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
         ("blob-token", True),
         ("tfb-on-blob", True),
         ("laplace-sum", True),
+        ("checkpoints", True),
     ]
-    assert [len(p.plain) for p in pieces] == [0, 0, 1, 1, 1]
+    assert [len(p.plain) for p in pieces] == [0, 0, 1, 1, 1, 2]
     runs, failures = co.compare(pieces, progress=False)
     assert not failures
     rows = co.chosen(results.summarise(runs), words)
@@ -221,6 +225,9 @@ def test_variants(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
     assert {f"BLoB, token scope N={draws}", f"TFB on BLoB's mean N={draws}"} < set(names)
     assert f"BLoB, token scope N={draws} + temperature" in names
     assert any(name.startswith("Laplace-LoRA, evidence, sum") for name in names)
+    assert "Checkpoint ensemble N=2" in names
+    halfway, end = pieces[-1].plain
+    assert halfway == end / "snapshots" / "step-1" and load(halfway) is not None
     again, _ = co.compare(pieces, progress=False)
     assert len(again) == len(runs)
     report = results.report(runs, tasks[0])
