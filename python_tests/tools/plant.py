@@ -154,6 +154,11 @@ FAULTS = {
         "constexpr int kStages = TB == 16 ? 2 : 1;",
         "constexpr int kStages = 1;",
     ),
+    "tickets of the workspace not cleared": seen_by_decode(
+        "adapter_cuda.cu",
+        "if (args.ticket_slot < 0) bk_zero(",
+        "if (args.ticket_slot < -1) bk_zero(",
+    ),
     "a sum over two launches": seen_by(
         DIVERGENCE,
         "divergence_cuda.cu",
