@@ -44,7 +44,7 @@ def test_options_reach_the_adapter(tiny: Experiment, task: Task) -> None:
     default = BlobConfig()
     assert config.init_rho == default.init_rho and config.kl_schedule == default.kl_schedule
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    with pytest.raises(ValueError, match=r"expected options of peft\.LoraConfig, got speed"):
+    with pytest.raises(ValueError, match=r"expected options of peft\.LoraConfig .*, got speed"):
         build.adapter_config(with_recipe(tiny, lora={"speed": 1}), model, encoder.kind)
     with pytest.raises(ValueError, match="use_dora"):
         build.build(with_recipe(tiny, lora={"use_dora": True}), task)
@@ -77,3 +77,16 @@ def test_layers_that_are_adapted_where_none_is_named(
     ):
         built, _ = build.build(experiment, task)
         assert set(built.peft_config["default"].target_modules) == expected
+
+
+def test_prompts_of_the_published_code(models_dir: Path, tiny: Experiment, task: Task) -> None:
+    literal = dataclasses.replace(tiny, compat=True)
+    with pytest.raises(ValueError, match="compat: expected a causal language model with it"):
+        build.build(literal, task)
+    causal = dataclasses.replace(literal, model=str(models_dir / "stories260K"))
+    with pytest.raises(ValueError, match=r"compat=True: expected WinoGrande, ARC, .* got task"):
+        build.build(causal, task)
+    boolean = dataclasses.replace(task, label_names=("false", "true"), template="boolq")
+    _, encoder = build.build(causal, boolean)
+    assert encoder.prompt is not None and encoder.prompt.answers == ("True", "False")
+    assert Experiment.from_dict(causal.to_dict()) == causal

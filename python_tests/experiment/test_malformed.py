@@ -177,6 +177,8 @@ WORDS = {
     "--methods": ["foo", "", ",", "mle,,foo"],
     "--kind": ["foo", "causal", "multiple_choice"],
     "--style": ["foo", "", "plain"],
+    "--split": ["foo", "", "published"],
+    "--recipe": ["foo", "", "published"],
     "--dtype": ["float", "int8", ""],
     "--quantization": ["3bit", ""],
     "--device": ["foo", "", "cuda:99"],
