@@ -229,8 +229,11 @@ def lora_group(
     scaling: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """`lora` for each of several adapters that share x."""
-    bases = [None] * len(a) if base is None else base
-    return tuple(lora(x, *one, scaling=s) for *one, s in zip(a, b, bases, scaling, strict=True))
+    bases: Sequence[Tensor | None] = [None] * len(a) if base is None else base
+    return tuple(
+        lora(x, a1, b1, base1, scaling=s)
+        for a1, b1, base1, s in zip(a, b, bases, scaling, strict=True)
+    )
 
 
 def flipout_lora_group(
@@ -246,10 +249,10 @@ def flipout_lora_group(
     dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """`flipout_lora` for each of several adapters that share x, each with noise of its own."""
-    bases = [None] * len(mean) if base is None else base
+    bases: Sequence[Tensor | None] = [None] * len(mean) if base is None else base
     return tuple(
-        flipout_lora(x, *one, scaling=s, noise=drawn, std=std, dropout=dropout)
-        for *one, s, drawn in zip(mean, rho, b, bases, scaling, noise, strict=True)
+        flipout_lora(x, m, q, b1, base1, scaling=s, noise=drawn, std=std, dropout=dropout)
+        for m, q, b1, base1, s, drawn in zip(mean, rho, b, bases, scaling, noise, strict=True)
     )
 
 

@@ -73,12 +73,14 @@ def lora_group(
     op = "lora_group"
     lists = _lists(op, scaling, a=a, b=b, base=base, streams=streams)
     noise = Noise(key if dropout != 0.0 else None, 0, row0, 1, None, dropout)
+    arguments: tuple[Any, ...]
     arguments = (lists["a"], [], lists["b"], lists["base"], noise, lists["streams"], "")
     ys = _direct(x, *arguments, lists["scaling"])
     if ys is not None:
         return ys
     for one in range(len(lists["a"])):
-        _check(op, x, *_of(lists, one), dropout, key, lists["streams"][one], row0)
+        a1, b1, base1, scale = _of(lists, one)
+        _check(op, x, a1, b1, base1, scale, dropout, key, lists["streams"][one], row0)
     return _group(x, *arguments, lists["scaling"], "plain")
 
 
@@ -143,7 +145,8 @@ def flipout_lora_group(
     check_key(op, key)
     check_choice(op, "std", std, STDS)
     for one in range(len(lists["a"])):
-        _check(op, x, *_of(lists, one), dropout, key, lists["streams"][one], row0)
+        a1, b1, base1, scale = _of(lists, one)
+        _check(op, x, a1, b1, base1, scale, dropout, key, lists["streams"][one], row0)
         check_rho(op, lists["rho"][one], lists["a"][one], x)
     return _group(x, *arguments, lists["scaling"], "flipped" if flipped else "shared")
 
@@ -307,11 +310,13 @@ class _Group(torch.autograd.Function):
         need_x, wanted = ctx.needs_input_grad[0], list(ctx.needs_input_grad[6:])
         need_a, need_rho, need_b, need_base = _parts(ctx.sizes, wanted)
         again = torch.is_grad_enabled() or transformed()
-        dx: Tensor | None = None
+        dx: Any = None
+        own: Any
         found: list[list[Tensor | None]] = [[], [], []]
         for i, dy in enumerate(dys):
             of_rho = rho[i] if noisy else None
-            noise = Noise(key, ctx.streams[i], *ctx.counted, ids, ctx.dropout)
+            row0, rows_per_id = ctx.counted
+            noise = Noise(key, ctx.streams[i], row0, rows_per_id, ids, ctx.dropout)
             needs = (need_x, need_a[i], noisy and need_rho[i], need_b[i])
             if again:
                 kind = "flipped" if noisy else "plain"
@@ -328,11 +333,10 @@ class _Group(torch.autograd.Function):
                 own = _library.ops.adapter_backward(
                     dy, x, a[i], of_rho, b[i], hs[i], *noise, ctx.std, ctx.scaling[i], *needs
                 )
-            own = [g if needed else None for g, needed in zip(own, needs, strict=True)]
             if need_x:
                 dx = own[0] if dx is None else dx + own[0] if again else dx.add_(own[0])
-            for to, gradient in zip(found, own[1:], strict=True):
-                to.append(gradient)
+            for to, gradient, needed in zip(found, own[1:], needs[1:], strict=True):
+                to.append(gradient if needed else None)
         if not noisy:
             found[1] = []
         dbase = [dy if needed else None for dy, needed in zip(dys, need_base, strict=False)]
