@@ -12,7 +12,7 @@ check_versions()
 
 from ..batches import fold_samples  # noqa: E402
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
-from .checkpoints import export_lora, import_lora  # noqa: E402
+from .checkpoints import export_draws, export_lora, import_lora  # noqa: E402
 from .config import BayesLoraConfig  # noqa: E402
 from .generate import generate, score_texts  # noqa: E402
 from .kl import (  # noqa: E402
@@ -92,6 +92,7 @@ __all__ = [
     "discard_laplace",
     "drawn_weights",
     "dropout_draws",
+    "export_draws",
     "export_lora",
     "fit_scale_",
     "fold_samples",

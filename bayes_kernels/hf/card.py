@@ -138,7 +138,22 @@ def _text(
         commands = ['bayes-kernels predict . --text "..."', "bayes-kernels evaluate ."]
     else:
         commands = [f"bayes-kernels evaluate . --data test.jsonl --model {base or 'BASE'}"]
-    lines += ["", "```bash", *commands, "```", "", _RENEWED, ""]
+    lines += ["", "```bash", *commands, "```", ""]
+    if method.draw_scopes:
+        lines += [
+            "## Serving",
+            "",
+            "Servers that know plain LoRA only load draws of the weights as models beside each other;",
+            "`bayes_kernels.serving` averages what they say. With the model from above:",
+            "",
+            "```python",
+            "from bayes_kernels.hf import export_draws",
+            "",
+            f'export_draws(model, "draws", {method.n_samples})',
+            "```",
+            "",
+        ]
+    lines += [_RENEWED, ""]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,10 +21,13 @@ from ..files import replacing_folder
 from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import CONFIGS, DEFAULT_METHOD, BayesLoraConfig, own_fields
-from .layers import bayes_layers, find_peft_model
+from .draws import WeightDraws
+from .layers import active_layers, bayes_layers, find_peft_model
 from .method import PLAIN
+from .predict import predictor_of
+from .swap import the_adapter
 from .undo import as_before_if_stopped
-from .variants import VARIANTS, extra_names
+from .variants import VARIANTS, BayesLayer, extra_names
 
 
 def import_lora(
@@ -178,13 +182,15 @@ def export_lora(
         A_2p = M + Omega . eps_p,  A_2p+1 = M - Omega . eps_p
 
     for BLoB and TFB. What other methods have in rank space is multiplied into the factors. Draws 2 p and
-    2 p + 1 are an antithetic pair, and pairs are independent: export whole pairs to average over.
+    2 p + 1 are an antithetic pair, and pairs are independent: export whole pairs to average over. Of
+    plain LoRA with a Laplace posterior they are the draws of `generate` and of `drawn_weights`, a head
+    included; these are independent.
 
     The folder appears whole or not at all. One that exists is replaced if it holds nothing but an
     adapter: adapter_config.json, adapter_model.safetensors, README.md.
 
     Args:
-        model: a PeftModel with a Bayesian adapter.
+        model: a PeftModel with a Bayesian adapter, or with plain LoRA and a Laplace posterior.
         directory: the folder to write.
         which: "mean", or the number of a draw.
         seed: seed of the draw.
@@ -194,50 +200,151 @@ def export_lora(
         The folder.
 
     Raises:
-        ValueError: which is neither, several adapters are active, the model has none, or the folder
-            holds other files.
+        ValueError: which is neither, several adapters are active, the model has none, its weights have
+            no draws, or the folder holds other files.
     """
     directory = Path(directory)
-    _check_replaceable(directory)
+    _check_replaceable("export_lora", directory)
     sample = which if isinstance(which, int) and not isinstance(which, bool) else None
     if (sample is None and which != "mean") or (sample is not None and sample < 0):
         raise ValueError(
             f"export_lora: which must be 'mean' or the number of a draw, got {which!r}"
         )
-    layers = bayes_layers(model, adapter)
-    names = sorted({item.adapter for item in layers})
-    peft_model = find_peft_model("export_lora", model)
-    if len(names) != 1:
-        raise ValueError(f"export_lora: adapter must name one of the active adapters, got {names}")
-    config: Any = peft_model.peft_config[names[0]]
-    variant = VARIANTS[config.method]
-    if sample is not None and not variant.samples:
-        raise ValueError(
-            f"export_lora: which must be 'mean' for method {config.method!r}, whose adapters have no "
-            f"posterior, got {which}"
-        )
-    replaced = {}
-    for item in layers:
-        own = item.layer.lora_A[item.adapter].weight, item.layer.lora_B[item.adapter].weight
-        plain = item.factors(sample, seed)
-        for factor, old, new in zip(("lora_A", "lora_B"), own, plain, strict=True):
-            if new is not old:
-                replaced[f"{PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
-    state = _adapter_state(peft_model, names[0])
-    extra = extra_names()
-    tensors = {
-        key: replaced.get(key, value).detach().cpu().contiguous()
-        for key, value in state.items()
-        if key.rpartition(".")[2] not in extra
-    }
-    missing = sorted(set(replaced) - set(tensors))
-    assert not missing, missing
+    plain = _Plain("export_lora", model, sample is not None, adapter)
     with replacing_folder(directory) as folder:
-        text = json.dumps(_plain_config(config), indent=2, sort_keys=True)
-        (folder / CONFIG_NAME).write_text(text + "\n")
-        file = folder / SAFETENSORS_WEIGHTS_NAME
-        save_file(variant.to_plain(tensors), file, metadata={"format": "pt"})
+        plain.write(folder, sample, seed)
     return directory
+
+
+def export_draws(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    n: int,
+    *,
+    seed: int = 0,
+    adapter: str | None = None,
+) -> list[Path]:
+    """Write draws 0, ..., n - 1 as plain LoRA folders, to average over on a server.
+
+    Folder `draw-s` holds what `export_lora(model, ..., which=s, seed=seed)` writes: nothing but plain
+    LoRA, which stock PEFT and servers load. `bayes_kernels.serving` asks a server that has them all,
+    and the mean of their probabilities is `predict(model, ..., n_samples=n, seed=seed)`. Draws come in
+    antithetic pairs (Laplace's are independent): ask for an even number.
+
+    All folders appear together or not at all. A directory that exists is replaced if it holds nothing
+    but such folders.
+
+    Args:
+        model: a PeftModel with an adapter whose weights have draws: BLoB, TFB, ScalaBL, or plain LoRA with
+            a Laplace posterior.
+        directory: the folder of the folders.
+        n: number of draws, at least 1.
+        seed: seed of the draws.
+        adapter: name of the adapter; None for the active one.
+
+    Returns:
+        The folders, in order. Cost: n times the adapter on disk; one draw at a time in memory.
+
+    Raises:
+        ValueError: n is out of range, the weights have no draws (plain LoRA, PoLAR, a variational last
+            layer), several adapters are active, the model has none, or the directory holds other files.
+
+    Example:
+        export_draws(model, "draws", 10)  # draws/draw-0, ..., draws/draw-9
+    """
+    directory = Path(directory)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"export_draws: n must be an integer of at least 1, got {n!r}")
+    _check_replaceable("export_draws", directory, folders=True)
+    plain = _Plain("export_draws", model, True, adapter)
+    names = [f"draw-{number}" for number in range(n)]
+    with replacing_folder(directory) as folder:
+        for number, name in enumerate(names):
+            (folder / name).mkdir()
+            plain.write(folder / name, number, seed)
+    return [directory / name for name in names]
+
+
+class _Plain:
+    """An adapter as plain LoRA: its mean, or its draws.
+
+    Args:
+        op: beginning of messages.
+        model: the model.
+        draws: whether draws are wanted.
+        adapter: name of the adapter; None for the active one.
+
+    Raises:
+        ValueError: the model has no such adapter, several are active, or it has no draws.
+    """
+
+    def __init__(self, op: str, model: nn.Module, draws: bool, adapter: str | None) -> None:
+        self.model = find_peft_model(op, model)
+        self.layers: list[BayesLayer] = []
+        self.posterior: WeightDraws | None = None  # of plain LoRA
+        if not active_layers(model, adapter):
+            texts = predictor_of(model).texts
+            if texts is not None and texts.in_place(0, 0) is not None:
+                _, self.name = the_adapter(op, model)
+                self.posterior = texts
+                return
+            if draws:
+                raise ValueError(
+                    f"{op}: the adapter must have draws of its weights, got one without a posterior; make "
+                    "it Bayesian with bayesianize (MC dropout draws masks, and members of an ensemble "
+                    "are plain folders already)"
+                )
+        self.layers = bayes_layers(model, adapter)
+        names = sorted({item.adapter for item in self.layers})
+        if len(names) != 1:
+            raise ValueError(f"{op}: adapter must name one of the active adapters, got {names}")
+        self.name = names[0]
+        variant = VARIANTS[self.config.method]
+        if draws and not variant.samples:
+            why = "have no posterior"
+            if variant.replaces:
+                why = f"have draws of class logits, by {variant.replaces}, and none of weights"
+            raise ValueError(
+                f"{op}: draws must be of weights, got method {self.config.method!r}, whose adapters {why}; "
+                "write the mean with export_lora(which='mean')"
+            )
+
+    @property
+    def config(self) -> Any:
+        """The adapter's configuration."""
+        return self.model.peft_config[self.name]
+
+    def write(self, folder: Path, sample: int | None, seed: int) -> None:
+        """Write the mean (None) or a draw into an empty folder."""
+        if self.posterior is None:
+            tensors = self._factors(sample, seed)
+        else:
+            drawn = None if sample is None else self.posterior.in_place(sample, seed)
+            with drawn or contextlib.nullcontext():
+                state = _adapter_state(self.model, self.name)
+                tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+        text = json.dumps(_plain_config(self.config), indent=2, sort_keys=True)
+        (folder / CONFIG_NAME).write_text(text + "\n")
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _factors(self, sample: int | None, seed: int) -> dict[str, Tensor]:
+        """Those of a Bayesian adapter, and what was trained beside it."""
+        replaced = {}
+        for item in self.layers:
+            own = item.layer.lora_A[item.adapter].weight, item.layer.lora_B[item.adapter].weight
+            plain = item.factors(sample, seed)
+            for factor, old, new in zip(("lora_A", "lora_B"), own, plain, strict=True):
+                if new is not old:
+                    replaced[f"{PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
+        extra = extra_names()
+        tensors = {
+            key: replaced.get(key, value).detach().cpu().contiguous()
+            for key, value in _adapter_state(self.model, self.name).items()
+            if key.rpartition(".")[2] not in extra
+        }
+        missing = sorted(set(replaced) - set(tensors))
+        assert not missing, missing
+        return VARIANTS[self.config.method].to_plain(tensors)
 
 
 def _adapter_state(model: PeftModel, adapter: str, **options: Any) -> dict[str, Tensor]:
@@ -246,7 +353,7 @@ def _adapter_state(model: PeftModel, adapter: str, **options: Any) -> dict[str, 
     return get_peft_model_state_dict(model, adapter_name=adapter, **options)
 
 
-def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:
+def _plain_config(config: LoraConfig) -> dict[str, Any]:
     """The fields of a LoraConfig with the same options, as PEFT writes them."""
     own = {one.name for one in own_fields(type(config))}
     fields = {k: v for k, v in config.to_dict().items() if k not in own}
@@ -258,21 +365,30 @@ def _plain_config(config: BayesLoraConfig) -> dict[str, Any]:
     return fields
 
 
-def _check_replaceable(directory: Path) -> None:
-    """Only what an adapter folder holds may be deleted."""
+def _check_replaceable(op: str, directory: Path, folders: bool = False) -> None:
+    """Only what an adapter folder holds may be deleted; with `folders`, folders of draws with that."""
     if not (directory.exists() or directory.is_symlink()):
         return
     if directory.is_symlink() or not directory.is_dir():
         raise ValueError(
-            f"export_lora: directory must be a folder or not exist, got the file or link "
+            f"{op}: directory must be a folder or not exist, got the file or link "
             f"{directory}; name another one"
         )
     known = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md"}
-    foreign = sorted(p.name for p in directory.iterdir() if p.name not in known or not p.is_file())
+    if folders:
+        foreign = []
+        for path in directory.iterdir():
+            if not re.fullmatch(r"draw-\d+", path.name) or path.is_symlink() or not path.is_dir():
+                foreign.append(path.name)
+            else:
+                _check_replaceable(op, path)
+    else:
+        foreign = [p.name for p in directory.iterdir() if p.name not in known or not p.is_file()]
     if foreign:
+        expected = "folders draw-0, draw-1, ..." if folders else sorted(known)
         raise ValueError(
-            f"export_lora: directory must be empty or hold {sorted(known)} only, got "
-            f"{foreign[:3]} in {directory}; name another one or move these away"
+            f"{op}: directory must be empty or hold {expected} only, got "
+            f"{sorted(foreign)[:3]} in {directory}; name another one or move these away"
         )
 
 
@@ -368,4 +484,4 @@ def _named_slots(model: PeftModel, adapter: str) -> Any:
         yield key, by_pointer.get(value.data_ptr(), value)
 
 
-__all__ = ["export_lora", "import_lora", "read_lora", "stored_method"]
+__all__ = ["export_draws", "export_lora", "import_lora", "read_lora", "stored_method"]

@@ -133,6 +133,10 @@ class WeightDraws:
         with self.weights(n_samples > 0, **which, kind=draws):
             yield {}
 
+    def in_place(self, number: int, seed: int) -> AbstractContextManager[None] | None:
+        """Inside, the model's plain adapter has the weights of a draw; None where that is no draw."""
+        return None
+
     def predict(
         self,
         batch: Mapping[str, Any],

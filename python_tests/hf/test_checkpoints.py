@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from functools import partial
@@ -14,12 +15,28 @@ from accuracy import assert_same_but_rounding
 from cli.commands import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import IDS, LABELS, adapted, bert, fill, llama, logits
+from tiny_models import (
+    BASES,
+    IDS,
+    LABELS,
+    adapted,
+    answering_llama,
+    bert,
+    fill,
+    llama,
+    logits,
+    trained,
+)
 
 from bayes_kernels.hf import (
     BayesLoraConfig,
     BlobConfig,
+    PolarConfig,
+    PolarVbllConfig,
+    ScalablConfig,
     bayesianize,
+    drawn_weights,
+    export_draws,
     export_lora,
     import_lora,
     posterior,
@@ -132,6 +149,109 @@ def test_export_keeps_what_is_not_an_adapter(
     after = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def with_draws(method: str) -> Any:
+    """A causal model with an adapter of this method, whose weights have draws."""
+    if method == "blob":
+        return blob().eval()
+    if method == "scalabl":
+        return fill(adapted(llama(), ScalablConfig)).eval()
+    model = trained("llama")
+    batch = {"input_ids": IDS, "labels": LABELS}
+    options = {"choices": [1, 2, 3], "progress": False}
+    bayesianize(model, method, [batch], **options)
+    return model
+
+
+@pytest.mark.parametrize("method", ["blob", "scalabl", "tfb", "laplace", "laplace-last"])
+def test_draws_are_plain_lora(tmp_path: Path, method: str) -> None:
+    model = with_draws(method)
+    before = logits(model)
+    folders = export_draws(model, tmp_path / "draws", 3, seed=5)
+    assert folders == [tmp_path / "draws" / f"draw-{s}" for s in range(3)]
+    assert sorted(tmp_path.rglob("*.*")) == sorted(
+        folder / name
+        for folder in folders
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    assert torch.equal(logits(model), before)
+    for s, folder in enumerate(folders):
+        keys = load_file(folder / "adapter_model.safetensors")
+        assert all(k.endswith(("lora_A.weight", "lora_B.weight")) for k in keys)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA"
+        assert config.keys() <= {one.name for one in dataclasses.fields(LoraConfig)}
+        plain = PeftModel.from_pretrained(llama(), folder)
+        assert type(plain.peft_config["default"]) is LoraConfig
+        if method.startswith("laplace"):
+            chosen: Any = drawn_weights(model, seed=5, index=s)
+        else:
+            chosen = posterior(model, "sample", seed=5, first_sample=s)
+        with chosen:
+            draw = logits(model)
+        torch.testing.assert_close(logits(plain), draw, rtol=1e-4, atol=1e-5)
+        assert (draw - before).abs().max() > 1e-4
+        again = export_lora(model, tmp_path / "one", s, seed=5)
+        one = load_file(again / "adapter_model.safetensors")
+        assert all(torch.equal(one[k], keys[k]) for k in keys)
+    if method != "laplace":
+        return
+    mean = PeftModel.from_pretrained(llama(), export_lora(model, tmp_path / "one"))
+    torch.testing.assert_close(logits(mean), before, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_of_a_laplace_posterior_have_a_head(tmp_path: Path) -> None:
+    model = trained("bert")
+    bayesianize(model, "laplace", [{"input_ids": IDS, "labels": LABELS}], progress=False)
+    (folder,) = export_draws(model, tmp_path / "draws", 1)
+    plain = PeftModel.from_pretrained(BASES["bert"](), folder).eval()
+    with drawn_weights(model):
+        draw = logits(model)
+    torch.testing.assert_close(logits(plain), draw, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_replace_draws_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = blob(), tmp_path / "draws"
+    export_draws(model, out, 3)
+    write, calls = save_file, []
+
+    def third_fails(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError("no space left on device")
+        write(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bayes_kernels.hf.checkpoints.save_file", third_fails)
+        with pytest.raises(OSError, match="no space"):
+            export_draws(model, out, 4, seed=9)
+    assert [p.name for p in tmp_path.iterdir()] == ["draws"]
+    assert sorted(p.name for p in out.iterdir()) == ["draw-0", "draw-1", "draw-2"]
+    export_draws(model, out, 1)
+    assert [p.name for p in out.iterdir()] == ["draw-0"]
+    for place in (out / "thesis.tex", out / "draw-0" / "thesis.tex"):
+        place.write_text("x")
+        with pytest.raises(ValueError, match=r"export_draws: directory must .* \['thesis.tex'\]"):
+            export_draws(model, out, 1)
+        place.unlink()
+
+
+def test_what_has_no_draws_of_weights_is_refused(tmp_path: Path) -> None:
+    head = fill(adapted(answering_llama(), PolarVbllConfig))
+    cases = [
+        (head, "draws of class logits, by .* export_lora"),
+        (fill(adapted(llama(), PolarConfig)), "'polar', whose adapters have no posterior"),
+        (trained("llama"), "got one without a posterior; make it Bayesian with bayesianize"),
+        (llama(), "model must be a PeftModel"),
+    ]
+    for model, message in cases:
+        with pytest.raises(ValueError, match=f"export_draws: .*{message}"):
+            export_draws(model, tmp_path / "draws", 2)
+    for n in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="n must be an integer of at least 1"):
+            export_draws(blob(), tmp_path / "draws", n)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_one_of_several_adapters(tmp_path: Path) -> None:

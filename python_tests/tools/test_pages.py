@@ -28,6 +28,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import tiny_task  # noqa: E402
+from peft_server import saved_server  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from bayes_kernels.cli.app import app  # noqa: E402
@@ -50,6 +51,8 @@ SCRIPTS = (
     "python_tests/tools/[!t]*.py",
 )
 COMMANDS = typer.main.get_command(app).commands
+# Where pages have a server of a base model, `my-llama`, with the adapters in `draws`.
+SERVER = "http://localhost:8000/v1"
 # Added to commands: a few examples and steps instead of a page's.
 FEW = "--train-size 16 --test-size 16 --ood-size 8 --steps 4 --overwrite"
 SMALL = {
@@ -130,12 +133,17 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_python_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "cuda_benchmarks")
     names: dict[str, object] = {"__name__": "__main__"}
-    for line, code, _ in blocks(page, "python"):
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(compile("\n" * line + code, page, "exec"), names)
-        promised = re.findall(r"# prints (.*)", code)
-        assert not promised or said.getvalue().splitlines()[-len(promised) :] == promised
+    server: contextlib.AbstractContextManager[str] = contextlib.nullcontext(SERVER)
+    if SERVER in TEXTS[page]:
+        server = saved_server(Path("my-llama"), Path("draws"))
+    with server as url:
+        for line, code, _ in blocks(page, "python"):
+            said = io.StringIO()
+            code = code.replace(SERVER, url)
+            with contextlib.redirect_stdout(said):
+                exec(compile("\n" * line + code, page, "exec"), names)
+            promised = re.findall(r"# prints (.*)", code)
+            assert not promised or said.getvalue().splitlines()[-len(promised) :] == promised
 
 
 class _Checked(Exception):

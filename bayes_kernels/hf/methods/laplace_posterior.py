@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,10 @@ class DrawnAdapters(WeightDraws):
             for other in drawn:
                 if other in model.peft_config:
                     model.delete_adapter(other)
+
+    def in_place(self, number: int, seed: int) -> AbstractContextManager[None]:
+        """As `WeightDraws.in_place`."""
+        return self.posterior.laplace.sampled(seed, number)
 
 
 def forget_laplace(model: nn.Module) -> None:
