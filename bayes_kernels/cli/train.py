@@ -83,6 +83,9 @@ def demo(
     draws: Draws = None,
     draw_scope: DrawScope = None,
     model: Base = "minilm",
+    style: Style = "blob",
+    dtype: Dtype = "float32",
+    max_length: MaxLength = 32,
     method: Annotated[
         str, typer.Option(help="Bayesian method to compare with plain LoRA, see train.")
     ] = "blob",
@@ -116,15 +119,27 @@ def demo(
         allowed = ", ".join(name for name in METHODS if name != PLAIN)
         raise ValueError(f"method: expected one of {allowed}, got {method!r}")
     gpu = start(cores, device).type == "cuda"
-    recipe = DEMO if steps is None else dataclasses.replace(DEMO, steps=steps)
+    recipe = dataclasses.replace(DEMO, **given(steps=steps, max_length=max_length))
     law = given(n_samples=n_samples, draws=draws, draw_scope=draw_scope)
     recipes = {PLAIN: recipe, method: dataclasses.replace(recipe, **law)}
     if train_size is None:
         train_size = 0 if os.path.exists(data or "") else 400
     source = Source(data=data or "", train_size=train_size, test_size=test_size, ood_size=ood_size)
     experiments.check_trainable(method)
+
+    def make(name: str, seed: int) -> Experiment:
+        return Experiment(
+            source,
+            model,
+            style=style,
+            dtype=dtype,
+            method=name,
+            recipe=recipes[name],
+            seed=seed,
+        )
+
     for name in methods:
-        build.check_experiment(Experiment(source, model=model, method=name, recipe=recipes[name]))
+        build.check_experiment(make(name, 0))
     files = [*methods, *output.PICTURES, results.METRICS_FILE, page.REPORT_FILE]
     inputs = {"data": data, "model": model}
     with writing("demo", out, files, inputs, overwrite=overwrite) as place:
@@ -133,7 +148,7 @@ def demo(
             with status(f"reading {source.data}, seed {seed}"):
                 task = source.load(seed)
             for name in methods:
-                one = Experiment(source, model=model, method=name, recipe=recipes[name], seed=seed)
+                one = make(name, seed)
                 folder = out / name if seed == 0 else None
                 jobs.append(experiments.Job(one, task, folder, temperature=name == PLAIN))
         describe_task(task)
