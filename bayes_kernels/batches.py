@@ -182,6 +182,7 @@ def as_batches(
     data: Iterable[Any] | Dataset[Any],
     batch_size: int = 16,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
 ) -> Iterable[Mapping[str, Any]]:
     """Batches of a loader, an iterable of batches, or a data set, which is batched in order.
 
@@ -189,6 +190,7 @@ def as_batches(
         data: a `DataLoader`, another iterable of mappings of tensors, or a data set of examples.
         batch_size: examples of one batch, for a data set.
         collate_fn: makes a batch of a list of examples; None for the loader's default.
+        num_workers: processes that make the batches of a data set.
 
     Raises:
         ValueError: data is one batch.
@@ -204,7 +206,9 @@ def as_batches(
             return data
     elif not hasattr(rows, "__getitem__") or (collate_fn is None and are_batches(rows)):
         return rows
-    return DataLoader(rows, batch_size=batch_size, shuffle=False, collate_fn=collate_fn)
+    return DataLoader(
+        rows, batch_size=batch_size, shuffle=False, collate_fn=collate_fn, num_workers=num_workers
+    )
 
 
 def are_batches(data: Sequence[Any]) -> bool:

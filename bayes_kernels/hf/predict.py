@@ -147,6 +147,7 @@ def predict_dataset(
     *,
     batch_size: int = 16,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
     progress: bool = True,
     **options: Any,
 ) -> AnyPrediction:
@@ -157,6 +158,7 @@ def predict_dataset(
         data: a `DataLoader` or another iterable of batches (mappings); or a data set of examples,
             which is batched in order with `batch_size` and `collate_fn`.
         batch_size, collate_fn: for a data set.
+        num_workers: processes that make the batches of a data set while the model runs.
         progress: show a bar where it takes longer than two seconds.
         options: as in `predict`.
 
@@ -166,7 +168,7 @@ def predict_dataset(
     Raises:
         ValueError: as `predict`, or the data is empty.
     """
-    batches = as_batches(data, batch_size, collate_fn)
+    batches = as_batches(data, batch_size, collate_fn, num_workers)
     parts: list[Any] = [
         predict(model, batch, **options)
         for batch in progress_bar(progress, batches, desc="predict", unit="batch")

@@ -71,8 +71,11 @@ def test_batches_change_nothing() -> None:
         {"input_ids": IDS[:2], "labels": torch.arange(2)},
         {"input_ids": IDS[2:], "labels": torch.arange(2, 5)},
     ]
-    for data in (examples, batches, DataLoader(examples, batch_size=3), iter(batches)):
-        split = predict_dataset(model, data, batch_size=2, n_samples=4, seed=1, progress=False)
+    given = [examples, batches, DataLoader(examples, batch_size=3), iter(batches), examples]
+    for data, workers in zip(given, (0, 0, 0, 0, 1), strict=True):
+        split = predict_dataset(
+            model, data, batch_size=2, num_workers=workers, n_samples=4, seed=1, progress=False
+        )
         torch.testing.assert_close(split.log_probs, whole.log_probs, rtol=1e-5, atol=1e-6)
         assert torch.equal(split.labels, torch.arange(5)) and torch.equal(
             whole.labels, split.labels
