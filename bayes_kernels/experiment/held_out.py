@@ -63,7 +63,7 @@ def check_posterior(
     """Compare draws with the mean on validation examples, and choose the scale as the recipe says.
 
     Args:
-        experiment: method, draws, and what to do: `Recipe.scale`.
+        experiment: method, draws, and what to do: `Experiment.scale`.
         model, encoder: an adapter with its posterior, which may be rescaled in place.
         progress: whether to show bars.
 
@@ -72,7 +72,7 @@ def check_posterior(
     """
     recipe, row = experiment.recipe, METHODS[experiment.method]
     draws = experiment.n_samples if row.bayesian and predictor_of(model).draws else 0
-    if not draws or recipe.scale == "keep":
+    if not draws or experiment.scale == "keep":
         return None
     batches = held_out_batches(encoder, _EXAMPLES, recipe.eval_batch_size)
     if not batches:
@@ -86,7 +86,7 @@ def check_posterior(
     }
     name = f"{row.title}, seed {experiment.seed}"
     if can_rescale(model):
-        found = fit_scale_(model, batches, only_if_harmful=recipe.scale == "guard", **options)
+        found = fit_scale_(model, batches, only_if_harmful=experiment.scale == "guard", **options)
         before, factor, text = found.before, found.factor, f"{name}: {found}"
         report: dict[str, Any] = dataclasses.asdict(found)
         report["trials"] = [list(trial) for trial in found.trials]

@@ -52,7 +52,8 @@ class Recipe:
             that chooses nothing on them sees as many labels as one that does; no temperature then.
         scale: What is done about the width of a posterior, on at most 200 validation examples:
             "guard", choose a factor on its deviations where its draws raise the NLL of its mean by more
-            than chance; "fit", choose one in any case; "keep", nothing.
+            than chance; "fit", choose one in any case; "keep", nothing. None for the method's: "fit"
+            for TFB, whose own search has no labels of these examples, else "guard".
         n_samples: Posterior draws of a prediction; None for the method's default.
         draws, draw_scope: How draws of weights hang together, and what has a draw of its own: `draws` and
             `scope` of `bayes_kernels.hf.predict`.
@@ -79,7 +80,7 @@ class Recipe:
     max_grad_norm: float = 0.0
     max_length: int | None = None
     train_on_validation: bool = False
-    scale: str = "guard"
+    scale: str | None = None
     n_samples: int | None = None
     draws: str = "antithetic"
     draw_scope: str = "example"
@@ -109,7 +110,7 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must be {words}, got {value!r}")
             if value > _LARGEST:
                 raise ValueError(f"recipe: {name} must be a number of fp32, got {value!r}")
-        if self.scale not in SCALES:
+        if self.scale is not None and self.scale not in SCALES:
             raise ValueError(f"recipe: scale must be one of {SCALES}, got {self.scale!r}")
         if not isinstance(self.train_on_validation, bool):
             raise ValueError(
@@ -393,6 +394,11 @@ class Experiment:
         """Dropout before the adapter: what the recipe says, or the method's default."""
         rate = self.recipe.dropout
         return METHODS[self.method].dropout if rate is None else rate
+
+    @property
+    def scale(self) -> str:
+        """What is done about the width of the posterior: what the recipe says, or the method's rule."""
+        return self.recipe.scale or METHODS[self.method].scale
 
     @property
     def weight_decay(self) -> float:

@@ -33,6 +33,7 @@ PAPERS: Mapping[str, Any] = {
     "warmup": 0.06,
     "adam_epsilon": 1e-6,
     "max_length": 300,
+    "scale": "keep",
 }
 
 
@@ -112,6 +113,8 @@ class Method:
         lr: default peak learning rate.
         weight_decay: default weight decay of AdamW.
         dropout: default dropout before the adapter.
+        scale: what commands do about the width of a posterior: "guard", choose a factor on validation
+            examples where its draws do harm, or "fit", in any case.
         predictor: (model) -> how the model predicts; None where its adapter is not of this method.
         conversion: makes a trained plain adapter Bayesian; None for methods that train their own.
         join: (models, folders) -> one model of several trained plain adapters, each on its base model.
@@ -135,6 +138,7 @@ class Method:
     lr: float = 1e-3
     weight_decay: float = 0.0
     dropout: float = 0.0
+    scale: str = "guard"
     predictor: Callable[[nn.Module], Predictor | None] = noise_predictor
     conversion: Conversion | None = None
     join: Callable[[Sequence[PeftModel], Sequence[str | Path]], nn.Module] | None = None

@@ -15,7 +15,8 @@ from bayes_kernels.experiment import compare as co
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.folders import read_record
 from bayes_kernels.experiment.held_out import harm_in
-from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
+from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
+from bayes_kernels.experiment.settings import recipes_of
 from bayes_kernels.hf.tasks.task import Task
 from experiment.tiny_runs import with_recipe
 
@@ -40,7 +41,7 @@ def test_a_harmful_posterior_is_said_and_mended(
     tiny: Experiment, task: Task, tmp_path: Path
 ) -> None:
     with pytest.warns(UserWarning, match=SAID):
-        one = ex.run(wide(tiny), task, folder=tmp_path / "guard", progress=False)
+        one = ex.run(wide(tiny, scale="guard"), task, folder=tmp_path / "guard", progress=False)
     assert one.scale is not None and one.scale["factor"] < 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -53,7 +54,7 @@ def test_a_harmful_posterior_is_said_and_mended(
     assert "4 draws raise the NLL" in (harm_in(kept.rows) or "")
     # What was scored is what was saved.
     saved = read_record(tmp_path / "guard")
-    assert saved is not None and saved.experiment.recipe.scale == "guard"
+    assert saved is not None and saved.experiment.scale == "guard"
     for name, said in (("guard", False), ("keep", True)):
         options = [str(tmp_path / name), "--out", str(tmp_path / f"{name}-new")]
         result = CliRunner().invoke(app.app, ["evaluate", *options])
@@ -78,3 +79,11 @@ def test_nothing_is_said_without_draws_or_examples(tiny: Experiment, task: Task)
     assert ex.run(wide(tiny), bare, progress=False).scale is None
     with pytest.raises(ValueError, match=r"recipe: scale must be one of .*, got 'wide'"):
         Recipe(scale="wide")
+
+
+def test_what_is_done_where_nothing_is_said() -> None:
+    found = {name: Experiment(method=name).scale for name in METHODS}
+    assert {name for name, scale in found.items() if scale == "fit"} == {"tfb"}
+    assert set(found.values()) == {"fit", "guard"}
+    published = recipes_of({}, [], list(METHODS), "published")
+    assert {recipe.scale for recipe in published.values()} == {"keep"}

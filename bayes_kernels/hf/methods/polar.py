@@ -257,6 +257,7 @@ PUBLISHED = {
     "warmup": 0.03,
     "max_grad_norm": 1.0,
     "max_length": 512,
+    "scale": "keep",
     "options": {"stiefel": "landing", "stiefel_penalty": 5e-3},
 }
 

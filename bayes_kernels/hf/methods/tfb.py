@@ -682,6 +682,7 @@ METHOD = Method(
     "tfb",
     "TFB",
     TfbConfig,
+    scale="fit",
     prior=_prior,
     published=PUBLISHED,
     conversion=Conversion(
