@@ -34,6 +34,30 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# Options by the panels of help, in the order of listing; others stay in the panel that typer has.
+_GROUPS = {
+    "Data": "data test ood label_names train_size test_size ood_size split",
+    "Model": "model kind style compat dtype quantization max_length",
+    "Method": "method methods recipe rank alpha target_modules dropout settings options members",
+    "Training": "lr steps batch_size accumulation warmup weight_decay seed seeds save_every",
+    "Prediction": "n_samples draws draw_scope",
+    "Results": "out resume overwrite plots",
+    "Machine": "threads device",
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
+
+
+class _Command(typer.core.TyperCommand):
+    """Lists its options in panels."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for parameter in self.params:
+            group = _GROUP_OF.get(parameter.name or "")
+            if group is not None and isinstance(parameter, typer.core.TyperOption):
+                parameter.rich_help_panel = group
+
+
 class _Commands(typer.core.TyperGroup):
     """Turns expected exceptions into one line and an exit code."""
 
@@ -120,7 +144,7 @@ for _panel, _commands in _PANELS.items():
         # Lines of a paragraph are joined, so that help is wrapped at the width of the terminal only.
         _paragraphs = (_command.__doc__ or "").split("\n\n")
         _help = "\n\n".join(" ".join(part.split()) for part in _paragraphs)
-        app.command(help=_help, rich_help_panel=_panel)(_command)
+        app.command(cls=_Command, help=_help, rich_help_panel=_panel)(_command)
 app.add_typer(data, name="data", rich_help_panel="Begin")
 
 

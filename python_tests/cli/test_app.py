@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -207,3 +208,16 @@ def test_data_is_checked_before_it_is_used(tmp_path: Path) -> None:
     lines = call("data", "check", file).stderr.splitlines()
     assert [line.partition("messages.csv:")[2][:2] for line in lines] == ["3:", "4:"]
     assert "bayes-kernels data check --help" in refuse("data", "check", file, "--tset", file)
+
+
+def test_options_are_listed_in_panels_with_the_page_that_helps_to_choose() -> None:
+    text = call("--help").stdout
+    assert "docs/choosing.md" in text and text.index("Begin") < text.index("Train") < text.index(
+        "Use"
+    )
+    text = call("train", "--help").stdout
+    panels = re.findall(r"─ (\w+) ─", text)
+    for name in ("Data", "Model", "Method", "Training", "Prediction", "Results", "Machine"):
+        assert name in panels
+    method = text.partition("─ Method ─")[2].partition("╰")[0]
+    assert "--rank" in method and "--set" in method and "--steps" not in method
