@@ -302,9 +302,10 @@ ExpandCall expand_call(const char* op, const Tensor& like, int64_t tokens, int64
 template <class Device>
 Tensor expand_rows(const char* op, const Tensor& given, const Tensor& b,
                    const std::optional<Tensor>& base, double scaling, ScalarType dtype,
-                   const std::vector<int64_t>& shape) {
+                   const std::vector<int64_t>& shape, bool behind = false) {
   const Tensor h = row_major(given);
   ExpandCall call = expand_call(op, h, h.size(0), h.size(1), b, base, scaling, dtype, shape);
+  call.p.behind = behind;
   if (call.p.tokens == 0 || call.p.m == 0) return call.y;
   call.p.h = h.data_ptr();
   launch(op, h, call.p, Device::expand_workspace, Device::expand);
@@ -446,7 +447,8 @@ Outputs whole(const char* op, const Tensor& x, const std::vector<Adapter>& adapt
   const auto output = [&](size_t i, const Tensor& h) {
     const Adapter& one = adapters[i];
     const ScalarType dtype = one.base.has_value() ? one.base->scalar_type() : x.scalar_type();
-    return expand_rows<Device>(op, h, one.b, one.base, one.scaling, dtype, shapes[i]);
+    return expand_rows<Device>(op, h, one.b, one.base, one.scaling, dtype, shapes[i],
+                               /*behind=*/true);
   };
   const auto shrink = [&](size_t i) {
     const Adapter& one = adapters[i];

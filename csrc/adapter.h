@@ -41,6 +41,8 @@ struct AdapterTickets {
   int64_t count = 0;
   bool zero = false;  // already
 };
+// Enough for both ops: a block of tokens and one of columns have one each, and where more than
+// eight parts are added about the root of their number more, of at most 256 blocks in all.
 constexpr int64_t adapter_tickets(int64_t tokens, int64_t columns) {
   return 8 * ((tokens + 31) / 32 + (columns + 127) / 128);
 }
@@ -92,6 +94,7 @@ struct ExpandParams {
   double scaling;
   int64_t tokens, m;
   int r;
+  bool behind = false;  // CUDA only: the kernel in front on the stream is shrink of the same call
 };
 
 // dh = scaling * dy b, db = scaling * dy^T h

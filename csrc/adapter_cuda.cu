@@ -22,12 +22,20 @@
 namespace bayes_kernels {
 namespace {
 
+// Calls f(ranks of a block of down_fma_kernel), as a constant.
+template <class F>
+const char* with_down_ranks(int ranks, const F& f) {
+  return ranks == 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 16>{});
+}
+
 // ---- what comes before the products -------------------------------------------------------------
 
 // Largest magnitudes (fp16), then E and fragments and zero tickets.
 class Before {
  public:
-  Before(DType dtype, int64_t tokens, int r) : mma_(uses_mma(dtype, tokens)), r_(r) {
+  // `behind`: the kernel in front on the stream is one of the same call.
+  Before(DType dtype, int64_t tokens, int r, bool behind = false)
+      : mma_(uses_mma(dtype, tokens)), behind_(behind), r_(r) {
     half_ = mma_ && dtype == DType::kF16;
   }
   bool mma() const { return mma_; }
@@ -74,23 +82,29 @@ class Before {
     return args_.tickets;
   }
   const PrepareArgs& args() const { return args_; }
+  // Whether a kernel of the call is in front of the products.
+  bool launches() const { return behind_ || amaxes_ > 0 || prepares(); }
   template <class T>
   const char* launch(void* stream) const {
     if (amaxes_ > 0) {
-      BK_LAUNCH(amax_kernel, grid_of(kAmaxParts, amaxes_), kAmaxThreads, 0, stream, amax_);
+      BK_LAUNCH_BEHIND(behind_, amax_kernel, grid_of(kAmaxParts, amaxes_), kAmaxThreads, 0, stream,
+                       amax_);
       if (const char* error = bk_last_error()) return error;
     }
-    if (args_.count == 0 && args_.n_tickets == 0) return nullptr;
+    if (!prepares()) return nullptr;
     const dim3 grid = grid_of(at_least_one(ceil_div(args_.count, kPrepareThreads)));
+    const bool behind = behind_ || amaxes_ > 0;
     if (mma_)
-      BK_LAUNCH((prepare_kernel<T>), grid, kPrepareThreads, 0, stream, args_);
+      BK_LAUNCH_BEHIND(behind, (prepare_kernel<T>), grid, kPrepareThreads, 0, stream, args_);
     else
-      BK_LAUNCH((prepare_kernel<float>), grid, kPrepareThreads, 0, stream, args_);
+      BK_LAUNCH_BEHIND(behind, (prepare_kernel<float>), grid, kPrepareThreads, 0, stream, args_);
     return bk_last_error();
   }
 
  private:
-  bool mma_, half_;
+  bool prepares() const { return args_.count > 0 || args_.n_tickets > 0; }
+
+  bool mma_, behind_, half_;
   int r_;
   PrepareArgs args_{};
   AmaxArgs amax_{};
@@ -113,23 +127,30 @@ DownShape plain_down(int64_t tokens, int64_t n, int rank) {
   return {warps, at_least_one(ceil_div(n, kSignsPerBlock))};
 }
 
-// The least traffic through the second-level cache: more tokens in a block read the fragments of
-// both factors less often, more splits write and read sums of h more often. Its blocks have 256
+// Of 32 to 256 tokens in a block those with the least cost: more of them read the fragments of both
+// factors less often from the second-level cache, but leave more splits, whose sums are written,
+// read, and added by a single block, at some 1/128 of the rate of that cache. Its blocks have 256
 // threads.
-DownShape noisy_down(int64_t tokens, int64_t n, int rank) {
+DownShape noisy_down(int64_t tokens, int64_t n) {
+  constexpr int64_t kAlone = 128;
   const int64_t tiles = at_least_one(ceil_div(n, kSignsPerBlock));
   DownShape best{};
   int64_t least = 0;
+  // In units of four bytes for each rank.
   for (int warps = 1; warps <= kDownWarps; warps *= 2) {
     const int64_t blocks = at_least_one(ceil_div(tokens, warps * kDownTokens));
     const int64_t wanted = at_least_one(kGrid / 2 / blocks);
     const int64_t per_split = round_up(ceil_div(tiles, wanted), kDownWarps / warps);
-    const int64_t splits = ceil_div(tiles, per_split);
-    const int64_t bytes = rank * (blocks * 2 * tiles * kSignsPerBlock * 2 +
-                                  (splits > 1 ? 2 * splits * tokens * 4 : 0));
-    if (warps == 1 || bytes < least) {
+    const int splits = static_cast<int>(ceil_div(tiles, per_split));
+    const int64_t parts = splits == 1          ? 0
+                          : splits <= kOneStep ? splits
+                                               : parts_of_group(splits) + groups_of(splits);
+    const int64_t numbers = blocks * tiles * kSignsPerBlock +  // two factors of 2 bytes
+                            (splits > 1 ? 2 * splits * tokens : 0) +
+                            kAlone * parts * warps * kDownTokens;
+    if (warps == 1 || numbers < least) {
       best = {warps, per_split};
-      least = bytes;
+      least = numbers;
     }
   }
   return best;
@@ -140,7 +161,7 @@ struct ShrinkPlan {
   DownArgs mma{};
   DownFmaArgs fma{};
   dim3 grid;
-  int r;
+  int r, ranks = 0;  // of a block of fma
   bool flip;
   int64_t bytes;
 
@@ -152,8 +173,7 @@ struct ShrinkPlan {
       const float* amax = before.amax(workspace, fp32(p.a), p.r * p.n, fp32(p.e), p.draw);
       if (flip) before.noise(workspace, fp32(p.a), fp32(p.e), p.draw, p.noise, p.n, amax);
       const int rank = padded_rank(p.r);
-      const DownShape shape =
-          flip ? noisy_down(p.tokens, p.n, rank) : plain_down(p.tokens, p.n, rank);
+      const DownShape shape = flip ? noisy_down(p.tokens, p.n) : plain_down(p.tokens, p.n, rank);
       const int64_t blocks = ceil_div(p.tokens, shape.warps * kDownTokens);
       const int64_t splits = at_least_one(ceil_div(p.n, shape.tiles * kSignsPerBlock));
       share(workspace, sum, splits, p.tokens * rank, blocks);
@@ -167,15 +187,20 @@ struct ShrinkPlan {
     } else {
       const bool drawn = flip && p.e == nullptr;
       if (drawn) before.noise(workspace, nullptr, nullptr, p.draw, p.noise, p.n, nullptr);
-      const int64_t groups = ceil_div(p.r, kDownFmaRanks);
-      const int64_t tokens = ceil_div(p.tokens * groups, kGrid / 2);
-      const int64_t per_block = round_up(tokens, tokens < kFmaTokens ? 2 * kFmaAhead : kFmaTokens);
-      const int64_t blocks = ceil_div(p.tokens, per_block);
-      const int64_t passes = at_least_one(ceil_div(p.n, kShrinkFmaWarps * kSignsPerBlock));
-      const int64_t wanted = drawn ? at_least_one(kGrid / 2 / (blocks * groups)) : 1;
+      sum.one_step = p.tokens < kMmaTokens;
+      ranks = down_fma_ranks(p.r, sum.one_step);
+      const int warps = shrink_fma_warps(ranks, flip);
+      const int64_t groups = ceil_div(p.r, ranks);
+      // A block with one pass over columns loads its factors once; with more it loads them for each
+      // 32 tokens. Splits need tickets.
+      const int64_t passes = at_least_one(ceil_div(p.n, warps * kSignsPerBlock));
+      const int64_t wanted = drawn ? at_least_one(kGrid / 2 / groups) : 1;
       const int64_t per_split = ceil_div(passes, wanted < passes ? wanted : passes);
       const int64_t splits = ceil_div(passes, per_split);
-      share(workspace, sum, splits, groups * p.tokens * kDownFmaRanks, blocks * groups);
+      const int64_t tokens = ceil_div(p.tokens * groups * splits, kGrid / 2);
+      const int64_t per_block = round_up(tokens, tokens < kFmaTokens ? 2 * kFmaAhead : kFmaTokens);
+      const int64_t blocks = ceil_div(p.tokens, per_block);
+      share(workspace, sum, splits, groups * p.tokens * ranks, blocks * groups);
       grid = grid_of(splits, blocks, groups);
       const int item = p.dtype == DType::kF32 ? 4 : 2;
       // clang-format off
@@ -195,24 +220,32 @@ struct ShrinkPlan {
     if constexpr (sizeof(T) == 2) {
       if (before.mma())
         return with_rank(r, flip, [&](auto rank, auto flips) {
-          BK_LAUNCH((down_mma_kernel<T, decltype(rank)::value, decltype(flips)::value>), grid,
-                    kDownThreads, 0, stream, mma);
+          BK_LAUNCH_BEHIND(before.launches(),
+                           (down_mma_kernel<T, decltype(rank)::value, decltype(flips)::value>),
+                           grid, kDownThreads, 0, stream, mma);
           return bk_last_error();
         });
     }
-    constexpr int kWarps = kShrinkFmaWarps;
-    if (flip)
-      BK_LAUNCH((down_fma_kernel<true, false, kWarps>), grid, 32 * kWarps, 0, stream, fma);
-    else
-      BK_LAUNCH((down_fma_kernel<false, false, kWarps>), grid, 32 * kWarps, 0, stream, fma);
-    return bk_last_error();
+    return with_down_ranks(ranks, [&](auto constant) {
+      constexpr int kRanks = decltype(constant)::value;
+      constexpr int kNoisy = shrink_fma_warps(kRanks, true),
+                    kPlain = shrink_fma_warps(kRanks, false);
+      if (flip)
+        BK_LAUNCH_BEHIND(before.launches(), (down_fma_kernel<true, false, kNoisy, kRanks>), grid,
+                         32 * kNoisy, 0, stream, fma);
+      else
+        BK_LAUNCH_BEHIND(before.launches(), (down_fma_kernel<false, false, kPlain, kRanks>), grid,
+                         32 * kPlain, 0, stream, fma);
+      return bk_last_error();
+    });
   }
 
  private:
   void share(Workspace& workspace, RowSum& sum, int64_t splits, int64_t count, int64_t tickets) {
     if (splits == 1) return;
     sum.partial = workspace.take<float>(splits * count);
-    sum.tickets = before.tickets(workspace, tickets, {});
+    sum.tickets = before.tickets(
+        workspace, tickets * (sum.one_step ? 1 : tickets_of(static_cast<int>(splits))), {});
   }
 };
 
@@ -233,6 +266,7 @@ struct TilePlan {
     float scale;
     int r;
     AdapterTickets tickets;
+    bool behind;
   };
   // The kernel of up (expand), of up and outer, or of down and outer; any of these may be unwanted.
   enum class Kernel { kUp, kUpOuter, kDownOuter };
@@ -248,7 +282,7 @@ struct TilePlan {
 
   TilePlan(Kernel kernel, const Inputs& i, void* at, void* out, void* dh, void* grad, void* grad_e,
            bool transposed)
-      : before(i.dtype, i.tokens, i.r), r(i.r) {
+      : before(i.dtype, i.tokens, i.r, i.behind), r(i.r) {
     Workspace workspace(at);
     up = out != nullptr;
     down = dh != nullptr;
@@ -283,29 +317,30 @@ struct TilePlan {
         : walks_ranks ? kOuterFmaWarps * kSignsPerBlock
                       : fma_columns(rank, kernel == Kernel::kUpOuter && rank <= 32) * kFmaThreads;
     const int64_t column_blocks = ceil_div(i.columns, width);
-    const int64_t groups = walks_ranks                          ? ceil_div(i.r, kDownFmaRanks)
+    const int64_t groups = walks_ranks ? ceil_div(i.r, down_fma_ranks(i.r, false))
                            : before.mma() && outer && rank > 32 ? rank / outer_ranks(rank)
                                                                 : 1;
     const int64_t tokens = tokens_of_block(i.tokens, column_blocks * groups);
     const int64_t splits = ceil_div(i.tokens, tokens);
-    const int part = walks_ranks ? kDownFmaRanks : rank;
+    const int part = walks_ranks ? down_fma_ranks(i.r, false) : rank;
     int64_t tickets = 0;
     if (down && column_blocks > 1) {
       sum.partial =
           workspace.take<float>((walks_ranks ? groups : 1) * column_blocks * i.tokens * part);
-      tickets += (walks_ranks ? groups : 1) * splits;
+      tickets += (walks_ranks ? groups : 1) * splits * tickets_of(static_cast<int>(column_blocks));
     }
     const int64_t gradient_tickets = tickets;
     if (outer) {
       gradients.partial = workspace.take<float>((walks_ranks ? groups : 1) * splits * matrices *
                                                 column_blocks * width * part);
-      if (splits > 1) tickets += groups * column_blocks;
+      if (splits > 1) tickets += groups * column_blocks * tickets_of(static_cast<int>(splits));
     }
     if (tickets > 0 || i.tickets.at != nullptr) {
       sum.tickets = before.tickets(workspace, tickets, i.tickets);
       gradients.tickets = sum.tickets + gradient_tickets;
     }
-    grid = grid_of(column_blocks, splits, groups);
+    grid = before.mma() ? grid_of(groups, column_blocks, splits)
+                        : grid_of(column_blocks, splits, groups);
 
     const float* e = drawn ? before.args().drawn : fp32(i.e);
     const bool vector_x = i.x == nullptr || vector_access(i.x, i.stride * 2, 16);
@@ -341,27 +376,32 @@ struct TilePlan {
         if (before.mma()) {
           const auto kernel = tile_mma_kernel<T, kRank, kFlip, !kUp, kUp, kOuter>;
           if (shared_bytes > 47 * 1024) bk_set_max_dynamic_smem(kernel, shared_bytes);
-          BK_LAUNCH((tile_mma_kernel<T, kRank, kFlip, !kUp, kUp, kOuter>), grid, kTileThreads,
-                    shared_bytes, stream, mma);
+          BK_LAUNCH_BEHIND(before.launches(), (tile_mma_kernel<T, kRank, kFlip, !kUp, kUp, kOuter>),
+                           grid, kTileThreads, shared_bytes, stream, mma);
           return bk_last_error();
         }
       }
       if constexpr (!kUp) {
-        BK_LAUNCH((down_fma_kernel<false, true, kOuterFmaWarps>), grid, 32 * kOuterFmaWarps, 0,
-                  stream, down_fma);
+        with_down_ranks(down_fma_ranks(r, false), [&](auto ranks) {
+          BK_LAUNCH_BEHIND(before.launches(),
+                           (down_fma_kernel<false, true, kOuterFmaWarps, decltype(ranks)::value>),
+                           grid, 32 * kOuterFmaWarps, 0, stream, down_fma);
+          return bk_last_error();
+        });
       } else if constexpr (kRank <= 32 || !kOuter) {
-        BK_LAUNCH((tile_fma_kernel<kRank, kFlip, true, kOuter>), grid, kFmaThreads, 0, stream, fma);
+        BK_LAUNCH_BEHIND(before.launches(), (tile_fma_kernel<kRank, kFlip, true, kOuter>), grid,
+                         kFmaThreads, 0, stream, fma);
       } else {
         if (up) {
           TileFmaArgs args = fma;
           args.x = nullptr;
-          BK_LAUNCH((tile_fma_kernel<kRank, kFlip, true, false>), grid, kFmaThreads, 0, stream,
-                    args);
+          BK_LAUNCH_BEHIND(before.launches(), (tile_fma_kernel<kRank, kFlip, true, false>), grid,
+                           kFmaThreads, 0, stream, args);
           if (const char* error = bk_last_error()) return error;
         }
         if (outer)
-          BK_LAUNCH((tile_fma_kernel<kRank, kFlip, false, true>), grid, kFmaThreads, 0, stream,
-                    fma);
+          BK_LAUNCH_BEHIND(before.launches() || up, (tile_fma_kernel<kRank, kFlip, false, true>),
+                           grid, kFmaThreads, 0, stream, fma);
       }
       return bk_last_error();
     });
@@ -371,7 +411,7 @@ struct TilePlan {
 TilePlan plan(const ExpandParams& p) {
   // clang-format off
   const TilePlan::Inputs inputs{p.dtype, p.base, p.base_stride, p.tokens, p.m, p.h, p.b, nullptr, 1,
-                                p.r, no_noise(), {}, static_cast<float>(p.scaling), p.r, {}};
+                                p.r, no_noise(), {}, static_cast<float>(p.scaling), p.r, {}, p.behind};
   // clang-format on
   return {TilePlan::Kernel::kUp, inputs, p.workspace, p.y, nullptr, nullptr, nullptr, false};
 }
@@ -379,7 +419,8 @@ TilePlan plan(const ExpandParams& p) {
 TilePlan plan(const ExpandBackwardParams& p) {
   // clang-format off
   const TilePlan::Inputs inputs{p.dtype, p.dy, p.dy_stride, p.tokens, p.m, p.h, p.b, nullptr, 1, p.r,
-                                no_noise(), {}, static_cast<float>(p.scaling), p.r, p.tickets};
+                                no_noise(), {}, static_cast<float>(p.scaling), p.r, p.tickets,
+                                p.tickets.zero};
   // clang-format on
   return {TilePlan::Kernel::kDownOuter, inputs, p.workspace, nullptr, p.dh, p.db, nullptr, true};
 }
@@ -387,7 +428,7 @@ TilePlan plan(const ExpandBackwardParams& p) {
 TilePlan plan(const ShrinkBackwardParams& p) {
   // clang-format off
   const TilePlan::Inputs inputs{p.dtype, p.x, p.x_stride, p.tokens, p.n, p.dh, p.a, p.e, p.n, 1,
-                                p.noise, p.draw, 1.0f, p.r, p.tickets};
+                                p.noise, p.draw, 1.0f, p.r, p.tickets, p.tickets.zero};
   // clang-format on
   return {TilePlan::Kernel::kUpOuter, inputs, p.workspace, p.dx, nullptr, p.da, p.de, false};
 }

@@ -66,8 +66,16 @@ struct DownFmaArgs {
   int64_t group_stride = 0;  // of factors and gradients
 };
 
+// Ranks of a block; more of them read x again. Few tokens keep the order of sums of
+// adapter_decode.cuh.
 constexpr int kDownFmaRanks = 8;
-constexpr int kShrinkFmaWarps = 16, kOuterFmaWarps = 4;
+BK_HD constexpr int down_fma_ranks(int r, bool few) { return r <= 8 || few ? kDownFmaRanks : 16; }
+// Of shrink: 128 registers for a thread, 255 for one that keeps sixteen ranks of two factors.
+constexpr int kShrinkFmaWarps = 16;
+BK_HD constexpr int shrink_fma_warps(int ranks, bool flip) {
+  return flip && ranks == 16 ? 8 : kShrinkFmaWarps;
+}
+constexpr int kOuterFmaWarps = 4;
 
 // Four neighbouring elements, aligned to 16 (fp32) or 8 bytes.
 template <class T>
@@ -109,21 +117,24 @@ __device__ __forceinline__ void load_ahead(DType dtype, const void* data, int64_
   });
 }
 
-// A lane keeps four columns of eight ranks of the factor in registers and walks over tokens; a
-// warp's 128 columns are one sign block. The eight sums of a token are added over the warp by
-// halving: each exchange also halves the number of sums a lane looks after, 9 shuffles in all
-// instead of 40. A block goes over the columns of its split in passes; with outer there is one, and
-// the gradients of a lane's columns stay in registers. blockIdx.z counts runs of eight ranks.
-template <bool kFlip, bool kOuter, int kWarps, bool kGrouped = false>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
+// A lane keeps four columns of eight or sixteen ranks of the factor in registers and walks over
+// tokens; a warp's 128 columns are one sign block. The sums of a token are added over the warp by
+// halving: each exchange also halves the number of sums a lane looks after, 9 or 16 shuffles in all
+// instead of 40 or 80. A block goes over the columns of its split in passes; with outer there is
+// one, and the gradients of a lane's columns stay in registers. blockIdx.z counts runs of ranks.
+template <bool kFlip, bool kOuter, int kWarps, int kRanks, bool kGrouped = false>
+__global__ void __launch_bounds__(32 * kWarps, kWarps > 4    ? 1
+                                               : kRanks == 8 ? 3
+                                                             : 2)
     down_fma_kernel(const __grid_constant__ DownFmaArgs p) {
   constexpr int kThreads = 32 * kWarps, kColumns = kWarps * kSignsPerBlock;
+  constexpr int kShare = 32 / kRanks;  // lanes that share a sum at the end
   BK_SHARED(uint32_t, sign_words, [kWarps][kFmaTokens][4]);
   BK_SHARED(uint32_t, rank_signs, [kWarps][kFmaTokens]);
-  BK_SHARED(float, partial, [kWarps][kFmaTokens][kDownFmaRanks]);
-  BK_SHARED(float, low, [kFmaTokens][kDownFmaRanks]);
+  BK_SHARED(float, partial, [kWarps][kFmaTokens][kRanks]);
+  BK_SHARED(float, low, [kFmaTokens][kRanks]);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int rank0 = static_cast<int>(blockIdx.z) * kDownFmaRanks;
+  const int rank0 = static_cast<int>(blockIdx.z) * kRanks;
   const int64_t passes = ceil_div(p.n, kColumns), first_pass = blockIdx.x * p.passes_per_split;
   const int64_t end_pass =
       first_pass + p.passes_per_split < passes ? first_pass + p.passes_per_split : passes;
@@ -133,11 +144,12 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
   const bool has_down = p.sum.out != nullptr;
   const bool has_outer = kOuter && p.gradients.partial != nullptr && !(kGrouped && slice.none);
 
-  float factor[kDownFmaRanks][4] = {}, factor_e[kFlip ? kDownFmaRanks : 1][4] = {};
+  bk_wait_for_previous();
+  float factor[kRanks][4] = {}, factor_e[kFlip ? kRanks : 1][4] = {};
   const auto load_factor = [&](int64_t column) {
-    const auto load = [&](const float* source, float (&out)[kDownFmaRanks][4]) {
+    const auto load = [&](const float* source, float (&out)[kRanks][4]) {
       BK_UNROLL
-      for (int k = 0; k < kDownFmaRanks; ++k) {
+      for (int k = 0; k < kRanks; ++k) {
         const bool inside = rank0 + k < p.r;
         const float* from = source + (rank0 + k) * p.rank_stride + column * p.column_stride;
         if (kGrouped) from += slice.group * p.group_stride;
@@ -165,21 +177,20 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
   const bool dropout = p.noise.dropout > 0.0;
   if (dropout) dropout_key = noise_key(p.noise, kDropout);
   const uint32_t threshold = dropout_threshold(p.noise.dropout);
-  float outer[kOuter ? 4 : 1][kDownFmaRanks] = {};  // of each column
+  float outer[kOuter ? 4 : 1][kRanks] = {};  // of each column
 
   // Parts of this block's eight ranks.
   const int parts = static_cast<int>(gridDim.x);
   RowSum sums = p.sum;
   if (kGrouped && slice.none) sums.scale = __uint_as_float(kNan);
-  if (sums.partial != nullptr)
-    sums.partial += blockIdx.z * parts * p.tokens * kDownFmaRanks - rank0;
+  if (sums.partial != nullptr) sums.partial += blockIdx.z * parts * p.tokens * kRanks - rank0;
 
   const int64_t begin = slice.begin, end = slice.end;
   for (int64_t row0 = begin; row0 < end; row0 += kFmaTokens) {
     const int count = static_cast<int>(end - row0 < kFmaTokens ? end - row0 : kFmaTokens);
     if (has_outer) {
-      for (int at = thread; at < count * kDownFmaRanks; at += kThreads) {
-        const int i = at / kDownFmaRanks, k = at % kDownFmaRanks;
+      for (int at = thread; at < count * kRanks; at += kThreads) {
+        const int i = at / kRanks, k = at % kRanks;
         low[i][k] = rank0 + k < p.r ? __ldg(p.low + row_of(row0 + i) * p.r + rank0 + k) : 0.0f;
       }
       __syncthreads();
@@ -207,7 +218,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
         BK_UNROLL
         for (int u = 0; u < kFmaAhead; ++u) {
           const int i = i0 + u;
-          if (i >= count) break;
+          if (i >= count) continue;
           float (&x)[4] = ahead[u];
           if (dropout) {
             const PhiloxBlock b = dropout_block(dropout_key, dropout_row(p.noise.rows, row0 + i),
@@ -218,11 +229,11 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
           }
           if (kOuter && has_outer) {
             BK_UNROLL
-            for (int k = 0; k < kDownFmaRanks; k += 4) {
+            for (int k = 0; k < kRanks; k += 4) {
               const float4 l = *reinterpret_cast<const float4*>(&low[i][k]);
               BK_UNROLL
               for (int j = 0; j < 4; ++j) {
-                float (&to)[kDownFmaRanks] = outer[kOuter ? j : 0];
+                float (&to)[kRanks] = outer[kOuter ? j : 0];
                 to[k] = fmaf(l.x, x[j], to[k]);
                 to[k + 1] = fmaf(l.y, x[j], to[k + 1]);
                 to[k + 2] = fmaf(l.z, x[j], to[k + 2]);
@@ -231,9 +242,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
             }
           }
           if (!has_down) continue;
-          float sum[kDownFmaRanks];
+          float sum[kRanks];
           BK_UNROLL
-          for (int k = 0; k < kDownFmaRanks; ++k) {
+          for (int k = 0; k < kRanks; ++k) {
             sum[k] = 0;
             BK_UNROLL
             for (int j = 0; j < 4; ++j) sum[k] = fmaf(factor[k][j], x[j], sum[k]);
@@ -243,7 +254,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
             BK_UNROLL
             for (int j = 0; j < 4; ++j) x[j] = (signs >> j & 1u) != 0 ? -x[j] : x[j];
             BK_UNROLL
-            for (int k = 0; k < kDownFmaRanks; ++k) {
+            for (int k = 0; k < kRanks; ++k) {
               float noise = 0;
               BK_UNROLL
               for (int j = 0; j < 4; ++j) noise = fmaf(factor_e[k][j], x[j], noise);
@@ -251,20 +262,21 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
             }
           }
           BK_UNROLL
-          for (int half = 4; half > 0; half /= 2) {
+          for (int half = kRanks / 2; half > 0; half /= 2) {
             // Lanes with this bit set go on with the upper half of the sums.
-            const bool upper = (lane & 4 * half) != 0;
+            const bool upper = (lane & kShare * half) != 0;
             BK_UNROLL
             for (int k = 0; k < half; ++k) {
               const float give = upper ? sum[k] : sum[k + half];
               const float keep = upper ? sum[k + half] : sum[k];
-              sum[k] = keep + __shfl_xor_sync(kAllLanes, give, 4 * half);
+              sum[k] = keep + __shfl_xor_sync(kAllLanes, give, kShare * half);
             }
           }
-          sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 2);
-          sum[0] += __shfl_xor_sync(kAllLanes, sum[0], 1);
-          if (lane % 4 == 0) {  // bits 4, 3, 2 of the lane are the rank's
-            float& to = partial[warp][i][lane / 4];
+          BK_UNROLL
+          for (int lanes = kShare / 2; lanes > 0; lanes /= 2)
+            sum[0] += __shfl_xor_sync(kAllLanes, sum[0], lanes);
+          if (lane % kShare == 0) {  // the upper bits of the lane are the rank's
+            float& to = partial[warp][i][lane / kShare];
             to = pass == first_pass ? sum[0] : to + sum[0];
           }
         }
@@ -272,46 +284,53 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 3 : 1)
       __syncwarp();
     }
     __syncthreads();
-    for (int at = thread; has_down && at < count * kDownFmaRanks / 2; at += kThreads) {
-      const int i = at / (kDownFmaRanks / 2), k = 2 * (at % (kDownFmaRanks / 2));
+    for (int at = thread; has_down && at < count * kRanks / 2; at += kThreads) {
+      const int i = at / (kRanks / 2), k = 2 * (at % (kRanks / 2));
       float sum[2] = {};
       for (int w = 0; w < kWarps && first_pass < end_pass; ++w) {
         BK_UNROLL
         for (int j = 0; j < 2; ++j) sum[j] += partial[w][i][k + j];
       }
-      store_part<kDownFmaRanks>(sums, blockIdx.x, p.tokens, p.r, row0 + i, rank0 + k, sum[0],
-                                sum[1], row_of);
+      store_part<kRanks>(sums, blockIdx.x, p.tokens, p.r, row0 + i, rank0 + k, sum[0], sum[1],
+                         row_of);
     }
     __syncthreads();
   }
 
-  if (has_down && parts > 1 && last_of(sums.tickets + blockIdx.z * gridDim.y + blockIdx.y, parts))
-    sum_rows<kDownFmaRanks, kDownFmaRanks, kThreads>(sums, parts, p.tokens, p.r, begin, end, rank0,
-                                                     row_of);
+  if (has_down && parts > 1) {
+    const int64_t sum_of = blockIdx.z * gridDim.y + blockIdx.y;
+    add_parts(sums.tickets, sum_of, static_cast<int>(blockIdx.x), parts,
+              !kGrouped && !sums.one_step, [&](const Step& step) {
+                sum_rows<kRanks, kRanks, kThreads>(sums, step, p.tokens, p.r, begin, end, rank0,
+                                                   row_of);
+              });
+  }
   if constexpr (kOuter) {
     if (!has_outer) return;
     const int splits = static_cast<int>(gridDim.y);
     const int64_t padded = static_cast<int64_t>(parts) * kColumns, column0 = blockIdx.x * kColumns;
     Gradients gradients = p.gradients;
-    int64_t ticket = blockIdx.z * parts + blockIdx.x;
-    gradients.partial += blockIdx.z * splits * padded * kDownFmaRanks - rank0;
+    int64_t sum_of = blockIdx.z * parts + blockIdx.x;
+    gradients.partial += blockIdx.z * splits * padded * kRanks - rank0;
     BK_UNROLL
     for (int j = 0; j < 4; ++j) {
-      float* to = gradients.partial +
-                  (blockIdx.y * padded + column0 + 4 * thread + j) * kDownFmaRanks + rank0;
-      *reinterpret_cast<float4*>(to) =
-          make_float4(outer[j][0], outer[j][1], outer[j][2], outer[j][3]);
-      *reinterpret_cast<float4*>(to + 4) =
-          make_float4(outer[j][4], outer[j][5], outer[j][6], outer[j][7]);
+      float* to =
+          gradients.partial + (blockIdx.y * padded + column0 + 4 * thread + j) * kRanks + rank0;
+      BK_UNROLL
+      for (int k = 0; k < kRanks; k += 4)
+        *reinterpret_cast<float4*>(to + k) =
+            make_float4(outer[j][k], outer[j][k + 1], outer[j][k + 2], outer[j][k + 3]);
     }
     if (kGrouped) {
-      ticket = ticket * p.groups.groups + slice.group;
-      gradients.partial += slice.block0 * padded * kDownFmaRanks;
+      sum_of = sum_of * p.groups.groups + slice.group;
+      gradients.partial += slice.block0 * padded * kRanks;
       gradients.out += slice.group * p.group_stride;
     }
-    if (last_of(gradients.tickets + ticket, slice.blocks))
-      sum_gradients<kDownFmaRanks, kDownFmaRanks, 1, kColumns, kThreads>(
-          gradients, p.noise, slice.blocks, padded, p.n, p.r, column0, rank0, gradients.scale);
+    add_parts(gradients.tickets, sum_of, static_cast<int>(blockIdx.y - slice.block0), slice.blocks,
+              !kGrouped, [&](const Step& step) {
+                sum_gradients<kRanks, kRanks, 1, kColumns, kThreads>(
+                    gradients, p.noise, step, padded, p.n, p.r, column0, rank0, gradients.scale);
+              });
   }
 }
 
@@ -431,6 +450,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
   constexpr int kColumns = fma_columns(R, kUp && kOuter), kMatrices = kFlip ? 2 : 1;
   using Tile = TokenTile<R, kFlip, kColumns>;
   BK_SHARED(Tile, tile, );
+  bk_wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t block = blockIdx.x;
   const int64_t column0 = block * kColumns * kSignsPerBlock + thread;
@@ -556,17 +576,19 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
       }
     }
     Gradients gradients = p.gradients;
-    int64_t ticket = block;
+    int64_t sum_of = block;
     if (kGrouped) {
-      ticket = ticket * p.groups.groups + slice.group;
+      sum_of = sum_of * p.groups.groups + slice.group;
       gradients.partial += slice.block0 * kMatrices * padded * R;
       if (gradients.out != nullptr) gradients.out += slice.group * p.group_stride;
       if (gradients.out_e != nullptr) gradients.out_e += slice.group * p.group_stride;
     }
-    if (last_of(gradients.tickets + ticket, slice.blocks))
-      sum_gradients<R, R, kMatrices, kWidth, kFmaThreads>(gradients, p.noise, slice.blocks, padded,
-                                                          p.columns, p.r, block * kWidth, 0,
-                                                          gradients.scale);
+    add_parts(gradients.tickets, sum_of, static_cast<int>(blockIdx.y - slice.block0), slice.blocks,
+              !kGrouped, [&](const Step& step) {
+                sum_gradients<R, R, kMatrices, kWidth, kFmaThreads>(
+                    gradients, p.noise, step, padded, p.columns, p.r, block * kWidth, 0,
+                    gradients.scale);
+              });
   }
 }
 

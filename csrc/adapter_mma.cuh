@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kDownThreads)
     const int64_t token = row0 + 8 * i + g < p.tokens ? row0 + 8 * i + g : p.tokens - 1;
     row[i] = static_cast<const T*>(p.x) + token * p.stride;
   }
+  bk_wait_for_previous();
   // The token whose signs this lane draws.
   const int64_t own = row0 + 8 * t + g < p.tokens ? row0 + 8 * t + g : p.tokens - 1;
   Key in_key{}, dropout_key{};
@@ -235,10 +236,13 @@ __global__ void __launch_bounds__(kDownThreads)
     }
   }
   const int splits = static_cast<int>(gridDim.y);
-  if (splits == 1 || !last_of(sum.tickets + blockIdx.x, splits)) return;
+  if (splits == 1) return;
   const int64_t end = block0 + p.token_warps * kDownTokens;
-  sum_rows<R, R, kDownThreads>(sum, splits, p.tokens, p.r, block0, end < p.tokens ? end : p.tokens,
-                               0);
+  add_parts(sum.tickets, blockIdx.x, static_cast<int>(blockIdx.y), splits, true,
+            [&](const Step& step) {
+              sum_rows<R, R, kDownThreads>(sum, step, p.tokens, p.r, block0,
+                                           end < p.tokens ? end : p.tokens, 0);
+            });
 }
 
 // ---- the other products -------------------------------------------------------------------------
@@ -267,8 +271,8 @@ constexpr int kTileThreads = 128, kTileWarps = kTileThreads / 32;
 constexpr int kSlab = 64;  // columns of a warp
 constexpr int kTileColumns = kTileWarps * kSlab;
 
-// Ranks of a gradient that a block sums: more would take all registers, so that blockIdx.z counts
-// further ones and reads x again.
+// Ranks of a gradient that a block sums: more would take all registers, so that blockIdx.x counts
+// further ones and reads x again, from the second-level cache, as neighbours run side by side.
 BK_HD constexpr int outer_ranks(int rank) { return rank < 32 ? rank : 32; }
 
 constexpr int tile_shared_bytes(int rank, bool flip, bool down) {
@@ -287,12 +291,13 @@ __global__ void __launch_bounds__(kTileThreads, R <= 16 && !kFlip ? 3 : 2)
   BK_DYNAMIC_SHARED(uint4, shared);
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(threadIdx.x / 32);
-  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTileColumns + warp * kSlab;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.y) * kTileColumns + warp * kSlab;
   const bool inside = column0 < p.columns;  // the other warps only take part in barriers
-  const int rank0 = static_cast<int>(blockIdx.z) * outer_ranks(R);
-  const bool has_down = kDown && blockIdx.z == 0 && p.down.out != nullptr;
-  const bool has_up = kUp && blockIdx.z == 0 && p.out != nullptr;
+  const int rank0 = static_cast<int>(blockIdx.x) * outer_ranks(R);
+  const bool has_down = kDown && blockIdx.x == 0 && p.down.out != nullptr;
+  const bool has_up = kUp && blockIdx.x == 0 && p.out != nullptr;
   const bool has_outer = kOuter && p.gradients.partial != nullptr;
+  bk_wait_for_previous();
   const float factor_scale = operand_scale<T>(p.amax), low_scale = operand_scale<T>(p.amax_low);
 
   // This warp's fragments of F: of down uint4 [chunk][group][lane] as in prepare_kernel; of up
@@ -369,7 +374,7 @@ __global__ void __launch_bounds__(kTileThreads, R <= 16 && !kFlip ? 3 : 2)
 
   // [matrix][chunk][pair of words][group]: columns as the rows of a fragment, ranks as its columns.
   float sum[kOuter ? kMatrices : 1][2][2][kOuterGroups][4] = {};
-  const int64_t begin = blockIdx.y * p.tokens_per_block;
+  const int64_t begin = blockIdx.z * p.tokens_per_block;
   const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
   for (int64_t row0 = begin; row0 < end; row0 += 32) {
     if (inside) {
@@ -626,7 +631,7 @@ __global__ void __launch_bounds__(kTileThreads, R <= 16 && !kFlip ? 3 : 2)
         const float* exchange =
             reinterpret_cast<const float*>(shared + kTileWarps * kMatrices * kFragments) +
             (row0 / 32 % 2) * kTileWarps * R * 32;
-        const int64_t left = ceil_div(p.columns - blockIdx.x * kTileColumns, kSlab);
+        const int64_t left = ceil_div(p.columns - blockIdx.y * kTileColumns, kSlab);
         const int warps = static_cast<int>(left < kTileWarps ? left : kTileWarps);
         __syncthreads();
         for (int pair = warp; pair < R / 2; pair += kTileWarps) {
@@ -637,7 +642,7 @@ __global__ void __launch_bounds__(kTileThreads, R <= 16 && !kFlip ? 3 : 2)
           }
           RowSum down = p.down;
           down.scale /= factor_scale;
-          store_part<R>(down, blockIdx.x, p.tokens, p.r,
+          store_part<R>(down, blockIdx.y, p.tokens, p.r,
                         row0 + 16 * (pair / (2 * kGroups)) + 8 * (pair % 2) + g,
                         8 * (pair / 2 % kGroups) + 2 * t, part[0], part[1]);
         }
@@ -646,18 +651,19 @@ __global__ void __launch_bounds__(kTileThreads, R <= 16 && !kFlip ? 3 : 2)
   }
 
   if constexpr (kDown) {
-    if (has_down && gridDim.x > 1) {
-      const int parts = static_cast<int>(gridDim.x);
-      if (last_of(p.down.tickets + blockIdx.y, parts)) {
-        RowSum down = p.down;
-        down.scale /= factor_scale;
-        sum_rows<R, R, kTileThreads>(down, parts, p.tokens, p.r, begin, end, 0);
-      }
+    if (has_down && gridDim.y > 1) {
+      const int parts = static_cast<int>(gridDim.y);
+      RowSum down = p.down;
+      down.scale /= factor_scale;
+      add_parts(down.tickets, blockIdx.z, static_cast<int>(blockIdx.y), parts, true,
+                [&](const Step& step) {
+                  sum_rows<R, R, kTileThreads>(down, step, p.tokens, p.r, begin, end, 0);
+                });
     }
   }
   if constexpr (kOuter) {
     if (!has_outer) return;
-    const int64_t padded = static_cast<int64_t>(gridDim.x) * kTileColumns;
+    const int64_t padded = static_cast<int64_t>(gridDim.y) * kTileColumns;
     if (inside) {
       BK_UNROLL
       for (int i = 0; i < kMatrices * 2 * 2 * kOuterGroups * 2; ++i) {
@@ -666,15 +672,19 @@ __global__ void __launch_bounds__(kTileThreads, R <= 16 && !kFlip ? 3 : 2)
         const float (&d)[4] = sum[matrix][c][w][q];
         const int64_t at = column0 + 32 * c + 8 * (g / 2) + 2 * (2 * w + h) + g % 2;
         *reinterpret_cast<float2*>(p.gradients.partial +
-                                   ((blockIdx.y * kMatrices + matrix) * padded + at) * R + rank0 +
+                                   ((blockIdx.z * kMatrices + matrix) * padded + at) * R + rank0 +
                                    8 * q + 2 * t) = make_float2(d[2 * h], d[2 * h + 1]);
       }
     }
-    const int splits = static_cast<int>(gridDim.y);
-    if (last_of(p.gradients.tickets + blockIdx.z * gridDim.x + blockIdx.x, splits))
-      sum_gradients<R, outer_ranks(R), kMatrices, kTileColumns, kTileThreads>(
-          p.gradients, p.noise, splits, padded, p.columns, p.r,
-          static_cast<int64_t>(blockIdx.x) * kTileColumns, rank0, p.gradients.scale / low_scale);
+    const int splits = static_cast<int>(gridDim.z);
+    const int64_t sum_of = blockIdx.x * gridDim.y + blockIdx.y;
+    add_parts(p.gradients.tickets, sum_of, static_cast<int>(blockIdx.z), splits, true,
+              [&](const Step& step) {
+                sum_gradients<R, outer_ranks(R), kMatrices, kTileColumns, kTileThreads>(
+                    p.gradients, p.noise, step, padded, p.columns, p.r,
+                    static_cast<int64_t>(blockIdx.y) * kTileColumns, rank0,
+                    p.gradients.scale / low_scale);
+              });
   }
 }
 

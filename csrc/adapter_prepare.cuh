@@ -32,6 +32,7 @@ constexpr float kLargestNormal = 6.77f;
 
 // Grid (kAmaxParts, operands): the largest magnitude of each part of an operand.
 __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const __grid_constant__ AmaxArgs p) {
+  bk_wait_for_previous();
   BK_SHARED(float, warps, [kAmaxThreads / 32]);
   const AmaxJob& job = p.job[blockIdx.y];
   float most = 0.0f;
@@ -109,6 +110,7 @@ __device__ __forceinline__ void eight_normals(Key sub, int64_t first, float (&v)
 template <class T>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const __grid_constant__ PrepareArgs p) {
+  bk_wait_for_previous();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x;
   for (int64_t i = index; i < p.n_tickets; i += static_cast<int64_t>(gridDim.x) * kPrepareThreads)
     p.tickets[i] = 0;

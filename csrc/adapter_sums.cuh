@@ -12,6 +12,48 @@ namespace {
 
 constexpr int kSumAhead = 8;  // partial sums loaded before the first is added
 
+// More parts than this are added in two steps, by as many blocks at a time as there are groups: one
+// block would take longer for all of them than the products that made them.
+constexpr int kOneStep = 8;
+
+// Parts that a block adds in the first step: all of them, or about the root of their number.
+BK_HD constexpr int parts_of_group(int parts) {
+  if (parts <= kOneStep) return parts;
+  int group = 3;
+  while (group * group < parts) ++group;
+  return group;
+}
+BK_HD constexpr int groups_of(int parts) {
+  return (parts + parts_of_group(parts) - 1) / parts_of_group(parts);
+}
+// Tickets of a sum: of the groups, and of each one's parts.
+BK_HD constexpr int tickets_of(int parts) { return parts <= kOneStep ? 1 : 1 + groups_of(parts); }
+
+// The parts that a step adds: `count` of them from part `first` on, `stride` apart. Their sum is
+// the result, or takes the place of the first.
+struct Step {
+  int first, count, stride;
+  bool last;
+};
+
+// Called by each block of sum number `sum_of` once it has stored part number `part`; the last one
+// to come of those a step needs calls add(step). In one step there is a ticket for each sum.
+template <class Add>
+__device__ __forceinline__ void add_parts(int* tickets, int64_t sum_of, int part, int parts,
+                                          bool two_steps, const Add& add) {
+  const int group = two_steps ? parts_of_group(parts) : parts;
+  const int groups = two_steps ? groups_of(parts) : 1;
+  tickets += sum_of * (two_steps ? tickets_of(parts) : 1);
+  if (groups > 1) {
+    const int mine = part / group, first = mine * group;
+    const int count = parts - first < group ? parts - first : group;
+    if (!last_of(tickets + 1 + mine, count)) return;
+    if (count > 1) add(Step{first, count, 1, false});
+  }
+  if (last_of(tickets, groups > 1 ? groups : parts))
+    add(Step{0, groups > 1 ? groups : parts, groups > 1 ? group : 1, true});
+}
+
 __device__ __forceinline__ void add_to(float (&sum)[4], const float4& v) {
   sum[0] += v.x;
   sum[1] += v.y;
@@ -35,8 +77,9 @@ __device__ void discard(float* from, int64_t count) {
 struct RowSum {
   float* out;
   float* partial;  // null with one split
-  int* tickets;    // of each block of tokens
+  int* tickets;    // tickets_of(splits) of each block of tokens
   float scale;
+  bool one_step = false;  // also where there are many parts
 };
 
 // Stores two neighbouring ranks of a token: the result where there is one split, else its part.
@@ -57,24 +100,29 @@ __device__ __forceinline__ void store_part(const RowSum& p, int64_t split, int64
 
 // Ranks k0 to k0 + K - 1 of tokens begin to end - 1.
 template <int R, int K, int kThreads, class Row = RowOf<false>>
-__device__ void sum_rows(const RowSum& p, int splits, int64_t tokens, int r, int64_t begin,
+__device__ void sum_rows(const RowSum& p, const Step& step, int64_t tokens, int r, int64_t begin,
                          int64_t end, int k0, const Row& row_of = {}) {
   constexpr int kQuads = K / 4;
   const int64_t count = (end - begin) * kQuads;
   for (int64_t at = threadIdx.x; at < count; at += kThreads) {
     const int64_t token = begin + at / kQuads;
     const int k = k0 + 4 * static_cast<int>(at % kQuads);
-    const float* from = p.partial + token * R + k;
+    float* from = p.partial + (step.first * tokens + token) * R + k;
     float sum[4] = {};
-    for (int first = 0; first < splits; first += kSumAhead) {
+    for (int first = 0; first < step.count; first += kSumAhead) {
       float4 v[kSumAhead] = {};
       BK_UNROLL
       for (int i = 0; i < kSumAhead; ++i)
-        if (first + i < splits)
-          v[i] = __ldcg(reinterpret_cast<const float4*>(from + (first + i) * tokens * R));
+        if (first + i < step.count)
+          v[i] = __ldcg(
+              reinterpret_cast<const float4*>(from + (first + i) * step.stride * tokens * R));
       BK_UNROLL
       for (int i = 0; i < kSumAhead; ++i)
-        if (first + i < splits) add_to(sum, v[i]);
+        if (first + i < step.count) add_to(sum, v[i]);
+    }
+    if (!step.last) {
+      *reinterpret_cast<float4*>(from) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      continue;
     }
     BK_UNROLL
     for (int i = 0; i < 4; ++i)
@@ -82,8 +130,9 @@ __device__ void sum_rows(const RowSum& p, int splits, int64_t tokens, int r, int
   }
   if constexpr (K == R) {
     __syncthreads();
-    for (int split = 0; split < splits; ++split)
-      discard<kThreads>(p.partial + (split * tokens + begin) * R + k0, (end - begin) * R);
+    for (int i = step.last ? 0 : 1; i < step.count; ++i)
+      discard<kThreads>(p.partial + ((step.first + i * step.stride) * tokens + begin) * R + k0,
+                        (end - begin) * R);
   }
 }
 
@@ -93,7 +142,7 @@ struct Gradients {
   float* out_e;  // likewise
   bool transposed;
   float* partial;
-  int* tickets;  // of each block of columns, for each block of ranks
+  int* tickets;  // tickets_of(splits) of each block of columns, for each block of ranks
   float scale;
   const float* rho;  // (r, columns): out_e is de . eps . std'(rho); else null
   Std std;
@@ -136,7 +185,7 @@ __device__ __forceinline__ void store_4(float* to, int64_t count, float a, float
 // Ranks k0 to k0 + K - 1 of columns column0 to column0 + kWidth - 1. A thread adds four columns of
 // four ranks at a time.
 template <int R, int K, int kMatrices, int kWidth, int kThreads>
-__device__ void sum_gradients(const Gradients& p, const AdapterNoise& noise, int splits,
+__device__ void sum_gradients(const Gradients& p, const AdapterNoise& noise, const Step& step,
                               int64_t padded, int64_t columns, int r, int64_t column0, int k0,
                               float scale) {
   constexpr int kQuads = K / 4, kAhead = kSumAhead / 2;
@@ -150,24 +199,31 @@ __device__ void sum_gradients(const Gradients& p, const AdapterNoise& noise, int
       const int64_t column = column0 + 4 * (at / kQuads);
       const int k = k0 + 4 * (at % kQuads);
       if (column >= columns || k >= r) continue;
-      const float* from = p.partial + (matrix * padded + column) * R + k;
+      float* from = p.partial + ((step.first * kMatrices + matrix) * padded + column) * R + k;
       float sum[4][4] = {};  // [column][rank]
-      for (int first = 0; first < splits; first += kAhead) {
+      for (int first = 0; first < step.count; first += kAhead) {
         float4 v[kAhead][4] = {};
         BK_UNROLL
         for (int i = 0; i < kAhead; ++i) {
           BK_UNROLL
           for (int c = 0; c < 4; ++c)
-            if (first + i < splits)
+            if (first + i < step.count)
               v[i][c] = __ldcg(reinterpret_cast<const float4*>(
-                  from + ((first + i) * kMatrices * padded + c) * R));
+                  from + ((first + i) * step.stride * kMatrices * padded + c) * R));
         }
         BK_UNROLL
         for (int i = 0; i < kAhead; ++i) {
           BK_UNROLL
           for (int c = 0; c < 4; ++c)
-            if (first + i < splits) add_to(sum[c], v[i][c]);
+            if (first + i < step.count) add_to(sum[c], v[i][c]);
         }
+      }
+      if (!step.last) {
+        BK_UNROLL
+        for (int c = 0; c < 4; ++c)
+          *reinterpret_cast<float4*>(from + c * R) =
+              make_float4(sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
+        continue;
       }
       BK_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -197,8 +253,10 @@ __device__ void sum_gradients(const Gradients& p, const AdapterNoise& noise, int
   }
   if constexpr (K == R) {
     __syncthreads();
-    for (int part = 0; part < splits * kMatrices; ++part)
+    for (int i = step.last ? 0 : kMatrices; i < step.count * kMatrices; ++i) {
+      const int64_t part = (step.first + i / kMatrices * step.stride) * kMatrices + i % kMatrices;
       discard<kThreads>(p.partial + (part * padded + column0) * R + k0, kWidth * R);
+    }
   }
 }
 

@@ -10,6 +10,12 @@
 //   Host side
 //     BK_LAUNCH(kernel, grid, block, dynamic_smem_bytes, stream, args...)
 //                                  launch; parenthesise a kernel with commas: (kernel<float, 16>)
+//     BK_LAUNCH_BEHIND(behind, kernel, ...)
+//                                  the same; where `behind`, the kernel of this call that is in front
+//                                  of it on the stream need not have ended when its blocks start
+//                                  (programmatic dependent launch, where the GPU has it). Each of its
+//                                  threads calls bk_wait_for_previous() before it touches global
+//                                  memory, and so does each kernel in front of it in the chain.
 //     bk_last_error()              const char* with the reason, or nullptr; call it after a launch
 //     bk_set_max_dynamic_smem(kernel, bytes)
 //                                  needed once per kernel and device for more than 48 KiB
@@ -27,6 +33,7 @@
 //                arithmetic types, width 1 to 32
 //                __ballot_sync __any_sync __all_sync
 //                No __activemask: masks are written down.
+//   Chain        bk_wait_for_previous(): see BK_LAUNCH_BEHIND; it also lets the kernel behind start
 //   Memory       __ldg __ldcs __ldcg __stcs __stcg __threadfence __threadfence_block
 //                atomicAdd on int, unsigned, unsigned long long (no float atomics)
 //                float2 float4 double2 int2 int4 uint2 uint4 and make_*, for vector accesses
@@ -74,6 +81,9 @@ constexpr std::size_t kArguments = 4000, kLargeArguments = 32764;
 
 #define BK_LAUNCH(kernel, grid, ...) ::simt::launch(#kernel, kernel, grid, __VA_ARGS__)
 
+#define BK_LAUNCH_BEHIND(behind, kernel, grid, ...) \
+  (::simt::next_launch_is_behind(behind), ::simt::launch(#kernel, kernel, grid, __VA_ARGS__))
+
 #define BK_UNROLL
 #define BK_ROLLED
 
@@ -104,6 +114,8 @@ inline void bk_cp_async_wait() {
   ::simt::copy_async_wait(N);
 }
 
+inline void bk_wait_for_previous() { ::simt::wait_for_previous(); }
+
 inline void bk_discard_128(void* pointer, const char* file = __builtin_FILE(),
                            int line = __builtin_LINE()) {
   ::simt::discard_128(pointer, file, line);
@@ -113,6 +125,8 @@ inline void bk_discard_128(void* pointer, const char* file = __builtin_FILE(),
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #define BK_SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
 
 #define BK_DYNAMIC_SHARED(T, name)                                         \
@@ -120,6 +134,8 @@ inline void bk_discard_128(void* pointer, const char* file = __builtin_FILE(),
   T* const name = reinterpret_cast<T*>(bk_dynamic_shared_bytes)
 
 #define BK_LAUNCH(kernel, grid, ...) ::bk_launch(kernel, grid, __VA_ARGS__)
+#define BK_LAUNCH_BEHIND(behind, kernel, grid, ...) \
+  ::bk_launch_behind(behind, kernel, grid, __VA_ARGS__)
 
 #define BK_UNROLL _Pragma("unroll")
 #define BK_ROLLED _Pragma("unroll 1")
@@ -131,6 +147,56 @@ inline void bk_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
   kernel<<<grid, block, dynamic_smem_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   // clang-format on
+}
+
+// Whether blocks of a kernel may start before the kernel in front has ended: the GPU and the driver
+// have it (in captured graphs from 12.3 on), and the code that runs, which need not be compiled for
+// this GPU, has the instruction that waits. All kernels of a library are compiled alike.
+inline bool bk_overlaps(const void* kernel) {
+#if CUDART_VERSION >= 12030
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not asked yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  signed char answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    int driver = 0, major = 0;
+    cudaFuncAttributes code{};
+    const bool yes =
+        cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        major >= 9 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+    answer = yes ? 1 : -1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer > 0;
+#else
+  static_cast<void>(kernel);
+  return false;
+#endif
+}
+
+template <class... Parameters, class... Arguments>
+inline void bk_launch_behind(bool behind, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                             std::size_t dynamic_smem_bytes, void* stream,
+                             Arguments&&... arguments) {
+#if CUDART_VERSION >= 12030
+  if (behind && bk_overlaps(reinterpret_cast<const void*>(kernel))) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = dynamic_smem_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    return;
+  }
+#endif
+  bk_launch(kernel, grid, block, dynamic_smem_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 inline const char* bk_last_error() {
@@ -195,6 +261,13 @@ __device__ __forceinline__ void bk_cp_async_16(void* dst_smem, const void* src,
 __device__ __forceinline__ void bk_cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
+// All kernels of a chain call it first, so that the last one to start has none in front that runs.
+__device__ __forceinline__ void bk_wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void bk_discard_128(void* pointer) {
   asm volatile("discard.global.L2 [%0], 128;\n" ::"l"(__cvta_generic_to_global(pointer))
                : "memory");

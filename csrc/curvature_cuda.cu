@@ -141,6 +141,7 @@ struct Pieces {
 
 template <int kItems>
 __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ List<kItems> list) {
+  bk_wait_for_previous();
   BK_SHARED(float, tile, [kGramTile]);
   BK_SHARED(float, partial, [kThreads * kQuad * kQuad]);
   const Item& item = list.items[item_of(list, blockIdx.x, true)];
@@ -257,6 +258,7 @@ struct Warp {
 template <int kItems>
 __global__ void __launch_bounds__(kThreads, 3)
     eigen_kernel(const __grid_constant__ List<kItems> list, int shared_bytes) {
+  bk_wait_for_previous();
   BK_DYNAMIC_SHARED(double, shared);
   BK_SHARED(double, values, [kMaxSmall]);
   BK_SHARED(double, flags, [16]);  // one for each group
@@ -324,6 +326,7 @@ BK_HD int apply_floats(int k, int c) {
 template <int kItems>
 __global__ void __launch_bounds__(kThreads, 3)
     apply_kernel(const __grid_constant__ List<kItems> list) {
+  bk_wait_for_previous();
   BK_DYNAMIC_SHARED(float, shared);
   const Item& item = list.items[item_of(list, blockIdx.x, false)];
   const int k = item.k, c = item.k + item.b, rows = tile_rows_of(c), wide_k = weight_pitch(k);
@@ -408,8 +411,8 @@ const char* kron_accumulate_lists(const KronParams& p, void* stream) {
     if (sum_blocks > 0)
       BK_LAUNCH((dense_sum_kernel<kItems>), dim3(static_cast<unsigned>(sum_blocks)), kThreads, 0,
                 stream, list);
-    BK_LAUNCH((dense_add_kernel<kItems>), dim3(static_cast<unsigned>(add_blocks)), kThreads, 0,
-              stream, list);
+    BK_LAUNCH_BEHIND(sum_blocks > 0, (dense_add_kernel<kItems>),
+                     dim3(static_cast<unsigned>(add_blocks)), kThreads, 0, stream, list);
     const char* error = bk_last_error();
     if (error != nullptr) return error;
   }
@@ -457,10 +460,10 @@ const char* low_rank_update_lists(const LowRankParams& p, void* stream) {
       if (list.n_items == 0) continue;
       BK_LAUNCH((gram_kernel<kItems>), dim3(static_cast<unsigned>(gram_blocks)), kThreads, 0,
                 stream, list);
-      BK_LAUNCH((eigen_kernel<kItems>), dim3(static_cast<unsigned>(list.n_items)), kThreads,
-                eigen_bytes, stream, list, eigen_bytes);
-      BK_LAUNCH((apply_kernel<kItems>), dim3(static_cast<unsigned>(apply_blocks)), kThreads,
-                apply_bytes, stream, list);
+      BK_LAUNCH_BEHIND(true, (eigen_kernel<kItems>), dim3(static_cast<unsigned>(list.n_items)),
+                       kThreads, eigen_bytes, stream, list, eigen_bytes);
+      BK_LAUNCH_BEHIND(true, (apply_kernel<kItems>), dim3(static_cast<unsigned>(apply_blocks)),
+                       kThreads, apply_bytes, stream, list);
       const char* error = bk_last_error();
       if (error != nullptr) return error;
     }

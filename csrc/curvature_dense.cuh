@@ -127,6 +127,7 @@ __device__ __forceinline__ void load_tile(const DenseItem& item, int64_t row, co
 template <int kItems>
 __global__ void __launch_bounds__(kThreads, 3)
     dense_sum_kernel(const __grid_constant__ DenseList<kItems> list) {
+  bk_wait_for_previous();
   BK_SHARED(float, shared, [kDenseTile * kMaxDense]);
   BK_SHARED(float, roots, [kDenseTile]);
   static_assert(kThreads * kCells <= kDenseTile * kMaxDense, "sums of the groups");
@@ -203,6 +204,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 template <int kItems>
 __global__ void __launch_bounds__(kThreads)
     dense_add_kernel(const __grid_constant__ DenseList<kItems> list) {
+  bk_wait_for_previous();
   const DenseItem& item = list.items[item_of(list, blockIdx.x, true)];
   const int cells = pairs_of(item.d) * kCells;
   const int e = (blockIdx.x - item.add_block) * kThreads + threadIdx.x;

@@ -151,11 +151,14 @@ struct DownPlan {
     int* at = args.sum.tickets;
     if (tickets > 0) bk_zero(at, static_cast<std::size_t>(tickets) * sizeof(int), stream);
     if constexpr (kOuter) {
-      BK_LAUNCH((down_fma_kernel<false, true, kWarps, true>), grid, 32 * kWarps, 0, stream, args);
+      BK_LAUNCH((down_fma_kernel<false, true, kWarps, kDownFmaRanks, true>), grid, 32 * kWarps, 0,
+                stream, args);
     } else if (args.factor_e != nullptr) {
-      BK_LAUNCH((down_fma_kernel<true, false, kWarps, true>), grid, 32 * kWarps, 0, stream, args);
+      BK_LAUNCH((down_fma_kernel<true, false, kWarps, kDownFmaRanks, true>), grid, 32 * kWarps, 0,
+                stream, args);
     } else {
-      BK_LAUNCH((down_fma_kernel<false, false, kWarps, true>), grid, 32 * kWarps, 0, stream, args);
+      BK_LAUNCH((down_fma_kernel<false, false, kWarps, kDownFmaRanks, true>), grid, 32 * kWarps, 0,
+                stream, args);
     }
     return bk_last_error();
   }

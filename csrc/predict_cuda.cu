@@ -84,11 +84,13 @@ void launch_row_blocks(const Arguments& a, void* stream) {
 template <int signs>
 void launch_samples(const Arguments& a, void* stream) {
   const PredictParams& p = a.p;
-  BK_LAUNCH(normaliser_kernel<signs>, dim3(static_cast<unsigned>(p.rows * a.at.groups)),
-            kMaxWarps * kWarp, 0, stream, a);
+  BK_LAUNCH_BEHIND(true, normaliser_kernel<signs>,
+                   dim3(static_cast<unsigned>(p.rows * a.at.groups)), kMaxWarps * kWarp, 0, stream,
+                   a);
   const int64_t tiles = ceil_div(p.classes, kClassThreads);
-  BK_LAUNCH(average_kernel<signs>, dim3(static_cast<unsigned>(p.rows * a.at.ranges * tiles)),
-            kClassThreads, 0, stream, a);
+  BK_LAUNCH_BEHIND(true, average_kernel<signs>,
+                   dim3(static_cast<unsigned>(p.rows * a.at.ranges * tiles)), kClassThreads, 0,
+                   stream, a);
 }
 
 // `count` rows from row `first` on, as a call of their own: the same keys, hence the same bits.
@@ -139,7 +141,7 @@ const char* predict_rows(const PredictParams& p, void* stream) {
     launch_samples<2>(a, stream);
   else
     launch_samples<1>(a, stream);
-  BK_LAUNCH(finish_kernel, rows, kRowThreads, 0, stream, a);
+  BK_LAUNCH_BEHIND(true, finish_kernel, rows, kRowThreads, 0, stream, a);
   return bk_last_error();
 }
 

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2) held_kernel(Arguments a) 
 }
 
 __global__ void __launch_bounds__(kRowThreads) prepare_kernel(Arguments a) {
+  bk_wait_for_previous();
   const int64_t row = blockIdx.x, n = a.p.classes;
   const Row of = prepare_row(a.p, row, a.at.l + row * n, a.at.scale + row * n, nullptr);
   if (threadIdx.x == 0) a.at.row[row] = of;
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(Arguments a) {
 // One block for each group of draws of an example: the normalisers of its samples.
 template <int signs>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 3) normaliser_kernel(Arguments a) {
+  bk_wait_for_previous();
   constexpr int rows = kGroup * signs;
   const PredictParams& p = a.p;
   const int64_t n = p.classes, row = blockIdx.x / a.at.groups;
@@ -287,6 +289,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 3) normaliser_kernel(Argumen
 // One thread for each class of an example and range of draws: sums over samples.
 template <int signs>
 __global__ void __launch_bounds__(kClassThreads) average_kernel(Arguments a) {
+  bk_wait_for_previous();
   constexpr int rows = kGroup * signs;
   const PredictParams& p = a.p;
   const int64_t n = p.classes, tiles = ceil_div(n, kClassThreads);
@@ -322,6 +325,7 @@ __global__ void __launch_bounds__(kClassThreads) average_kernel(Arguments a) {
 }
 
 __global__ void __launch_bounds__(kRowThreads) finish_kernel(Arguments a) {
+  bk_wait_for_previous();
   finish_row(a, blockIdx.x, a.at.row[blockIdx.x]);
 }
 

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, B == 1   ? 4
                                             : B == 2 ? 2
                                                      : 1)
     gram_kernel(const __grid_constant__ List<kItems> list) {
+  bk_wait_for_previous();
   constexpr int kUnroll = B == 4 ? 4 : 8;
   const Item& item = list.items[blockIdx.x];
   if (blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0)
@@ -350,6 +351,7 @@ __device__ __forceinline__ void refine(const SolveArguments& s, const Item& item
 // One block for each matrix.
 // Four blocks on a multiprocessor up to rank 32: 448 matrices are one wave of an H200.
 __global__ void __launch_bounds__(kThreads, 4) solve_kernel(SolveArguments s) {
+  bk_wait_for_previous();
   BK_DYNAMIC_SHARED(double, shared);
   const Item item = s.items[blockIdx.x];
   const int r = item.r, ld = pitch_of(r), matrix = r * ld;
@@ -397,6 +399,7 @@ __global__ void __launch_bounds__(kThreads, 4) solve_kernel(SolveArguments s) {
 template <int W>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Item* items, TallOp op, const int32_t* info, int32_t shared_rank) {
+  bk_wait_for_previous();
   constexpr int V = W >= 16 ? 4 : 2, S = W / (4 * V);
   constexpr int kSteps = W / 4, kBlocks = W / 8;  // of the product: summed index, columns
   constexpr int kTiles = W <= 16 ? 4 : 2;         // of 8 rows, for each read of a coefficient
@@ -547,8 +550,8 @@ const char* launch_combine(const Item* items, dim3 grid, const TallParams& p, in
   const size_t bytes = static_cast<size_t>(parts) * W * W * sizeof(double);
   if (bytes > 48 * 1024) bk_set_max_dynamic_smem(combine_kernel<W>, bytes);
   const int32_t* info = p.info;
-  BK_LAUNCH((combine_kernel<W>), grid, kThreads, bytes, stream, items, p.op, info,
-            static_cast<int32_t>(shared_rank));
+  BK_LAUNCH_BEHIND(true, (combine_kernel<W>), grid, kThreads, bytes, stream, items, p.op, info,
+                   static_cast<int32_t>(shared_rank));
   return bk_last_error();
 }
 
@@ -600,7 +603,7 @@ const char* tall_cuda(const TallParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.n_items));
   const size_t bytes = static_cast<size_t>(solve);
   if (bytes > 48 * 1024) bk_set_max_dynamic_smem(solve_kernel, bytes);
-  BK_LAUNCH(solve_kernel, grid, kThreads, bytes, stream, arguments);
+  BK_LAUNCH_BEHIND(true, solve_kernel, grid, kThreads, bytes, stream, arguments);
   error = bk_last_error();
   if (error != nullptr || p.op == TallOp::kGram) return error;
   for (int c = 0; c < kClasses; ++c) {

@@ -159,16 +159,18 @@ void on_forget(const void* address, std::size_t n) {
   }
 }
 
-void launch_begins(const char*) { order.launch_begins(); }
+void launch_begins(const char*, bool) { order.launch_begins(); }
 void launch_ends() {}
 void on_global_read(const void* address, std::size_t n, unsigned) { order.load(address, n); }
 void on_discard(const void* address, unsigned thread) { order.store(address, 128, thread); }
 void fence(unsigned thread) { order.fence(thread); }
 void atomic(unsigned) { order.atomic(); }
 
-const AccessHooks hooks{launch_begins,  launch_ends, block_begins, block_barrier,
-                        warp_barrier,   on_read,     on_write,     on_forget,
-                        on_global_read, on_discard,  fence,        atomic};
+void wait_for_previous(unsigned) {}
+
+const AccessHooks hooks{launch_begins,     launch_ends, block_begins, block_barrier,  warp_barrier,
+                        on_read,           on_write,    on_forget,    on_global_read, on_discard,
+                        wait_for_previous, fence,       atomic};
 const bool installed = [] {
   access_hooks = &hooks;
   return true;

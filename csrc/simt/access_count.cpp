@@ -75,6 +75,8 @@ struct Counter {
   Range host_stack, library;
   std::unordered_map<std::uintptr_t, Sector> sectors;
   std::uint64_t block = 0;
+  bool behind = false;  // the launch must wait for the one in front before it touches memory
+  std::vector<bool> waited;
 } counter;
 
 BlockOrder order;
@@ -141,13 +143,14 @@ Range this_library() {
   return range;
 }
 
-void launch_begins(const char* kernel) {
+void launch_begins(const char* kernel, bool behind) {
   static const Range library = this_library();
   static thread_local const Range stack = stack_of_this_thread();
   counter.library = library;
   counter.host_stack = stack;
   counter.warps.clear();  // of a launch that ended in a fault
   counter.sectors.clear();
+  counter.behind = behind;
   order.launch_begins();
   const std::string name = kernel;
   counter.kernel = &counter.kernels[name.substr(0, name.find('<'))];
@@ -159,6 +162,7 @@ void block_begins() {
   close_block();
   order.block_begins();
   ++counter.block;
+  counter.waited.assign(blockDim.x * blockDim.y * blockDim.z, false);
   counter.warps.resize((blockDim.x * blockDim.y * blockDim.z + 31) / 32);
 }
 void ignore(const void*, std::size_t, unsigned) {}
@@ -173,11 +177,14 @@ void on_discard(const void* address, unsigned thread) {
     --counter.kernel->memory[1];
   }
 }
+void wait_for_previous(unsigned thread) { counter.waited[thread] = true; }
 void fence(unsigned thread) { order.fence(thread); }
 void atomic(unsigned) { order.atomic(); }
 
 void record(const void* address, std::size_t bytes, bool is_store, const void* site) {
   const unsigned thread = static_cast<unsigned>(running_thread), lane = thread % 32;
+  if (counter.behind && !counter.waited[thread])
+    stop_kernel("it touches global memory before bk_wait_for_previous");
   if (is_store)
     order.store(address, bytes, thread);
   else
@@ -207,9 +214,9 @@ void on_global_read(const void* address, std::size_t bytes, unsigned) {
   record(address, bytes, false, reinterpret_cast<const void*>(&on_global_read));
 }
 
-const AccessHooks hooks{launch_begins,  launch_ends, block_begins, close_block,
-                        close_warp,     ignore,      ignore,       forget,
-                        on_global_read, on_discard,  fence,        atomic};
+const AccessHooks hooks{
+    launch_begins, launch_ends,    block_begins, close_block,       close_warp, ignore, ignore,
+    forget,        on_global_read, on_discard,   wait_for_previous, fence,      atomic};
 const bool installed = [] {
   access_hooks = &hooks;
   return true;

@@ -41,7 +41,8 @@ extern __thread int running_thread;
 [[noreturn]] void stop_kernel(const std::string& text);
 
 struct AccessHooks {
-  void (*launch_begins)(const char* kernel);
+  // `behind`: it may begin before the launch in front of it has ended.
+  void (*launch_begins)(const char* kernel, bool behind);
   void (*launch_ends)();
   void (*block_begins)();
   void (*block_barrier)();
@@ -55,6 +56,8 @@ struct AccessHooks {
   void (*global_read)(const void* address, std::size_t bytes, unsigned thread);
   // `thread` says that nobody needs the 128 bytes any more.
   void (*discard)(const void* address, unsigned thread);
+  // `thread` waits for the launch in front.
+  void (*wait_for_previous)(unsigned thread);
   // A __threadfence; an atomic operation.
   void (*fence)(unsigned thread);
   void (*atomic)(unsigned thread);

@@ -192,6 +192,7 @@ struct Machine {
   std::size_t dynamic_bytes = 0;
   std::size_t static_bytes = 0;
   bool opted_in = false;
+  bool behind = false;  // of the next launch
 
   // The block.
   std::vector<Thread> threads;
@@ -836,6 +837,16 @@ void copy_async_wait(int groups_in_flight) {
                         queue.in_flight.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
+// ---- launches behind others
+
+void next_launch_is_behind(bool behind) { machine.behind = behind; }
+
+void wait_for_previous() {
+  require_kernel("bk_wait_for_previous");
+  if (access_hooks != nullptr)
+    access_hooks->wait_for_previous(static_cast<unsigned>(running_thread));
+}
+
 // ---- discarded lines
 
 void discard_128(void* address, const char* file, int line) {
@@ -1041,7 +1052,8 @@ void run_grid(const char* kernel_name, const void* kernel, dim3 grid, dim3 block
   blockDim = block;
   gridDim = grid;
   reset_arena();
-  if (access_hooks != nullptr) access_hooks->launch_begins(plain_kernel_name().c_str());
+  const bool behind = std::exchange(machine.behind, false);
+  if (access_hooks != nullptr) access_hooks->launch_begins(plain_kernel_name().c_str(), behind);
 
   const std::uint64_t n_blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   Random random(settings().seed);

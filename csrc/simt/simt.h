@@ -141,6 +141,11 @@ void copy_async_16(void* destination, const void* source, int bytes_valid, const
 void copy_async_commit();
 void copy_async_wait(int groups_in_flight);
 
+// Whether the next launch may begin before the one in front of it has ended; its threads then wait
+// before they touch global memory. Blocks run after one another here all the same.
+void next_launch_is_behind(bool behind);
+void wait_for_previous();
+
 // 128 bytes of global memory that nobody reads any more: they become garbage.
 void discard_128(void* address, const char* file, int line);
 

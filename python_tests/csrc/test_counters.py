@@ -285,7 +285,7 @@ def test_bytes_of_caches_and_memory(moved: dict[str, dict[str, Any]]) -> None:
     assert len(cases) >= 20
     for name, row in cases.items():
         design = sum(row["expected_l2"].values())
-        ragged = 0.55 if "r20 float32" in name else 0.15
+        ragged = 0.65 if "r20 float32" in name else 0.15
         assert 0.95 * design <= row["l2"] <= (1 + ragged) * design, name
         assert row["least"] <= row["memory"] <= 1.02 * row["expected_memory"], name
 
@@ -294,7 +294,7 @@ def test_bytes_of_caches_and_memory(moved: dict[str, dict[str, Any]]) -> None:
 def test_bytes_at_the_size_of_a_model(rank: int) -> None:
     """4,096 tokens of 4,096 features: memory moves at most 1.15 of what must move in each op. What the
     second-level cache is asked for is bounded from below by the blocks that fill a GPU (docs/kernels.md);
-    it stays within 1.3 of that bound."""
+    it stays within 1.4 of that bound."""
     edge = 4096 / 128**0.5  # tokens, and columns, of a block, of 128 that share the work
     least = {
         "adapter_shrink": 2 * 8**0.5 * rank / edge,
@@ -304,7 +304,7 @@ def test_bytes_at_the_size_of_a_model(rank: int) -> None:
     }
     for op, (_, l2, memory) in traffic.over_least(4096, 4096, rank).items():
         assert memory <= 1.15, op
-        assert l2 <= 1.3 * (1 + least[op]), op
+        assert l2 <= 1.4 * (1 + least[op]), op
 
 
 def test_every_case_of_bytes_is_tested(moved: dict[str, dict[str, Any]]) -> None:

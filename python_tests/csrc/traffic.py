@@ -150,8 +150,8 @@ def noise_cases() -> dict[str, Case]:
 
 # --- adapter ---------------------------------------------------------------------------------------
 #
-# x (T, n) or y (T, m) are read or written once whatever the rank up to 8 (fp32 shrink and
-# expand_backward; each eight ranks read x again) or 32. Beside that: factors once for each block of
+# x (T, n) or y (T, m) are read or written once whatever the rank up to 16 (fp32 shrink and
+# expand_backward; each sixteen ranks read x again) or 32. Beside that: factors once for each block of
 # tokens, h once for each warp or block of columns, partial sums of split reductions. Tickets are a few
 # bytes.
 
@@ -199,14 +199,29 @@ class Layer:
         return self.padded * 128 * ceil_div(self.n, 128) * 2
 
     @property
+    def run(self) -> int:
+        """Ranks for which fp32 shrink and expand_backward read x once."""
+        return 8 if self.r <= 8 else 16
+
+    @property
     def padded(self) -> int:
         """The rank of the kernels: 8, 16, 32 or 64."""
         return next(r for r in (8, 16, 32, 64) if self.r <= r)
 
 
+def root_of(parts: int) -> int:
+    return next(g for g in range(3, parts + 3) if g * g >= parts)
+
+
+def first_step(parts: int) -> int:
+    """Sums of the first of two steps, which add more than eight parts, in groups of about their root."""
+    group = root_of(parts)
+    return 0 if parts <= 8 else ceil_div(parts, group) - (parts % group == 1)
+
+
 def partial_sums(splits: int, padded: int, result: int) -> int:
-    """Partial sums written and read; the result is written once."""
-    return (2 * splits * padded if splits > 1 else 0) + result
+    """Partial sums written and read, in two steps where there are many; the result is written once."""
+    return (2 * (splits + first_step(splits)) * padded if splits > 1 else 0) + result
 
 
 def tokens_of_block(tokens: int, column_blocks: int) -> int:
@@ -226,8 +241,10 @@ def down_shape(at: Layer) -> tuple[int, int]:
         blocks, quantum = ceil_div(at.tokens, 32 * warps), 8 // warps
         wanted = max(1, GRID // 2 // blocks)
         splits = ceil_div(tiles, quantum * ceil_div(ceil_div(tiles, wanted), quantum))
-        sums = partial_sums(splits, at.tokens * at.padded * F32, 0)
-        return blocks * 2 * at.fragments + sums, blocks, splits
+        group = root_of(splits)
+        serial = 0 if splits == 1 else splits if splits <= 8 else group + ceil_div(splits, group)
+        sums = 2 * splits * at.tokens if splits > 1 else 0
+        return blocks * tiles * 128 + sums + 128 * serial * 32 * warps, blocks, splits
 
     return min((shape(warps) for warps in (1, 2, 4, 8)), key=lambda found: found[0])[1:]
 
@@ -235,14 +252,18 @@ def down_shape(at: Layer) -> tuple[int, int]:
 def shrink(at: Layer, *, l2: bool = False) -> dict[str, int]:
     """h (T, r) = x F^T."""
     if at.wide:
-        groups = ceil_div(at.r, 8)
-        tokens = ceil_div(at.tokens * groups, GRID // 2)
+        groups = ceil_div(at.r, at.run)
+        passes = ceil_div(at.n, 128 * (8 if at.noise and at.run == 16 else 16))
+        splits = min(passes, max(1, GRID // 2 // groups)) if at.drawn else 1
+        tokens = ceil_div(at.tokens * groups * splits, GRID // 2)
         quantum = 8 if tokens < 32 else 32
-        tokens = min(32, quantum * ceil_div(tokens, quantum))
+        tokens = quantum * ceil_div(tokens, quantum)
+        if splits < passes:
+            tokens = min(32, tokens)
         return {
-            "x, for each eight ranks": groups * at.rows,
+            "x, for each sixteen ranks": groups * at.rows,
             "factors, for each block of tokens": ceil_div(at.tokens, tokens) * at.factors,
-            "h, once": at.h,
+            "h, once": partial_sums(splits, at.tokens * at.run * groups * F32, at.h),
         }
     blocks, splits = down_shape(at)
     again = blocks if l2 else ceil_div(at.tokens, 32)
@@ -273,10 +294,10 @@ def tile(
         width = 512 if walks_ranks else 128 * max(1, min(4, most // at.padded))
     else:
         width = 256
-    blocks, groups = ceil_div(at.n, width), ceil_div(at.r, 8) if walks_ranks else 1
+    blocks, groups = ceil_div(at.n, width), ceil_div(at.r, at.run) if walks_ranks else 1
     tokens = tokens_of_block(at.tokens, blocks * groups)
     splits = ceil_div(at.tokens, tokens)
-    part = 8 * groups if walks_ranks else at.padded
+    part = at.run * groups if walks_ranks else at.padded
     passes = groups if walks_ranks else 1
     terms = {
         "x, dx, base, y or dy, once": passes * (1 + (base or (up and outer))) * at.rows,
@@ -295,8 +316,9 @@ def tile(
         # Written and read even where there is one split.
         columns = blocks * width if at.wide else 64 * ceil_div(at.n, 64)
         written = at.matrices * splits * columns * part * F32
-        read = at.matrices * splits * 4 * ceil_div(at.n, 4) * 4 * ceil_div(at.r, 4) * F32
-        terms["gradients, in partial sums"] = written + read + at.factors
+        read = at.matrices * 4 * ceil_div(at.n, 4) * 4 * ceil_div(at.r, 4) * F32
+        again = (splits + 2 * first_step(splits)) * read
+        terms["gradients, in partial sums"] = written + again + at.factors
     return terms
 
 

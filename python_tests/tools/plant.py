@@ -85,8 +85,8 @@ FAULTS = {
     ),
     "a lost split": seen_by_ops(
         "adapter_sums.cuh",
-        "if (first + i < splits) add_to(sum, v[i]);",
-        "if (first + i + 1 < splits) add_to(sum, v[i]);",
+        "if (first + i < step.count) add_to(sum, v[i]);",
+        "if (first + i + 1 < step.count) add_to(sum, v[i]);",
     ),
     "the scale of dh in fp16": seen_by_ops(
         "adapter_mma.cuh", "p.gradients.scale / low_scale", "p.gradients.scale"
@@ -102,6 +102,44 @@ FAULTS = {
     ),
     "rho of a neighbour": seen_by_ops(
         "adapter_sums.cuh", "__ldg(p.rho + index + c)", "__ldg(p.rho + index)"
+    ),
+    "the last group of parts": seen_by_ops(
+        "adapter_sums.cuh",
+        "const int count = parts - first < group ? parts - first : group;",
+        "const int count = group;",
+    ),
+    "parts of the first step": seen_by_ops(
+        "adapter_sums.cuh", "if (count > 1) add(Step{first, count, 1, false});", ""
+    ),
+    "a result discarded": seen_by_ops(
+        "adapter_sums.cuh",
+        "for (int i = step.last ? 0 : 1; i < step.count; ++i)",
+        "for (int i = 0; i < step.count; ++i)",
+    ),
+    "lines of a neighbour discarded": seen_by_ops(
+        "adapter_sums.cuh", ") / kLine * kLine;\n  for", " + kLine - 1) / kLine * kLine;\n  for"
+    ),
+    "the fourth of a ragged row": seen_by_ops(
+        "adapter_sums.cuh", "if (count >= 4 &&", "if (count >= 3 &&"
+    ),
+    "lanes of sixteen ranks": seen_by_ops(
+        "adapter_fma.cuh", "lane & kShare * half", "lane & 4 * half"
+    ),
+    "runs of ranks": seen_by_ops(
+        "adapter_fma.cuh",
+        "const int rank0 = static_cast<int>(blockIdx.z) * kRanks;",
+        "const int rank0 = static_cast<int>(blockIdx.z) * 8;",
+    ),
+    "partial sums that go to memory": seen_by_counts(
+        "adapter_sums.cuh", "bk_discard_128(reinterpret_cast<void*>(at));", "static_cast<void>(at);"
+    ),
+    "a kernel that does not wait": seen_by_counts(
+        "adapter_mma.cuh",
+        "  bk_wait_for_previous();\n  // The token whose signs this lane draws.",
+        "  // The token whose signs this lane draws.",
+    ),
+    "few tokens in a block": seen_by_counts(
+        "adapter_cuda.cu", "warps <= kDownWarps; warps *= 2", "warps <= 1; warps *= 2"
     ),
     "passes not added": seen_by_ops(
         "adapter_fma.cuh", "to = pass == first_pass ? sum[0] : to + sum[0];", "to = sum[0];"
