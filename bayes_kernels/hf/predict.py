@@ -72,8 +72,8 @@ def predict(
         memory_budget: bytes that the activations of one pass may take; None for half of the free
             memory of the GPU, or 1 GiB on the CPU. It is estimated for a transformer without
             gradients, from the sizes in its configuration. A batch of which not even one draw fits is
-            split, for the same numbers up to rounding; with MC dropout, whose masks go by the place in
-            the batch, and with inputs that cannot be cut by example it stays whole.
+            split, for the same numbers up to rounding; with MC dropout and the scope "token", whose draws
+            go by the place in the batch, and with inputs that cannot be cut by example it stays whole.
         return_samples: also return the distribution of each draw.
         draws: how draws of weights hang together: "antithetic", "independent" or "shared"; `kind` of
             `posterior`. For BLoB, TFB and ScalaBL; the others keep their own rule.
