@@ -142,7 +142,10 @@ _ENTERED: ContextVar[tuple[_Entered, ...]] = ContextVar("bayes_kernels", default
 class _Traced(threading.local):
     """The innermost `Pass` of this thread, where compiled code finds it: it reads no ContextVar."""
 
-    current: Pass | None = None
+    def __init__(
+        self,
+    ) -> None:  # once in each thread; torch 2.11 does not see past a default of the class
+        self.current: Pass | None = None
 
 
 class NoiseState:

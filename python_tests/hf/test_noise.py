@@ -233,6 +233,7 @@ def test_a_checkpointed_draw_is_computed_again_as_it_was(where: str) -> None:
 def test_new_draws_do_not_compile_again(make: Any, how: str) -> None:
     """Ids, seeds, chunks and threads are data of the compiled code."""
     import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounter
 
     model = make("llama").eval()
     model.config.use_cache = False
@@ -247,7 +248,7 @@ def test_new_draws_do_not_compile_again(make: Any, how: str) -> None:
     for options in passes():
         with posterior(model, **options):
             eager.append(logits(model))
-    counter = dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     dynamo.reset()
     if how == "whole":
         compiled = torch.compile(model, fullgraph=True, backend=counter)
