@@ -66,6 +66,17 @@ Debug = Annotated[bool, _DEBUG]
 Threads = Annotated[
     int | None, whole("CPU threads; by default what torch chooses.", least=1, most=MOST_THREADS)
 ]
+Cores = Annotated[
+    int | None,
+    whole(
+        "Cores to use, all by default: runs go side by side on them.",
+        least=1,
+        most=MOST_THREADS,
+    ),
+]
+ResumeRuns = Annotated[
+    bool, typer.Option("--resume", help="Keep the results in the folder, run what is missing.")
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of an earlier run in the folder.")

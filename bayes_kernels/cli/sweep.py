@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import (
-    MOST_THREADS,
     Base,
     Compat,
+    Cores,
     Data,
     Debug,
     Device,
@@ -27,6 +27,7 @@ from .options import (
     Preset,
     Quantization,
     Results,
+    ResumeRuns,
     Seeds,
     Settings,
     Split,
@@ -38,7 +39,6 @@ from .options import (
     all_cores,
     source_options,
     start,
-    whole,
 )
 from .output import command_line, describe_task, inputs_of, note, status, writing
 
@@ -81,18 +81,9 @@ def sweep(
     preset: Preset = "default",
     settings: Settings = None,
     out: Results = Path("runs/sweep"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the results in the folder, run what is missing.")
-    ] = False,
+    resume: ResumeRuns = False,
     overwrite: Overwrite = False,
-    threads: Annotated[
-        int | None,
-        whole(
-            "Cores to use, all by default: runs go side by side on them.",
-            least=1,
-            most=MOST_THREADS,
-        ),
-    ] = None,
+    threads: Cores = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:

@@ -15,6 +15,7 @@ from .options import (
     Alpha,
     Base,
     Compat,
+    Cores,
     Data,
     Debug,
     Device,
@@ -32,6 +33,7 @@ from .options import (
     Quantization,
     Rank,
     Results,
+    ResumeRuns,
     Samples,
     Seeds,
     Settings,
@@ -90,14 +92,7 @@ def demo(
         str, typer.Option(help="Bayesian method to compare with plain LoRA, see train.")
     ] = "blob",
     data: Data = "stdlib-docs",
-    threads: Annotated[
-        int | None,
-        whole(
-            "Cores to use, all by default: runs go side by side on them.",
-            least=1,
-            most=MOST_THREADS,
-        ),
-    ] = None,
+    threads: Cores = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -367,9 +362,7 @@ def compare(
     draw_scope: DrawScope = None,
     settings: Settings = None,
     out: Results = Path("runs/compare"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the results in the folder, run what is missing.")
-    ] = False,
+    resume: ResumeRuns = False,
     overwrite: Overwrite = False,
     threads: Annotated[
         int | None,
