@@ -60,6 +60,7 @@ struct ShrinkParams {
   int64_t tokens, n;
   int r;
   AdapterDraw draw = {};  // in place of e
+  int64_t of_tokens = 0;  // CPU: rows of the call that this is a part of
 };
 
 // dx = (dh a + ((dh . R_out) e) . R_in) . dropout', da = dh^T x', de = (dh . R_out)^T (x' . R_in);

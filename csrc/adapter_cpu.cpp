@@ -106,7 +106,7 @@ struct SquaredDraw {
   }
 };
 
-template <class A, bool flipped, int tokens, int rows, class Panel>
+template <class A, bool flipped, bool fetches, int tokens, int rows, class Panel>
 BK_HD void project_block(Rows<const A> x, SignTile signs, Panel panel, Ahead ahead, int64_t vectors,
                          Vec<A>* acc, int64_t acc_pitch) {
   Vec<A> sum[tokens][rows];
@@ -119,10 +119,8 @@ BK_HD void project_block(Rows<const A> x, SignTile signs, Panel panel, Ahead ahe
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
       xv[t] = load(x.at(t, v * kLanes<A>));
-      if (flipped) {
-        xv[t] = flip(xv[t], signs.at(t), v);
-        ahead.fetch(t, v);
-      }
+      if (flipped) xv[t] = flip(xv[t], signs.at(t), v);
+      if (fetches) ahead.fetch(t, v);
     }
 #pragma GCC unroll 8
     for (int k = 0; k < rows; ++k) {
@@ -138,15 +136,22 @@ BK_HD void project_block(Rows<const A> x, SignTile signs, Panel panel, Ahead ahe
 }
 
 // acc[t * acc_pitch + k] += x[t, :] . panel[k, :], lane by lane; the panel is Rows or a
-// SquaredDraw.
-template <class A, bool flipped, class Panel>
+// SquaredDraw. The first rows of the panel ask for what comes next, where `fetches`.
+template <class A, bool flipped, bool fetches = flipped, class Panel>
 void project(Rows<const A> x, SignTile signs, Panel panel, Ahead ahead, int64_t tokens, int r,
              int64_t vectors, Vec<A>* acc, int64_t acc_pitch) {
   in_pieces<kRegisterRows>(r, [&](auto rows, int64_t k) {
     in_pieces<kProjectTokens>(tokens, [&](auto count, int64_t t) {
-      project_block<A, flipped, decltype(count)::value, decltype(rows)::value>(
-          {x.at(t), x.pitch}, {signs.at(t), signs.pitch}, panel.from(k), ahead.from(t, 0), vectors,
-          acc + t * acc_pitch + k, acc_pitch);
+      const auto block = [&](auto fetch) {
+        project_block<A, flipped, decltype(fetch)::value, decltype(count)::value,
+                      decltype(rows)::value>({x.at(t), x.pitch}, {signs.at(t), signs.pitch},
+                                             panel.from(k), ahead.from(t, 0), vectors,
+                                             acc + t * acc_pitch + k, acc_pitch);
+      };
+      if (fetches && k == 0)
+        block(std::bool_constant<fetches>{});
+      else
+        block(std::false_type{});
     });
   });
 }
@@ -682,6 +687,10 @@ struct Shrink {
     }
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride + column;
     const Rows<const A> read = read_tile<T>(x, p.x_stride, tokens, width, keep, true, copy);
+    if (!noisy && streams()) {
+      project<A, false, true>(read, {}, a, ahead, tokens, p.r, vectors, acc, rows);
+      return;
+    }
     project<A, false>(read, {}, a, {}, tokens, p.r, vectors, acc, rows);
     if (!noisy) return;
     InSigns<A> signs;
@@ -694,6 +703,13 @@ struct Shrink {
         return;
       }
     project<A, true>(read, signs.signs(), e, ahead, tokens, p.r, vectors, acc + p.r, rows);
+  }
+
+  // Whether x is more than the nearer caches hold: then one product alone would wait for memory.
+  bool streams() const {
+    constexpr int64_t kStreams = 4 << 20;  // bytes
+    const int64_t rows_of_call = p.of_tokens > p.tokens ? p.of_tokens : p.tokens;
+    return rows_of_call * p.n * static_cast<int64_t>(sizeof(T)) >= kStreams;
   }
 
   // Whether E is made where it is used; the bits are those of the tile.

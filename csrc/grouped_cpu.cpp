@@ -105,6 +105,7 @@ const char* run(const Grouped<ShrinkParams>& all, const Slice& s, Arena& arena) 
   if (s.count == 0) return nullptr;
   ShrinkParams p = all;
   p.tokens = s.count;
+  p.of_tokens = all.tokens;
   p.a = advance(all.a, factor);
   p.e = advance(all.e, factor);
   p.x = gathered(s, all.x, all.x_stride * item, all.n * item, arena);

@@ -100,6 +100,11 @@ BARS = (
         1.0, mode="forward", cases=r"T1 n4096 .*",
     ),
     Bar(
+        "draws-shared", "ten draws with an eps of their own, 64 rows each, n = 4096",
+        "one eps and signs of each draw", "grouped", "sampled", "independent", "shared", 1.15, 1.15,
+        cases=r"S10 x 64 n4096 .*",
+    ),
+    Bar(
         "polar-svd", "polar retraction of 16 to 448 matrices (4096, 16)", "`torch.linalg.svd`",
         "tall", "retract", "polar", "svd", 1 / 6, 1 / 50, cases=_RETRACT,
     ),

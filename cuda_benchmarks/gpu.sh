@@ -120,7 +120,7 @@ tests_of() {
 graphs() { tests_of graphs 8 python_tests/functional/test_cuda_graphs.py; }
 
 tests() {
-  local files=(adapter adapter_gradients few_tokens tiles derivatives curvature divergence predict registration tall)
+  local files=(adapter adapter_gradients grouped few_tokens tiles derivatives curvature divergence predict registration tall)
   [[ $DRY == 1 ]] && files=()
   files=(test_random "${files[@]/#/functional/test_}")
   has transformers peft && [[ $DRY != 1 ]] && files+=(hf/test_cuda)
@@ -130,7 +130,7 @@ tests() {
 }
 
 rows() {
-  local options=(--device cuda --quick --seconds 0.3 --save) families=(adapter tall predict curvature vbll)
+  local options=(--device cuda --quick --seconds 0.3 --save) families=(adapter grouped tall predict curvature vbll)
   [[ $DRY == 1 ]] && options=(--device cpu --quick --seconds 0.01) families=(curvature)
   run rows "$PYTHON" cuda_benchmarks "${families[@]}" "${options[@]}"
 }

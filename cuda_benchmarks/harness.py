@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("adapter", "predict", "tall", "curvature", "vbll", "end_to_end")
+FAMILIES = ("adapter", "grouped", "predict", "tall", "curvature", "vbll", "end_to_end")
 
 Step = Callable[[], object]
 T = TypeVar("T")

@@ -71,6 +71,10 @@ FAMILY_TEXT = {
     "PyTorch for BLoB without and with `torch.compile`; `lora` and `bayes_kernels` are ours, without and "
     "with noise. `forward` is one token, what generation under one draw of the weights pays; in "
     "`forward, new draw` the noise is drawn for each token.",
+    "grouped": "One adapted layer under ten draws of its weights, rows of one draw after the other: "
+    "`shared` is one eps with signs of each draw, `independent` an eps of its own for each, `antithetic` "
+    "one for each pair; `eager` is plain PyTorch with a batched product. Noise is drawn within the "
+    "measured time.",
     "predict": "`mc_predict` against softmax over a materialised (samples, B, C) tensor, the same 10 samples "
     "at a time, and (full covariance) the published Laplace-LoRA code's expansion. Noise is drawn within "
     "the measured time, entropies are part of the result.",

@@ -158,6 +158,39 @@ def test_launches_of_adapters_that_share_x(
         assert [launches(step(count)) for count in (1, 3, 8, 9)] == [1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("tokens", [6, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches_of_grouped_adapters(
+    dtype: torch.dtype, tokens: int, launches: Callable[[Callable[[], Any]], int]
+) -> None:
+    """Two products forward and two backward, whatever the number of groups. Before them the sort of rows
+    that are not counted, draws or noise, and, with one b for all groups, the tickets of its gradient."""
+    i, key = adapter(dtype, tokens, 8), random.key(1)
+    x, base, shared = i["x"], i["base"], i["b"]
+    a, rho = (i[k].detach().repeat(3, 1, 1).requires_grad_() for k in ("a", "rho"))
+    b = shared.detach().repeat(3, 1, 1).requires_grad_()
+    counted: dict[str, Any] = {"rows_per_group": tokens // 3}
+    given: dict[str, Any] = {"groups": torch.arange(tokens) % 3}
+    draws = torch.tensor([0, 1, 5])
+    F = functional
+    for run, forward, backward in (
+        (lambda: F.grouped_lora(x, a, b, base, **counted), 2, 2),
+        (lambda: F.grouped_lora(x, a, shared, base, **counted), 2, 3),
+        (lambda: F.grouped_lora(x, a, b, base, **given), 3, 2),
+        (lambda: F.grouped_flipout_lora(x, a, rho, b, base, key=key, **given), 4, 4),
+        (
+            lambda: F.sampled_lora(
+                x, i["a"], i["rho"], shared, base, key=key, draws=draws, **counted
+            ),
+            3,
+            5,
+        ),
+    ):
+        assert launches(run) == forward
+        y = run()
+        assert launches(lambda y=y: y.backward(torch.ones_like(y))) == backward
+
+
 def test_launches_do_not_grow_with_the_list(
     launches: Callable[[Callable[[], Any]], int],
 ) -> None:
