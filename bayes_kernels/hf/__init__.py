@@ -51,6 +51,7 @@ from .tasks.answers import Answer, Answers  # noqa: E402
 from .tasks.load import SavedAdapter, load  # noqa: E402
 from .tasks.writer import SavedWriter, load_writer  # noqa: E402
 from .texts import Generation, ScoredText, Token  # noqa: E402
+from .tokens import TokenPrediction, predict_tokens, score_answers  # noqa: E402
 from .trainer import BayesTrainer, BayesTrainerMixin  # noqa: E402
 from .variants import VariationalLoss  # noqa: E402
 
@@ -81,6 +82,7 @@ __all__ = [
     "TfbConfig",
     "TfbReport",
     "Token",
+    "TokenPrediction",
     "VariationalLoss",
     "bayesianize",
     "calibrate_head",
@@ -110,9 +112,11 @@ __all__ = [
     "posterior",
     "predict",
     "predict_dataset",
+    "predict_tokens",
     "refresh_noise",
     "rescale_",
     "save_laplace",
+    "score_answers",
     "score_texts",
     "stiefel_error",
     "variational_loss",

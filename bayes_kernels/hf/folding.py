@@ -40,6 +40,7 @@ def plan(
     *,
     samples_per_pass: int | None = None,
     memory_budget: int | None = None,
+    split: bool = False,
 ) -> Plan:
     """The passes that S draws of a batch are made in.
 
@@ -51,12 +52,14 @@ def plan(
         model: the model.
         inputs: its inputs, on its device.
         n_samples: S, at least 1.
-        samples_per_pass: draws of a pass, chosen by the caller; then only a budget that is given counts.
+        samples_per_pass: draws of a pass, chosen by the caller; then only a budget that is given counts,
+            unless `split`.
         memory_budget: bytes of the activations of a pass; None for half of the free memory of the GPU, or
             1 GiB on the CPU.
+        split: whether the batch may be split for the sake of draws that the caller has chosen.
     """
     examples = batch_size(inputs)
-    if samples_per_pass is not None and memory_budget is None:
+    if samples_per_pass is not None and memory_budget is None and not split:
         return Plan(examples, samples_per_pass)
     device = next(model.parameters()).device
     budget = _budget(device) if memory_budget is None else memory_budget

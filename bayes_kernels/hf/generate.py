@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,12 +13,11 @@ from transformers.generation import BaseStreamer
 
 from ..batches import eval_mode, fold_samples
 from ..progress import progress_bar
-from .decoding import Lockstep, Step, means
+from .decoding import Lockstep, Step
 from .draws import WeightDraws
-from .layers import without_effect
-from .noise import KINDS
-from .predict import predictor_of
+from .predict import text_draws
 from .texts import SCORES, Generation, Pieces, ScoredText, Token, pieces_of
+from .tokens import common_beginning, labelled
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -39,9 +37,6 @@ _OWN = {
     "return_dict_in_generate",
     "tokenizer",
 }
-
-# Of a given text, so that the draws' distributions in fp64 take little memory beside their logits.
-_TOKENS_AT_ONCE = 16
 
 
 @torch.no_grad()
@@ -279,7 +274,7 @@ def score_texts(
             whole = tokenizer(text if prompt is None else prompt + text)["input_ids"]
             start = 1
             if prompt is not None:
-                start = max(1, _common(whole, tokenizer(prompt)["input_ids"]))
+                start = max(1, common_beginning(whole, tokenizer(prompt)["input_ids"]))
             if start >= len(whole):
                 raise ValueError(
                     f"score_texts: a text must have a token that another comes before, got {text!r}; "
@@ -290,16 +285,22 @@ def score_texts(
             with drawing.throughout(n_samples, seed, 1, draws) as more:
                 folded = fold_samples(batch, max(copies, 1))
                 logits = drawing.generator(**folded, **more, use_cache=False).logits
-            steps = []
-            for place in range(start, len(whole), _TOKENS_AT_ONCE):
-                chosen = ids[0, place : place + _TOKENS_AT_ONCE]
-                found_here = means(
-                    logits[:, place - 1 : place - 1 + len(chosen)],
-                    drawing.dependent(draws, "example"),
-                )
-                numbers = found_here.at(torch.arange(len(chosen), device=chosen.device), chosen)
-                for token, values in zip(chosen.tolist(), numbers, strict=True):
-                    steps.append(Step(None, token, *values))
+            scored = labelled(
+                logits[:, None, start - 1 : -1],
+                ids[:, start:],
+                drawing.dependent(draws, "example"),
+                copies,
+            )
+            bias = scored.entropy_bias
+            columns = [
+                scored.log_probs,
+                scored.entropy,
+                scored.expected_entropy,
+                torch.full_like(scored.log_probs, math.nan) if bias is None else bias,
+            ]
+            numbers = torch.stack(columns, -1).tolist()
+            pairs_of = zip(whole[start:], numbers, strict=True)
+            steps = [Step(None, token, *values) for token, values in pairs_of]
             found.append(_scored(tokenizer, whole[:start], steps, copies))
     return found
 
@@ -308,32 +309,8 @@ def score_texts(
 
 
 def _draws_of(op: str, model: nn.Module, n_samples: int, draws: str) -> WeightDraws:
-    """How the weights of a text are drawn."""
-    if draws not in KINDS:
-        raise ValueError(f"{op}: draws must be one of {KINDS}, got {draws!r}; choose one")
-    predictor = predictor_of(model).texts
-    if predictor is None:
-        if n_samples:
-            raise ValueError(
-                f"{op}: n_samples must be 0 for a posterior whose draws are class logits, not weights, "
-                f"got {n_samples}; pass n_samples=0"
-            )
-        predictor = WeightDraws(model)
-    if n_samples and not predictor.draws:
-        raise ValueError(
-            f"{op}: n_samples must be 0 for adapters without a posterior, got {n_samples}; pass "
-            "n_samples=0, or make the adapter Bayesian with bayesianize"
-        )
-    if n_samples and (why := without_effect(model)) is not None:
-        raise ValueError(
-            f"{op}: draws need adapters that take part in the pass, got adapters that are {why}, or "
-            "pass n_samples=0"
-        )
-    if n_samples > 1 and predictor.one_per_pass:
-        raise ValueError(
-            f"{op}: n_samples must be 0 or 1 where draws cannot share a pass (routed experts, ensemble "
-            f"members with a base each), got {n_samples}"
-        )
+    """`text_draws` of a model that generates."""
+    predictor = text_draws(op, model, n_samples, draws)
     if not hasattr(predictor.generator, "generate"):
         raise ValueError(
             f"{op}: model must be one that generates text, got {type(model).__name__}; load it with "
@@ -438,12 +415,6 @@ def _check_lengths(model: Any, encoded: Sequence[_Encoded], max_new_tokens: int)
 def _need_whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _common(ids: Sequence[int], beginning: Sequence[int]) -> int:
-    """How many tokens two texts share at their beginnings."""
-    pairs = zip(ids, beginning, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 # --- Results -------------------------------------------------------------------------------------

@@ -401,6 +401,26 @@ def gaussian_prediction(
 # --- Logits of a pass ----------------------------------------------------------------------------
 
 
+def token_choices(op: str, choices: Sequence[int]) -> list[int]:
+    """Ids of answer tokens.
+
+    Raises:
+        ValueError: they are no integers, fewer than two, or not all different.
+    """
+    try:
+        found = [operator.index(c) for c in choices]
+    except TypeError:
+        raise ValueError(
+            f"{op}: choices must be token ids, got {choices!r}; for an answer pass the id that "
+            "the tokenizer gives it"
+        ) from None
+    if len(found) < 2 or len(set(found)) < len(found):
+        raise ValueError(
+            f"{op}: choices must be at least two token ids, all different, got {found}"
+        )
+    return found
+
+
 class LogitRows:
     """Takes the (B, C) class logits from the outputs of a model."""
 
@@ -412,17 +432,7 @@ class LogitRows:
         self.options: dict[str, Any] = {}
         if choices is None:
             return
-        try:
-            self.choices = [operator.index(c) for c in choices]
-        except TypeError:
-            raise ValueError(
-                f"predict: choices must be token ids, got {choices!r}; for an answer pass the id that "
-                "the tokenizer gives it"
-            ) from None
-        if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
-            raise ValueError(
-                f"predict: choices must be at least two token ids, all different, got {self.choices}"
-            )
+        self.choices = token_choices("predict", choices)
         base: Any = getattr(model, "get_base_model", lambda: model)()
         prefix = ""
         if getattr(getattr(base, "config", None), "is_encoder_decoder", False):

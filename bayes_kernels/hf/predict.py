@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from ..batches import as_batches
 from ..progress import progress_bar
-from .draws import Predictor
-from .layers import bayes_variants
+from .draws import Predictor, WeightDraws
+from .layers import bayes_variants, without_effect
 from .logits import AnyPrediction
 from .method import METHODS
 from .noise import DRAW_SCOPES, KINDS
@@ -139,6 +139,40 @@ def predictor_of(model: nn.Module) -> Predictor:
         f"predict: the model must have a Bayesian adapter or plain LoRA, got {type(model).__name__} "
         "without; make one with get_peft_model(model, BlobConfig(...))"
     )
+
+
+def text_draws(op: str, model: nn.Module, n_samples: int, draws: str) -> WeightDraws:
+    """How the weights of whole texts are drawn.
+
+    Raises:
+        ValueError: they have no such draws; the message begins with `op`.
+    """
+    if draws not in KINDS:
+        raise ValueError(f"{op}: draws must be one of {KINDS}, got {draws!r}; choose one")
+    predictor = predictor_of(model).texts
+    if predictor is None:
+        if n_samples:
+            raise ValueError(
+                f"{op}: n_samples must be 0 for a posterior whose draws are class logits, not weights, "
+                f"got {n_samples}; pass n_samples=0"
+            )
+        predictor = WeightDraws(model)
+    if n_samples and not predictor.draws:
+        raise ValueError(
+            f"{op}: n_samples must be 0 for adapters without a posterior, got {n_samples}; pass "
+            "n_samples=0, or make the adapter Bayesian with bayesianize"
+        )
+    if n_samples and (why := without_effect(model)) is not None:
+        raise ValueError(
+            f"{op}: draws need adapters that take part in the pass, got adapters that are {why}, or "
+            "pass n_samples=0"
+        )
+    if n_samples > 1 and predictor.one_per_pass:
+        raise ValueError(
+            f"{op}: n_samples must be 0 or 1 where draws cannot share a pass (routed experts, ensemble "
+            f"members with a base each), got {n_samples}"
+        )
+    return predictor
 
 
 def predict_dataset(

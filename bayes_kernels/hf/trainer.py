@@ -6,6 +6,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from ..optim import KLSchedule
 from ._compat import loss_is_scaled
 from .kl import decoupled_kl, kl_divergence, kl_starts
 from .layers import bayes_layers, warn_uncalled, without_effect
-from .logits import LabelPrediction, NumberPrediction
+from .logits import LabelPrediction, NumberPrediction, token_choices
 from .noise import DRAW_SCOPES, KINDS
 from .posterior import refresh_noise
 from .predict import predict
+from .tokens import IGNORED, at_the_answer, label_shift, predict_tokens, token_scores
 from .variants import KLStep, VariationalLoss
 
 # The mixin calls the methods of the trainer class that follows it.
@@ -69,7 +71,13 @@ class BayesTrainerMixin(_Base):
       of each layer's flow time; or kl_weight / n_train).
     * **Evaluation** uses the posterior mean, or with eval_samples > 0 the mean prediction of that
       many draws: logits (fp32) are then log-probabilities, for multi-label models log-odds, for
-      regression the mean numbers, and the loss is theirs.
+      regression the mean numbers, and the loss is theirs. Labels of tokens (B, T), -100 where none counts,
+      are scored by the mean of the draws at each token (`predict_tokens`): eval_nll (the exact mean over
+      all tokens, eval_loss too), eval_perplexity, eval_ece and eval_accuracy; predictions for
+      compute_metrics are then the log-probability of each label, the largest probability, and
+      whether the label has it, (B, T) each. With `choices` a causal model predicts one of these tokens at
+      the first label that counts: eval_nll, eval_ece and eval_accuracy are those of classes, predictions
+      log-probabilities (B, C), and labels their numbers.
 
     Args:
         kl_mode: "decoupled", "loss" or "none".
@@ -78,6 +86,7 @@ class BayesTrainerMixin(_Base):
         eval_samples: draws in evaluation; 0 for the mean.
         eval_seed: their seed.
         eval_draws, eval_scope: `draws` and `scope` of `predict`.
+        choices: ids of the answer tokens, for evaluation, with draws or without; None for no choices.
         n_train: number of terms that the loss averages over the training data: examples, or target
             tokens for a per-token loss. None for the length of the data set, with a warning where
             the labels have several targets per example.
@@ -99,6 +108,7 @@ class BayesTrainerMixin(_Base):
         eval_seed: int = 0,
         eval_draws: str = "antithetic",
         eval_scope: str = "example",
+        choices: Sequence[int] | None = None,
         n_train: int | None = None,
         noise_seed: int | None = None,
         kl_schedule: KLSchedule | None = None,
@@ -114,6 +124,7 @@ class BayesTrainerMixin(_Base):
         for name, word, allowed in words:
             if word not in allowed:
                 raise ValueError(f"BayesTrainer: {name} must be one of {allowed}, got {word!r}")
+        self.choices = None if choices is None else token_choices("BayesTrainer", choices)
         super().__init__(*args, **kwargs)
         self.kl_mode, self.kl_weight = kl_mode, kl_weight
         self.eval_samples, self.eval_seed = eval_samples, eval_seed
@@ -358,9 +369,14 @@ class BayesTrainerMixin(_Base):
         **kwargs: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """Evaluation of one batch: the mean, or the mean prediction of eval_samples draws."""
-        if self.eval_samples == 0:
+        if self.eval_samples == 0 and self.choices is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
+        if self._scores() == "tokens":
+            loss, scores, labels = self._score_tokens(model, inputs)
+            return (loss, None, None) if prediction_loss_only else (loss, scores, labels)
+        if self.choices is not None:
+            inputs = at_the_answer(inputs, self.choices)
         labels = inputs.get("labels")
         with self.compute_loss_context_manager():
             result = predict(
@@ -370,6 +386,7 @@ class BayesTrainerMixin(_Base):
                 seed=self.eval_seed,
                 draws=self.eval_draws,
                 scope=self.eval_scope,
+                choices=self.choices,
             )
         # Processes gather on their own device; fp64 is not defined on all of them.
         logits = result.logits.float().to(self.args.device)
@@ -385,6 +402,80 @@ class BayesTrainerMixin(_Base):
         if prediction_loss_only:
             return loss, None, None
         return loss, logits, labels
+
+    def _scores(self: Any) -> str | None:
+        """What evaluation scores by itself: "choices", "tokens", or None: what compute_metrics does."""
+        if self.choices is not None:
+            return "choices"
+        return "tokens" if self.eval_samples > 0 and label_shift(self.model) is not None else None
+
+    def _score_tokens(
+        self: Any, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Loss of a batch; numbers of its labels, (B, T) each; the labels that count."""
+        if self.eval_scope != DRAW_SCOPES[0]:
+            raise ValueError(
+                f"BayesTrainer: eval_scope must be {DRAW_SCOPES[0]!r} for labels of tokens, got "
+                f"{self.eval_scope!r}"
+            )
+        with self.compute_loss_context_manager():
+            found = predict_tokens(
+                model,
+                inputs,
+                n_samples=self.eval_samples,
+                seed=self.eval_seed,
+                draws=self.eval_draws,
+            )
+        labels = torch.full_like(inputs["labels"], IGNORED, device="cpu")
+        where = found.example, found.position
+        labels[where] = inputs["labels"].cpu()[where]
+
+        def placed(values: Tensor) -> Tensor:
+            # Processes gather on their own device; fp64 is not defined on all of them.
+            return torch.zeros(labels.shape).index_put(where, values.float()).to(self.args.device)
+
+        loss = placed(found.log_probs).sum() / -max(len(found), 1)
+        numbers = (found.log_probs, found.confidence, found.correct)
+        return loss, tuple(map(placed, numbers)), labels.to(self.args.device)
+
+    def evaluation_loop(
+        self: Any,
+        *args: Any,
+        prediction_loss_only: bool | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock method, with scores of labels of tokens or of choices."""
+        what = self._scores()
+        output = super().evaluation_loop(
+            *args,
+            prediction_loss_only=prediction_loss_only if what is None else False,
+            metric_key_prefix=metric_key_prefix,
+            **kwargs,
+        )
+        if what is None or output.predictions is None or output.label_ids is None:
+            return output
+        batches = [(output.predictions, output.label_ids)]
+        if isinstance(output.label_ids, list):  # eval_do_concat_batches=False
+            batches = list(zip(output.predictions, output.label_ids, strict=True))
+        parts = []
+        for found, given in batches:
+            labels = torch.as_tensor(given)
+            counted = labels != IGNORED
+            if what == "tokens":
+                numbers = [torch.as_tensor(value)[counted] for value in found]
+            else:
+                rows, of = torch.as_tensor(found)[counted], labels[counted]
+                top, best = rows.max(-1)
+                numbers = [rows.gather(1, of[:, None])[:, 0], top.exp(), best == of]
+            parts.append(numbers)
+        scores = token_scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        if what == "tokens":
+            scores["loss"] = scores["nll"]
+        else:
+            del scores["perplexity"]
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in scores.items()})
+        return output
 
     def _check_targets(self: Any, labels: Any) -> None:
         """Warn once where the loss averages tokens and n_train counts examples."""
