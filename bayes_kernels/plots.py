@@ -25,7 +25,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 except ImportError as error:
     raise ImportError(
         f"plots need matplotlib ({error}): pip install bayes-kernels[plots]"
@@ -349,6 +349,8 @@ def errors_by_draws(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
             axes.plot(*zip(*points, strict=True), color=color, marker=marker, ls=dash, label=name)
         axes.set(xscale="log", yscale="log", xlabel="draws", title=title)
         axes.set_xticks(draws, [str(n) for n in draws])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.title.set_fontsize(10)
         axes.legend(fontsize=8, frameon=False, handlelength=2.6)
