@@ -38,8 +38,9 @@ LOCAL_MEMORY = {
      "two blocks) and at rank 64 with noise."),
     ("adapter", "tile_mma_kernel"): (152, "ranks 32 (16 bytes) and 64 with noise: sums of both gradients "
      "take 128 registers, rows of x 32, those of dh 16 or 32."),
-    ("adapter", "down_fma_kernel"): (48, "with noise: two factors of 32 registers each, under the 128 of "
-     "16 warps, which are what keeps 32 KB of a multiprocessor in flight."),
+    ("adapter", "down_fma_kernel"): (64, "with noise, or 16 ranks at once: factors of 64 registers, "
+     "under the 128 of 16 warps, which are what keeps 32 KB of a multiprocessor in flight."),
+    ("grouped", "down_fma_kernel"): (80, "the same with noise, and the rows of a group."),
     ("tall", "solve_kernel"): (136, "four blocks on a multiprocessor, so 64 registers; addresses of six "
      "matrices, and what a refinement takes, which few matrices need; hits in the first-level cache."),
 }  # fmt: skip

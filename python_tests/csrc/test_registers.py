@@ -80,7 +80,10 @@ def test_rows_are_of_the_kernels_in_the_sources(registers: ModuleType) -> None:
     family = {p: p.stem.split("_")[0] for p in sources}
     kernels = {(family[p], name) for p in sources for name in re.findall(pattern, p.read_text())}
     for arch in {row.arch for row in rows}:
-        assert {(r.family, r.name) for r in rows if r.arch == arch} == kernels, REFRESH
+        found = {(r.family, r.name) for r in rows if r.arch == arch}
+        # The products of grouped adapters are instances of kernels of the family adapter.
+        shared = {(f, name) for f, name in found if f == "grouped" and ("adapter", name) in kernels}
+        assert found - shared == kernels, REFRESH
 
 
 def test_local_memory_is_used_where_it_is_known_only(registers: ModuleType) -> None:
