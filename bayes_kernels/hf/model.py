@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from ._compat import register
 from .config import BayesLoraConfig
 from .guards import install as install_guards
-from .layers import key_devices
+from .layers import key_devices, lora_layers
 from .noise import NoiseState
 from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
 from .undo import as_before_if_stopped
@@ -57,8 +58,14 @@ class BayesLoraModel(LoraModel):
         Only weights that `init_lora_weights` changes in place (PiSSA, OLoRA, ...) do not come back.
         """
         _keep_factors(model)
+        config: Any = self.peft_config[adapter_name]
+        named = config.target_modules  # PEFT makes a list of words of it, or a shorter one
         with as_before_if_stopped(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # PeftModel does it later; AutoModel does not, and would round the factors of a file to half.
+            self._cast_adapter_dtype(adapter_name)
+        if not config.inference_mode and isinstance(named, (list, set, tuple)):
+            _warn_unmatched(model, named)
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
@@ -155,6 +162,20 @@ class BayesLoraModel(LoraModel):
             if devices - set(state.keys):
                 state.set_key(next(iter(state.keys.values())), devices)
         return self
+
+
+def _warn_unmatched(model: nn.Module, named: Collection[str]) -> None:
+    """One warning about targets that no module is called by: of several PEFT only notices all."""
+    modules = [name for name, _ in model.named_modules()]
+    missing = sorted(t for t in named if not any(f".{name}".endswith(f".{t}") for name in modules))
+    if missing:
+        there = sorted({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+        warnings.warn(
+            f"target_modules: {', '.join(missing)} must each be a module of the model or the end of "
+            f"its name, got none in {type(model).__name__}; adapted are {', '.join(there)}: correct the "
+            "name, or leave it out",
+            stacklevel=2,
+        )
 
 
 def remove_noise(model: Any) -> None:

@@ -163,9 +163,9 @@ def test_steps_of_adding_an_adapter() -> None:
     names = (
         "_check_new_adapter_config _prepare_model _create_and_replace delete_adapter "
         "enable_adapter_layers disable_adapter_layers add_weighted_adapter "
-        "_unload_and_optionally_merge forward"
+        "_unload_and_optionally_merge forward inject_adapter"
     )
-    need(peft, "LoraModel", LoraModel, names, by)
+    need(peft, "LoraModel", LoraModel, f"{names} _cast_adapter_dtype", by)
     for name in names.split():
         assert name in vars(BayesLoraModel), f"{by}.{name} is gone: take it off this list"
     need_arguments(

@@ -251,7 +251,11 @@ def test_quantised_base(bits: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"load_in_8bit": True}
     if bits == 4:
         options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
-    llama().save_pretrained(tmp_path / "base")
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+    }  # of 4 bits whole blocks, as packing needs
+    llama(**sizes).save_pretrained(tmp_path / "base")
 
     def base() -> Any:
         quantised = BitsAndBytesConfig(**options)
