@@ -28,6 +28,7 @@ _MODULES = (
     "plots",
     "random",
     "reference",
+    "serving",
     "stiefel",
     "vbll",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from tiny_models import ROWS, adapted, arguments, fill, llama, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
@@ -27,6 +29,7 @@ from bayes_kernels.hf import (
     posterior,
     save_laplace,
 )
+from bayes_kernels.hf._compat import unsupported_layer
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore")]
 
@@ -190,6 +193,21 @@ def test_optimisers_of_bitsandbytes(optim: str, tmp_path: Path) -> None:
     args.optim = optim
     BayesTrainer(model=model, args=args, train_dataset=DATA, n_train=40).train()
     assert all(not torch.equal(value, before[name]) for name, value in factors(model).items())
+
+
+@pytest.mark.parametrize("name", ["awq", "aqlm", "eetq", "te"])
+def test_layers_without_the_hook_are_named(name: str) -> None:
+    """PEFT's classes for these bases do not hand over to the formula, and none is let through."""
+    spec = importlib.util.find_spec(f"peft.tuners.lora.{name}")
+    if spec is None or spec.origin is None:
+        pytest.skip("not in this release of PEFT")
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    classes = re.findall(r"class (\w+)\((?:torch\.)?nn\.Module, LoraLayer\)", text)
+    assert classes and "lora_variant[" not in text
+    for one in classes:
+        found = type(one, (LoraLayer, nn.Linear), {"__init__": lambda *_: None})
+        reason = unsupported_layer(object.__new__(found))
+        assert reason == f"PEFT handles it with {one}"
 
 
 # --- Targets -------------------------------------------------------------------------------------

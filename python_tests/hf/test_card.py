@@ -32,6 +32,8 @@ def test_saved_folders_explain_themselves(tmp_path: Path, method: str) -> None:
     code = text.partition("```python\n")[2].partition("```")[0]
     compile(code, "README.md", "exec")
     assert code.index("import bayes_kernels.hf") < code.index("PeftModel")
+    drawn = method in ("blob", "tfb", "scalabl", "scalabl-full")
+    assert ('export_draws(model, "draws", 10)' in text) == drawn
     assert ("0 is the posterior mean" in text) == (method not in ("polar", "polar-diagonal"))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BAYES_LORA"
 
