@@ -24,6 +24,7 @@ FILES = [
             "adapter_gradients",
             "adapter_group",
             "few_tokens",
+            "grouped",
             "tall",
             "predict",
             "curvature",
