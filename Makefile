@@ -6,6 +6,7 @@
 #   make test    build everything, the CUDA emulator included, and run the test suite
 #   make test-floor   the suite with the oldest transformers, PEFT and accelerate that pyproject.toml admits
 #   make setup   only the environment
+#   make peers   the same work by laplace-torch, BackPACK, curvlinops and vbll, from packages in build/peers
 #   make bench   CPU benchmarks;   make lint   style and types;   make docs   the site, in site/
 #   make wheel   a wheel for other machines, in dist/;   make wheel-test   the same, tried in a new environment
 #   make gpu-library   the library that cuda_benchmarks/gpu.sh takes to a GPU machine
@@ -26,7 +27,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TOOLS := $(VENV)/.tools-$(subst =,_,$(TORCH))
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f -not -name '*.md')
 
-.PHONY: demo llm test test-floor setup bench wheel wheel-test gpu-library lint docs clean
+.PHONY: demo llm test test-floor setup bench peers wheel wheel-test gpu-library lint docs clean
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
@@ -96,6 +97,16 @@ test-floor: $(FLOOR_TOOLS) $(VENV)/.testing
 QUICK ?= --quick
 bench: $(VENV)/.library
 	OMP_NUM_THREADS=1 $(PY) cuda_benchmarks --device cpu $(QUICK) $(ARGS)
+
+# Packages of others without their dependencies, in a folder of their own.
+PEERS := build/peers
+$(PEERS)/.installed: | $(VENV)/.library
+	$(PIP) --no-deps --target $(PEERS) laplace-torch vbll backpack-for-pytorch curvlinops-for-pytorch \
+	  torchmetrics lightning-utilities unfoldNd einconv einops opt_einsum linear_operator
+	@touch $@
+
+peers: $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) OMP_NUM_THREADS=1 $(PY) cuda_benchmarks peers --device cpu $(ARGS)
 
 # A wheel that loads where torch does, for every architecture that nvcc knows where there is nvcc. auditwheel
 # refuses symbols that are newer than the platform's; libtorch is that of the torch it is used with.

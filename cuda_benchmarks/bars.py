@@ -105,6 +105,11 @@ BARS = (
         cases=r"S10 x 64 n4096 .*",
     ),
     Bar(
+        "flipout-new-draw", "one token through an adapter with noise, a new draw each, n = 4096",
+        "plain LoRA as PEFT computes it", "adapter", "adapter", "bayes_kernels", "peft_lora", 1.2,
+        None, mode="forward, new draw", cases=r"T1 n4096 .*",
+    ),
+    Bar(
         "polar-svd", "polar retraction of 16 to 448 matrices (4096, 16)", "`torch.linalg.svd`",
         "tall", "retract", "polar", "svd", 1 / 6, 1 / 50, cases=_RETRACT,
     ),
@@ -152,6 +157,21 @@ BARS = (
         "last-layer-draws", "PoLAR-VBLL prediction with 1,000 draws", "one pass of plain LoRA",
         "end_to_end", "last_layer", "polar_vbll_1000", "peft_lora", 1.1, 1.1,
     ),
+    *(
+        Bar(
+            f"peers-{op}-{peer}-{quantity}", f"{what}, {words}", against, "peers", op,
+            "bayes_kernels", peer, 1.1, None, quantity=quantity,
+        )
+        for op, what, peer, against in (
+            ("fit", "exact Kronecker GGN", "backpack", "laplace-torch with BackPACK"),
+            ("fit", "exact Kronecker GGN", "curvlinops", "laplace-torch with curvlinops"),
+            ("evidence", "its evidence", "laplace_torch", "laplace-torch"),
+            ("logits", "its Gaussian of the logits", "laplace_torch", "laplace-torch"),
+            ("vbll", "variational last layer, loss and backward", "vbll", "vbll"),
+            ("head", "variational last layer, 20 draws", "vbll", "vbll"),
+        )
+        for quantity, words in (("time", "time"), ("peak", "memory"))
+    ),
 )  # fmt: skip
 
 # Why a bar is missed and what would be tried next, by bar and device; shown only where it is missed.
@@ -170,6 +190,15 @@ NOTES = {
     ("flipout-token", "cpu"): (
         "Beyond plain LoRA it reads rho and the kept normals, as much memory as both factors, and multiplies "
         "twice. Next: keep E in place of the normals while rho is unchanged."
+    ),
+    ("draws-shared", "cpu"): (
+        "Ten draws are 327,680 normals, a shared one 32,768: the difference is that of their time, and the "
+        "products are the same. In antithetic pairs, the default, half as many are drawn. Next: fewer "
+        "instructions for each normal."
+    ),
+    ("flipout-new-draw", "cpu"): (
+        "r n normals take as many instructions as plain LoRA's two products with one token: see "
+        "[Kernels](kernels.md) for their count. Next: fewer rounds of the generator."
     ),
     ("polar-svd", "cpu"): (
         "In a loop of its own a matrix takes 104 to 112 µs, 0.15 of the SVD on the same idle core; "

@@ -3,7 +3,8 @@
     python cuda_benchmarks adapter --device cpu [--quick] [--vs PROVIDERS] [--save]
 
 Providers
-    published      bayesian-peft's formula: two paths through b, dense sign tensors, fp32 adapters
+    published      bayesian-peft's formula: two paths through b, dense sign tensors, fp32 adapters; both are
+                   added in place to the frozen layer's output, in its dtype
     peft_lora      plain LoRA as PEFT computes it, fp32 adapters: no noise, the price to match
     peft_lora_low  the same with adapters in the activations' dtype (bf16 cases only)
     eager          the best plain PyTorch for the noisy adapter
@@ -13,7 +14,7 @@ Providers
     one_by_one     the same for each of the adapters that share x
 
 `base` is an input of every provider: the output of the frozen layer, which all add to. Output
-tensors are allocated within the measured time, as in training.
+tensors are allocated within the measured time, as in training; `published` writes over `base`.
 
 One token ("forward") is called with one key again and again, as in the generation of a text under one
 draw of the weights: on the CPU the normals of the draw are kept from call to call. "forward, new draw"
@@ -25,7 +26,7 @@ three of `flipout_lora`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, cycle
 
 import torch
@@ -141,17 +142,21 @@ def make_inputs(case: Case, device: str) -> Inputs:
 
 
 def published(i: Inputs, noise: Noise | None) -> Tensor:
+    """Writes over i.base, which must not be a leaf that needs a gradient."""
     x = i.x.to(i.mean.dtype)
-    result = i.base + F.linear(F.linear(x, i.mean), i.b) * SCALING
-    eps = torch.randn_like(i.rho) if noise is None else noise.eps
-    e = i.rho**2 * eps
+    result = i.base
+    result += F.linear(F.linear(x, i.mean), i.b) * SCALING
+    std = i.rho**2
     if noise is None:
-        r_in = torch.empty_like(x).uniform_(-1, 1).sign()
-        r_out = torch.empty(*x.shape[:-1], e.shape[0], device=x.device).uniform_(-1, 1).sign()
+        r_in = torch.ones_like(x).uniform_(-1, 1).sign()
+        r_out = x.new_ones(*x.shape[:-1], std.shape[0]).uniform_(-1, 1).sign()
     else:
         r_in, r_out = noise.r_in, noise.r_out
-    result += F.linear(F.linear(x * r_in, e) * r_out, i.b) * SCALING
-    return result.to(i.base.dtype)
+    e = std * (torch.randn_like(i.mean) if noise is None else noise.eps)
+    # Kept until the end, as there: in bf16 the sum makes another tensor of this size.
+    noisy = (((x * r_in) @ e.transpose(0, 1)) * r_out) @ i.b.transpose(0, 1)
+    result += noisy * SCALING
+    return result
 
 
 def peft_lora(i: Inputs, noise: Noise | None) -> Tensor:
@@ -237,7 +242,10 @@ def check(case: Case, i: Inputs, key: Tensor, compiled: Callable | None) -> Agre
     noise = Noise(dense.eps, dense.r_in, dense.r_out)
     noisy, plain = truth(i, noise), truth(i, None)
     for f in (published, eager):
-        agreement.check(f.__name__, gradients(lambda f=f: f(i, noise), i), noisy, within)
+        own = replace(i, base=i.base.clone())
+        agreement.check(
+            f.__name__, gradients(lambda f=f, own=own: f(own, noise), own), noisy, within
+        )
     agreement.check("bayes_kernels", gradients(lambda: flipout_lora(i, key), i), noisy, within)
     for name, f in {"peft_lora": lambda: peft_lora(i, None), "lora": lambda: plain_lora(i)}.items():
         agreement.check(name, gradients(f, i), plain, within)
@@ -297,7 +305,8 @@ def run_training(case: Case, options: Options) -> list[Row]:
     compiled = torch.compile(eager, fullgraph=True, dynamic=False) if with_compiled else None
     agreement = check(case, i, key, compiled)
     forwards: dict[str, Callable[[], Tensor]] = {
-        "published": lambda: published(i, None),
+        # As each step's frozen layer would have it: the same memory, without the steps before.
+        "published": lambda: published(replace(i, base=i.base.detach()), None),
         "peft_lora": lambda: peft_lora(i, None),
         "eager": lambda: eager(i, None),
         "lora": lambda: plain_lora(i),

@@ -4,7 +4,7 @@
 
 Providers of `low_rank`, factors of rank k
     svd_fp64       bayesian_lora's update: for each layer an fp64 singular value decomposition of
-                   (d, k + b)
+                   (d, k + b), a product with a diagonal matrix, and a new factor in fp64
     gram_torch     the best plain PyTorch: batched Gram matrices, fp64 eigendecompositions, products
     bayes_kernels  bayes_kernels.functional.low_rank_update_
 
@@ -60,12 +60,12 @@ CASES = [
 
 
 def svd_fp64(factors: list[Tensor], rows: list[Tensor]) -> None:
-    """One decomposition for each layer."""
-    for factor, x in zip(factors, rows, strict=True):
-        h = torch.cat([factor, x.T], dim=1).double()
+    """One decomposition for each layer; the list gets new factors, in fp64."""
+    for i, x in enumerate(rows):
+        k = factors[i].shape[1]
+        h = torch.hstack((factors[i], x.clone().to(torch.float64).T))
         u, s, _ = torch.linalg.svd(h, full_matrices=False)
-        k = factor.shape[1]
-        factor.copy_(u[:, :k] * s[:k])
+        factors[i] = u[:, :k] @ torch.diag(s[:k])
 
 
 def gram_torch(factors: list[Tensor], rows: list[Tensor]) -> None:
@@ -136,18 +136,20 @@ def run_case(case: Case, options: Options) -> list[Row]:
     functional.low_rank_update_(start, list(data[:, : case.k].unbind()))
     rows = [x.contiguous() for x in data[:, case.k :].unbind()]
     truth = [s.double() for s in start]
-    for i, x in enumerate(rows):
-        for part in x.split(32):  # as many as the op takes at once
-            svd_fp64([truth[i]], [part.double()])
+    for parts in zip(*(x.split(32) for x in rows), strict=True):  # as many as the op takes at once
+        svd_fp64(truth, list(parts))
 
     providers = options.pick(PROVIDERS, OURS)
-    factors = {name: [s.clone() for s in start] for name in providers}
+    kept = {"svd_fp64": torch.float64}  # where a factor stays from update to update
+    factors = {
+        name: [s.to(kept.get(name, s.dtype), copy=True) for s in start] for name in providers
+    }
     agreement = Agreement(case.name, OURS)
     for name, own in factors.items():
         PROVIDERS[name](own, rows)
         if name != "bayes_kernels" and case.b > 32:
             continue  # one large truncation: another, equally valid factor
-        got = [f @ (f.T @ x.T) for f, x in zip(own, rows, strict=True)]
+        got = [f @ (f.T @ x.T.to(f.dtype)) for f, x in zip(own, rows, strict=True)]
         want = [t @ (t.T @ x.double().T) for t, x in zip(truth, rows, strict=True)]
         agreement.check(name, got, want, tolerance(torch.float32, case.d))
     steps = {

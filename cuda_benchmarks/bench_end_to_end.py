@@ -60,7 +60,12 @@ from harness import (
     tolerance,
 )
 from memory_model import RANK, Shape
-from published_laplace import exact_covariance, published_jacobian, published_last_layer
+from published_laplace import (
+    exact_covariance,
+    factors_of,
+    published_jacobian,
+    published_last_layer,
+)
 from torch import Tensor, nn
 
 LR = 1e-4
@@ -286,15 +291,15 @@ def _published_forward(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _published_divergence(model: Any) -> Tensor:
-    """KL from N(0, prior^2) of all layers, in fp64 as published."""
+    """KL from N(0, prior^2) of all layers, in fp64 as published, with its 1e-6 in both logarithms."""
     total: Any = 0.0
     for layer in _lora_layers(model):
-        mean, rho = layer.lora_A["default"].weight.double(), layer.bayes_rho.double()
-        variance = rho.square().square()
+        mean, std = layer.lora_A["default"].weight, layer.bayes_rho**2
         kl = (
-            (variance + mean.square()) / PRIOR_STD**2 / 2
+            math.log(PRIOR_STD + 1e-6)
+            - torch.log(std.double() + 1e-6)
+            + (std.double() ** 2 + mean.double() ** 2) / (2 * PRIOR_STD**2 + 1e-6)
             - 0.5
-            - (variance / PRIOR_STD**2).log() / 2
         )
         total = total + kl.sum()
     return total
@@ -320,12 +325,15 @@ def prepare(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR)
     if method == "published_blob":
-        second = torch.optim.SGD(trained, lr=KL_LR)
+        # Every parameter of the model, frozen ones too, and a schedule, as there.
+        second = torch.optim.SGD(model.parameters(), lr=KL_LR)
+        schedule = torch.optim.lr_scheduler.LambdaLR(second, lambda step: 1 - 1e-6 * step)
 
         def after() -> None:
             (0.5 * _published_divergence(model)).backward()
             second.step()
             second.zero_grad(set_to_none=True)
+            schedule.step()
 
     elif method in ("blob", "scalabl"):
         step = hf.decoupled_kl(
@@ -606,6 +614,7 @@ def run_laplace(case: Case, options: Options, _: Agreement) -> list[Row]:
         model = fit_laplace(case, base, device, layers)
         posterior = laplace_posterior(model)
         assert posterior is not None
+        blocks = factors_of(posterior)
         # Covariances multiply gradients, whose roundings have come through the model twice.
         within = 16 * model_tolerance(SHAPES[case.shape])
         agreement = Agreement(f"laplace, {mode}", OURS)
@@ -613,16 +622,19 @@ def run_laplace(case: Case, options: Options, _: Agreement) -> list[Row]:
             few = {name: value[:2] for name, value in inputs.items()}
             truth = exact_covariance(model, posterior, few)
             agreement.check("laplace", posterior.laplace.logits(few), truth, within)
-            agreement.check("published", formula(model, posterior, few), truth, within)
+            agreement.check("published", formula(model, posterior, few, blocks), truth, within)
         else:
-            got, want = posterior.laplace.logits(inputs), formula(model, posterior, inputs)
+            got, want = posterior.laplace.logits(inputs), formula(model, posterior, inputs, blocks)
             agreement.check("laplace", got, [t.double() for t in want], 2 * within)
 
         @torch.no_grad()
         def published(
-            model: Any = model, posterior: Any = posterior, formula: Any = formula
+            model: Any = model,
+            posterior: Any = posterior,
+            formula: Any = formula,
+            blocks: Any = blocks,
         ) -> object:
-            mean, cov = formula(model, posterior, inputs)
+            mean, cov = formula(model, posterior, inputs, blocks)
             cov.diagonal(dim1=1, dim2=2).add_(1e-6)
             return bench_predict.peer(mean, cov, draws)
 

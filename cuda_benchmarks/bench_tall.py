@@ -10,6 +10,7 @@ Providers of a retraction of `count` matrices (n, r) with condition number about
     qr_retract     bayes_kernels.functional.qr_retract_
 Providers of the landing field of one matrix
     published      (G X^T - X G^T) X + lam X (X^T X - I) with the (n, n) product
+    compiled       torch.compile of the same, as PoLAR's callback runs it
     eager          the same reordered, O(n r^2), in plain PyTorch
     bayes_kernels  bayes_kernels.functional.landing_field
 and of a descent step with retraction
@@ -35,6 +36,7 @@ from harness import (
     count_launches,
     make_row,
     miss,
+    peak_bytes,
     time_interleaved,
     tolerance,
 )
@@ -118,7 +120,7 @@ def eager_step(xs: list[Tensor], ds: list[Tensor]) -> None:
 # --- runs --------------------------------------------------------------------------------------
 
 OURS = ("polar", "qr_retract", "bayes_kernels")
-PEERS = ("svd", "qr", "newton_schulz", "published", "eager")
+PEERS = ("svd", "qr", "newton_schulz", "published", "compiled", "eager")
 
 
 def run_retraction(case: Case, options: Options) -> list[Row]:
@@ -215,11 +217,15 @@ def run_landing(n: int, r: int, options: Options) -> list[Row]:
     device = options.device
     x = make_matrices(Case(1, n, r), device)[0]
     g = torch.randn(n, r, generator=torch.Generator().manual_seed(3)).to(device)
+    compiled = torch.compile(published_field, fullgraph=True, dynamic=False)
     steps: dict[str, Callable[[], Tensor]] = {
         "published": lambda: published_field(x, g, LAMBDA),
+        "compiled": lambda: compiled(x, g, LAMBDA),
         "eager": lambda: reference.landing_field(x, g, LAMBDA),
         "bayes_kernels": lambda: functional.landing_field([x], [g], LAMBDA)[0],
     }
+    if options.quick:  # a compiler takes longer than all other cases
+        del steps["compiled"]
     steps = options.pick(steps, OURS)
     truth = reference.landing_field(x.double(), g.double(), LAMBDA)
     case = Case(1, n, r).name
@@ -231,6 +237,7 @@ def run_landing(n: int, r: int, options: Options) -> list[Row]:
         make_row("landing_field", case, name, "field", times, device, agreement) for name in steps
     ]
     for row in rows:
+        row.peak_bytes = peak_bytes(steps[row.provider], device)
         row.launches = count_launches(steps[row.provider], device)
     return rows
 

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("adapter", "grouped", "predict", "tall", "curvature", "vbll", "end_to_end")
+FAMILIES = ("adapter", "grouped", "predict", "tall", "curvature", "vbll", "end_to_end", "peers")
 
 Step = Callable[[], object]
 T = TypeVar("T")
@@ -207,9 +207,14 @@ def _driver() -> str:
 
 
 def machine_name(device: str) -> str:
-    """Name of the GPU or of the processor."""
+    """Name of the GPU or of the processor, with the path that BAYES_KERNELS_CPU chooses."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    path = os.environ.get("BAYES_KERNELS_CPU", "")
+    return f"{_processor()}, {path}" if path else _processor()
+
+
+def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

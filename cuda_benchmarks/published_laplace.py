@@ -1,30 +1,35 @@
 """The Gaussian of the logits under a Laplace posterior, as others compute it and exactly.
 
 `published_jacobian` is what bayesian_lora does for all adapters, `published_last_layer` what laplace-torch
-does for the last layer; `exact_covariance` is the truth in fp64 that both and ours are compared with.
+does for the last layer, both with factors (`factors_of`) that they keep from the fit;
+`exact_covariance` is the truth in fp64 that both and ours are compared with.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-def _kronecker(posterior: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Weight, eigenvectors U (in, k), Q (out, k'), their products (k', k), of each layer."""
+
+def factors_of(posterior: Any) -> list[Factors]:
+    """Weight, eigenvectors U (in, k), Q (out, k'), their products (k', k), delta, of each layer."""
     laplace = posterior.laplace
     state = laplace.state_dict()
+    found = []
     for layer in laplace.layers:
         u, mu, q, nu = (
             state[f"{layer.name}.{kind}"]
             for kind in ("input_vectors", "input_values", "output_vectors", "output_values")
         )
-        yield layer.weight, u, q, nu[:, None] * mu, laplace.prior_precision
+        found.append((layer.weight, u, q, nu[:, None] * mu, laplace.prior_precision))
+    return found
 
 
 def _variance(g: Tensor, u: Tensor, q: Tensor, products: Tensor, delta: Tensor) -> Tensor:
@@ -36,11 +41,10 @@ def _variance(g: Tensor, u: Tensor, q: Tensor, products: Tensor, delta: Tensor) 
 
 
 def published_jacobian(
-    model: Any, posterior: Any, inputs: dict[str, Tensor]
+    model: Any, posterior: Any, inputs: dict[str, Tensor], blocks: Sequence[Factors]
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the logits; the Jacobian of the whole batch, all at once."""
     names = {id(p): name for name, p in model.named_parameters()}
-    blocks = list(_kronecker(posterior))
     parameters = {names[id(block[0])]: block[0].detach() for block in blocks}
 
     def logits(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,7 @@ def published_jacobian(
 
 
 def published_last_layer(
-    model: Any, posterior: Any, inputs: dict[str, Tensor]
+    model: Any, posterior: Any, inputs: dict[str, Tensor], blocks: Sequence[Factors]
 ) -> tuple[Tensor, Tensor]:
     """The same for the weight of the last layer, from its inputs."""
     laplace = posterior.laplace
@@ -72,7 +76,7 @@ def published_last_layer(
         x = x[:, -1]
     cov: Any = 0.0
     identity = torch.eye(mean.shape[1], dtype=x.dtype, device=x.device)
-    for layer, (_, *factors) in zip(laplace.layers, _kronecker(posterior), strict=True):
+    for layer, (_, *factors) in zip(laplace.layers, blocks, strict=True):
         a = x if layer.weight.dim() == 2 else torch.ones_like(x[:, :1])
         cov = cov + _variance(torch.einsum("bd,ce->bced", a, identity), *factors)
     return mean, cov
@@ -85,7 +89,7 @@ def exact_covariance(
     exact = copy.deepcopy(model).double()
     places = {id(p): i for i, p in enumerate(model.parameters())}
     parameters = list(exact.parameters())
-    blocks = list(_kronecker(posterior))
+    blocks = factors_of(posterior)
     weights = [parameters[places[id(block[0])]].requires_grad_() for block in blocks]
     logits = exact(**inputs).logits
     rows, classes = logits.shape

@@ -84,6 +84,11 @@ FAMILY_TEXT = {
     "`svd_fp64` is bayesian_lora's update, `gram_torch` the same Gram route in batched PyTorch calls. "
     "`kron` adds N rows to a dense factor (d, d); `addmm` is PyTorch's product of converted, masked rows.",
     "vbll": "Loss and backward of a variational last layer against the `vbll` package.",
+    "peers": "A network of two linear layers, 64 to 128 to C: `fit` of the exact Kronecker GGN of 128 rows, "
+    "evidence, mean and covariance of the linearised logits of 64 rows (1 row at C = 1,000, where the peer's "
+    "Jacobian of 64 has 33 GB), against laplace-torch with the BackPACK and curvlinops backends and a plain "
+    "backward pass for each class (`published`); and a variational last layer with 128 features against "
+    "the `vbll` package (`make peers`).",
     "end_to_end": "Whole training steps and predictions of models with random weights, adapters of rank 8 on "
     "query and value projections (`cuda_benchmarks/bench_end_to_end.py`). `laplace` is a prediction of "
     "Laplace-LoRA, 1,000 draws of linearised logits, against the whole Jacobian of the batch.",
@@ -149,7 +154,7 @@ def bar_lines(families: dict[str, list[Row]], device: str) -> list[str]:
     rows, notes = [], []
     for bar in bars.BARS:
         limit = bar.limit(device)
-        if limit is None:
+        if limit is None or (families and bar.family not in families):
             continue
         least = bar.quantity == "bandwidth"
         name = {"time": "time", "saved": "bytes", "peak": "peak bytes", "total": "all bytes"}
@@ -225,12 +230,12 @@ def case_lines(family: str, rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.miss is not None
     ]
-    lines += memory_lines(rows)
+    lines += memory_lines(rows, description.ours)
     return [*lines, environment_line(rows), ""]
 
 
-def memory_lines(rows: Sequence[Row]) -> list[str]:
-    """Bytes of every provider, where they were counted."""
+def memory_lines(rows: Sequence[Row], ours: Sequence[str]) -> list[str]:
+    """Bytes of every provider, where they were counted, and the peak over that of ours."""
     known = [r for r in rows if r.peak_bytes is not None or r.saved_bytes is not None]
     if not known:
         return []
@@ -240,18 +245,30 @@ def memory_lines(rows: Sequence[Row]) -> list[str]:
             "" if value is None else number(value / 1e6) if value >= 1e5 else f"{value / 1e6:.4f}"
         )
 
+    groups: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in known:
+        groups.setdefault((row.op, row.case, row.mode), {})[row.provider] = row
+    cases = [case for _, case, _ in groups]
     body = []
     for row in known:
-        f = row.figures
+        f, group = row.figures, groups[row.op, row.case, row.mode]
+        own = next((group[name] for name in ours if name in group), None)
+        ratio = None
+        if own is not None and own is not row and own.peak_bytes and row.peak_bytes is not None:
+            ratio = row.peak_bytes / own.peak_bytes
+        several = cases.count(row.case) > 1
         predicted, total = f.get("predicted_bytes"), f.get("total_bytes")
         body.append((
-            row.case, row.provider, megabytes(row.saved_bytes), megabytes(row.peak_bytes),
+            f"{row.op}, {row.case}, {row.mode}" if several else row.case, row.provider,
+            megabytes(row.saved_bytes), megabytes(row.peak_bytes),
+            "" if ratio is None else number(ratio) if ratio >= 1 else f"**{number(ratio)}**",
             megabytes(f.get("parameter_bytes")), megabytes(f.get("gradient_bytes")),
             megabytes(f.get("optimizer_bytes")), megabytes(total),
             f"{predicted / total - 1:+.1%}" if predicted and total else "",
             f"{f['tokens_per_second']:,.0f}" if "tokens_per_second" in f else "",
         ))  # fmt: skip
-    header = ("case", "provider", "kept for backward, MB", "peak of a step, MB", "parameters, MB",
+    header = ("case", "provider", "kept for backward, MB", "peak of a step, MB",
+              "peak / ours", "parameters, MB",
               "gradients, MB", "optimiser, MB", "all, MB", "model's error", "tokens/s")  # fmt: skip
     return table(header, body, left=2)
 

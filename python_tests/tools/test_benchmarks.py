@@ -491,7 +491,9 @@ def test_linearised_predictions_agree(layers: str) -> None:
     truth = peer.exact_covariance(model, posterior, inputs)
     ours = posterior.laplace.logits(inputs)
     harness.assert_agrees("ours", ours, truth, 1e-3)
-    harness.assert_agrees("published", formula(model, posterior, inputs), truth, 1e-3)
+    harness.assert_agrees(
+        "published", formula(model, posterior, inputs, peer.factors_of(posterior)), truth, 1e-3
+    )
     with pytest.raises(harness.Disagreement, match="differs"):
         harness.assert_agrees("another prior", [ours[1] * 1.01], [truth[1]], 1e-3)
 
