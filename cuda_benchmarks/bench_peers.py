@@ -325,9 +325,8 @@ def run(options: Options) -> Iterator[Row]:
     for case in cases(options.quick):
         if options.wants(case.name):
             yield from run_laplace(case, options)
-    for classes in dict.fromkeys(case.classes for case in cases(options.quick)):
-        if options.wants(f"head C={classes}"):
-            yield from run_head(classes, options)
+        if case.last and options.wants(f"head C={case.classes}"):
+            yield from run_head(case.classes, options)
 
 
 def absent() -> list[str]:
