@@ -18,23 +18,26 @@ class Evidence(NamedTuple):
 
     Attributes:
         products: (P,) nu_j mu_i of all layers.
-        segment: (P,) number of the layer of each product.
+        sizes: (layers,) int64, number of products of each layer.
         norms: (layers,) |theta|^2 of each layer.
     """
 
     products: Tensor
-    segment: Tensor
+    sizes: Tensor
     norms: Tensor
+
+    @property
+    def segment(self) -> Tensor:
+        """(P,) number of the layer of each product."""
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes)
 
     @classmethod
     def of(cls, layers: Sequence[Layer], blocks: Sequence[Block]) -> Evidence:
         """The evidence of layers with these posteriors."""
         products = [block.products.reshape(-1).cpu() for block in blocks]
-        segment = torch.repeat_interleave(
-            torch.arange(len(products)), torch.tensor([p.numel() for p in products])
-        )
+        sizes = torch.tensor([p.numel() for p in products])
         norms = [layer.weight.detach().double().square().sum().cpu() for layer in layers]
-        return cls(torch.cat(products), segment, torch.stack(norms))
+        return cls(torch.cat(products), sizes, torch.stack(norms))
 
     def relative(self, delta: float | Tensor) -> Tensor:
         """The log evidence less the log-likelihood at the mode, 0-dim.
@@ -42,8 +45,12 @@ class Evidence(NamedTuple):
         Args:
             delta: one number, or a tensor with one for each layer; it may require a gradient.
         """
-        delta = torch.as_tensor(delta, dtype=torch.float64).expand(len(self.norms))
-        determinant = torch.log1p(self.products / delta[self.segment]).sum()
+        delta = torch.as_tensor(delta, dtype=torch.float64)
+        if delta.dim() == 0 and not delta.requires_grad:
+            determinant = (self.products / delta).log1p_().sum()
+        else:
+            delta = delta.expand(len(self.norms))
+            determinant = torch.log1p(self.products / delta[self.segment]).sum()
         return -0.5 * ((delta * self.norms).sum() + determinant)
 
     def effective_parameters(self, delta: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ class Evidence(NamedTuple):
         Raises:
             ValueError: weights are all zero.
         """
-        products, segment, norms = self
+        products, segment, norms = self.products, self.segment, self.norms
         if structure == "scalar":
             segment, norms = torch.zeros_like(segment), norms.sum(0, keepdim=True)
         if not bool((norms > 0).all()):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bayes_kernels.laplace import Laplace, linear_layers
-from bayes_kernels.laplace.evidence import best_of_grid
+from bayes_kernels.laplace.evidence import Evidence, best_of_grid
 from test_laplace.networks import D, low_rank_posterior, mlp
 
 
@@ -84,3 +84,15 @@ def test_further_grids_close_in_on_the_best_value(top: float):
 def test_a_grid_needs_examples_of_finite_likelihood(answer):
     with pytest.raises(ValueError, match="must give held-out examples of finite"):
         best_of_grid(lambda grid: answer, torch.ones(3), 1)
+
+
+def test_one_precision_is_that_of_each_layer():
+    """The same bits, whether delta is a number, one for each layer, or needs a gradient."""
+    products = torch.rand(50, dtype=torch.float64) * 100
+    norms = torch.rand(3, dtype=torch.float64)
+    evidence = Evidence(products, torch.tensor([10, 25, 15]), norms)
+    want = evidence.relative(torch.full((3,), 0.7, dtype=torch.float64))
+    assert torch.equal(evidence.relative(0.7), want)
+    delta = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(evidence.relative(delta).detach(), want)
+    assert torch.equal(evidence.products, products)
