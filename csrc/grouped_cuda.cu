@@ -64,8 +64,10 @@ __global__ void __launch_bounds__(kSortThreads) group_rows_kernel(GroupRowsParam
 
 // ---- products -----------------------------------------------------------------------------------
 
-constexpr const char* kTooManyGroups = "groups must be at most 60000 on a GPU";
-constexpr int64_t kMostGroups = 60000;
+constexpr const char* kTooManyGroups =
+    "too many groups for a GPU, which takes 32000 and more where they have few rows; split the "
+    "call";
+constexpr unsigned kMostBlocks = 65535;  // of a grid in y, and a group has one at least
 
 // Rows of a block: as many as fill the GPU, and no more than two groups of middling size have.
 int64_t rows_of_block(int64_t wanted, int64_t tokens, int64_t groups, int64_t quantum) {
@@ -147,7 +149,7 @@ struct DownPlan {
   template <bool kOuter>
   const char* launch(void* stream) const {
     constexpr int kWarps = kOuter ? kOuterFmaWarps : kShrinkFmaWarps;
-    if (args.groups.groups > kMostGroups) return kTooManyGroups;
+    if (grid.y > kMostBlocks) return kTooManyGroups;
     int* at = args.sum.tickets;
     if (tickets > 0) bk_zero(at, static_cast<std::size_t>(tickets) * sizeof(int), stream);
     if constexpr (kOuter) {
@@ -214,7 +216,7 @@ struct TilePlan {
 
   template <bool kOuter>
   const char* launch(void* stream) const {
-    if (args.groups.groups > kMostGroups) return kTooManyGroups;
+    if (grid.y > kMostBlocks) return kTooManyGroups;
     int* at = args.gradients.tickets;
     if (tickets > 0) bk_zero(at, static_cast<std::size_t>(tickets) * sizeof(int), stream);
     return with_rank(args.r, flip, [&](auto rank, auto flips) {
@@ -267,6 +269,7 @@ int64_t sampled_shrink_workspace_cuda(const SampledShrinkParams& p) {
   return bytes_of_draws(p) + workspace_of<DownPlan>(static_cast<const Grouped<ShrinkParams>&>(p));
 }
 const char* sampled_shrink_cuda(const SampledShrinkParams& p, void* stream) {
+  if (p.dtype == DType::kF64) return kNoDouble;  // draws would be twice as large as their room
   DrawParams law = p.law;
   law.out = p.workspace;
   if (const char* error = gaussian_draws_cuda(law, stream)) return error;

@@ -255,6 +255,32 @@ def test_rows_without_a_group_are_not_a_number_on_a_gpu(device):
         assert torch.isfinite(found).all()
 
 
+def test_sampled_forward_of_float64_is_refused_before_it_draws_on_a_gpu(device):
+    if device.name == "cpu":
+        pytest.skip("the CPU takes it")
+    parts = make(device, (3, 40, 24, 4), torch.float64, grad=False)
+    given = [parts[k] for k in ("x", "mean", "rho", "b", "base")]
+    draws, key = torch.arange(3, device=device.torch), random.key(1, device.torch)
+    with pytest.raises(RuntimeError, match="float64 is supported on the CPU only"):
+        _library.ops.sampled_forward(*given, draws, None, 1, key, 0, "square", True, 1.0)
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["sorted", "counted"])
+def test_more_groups_than_a_grid_has_blocks_are_refused_on_a_gpu(device, counted):
+    if device.name == "cpu":
+        pytest.skip("the CPU takes them")
+    count = 33000 if not counted else 60000
+    x = torch.ones(count if not counted else 64, 1, device=device.torch)
+    a, b = x.new_ones(count, 1, 1), x.new_ones(1, 1)
+    x = x.repeat(32, 1) if not counted else x
+    plan = None
+    if not counted:  # written down, as the emulator would take long to sort so many
+        start = torch.arange(count + 1) * 32
+        plan = torch.cat([start, torch.arange(len(x))]).to(torch.int32).to(device.torch)
+    with pytest.raises(RuntimeError, match="too many groups for a GPU"):
+        _library.ops.grouped_forward(x, a, None, b, None, plan, 64, None, 0, 0, None, 1.0)
+
+
 @pytest.mark.parametrize("groups", [[2, 0, 0, 1, 2, 2, 0], [0, 0, 1, 2], [3, 3], []], ids=str)
 def test_group_rows_sorts_the_rows(device, groups):
     ids = torch.tensor(groups, dtype=torch.int64, device=device.torch)
