@@ -13,7 +13,7 @@ namespace {
 
 struct Cpu {
   static constexpr bool always_draws = false;  // in place of E: for few tokens only
-  static constexpr int64_t decode_tokens = 0;  // whole adapters in one launch up to here
+  static constexpr bool has_decode = false;  // whole adapters in one launch, where decodes() allows
   static constexpr auto shrink_workspace = shrink_workspace_cpu;
   static constexpr auto shrink_backward_workspace = shrink_backward_workspace_cpu;
   static constexpr auto expand_workspace = expand_workspace_cpu;
@@ -27,7 +27,8 @@ struct Cpu {
 };
 struct Cuda {
   static constexpr bool always_draws = true;
-  static constexpr int64_t decode_tokens = kDecodeTokens;
+  static constexpr bool has_decode = true;
+  static constexpr auto decodes = decodes_cuda;
   static constexpr auto decode_workspace = decode_workspace_cuda;
   static constexpr auto decode = decode_cuda;
   static constexpr auto shrink_workspace = shrink_workspace_cuda;
@@ -429,7 +430,7 @@ Outputs whole(const char* op, const Tensor& x, const std::vector<Adapter>& adapt
               const NoiseArguments& noise, const std::string& std, bool keep_draw, bool need_h) {
   BK_CHECK(x.dim() >= 1, op, ": x must have shape (..., n)");
   const int64_t tokens = row_count(x);
-  bool decodes = tokens > 0 && tokens <= Device::decode_tokens && x.size(-1) > 0;
+  bool decodes = Device::has_decode;
   std::vector<std::vector<int64_t>> shapes(adapters.size(), shape_of(x));
   for (size_t i = 0; i < adapters.size(); ++i) {
     const Adapter& one = adapters[i];
@@ -438,10 +439,11 @@ Outputs whole(const char* op, const Tensor& x, const std::vector<Adapter>& adapt
     check_device(op, "b", one.b, x);
     if (one.base.has_value()) check_device(op, "base", *one.base, x);
     shapes[i].back() = one.b.size(0);
-    decodes = decodes && one.b.size(0) > 0;
+    if constexpr (Device::has_decode)
+      decodes = decodes && one.b.size(0) > 0 && Device::decodes(tokens, x.size(-1), one.a.size(0));
   }
   OptionalDeviceGuard guard(x);
-  if constexpr (Device::decode_tokens > 0) {
+  if constexpr (Device::has_decode) {
     if (decodes) return decode<Device>(op, x, tokens, adapters, noise, std, shapes, need_h);
   }
   const auto output = [&](size_t i, const Tensor& h) {

@@ -144,6 +144,8 @@ struct DecodeParams {
   DecodeItem item[kMaxDecodeItems];
 };
 
+// Whether an adapter of this size can be one of them: a block's sums fit its shared memory.
+bool decodes_cuda(int64_t tokens, int64_t n, int64_t r);
 int64_t decode_workspace_cuda(const DecodeParams& p);
 const char* decode_cuda(const DecodeParams& p, void* stream);
 

@@ -442,6 +442,29 @@ ShrinkPlan plan(const ShrinkParams& p) { return ShrinkPlan(p); }
 constexpr int64_t kDecodeSplits = 32, kDecodeSlices = 16, kDecodeGrid = 256;
 constexpr int64_t kWithoutTicket = 8192;  // numbers of a factor that every block may take
 constexpr int64_t kSliceNumbers = 8192;
+// Of the dynamic shared memory of a block: with what is static, within the 99 KiB that every
+// supported GPU has.
+constexpr std::size_t kDecodeBytes = 90 * 1024;
+
+int64_t tokens_of_decode(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 4 ? 4 : 16; }
+
+// How an item cuts its columns of x, and what a block then keeps in shared memory: its part of x,
+// and sums.
+struct DecodeSplits {
+  int64_t of_split, splits;  // runs of 128 columns of a split, splits
+  std::size_t shared_bytes;
+
+  DecodeSplits(int64_t tokens, int64_t n, int r) {
+    const int64_t padded = tokens_of_decode(tokens), chunks = ceil_div(n, kSignsPerBlock);
+    const bool alone = chunks <= kDecodeChunks && r * n <= kWithoutTicket;
+    const int64_t wanted = ceil_div(chunks, kDecodeSplits);
+    of_split = alone ? chunks : wanted < kDecodeChunks ? wanted : kDecodeChunks;
+    splits = ceil_div(chunks, of_split);
+    const int64_t parts = splits > 1 ? ceil_div(chunks, kChunksOfGroup) : chunks;
+    shared_bytes = sizeof(float) * static_cast<std::size_t>(padded * of_split * kSignsPerBlock +
+                                                            parts * r * padded);
+  }
+};
 
 struct DecodePlan {
   DecodeArgs args{};
@@ -453,7 +476,7 @@ struct DecodePlan {
   explicit DecodePlan(const DecodeParams& p) : noise(p.items > 0 && p.item[0].rho != nullptr) {
     Workspace workspace(p.workspace);
     const int item = p.dtype == DType::kF32 ? 4 : 2;
-    const int64_t padded = tokens_of(p.tokens), chunks = ceil_div(p.n, kSignsPerBlock);
+    const int64_t padded = tokens_of_decode(p.tokens), chunks = ceil_div(p.n, kSignsPerBlock);
     args.jobs = p.items;
     args.dtype = p.dtype;
     args.x = p.x;
@@ -467,10 +490,8 @@ struct DecodePlan {
     for (int i = 0; i < p.items; ++i) {
       const DecodeItem& from = p.item[i];
       DecodeJob& to = args.job[i];
-      const bool alone = chunks <= kDecodeChunks && from.r * p.n <= kWithoutTicket;
-      const int64_t wanted = ceil_div(chunks, kDecodeSplits);
-      const int64_t of_split = alone ? chunks : wanted < kDecodeChunks ? wanted : kDecodeChunks;
-      const int64_t splits = ceil_div(chunks, of_split);
+      const DecodeSplits cut(p.tokens, p.n, from.r);
+      const int64_t of_split = cut.of_split, splits = cut.splits;
       const int64_t most = at_least_one(kDecodeGrid / splits);
       int64_t slices = ceil_div(from.m * from.r, kSliceNumbers);
       if (slices > most) slices = most;
@@ -491,16 +512,11 @@ struct DecodePlan {
       blocks += static_cast<int>(splits * slices);
       if (splits > 1) tickets += static_cast<int>(slices);
       if (from.r > rank) rank = from.r;
-      const int64_t parts = splits > 1 ? ceil_div(chunks, kChunksOfGroup) : chunks;
-      const std::size_t numbers =
-          static_cast<std::size_t>(padded * of_split * kSignsPerBlock + parts * values);
-      if (sizeof(float) * numbers > shared_bytes) shared_bytes = sizeof(float) * numbers;
+      if (cut.shared_bytes > shared_bytes) shared_bytes = cut.shared_bytes;
     }
     if (tickets > 0) args.tickets = workspace.take<int>(tickets);
     bytes = workspace.used();
   }
-
-  static int tokens_of(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 4 ? 4 : 16; }
 
   template <int TB, int K, bool kNoise>
   const char* launch(void* stream) const {
@@ -517,7 +533,7 @@ struct DecodePlan {
     const auto with_tokens = [&](auto ranks, auto drawn) {
       constexpr int K = decltype(ranks)::value;
       constexpr bool kNoise = decltype(drawn)::value;
-      switch (tokens_of(args.tokens)) {
+      switch (tokens_of_decode(args.tokens)) {
         case 1:
           return launch<1, K, kNoise>(stream);
         case 4:
@@ -553,6 +569,10 @@ int64_t shrink_backward_workspace_cuda(const ShrinkBackwardParams& p) { return w
 int64_t expand_workspace_cuda(const ExpandParams& p) { return workspace_of(p); }
 int64_t expand_backward_workspace_cuda(const ExpandBackwardParams& p) { return workspace_of(p); }
 int64_t decode_workspace_cuda(const DecodeParams& p) { return workspace_of(p); }
+bool decodes_cuda(int64_t tokens, int64_t n, int64_t r) {
+  return tokens > 0 && tokens <= kDecodeTokens && n > 0 && r <= kMaxFusedRank &&
+         DecodeSplits(tokens, n, static_cast<int>(r)).shared_bytes <= kDecodeBytes;
+}
 
 const char* decode_cuda(const DecodeParams& p, void* stream) {
   return with_dtype(p.dtype, [&](auto) { return plan(p).launch(stream); });

@@ -18,7 +18,8 @@
 //                                  memory, and so does each kernel in front of it in the chain.
 //     bk_last_error()              const char* with the reason, or nullptr; call it after a launch
 //     bk_set_max_dynamic_smem(kernel, bytes)
-//                                  needed once per kernel and device for more than 48 KiB
+//                                  needed before a launch with more than 48 KiB; never lowers what
+//                                  another thread has asked for
 //     bk_max_shared_memory_per_block()   opt-in limit of the current device, in bytes
 //     bk_large_arguments()               whether kernels may take kLargeArguments bytes of arguments
 //     bk_zero(pointer, bytes, stream)    clears memory on the stream; a graph captures it
@@ -126,6 +127,7 @@ inline void bk_discard_128(void* pointer, const char* file = __builtin_FILE(),
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <mutex>
 
 #define BK_SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
 
@@ -209,11 +211,18 @@ inline const char* bk_last_error() {
   return cudaGetErrorString(error);
 }
 
-// A failure stays pending in the runtime and is reported by the next bk_last_error().
+// A failure stays pending in the runtime and is reported by the next bk_last_error(). The limit
+// belongs to the kernel: another thread may be about to launch it with more bytes.
+inline void bk_raise_max_dynamic_smem(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes now{};
+  if (cudaFuncGetAttributes(&now, kernel) == cudaSuccess && now.maxDynamicSharedSizeBytes < bytes)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 template <class... Parameters>
 inline void bk_set_max_dynamic_smem(void (*kernel)(Parameters...), std::size_t bytes) {
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  bk_raise_max_dynamic_smem(reinterpret_cast<const void*>(kernel), static_cast<int>(bytes));
 }
 
 inline int bk_max_shared_memory_per_block() {

@@ -666,7 +666,8 @@ void set_max_dynamic_shared(const void* kernel, std::size_t bytes) {
     fail("bk_set_max_dynamic_smem: at most %u bytes, got %zu", settings().max_shared_bytes, bytes);
   }
   const std::lock_guard<std::mutex> lock(machine.mutex);
-  machine.max_dynamic_shared[kernel] = bytes;
+  std::size_t& limit = machine.max_dynamic_shared[kernel];
+  if (bytes > limit) limit = bytes;
 }
 
 void block_barrier(const char* file, int line) {

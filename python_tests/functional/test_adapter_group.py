@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -223,6 +225,39 @@ def test_no_tokens_and_one_without_a_dimension(device, lead):
     assert [tuple(y.shape) for y in ys] == [(*lead, 6), (*lead, 0)]
     sum(y.sum() for y in ys).backward()
     assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.fixture
+def small_shared_memory(device: Any) -> Iterator[None]:
+    """The emulator refuses what GPUs with 99 KiB for a block would."""
+    if device.name != "sim":
+        yield
+        return
+    library = ctypes.CDLL(str(_library.find_library("libbayes_kernels_sim.so")))
+    try:
+        assert library.bayes_kernels_sim_set_max_shared_bytes(101376) == 0
+        yield
+    finally:
+        library.bayes_kernels_sim_set_max_shared_bytes(232448)
+
+
+@pytest.mark.usefixtures("small_shared_memory")
+def test_sums_of_wide_inputs_fit_the_shared_memory_of_small_gpus(device):
+    """99 KiB a block; with more columns than fit, the kernels of more tokens give the same."""
+    x, p = make(device, (16,), 33000, [(3, 64), (2, 1)], torch.float32)
+    key = random.key(2, device.torch)
+    ys = F.flipout_lora_group(
+        x, p["mean"], p["rho"], p["b"], p["base"], key=key, streams=[0, 1], scaling=0.5
+    )
+    for i, y in enumerate(ys):
+        more = F.flipout_lora(
+            x.repeat(2, 1)[:17], p["mean"][i], p["rho"][i], p["b"][i],
+            p["base"][i].repeat(2, 1)[:17], key=key, stream=i, scaling=0.5,
+        )  # fmt: skip
+        if device.name == "cpu":
+            torch.testing.assert_close(y, more[:16])
+        else:
+            assert torch.equal(y, more[:16])
 
 
 def ones(*size: int) -> Tensor:
