@@ -88,8 +88,8 @@ Grouping grouping(const char* op, const GroupArguments& g, int64_t groups, int64
     found.start = static_cast<const int32_t*>(g.plan->data_ptr());
     found.order = found.start + groups + 1;
   } else {
-    BK_CHECK(g.rows_per_group >= 1 && (tokens + g.rows_per_group - 1) / g.rows_per_group <= groups,
-             op, ": rows_per_group must be at least 1 and cover ", tokens, " rows with ", groups,
+    BK_CHECK(g.rows_per_group >= 1 && (tokens - 1) / g.rows_per_group < groups, op,
+             ": rows_per_group must be at least 1 and cover ", tokens, " rows with ", groups,
              " groups, got ", g.rows_per_group);
   }
   return found;

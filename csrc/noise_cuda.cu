@@ -319,6 +319,7 @@ const char* scaled_normal_backward_cuda(const ScaledNormalParams& p, void* strea
 }
 
 const char* gaussian_draws_cuda(const DrawParams& p, void* stream) {
+  if (p.r * p.n * p.count == 0) return nullptr;
   dim3 grid = blocks_for(ceil_div(p.r * p.n, 4));
   const int64_t rounds = ceil_div(p.count, 2);
   grid.y = static_cast<unsigned>(rounds < 65535 ? rounds : 65535);

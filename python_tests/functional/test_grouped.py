@@ -255,6 +255,23 @@ def test_rows_without_a_group_are_not_a_number_on_a_gpu(device):
         assert torch.isfinite(found).all()
 
 
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 0)], ids=["no inputs", "no outputs"])
+def test_layers_without_inputs_or_outputs(device, n, m):
+    at = device.torch
+    x = torch.ones(6, n, device=at, requires_grad=True)
+    a, mean = (x.new_ones(size, requires_grad=True) for size in ((3, 2, n), (2, n)))
+    experts, b = (x.new_ones(size, requires_grad=True) for size in ((3, m, 2), (m, 2)))
+    rho = x.new_ones(2, 1, requires_grad=True)
+    draws, key = torch.arange(3, device=at), random.key(1, at)
+    for rows_per_group in (2, 2**63 - 1):
+        y = F.grouped_lora(x, a, experts, rows_per_group=rows_per_group)
+        drawn = F.sampled_lora(x, mean, rho, b, draws=draws, key=key, rows_per_group=rows_per_group)
+        assert y.shape == drawn.shape == (6, m) and not y.any() and not drawn.any()
+        parts = [x, a, mean, experts, b, rho]
+        for gradient in torch.autograd.grad(y.sum() + drawn.sum(), parts):
+            assert not gradient.any()
+
+
 def test_sampled_forward_of_float64_is_refused_before_it_draws_on_a_gpu(device):
     if device.name == "cpu":
         pytest.skip("the CPU takes it")
