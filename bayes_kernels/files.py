@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -62,6 +63,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a file; readers see the old one or the whole new one."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def lines_of(text: bytes) -> list[str]:
+    """The lines of a UTF-8 text, with or without a mark at its beginning.
+
+    Only line feeds and carriage returns end them: JSON may have the other separators of Unicode in its
+    strings.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return re.split(r"\r\n?|\n", text.decode("utf-8-sig"))
 
 
 def _finite(value: Any) -> Any:

@@ -152,10 +152,12 @@ def read_prompts(path: Path) -> list[Any]:
     Raises:
         ValueError: it is no file of prompts; all bad lines are named.
     """
+    from ..files import lines_of
+
     if not path.is_file():
         raise ValueError(f"file {str(path)!r}: expected a file that exists, found none")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = lines_of(path.read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(
             f"file {str(path)!r}: expected UTF-8 text, got {error.reason} at byte {error.start}"

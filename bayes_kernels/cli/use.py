@@ -382,6 +382,7 @@ def _check_classes(expected: Task, got: Task) -> None:
 def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
     """What to predict, from the command line and a file."""
     from ..experiment.data.rows import SUFFIXES, is_unicode, read_examples
+    from ..files import lines_of
     from ..hf.tasks.task import Example
 
     found = []
@@ -398,7 +399,7 @@ def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
             found += read_examples(data)
         else:
             try:
-                lines = data.read_bytes().decode("utf-8-sig").splitlines()
+                lines = lines_of(data.read_bytes())
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"data {str(data)!r}: expected UTF-8 text, got {error.reason} at byte "
