@@ -110,6 +110,7 @@ class Method:
         config: class of the PEFT configuration of the adapter that is trained or loaded.
         bayesian: whether it has a posterior to draw from.
         n_samples: default number of posterior draws of a prediction; of an ensemble, its members.
+        text_samples: most draws that a text has by default, where those of predictions cost less.
         lr: default peak learning rate.
         weight_decay: default weight decay of AdamW.
         dropout: default dropout before the adapter.
@@ -135,6 +136,7 @@ class Method:
     config: type[LoraConfig] = LoraConfig
     bayesian: bool = True
     n_samples: int = 10
+    text_samples: int | None = None
     lr: float = 1e-3
     weight_decay: float = 0.0
     dropout: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -342,7 +342,8 @@ def _numbers(draws: Tensor | Sequence[int]) -> list[int]:
         whole = draws.dim() == 1 and not (draws.is_floating_point() or draws.dtype == torch.bool)
         ids = draws.tolist() if whole else []
     else:
-        ids = [operator.index(i) if hasattr(i, "__index__") else -1 for i in draws]
+        given = draws if isinstance(draws, Iterable) else ()
+        ids = [operator.index(i) if hasattr(i, "__index__") else -1 for i in given]
     if not ids or min(ids) < 0:
         raise ValueError(
             "posterior: draws must be the number of the draw of each row, integers of at least 0 in one "

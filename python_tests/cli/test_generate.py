@@ -14,7 +14,8 @@ from hf.letters import letters
 from test_html import check_self_contained
 from tiny_models import adapted, fill, llama
 
-from bayes_kernels.hf import BlobConfig, generate
+from bayes_kernels.cli.generate import read_prompts
+from bayes_kernels.hf import BlobConfig, generate, load_writer
 from cli.commands import SETTINGS, call, refuse
 
 pytestmark = pytest.mark.cpu_only
@@ -81,6 +82,11 @@ def test_prompts_of_files(writer: Path, tmp_path: Path) -> None:
         result = call("generate", writer, "--file", tmp_path / name, "--json", *WORDS[:4])
         assert result.exit_code == 0, result.output
         assert [text["prompt"] for text in objects(result.stdout)] == prompts
+    # JSON may have the separators of Unicode as they are; they end no line.
+    (tmp_path / "u.jsonl").write_bytes('{"prompt": "be\u2028no"}\r\n{"prompt": "no"}'.encode())
+    assert read_prompts(tmp_path / "u.jsonl") == ["be\u2028no", "no"]
+    (tmp_path / "u.txt").write_bytes("\ufeffbe\x85no\rway\r\n".encode())
+    assert read_prompts(tmp_path / "u.txt") == ["be\x85no", "way"]
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\nx\n{"messages": []}\n')
     error = refuse("generate", writer, "--file", tmp_path / "bad.jsonl")
     assert re.search(r"bad.jsonl:1: expected an object with 'prompt'", error)
@@ -151,12 +157,15 @@ def test_adapters_of_commands(writer: Path, data: Path, tmp_path: Path) -> None:
     assert "name one of" in error and str(tmp_path / "run" / "mle") in error
     result = call("generate", tmp_path / "run/mle", "--json", "--prompt", "be", *WORDS[2:4])
     assert objects(result.stdout)[0]["n_samples"] == 0
+    error = refuse("generate", tmp_path / "run/mle", "--prompt", "be", "--draws", "shared")
+    assert "draws: expected a method with draws of weights" in error
     result = call("bayesianize", tmp_path / "run/mle", "--method", "laplace")
     assert result.exit_code == 0, result.output
     laplace = ["generate", tmp_path / "run/mle-laplace", "--json", "--prompt", "be", *WORDS[:4]]
     result = call(*laplace)
     assert result.exit_code == 0, result.output
     assert objects(result.stdout)[0]["max_mutual_information"] > 0
+    assert load_writer(tmp_path / "run/mle-laplace").n_samples == 10  # an adapter each, not 1000
     vbll = tmp_path / "vbll"
     result = call(*train, "--method", "polar-vbll", "--n-samples", 3, "--out", vbll)
     assert result.exit_code == 0, result.output

@@ -229,6 +229,7 @@ def test_posterior_errors() -> None:
         {"kind": "pairs"},
         {"scope": "none"},
         {"draws": []},
+        {"draws": 5},
         {"draws": [0.5]},
         {"draws": [True, -1]},
         {"draws": torch.tensor([1.0])},

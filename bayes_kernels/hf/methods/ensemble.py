@@ -83,7 +83,8 @@ def join_adapters(models: Sequence[PeftModel], folders: Sequence[str | Path]) ->
     for model, folder in zip(models, folders, strict=True):
         config = model.peft_config["default"]
         if isinstance(config, BayesLoraConfig) or not isinstance(config, LoraConfig):
-            raise ValueError(f"ensemble: expected plain LoRA in {str(folder)!r}, got {config}")
+            kind = type(config).__name__
+            raise ValueError(f"ensemble: expected plain LoRA in {str(folder)!r}, got {kind}")
     names = [f"member{i}" for i in range(len(models))]
     first = _frozen(models[0])
     same = all(_equal(first, _frozen(model)) for model in models[1:])

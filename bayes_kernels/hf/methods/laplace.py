@@ -445,6 +445,7 @@ def _method(name: str, title: str, **fixed: Any) -> Method:
         name,
         title,
         n_samples=1000,
+        text_samples=10,  # each is an adapter
         predictor=laplace_predictor,
         conversion=Conversion(
             laplace_,

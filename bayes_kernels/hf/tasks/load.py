@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -127,8 +128,8 @@ class SavedAdapter:
         self,
         texts: str | Sequence[str],
         *,
-        context: Sequence[str] | None = None,
-        choices: Sequence[Sequence[str]] | None = None,
+        context: str | Sequence[str] | None = None,
+        choices: Sequence[str] | Sequence[Sequence[str]] | None = None,
         n_samples: int | None = None,
         seed: int | None = None,
         draws: str | None = None,
@@ -140,8 +141,8 @@ class SavedAdapter:
 
         Args:
             texts: Texts or questions, at least one.
-            context: A passage for each, where the task has them.
-            choices: The candidate answers of each, for multiple choice only.
+            context: A passage for each, where the task has them; of one text the passage itself.
+            choices: The candidate answers of each, for multiple choice only; of one text they themselves.
             n_samples: Posterior draws; 0 is the mean. By default what the run used.
             seed: Seed of the draws; by default that of the run.
             draws, scope: As in `bayes_kernels.hf.predict`; by default as in the run.
@@ -150,10 +151,27 @@ class SavedAdapter:
 
         Raises:
             ValueError: A text is empty or not Unicode, numbers of texts, contexts and choices differ,
-                draws are asked of an adapter without a posterior, or logits are not finite.
+                choices are given where the task has classes, batch_size is below 1, draws are asked of
+                an adapter without a posterior, or logits are not finite.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str):
+            texts = [texts]
+            context = [context] if isinstance(context, str) else context
+            if choices and isinstance(choices[0], str):
+                choices = [cast(Sequence[str], choices)]
+        texts = list(texts)
+        if choices is not None and self.task.kind != "multiple_choice":
+            raise ValueError(
+                f"predict: choices must be None, as the task has the classes {', '.join(self.classes)}"
+            )
         for name, found in (("context", context), ("choices", choices)):
+            if isinstance(found, str) or (
+                name == "choices" and any(isinstance(c, str) for c in found or ())
+            ):
+                raise ValueError(
+                    f"predict: {name} must be one for each of {len(texts)} texts, got those of one; pass "
+                    "a list of them"
+                )
             if found is not None and len(found) != len(texts):
                 raise ValueError(
                     f"predict: {name} must be one for each of {len(texts)} texts, got {len(found)}"
@@ -195,6 +213,8 @@ class SavedAdapter:
             ValueError: As `predict`.
         """
         self.method.check_draws(draws or KINDS[0], scope or DRAW_SCOPES[0])
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
         examples = [self._checked(example) for example in examples]
         task = dataclasses.replace(self.task, test=list(examples))  # how many choices there are
         prediction, _ = predict_examples(

@@ -14,7 +14,7 @@ from ..checkpoints import stored_method
 from ..checks import CONFIG_NAME, read_json
 from ..generate import Prompt, generate
 from ..method import METHODS, Method
-from ..noise import KINDS
+from ..noise import DRAW_SCOPES, KINDS
 from ..texts import Generation
 from .adapters import Base, pick_device, with_adapter
 from .load import base_of, method_of
@@ -30,7 +30,8 @@ class SavedWriter:
         tokenizer: Its tokenizer.
         base: The base model.
         method: The row of the table of methods.
-        n_samples: Default number of posterior draws; 0 for one set of weights.
+        n_samples: Default number of posterior draws; 0 for one set of weights. At most 10 for a Laplace
+            posterior, each of whose draws is an adapter.
         seed: Default seed of the draws.
         draws: Default of how draws hang together, see `bayes_kernels.hf.generate`.
     """
@@ -52,7 +53,12 @@ class SavedWriter:
         draws: str | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """As `bayes_kernels.hf.generate`, with the draws and the seed of the run by default."""
+        """As `bayes_kernels.hf.generate`, with the draws and the seed of the run by default.
+
+        Raises:
+            ValueError: As there, or `draws` is for methods with draws of another kind.
+        """
+        self.method.check_draws(draws or KINDS[0], DRAW_SCOPES[0])
         return generate(
             self.model,
             self.tokenizer,
@@ -116,7 +122,7 @@ def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int, 
             )
         rows = (row for row in METHODS.values() if row.stored(folder))
         method = next(rows, None) or METHODS[stored_method(folder)]
-        return Base(name), method, method.n_samples, 0, KINDS[0]
+        return Base(name), method, _draws(method, None), 0, KINDS[0]
     with readable(folder):
         base, method = base_of(record), method_of(record)
         experiment = record.fields["experiment"]
@@ -124,4 +130,10 @@ def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int, 
         count, kind = recipe["n_samples"], recipe.get("draws") or KINDS[0]
     if model is not None:
         base = dataclasses.replace(base, model=model)
-    return base, method, method.n_samples if count is None else count, seed, kind
+    return base, method, _draws(method, count), seed, kind
+
+
+def _draws(method: Method, count: int | None) -> int:
+    """Default draws of a text, where predictions have so many."""
+    count = method.n_samples if count is None else count
+    return count if method.text_samples is None else min(count, method.text_samples)

@@ -97,6 +97,13 @@ def test_choices_are_asked_with_their_question(tiny_model: Path, tmp_path: Path)
         asked.predict("the day was")
     with pytest.raises(ValueError, match="choices must be one for each of 1 texts, got 2"):
         asked.predict("the day was", choices=words)
+    alone = asked.predict("the day was", choices=words[0], context="a road")
+    listed = asked.predict(["the day was"], choices=words[:1], context=["a road"])
+    assert torch.equal(alone.probs, listed.probs)
+    two = ["the day was", "a road is"]
+    for wrong in ({"choices": ["ab", "cd"]}, {"choices": words, "context": "ab"}):
+        with pytest.raises(ValueError, match="must be one for each of 2 texts, got those of one"):
+            asked.predict(two, **wrong)
 
 
 def damage(folder: Path, **changes: Any) -> None:
@@ -117,6 +124,11 @@ def test_other_folders_are_one_clear_line(
         asked.predict("fine", n_samples=3)
     with pytest.raises(ValueError, match="at least one"):
         asked.predict([])
+    with pytest.raises(ValueError, match="choices must be None, as the task has the classes"):
+        asked.predict("fine", choices=["good", "bad"])
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            asked.predict("fine", batch_size=size)
     with pytest.raises(ValueError, match=r"found none; name one of .*out/map"):
         load(tmp_path / "out")
     with pytest.raises(ValueError, match="expected a folder that exists, found none"):
