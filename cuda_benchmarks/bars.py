@@ -191,6 +191,35 @@ NOTES = {
         "Beyond plain LoRA it reads rho and the kept normals, as much memory as both factors, and multiplies "
         "twice. Next: keep E in place of the normals while rho is unchanged."
     ),
+    ("peers-fit-backpack-time", "cpu"): (
+        "What a batch costs whatever the model is: hooks, a vectorised pass through autograd, fp64 "
+        "eigendecompositions of all factors. Of many columns 1 MiB at a time go through a pass. "
+        "BackPACK propagates the C columns of the softmax's root inside one backward pass, which works for "
+        "networks of its own list of layers only. The hidden layer is 128 wide here; in language models "
+        "the passes weigh more. Next: one vectorised pass without functorch's dispatch."
+    ),
+    ("peers-fit-backpack-peak", "cpu"): (
+        "A vectorised pass takes as many columns as fit into 1 MiB; the largest difference is about that. "
+        "Next: nothing."
+    ),
+    ("peers-fit-curvlinops-time", "cpu"): (
+        "The fixed cost of a batch, as for BackPACK; from 5 classes on ours is not slower. Next: the same."
+    ),
+    ("peers-fit-curvlinops-peak", "cpu"): (
+        "The columns of a vectorised pass, at most 1 MiB, and eigendecompositions in fp64. Next: nothing."
+    ),
+    ("peers-evidence-laplace_torch-time", "cpu"): (
+        "Sums in fp64 where the peer's are in fp32, and a check that the weights are those of the fit. It is "
+        "under 0.2 ms. Next: nothing."
+    ),
+    ("peers-evidence-laplace_torch-peak", "cpu"): (
+        "Products of eigenvalues in fp64 where the peer's are in fp32. Next: nothing; where evidences are "
+        "compared, their difference is small against both."
+    ),
+    ("peers-logits-laplace_torch-time", "cpu"): (
+        "The last layer at 2 classes, whose Jacobian is small: hooks, and the check that the weights are "
+        "those of the fit, are most of a millisecond. Next: nothing."
+    ),
     ("draws-shared", "cpu"): (
         "Ten draws are 327,680 normals, a shared one 32,768: the difference is that of their time, and the "
         "products are the same. In antithetic pairs, the default, half as many are drawn. Next: fewer "

@@ -84,7 +84,8 @@ FAMILY_TEXT = {
     "`svd_fp64` is bayesian_lora's update, `gram_torch` the same Gram route in batched PyTorch calls. "
     "`kron` adds N rows to a dense factor (d, d); `addmm` is PyTorch's product of converted, masked rows.",
     "vbll": "Loss and backward of a variational last layer against the `vbll` package.",
-    "peers": "A network of two linear layers, 64 to 128 to C: `fit` of the exact Kronecker GGN of 128 rows, "
+    "peers": "A network of two linear layers, 64 to 128 to C: `fit` of the exact Kronecker GGN of 128 rows "
+    "(32 at C = 1,000), "
     "evidence, mean and covariance of the linearised logits of 64 rows (1 row at C = 1,000, where the peer's "
     "Jacobian of 64 has 33 GB), against laplace-torch with the BackPACK and curvlinops backends and a plain "
     "backward pass for each class (`published`); and a variational last layer with 128 features against "
