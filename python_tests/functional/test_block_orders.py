@@ -192,3 +192,16 @@ def test_the_order_of_blocks_changes_no_bit(
         in_order(order, seed)
         for one, other in zip(layer(shape, dtype, noise), expected, strict=True):
             assert torch.equal(one, other), f"order {order}, seed {seed}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_neighbouring_tokens_share_no_line(
+    dtype: torch.dtype, in_order: Callable[[int, int], None]
+) -> None:
+    """Rows of 32 bytes: lines of 128 that one sum gives up must hold nothing that another still reads."""
+    in_order(FORWARD, 0)
+    expected = layer(SHAPES[0], dtype, noise=False)
+    for seed in range(1, 9):
+        in_order(RANDOM, seed)
+        for one, other in zip(layer(SHAPES[0], dtype, noise=False), expected, strict=True):
+            assert torch.equal(one, other), f"seed {seed}"

@@ -307,7 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = [
                 line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
             ]
-            noticed = run.returncode == 1 and bool(found)
+            if run.returncode < 0:  # a store outside an allocation, which the allocator finds
+                found = [f"ENDED by signal {-run.returncode}"]
+            noticed = run.returncode < 2 and bool(found)
             unnoticed += not noticed
             print(f"{name}: {found[0] if noticed else 'NOT NOTICED'}", flush=True)
     finally:
