@@ -210,7 +210,7 @@ NOTES = {
     ),
     ("peers-evidence-laplace_torch-time", "cpu"): (
         "Sums in fp64 where the peer's are in fp32, and a check that the weights are those of the fit. It is "
-        "under 0.2 ms. Next: nothing."
+        "at most a millisecond, and of few repetitions on a busy core. Next: nothing."
     ),
     ("peers-evidence-laplace_torch-peak", "cpu"): (
         "Products of eigenvalues in fp64 where the peer's are in fp32. Next: nothing; where evidences are "
