@@ -2,7 +2,8 @@
 
 The results are those of `lora` and `flipout_lora` for each of them, bit for bit. One op does all: on a GPU
 one launch for up to 16 tokens and 8 adapters, on the CPU one pass over x where ranks are equal. Beyond 16
-tokens a GPU runs the kernels of the adapters one after another, in one call.
+tokens a GPU runs the kernels of the adapters one after another, in one call; so it does where the sums of
+a block outgrow its shared memory (at 16 tokens and rank 64 from 28,673 columns on).
 """
 
 from __future__ import annotations
