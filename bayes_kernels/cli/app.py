@@ -15,13 +15,14 @@ from typing import Any
 
 import typer
 
+from ..launcher import launched
 from ..table import shorten
 from .bench import bench
 from .data import data
 from .generate import generate
 from .methods import methods
 from .options import Debug
-from .output import fail
+from .output import USAGE_ERROR, fail
 from .sweep import sweep
 from .train import compare, demo, train
 from .use import bayesianize, evaluate, predict
@@ -44,6 +45,8 @@ _GROUPS = {
     "Results": "out resume overwrite plots",
     "Machine": "threads device",
 }
+# Commands that a launcher may start several times.
+_SHARED = ("train", "info", "methods")
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 
 
@@ -56,6 +59,17 @@ class _Command(typer.core.TyperCommand):
             group = _GROUP_OF.get(parameter.name or "")
             if group is not None and isinstance(parameter, typer.core.TyperOption):
                 parameter.rich_help_panel = group
+
+    def invoke(self, ctx: Any) -> Any:
+        process = launched()
+        if process.count > 1 and self.name not in _SHARED:
+            if not process.first:  # one line is enough
+                raise typer.Exit(USAGE_ERROR)
+            fail(
+                f"{self.name}: expected one process, got {process.count} of a launcher; only train "
+                "shares its work among processes, start this command without torchrun or accelerate"
+            )
+        return super().invoke(ctx)
 
 
 class _Commands(typer.core.TyperGroup):

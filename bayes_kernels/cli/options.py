@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..launcher import launched
 from ..quantization import QUANTIZATIONS
 from ..table import shorten
 
@@ -232,6 +233,8 @@ def start(threads: int | None, device: str) -> torch.device:
     from ..hf.tasks.adapters import pick_device
 
     found = pick_device(device)
+    if found.type == "cuda" and launched().count > 1:
+        torch.cuda.set_device(launched().local_rank)
 
     _library.has_kernels(torch.empty(0))  # warns or raises where the library is missing
     if threads is not None:

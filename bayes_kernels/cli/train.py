@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..launcher import launched
 from .options import (
     MOST_SEED,
     MOST_THREADS,
@@ -248,7 +251,7 @@ def train(
     """Fine-tune an adapter on a task, score it, and write both.
 
     Ctrl-C finishes the running step and writes a checkpoint; the same command with --resume goes
-    on from there.
+    on from there. Under torchrun or accelerate launch, processes share the examples of each step.
     """
     if (source_argument is None) == (data is None):
         raise ValueError(
@@ -259,6 +262,7 @@ def train(
         raise ValueError("--resume and --overwrite exclude each other; give one")
     from ..experiment import build, folders, output, page, results, tables
     from ..experiment import run as experiments
+    from ..experiment.callbacks import Interrupted
     from ..experiment.recipe import Experiment, Source
     from ..experiment.settings import recipes_of
     from ..files import write_json
@@ -293,24 +297,29 @@ def train(
     files += output.PICTURES if plots else ()
     inputs = {**inputs_of(source), "model": model}
     options = {"overwrite": overwrite, "resume": resume}
-    if out is not None:
+    if out is not None and launched().first:
         output_of("train", out, files, inputs, **options).check()
     with status(f"reading {source.data}"):
         task = source.load(seed)
     folder = out or Path("runs") / f"{task.name}-{method}-seed{seed}"
+    call = functools.partial(
+        experiments.run,
+        one,
+        task,
+        folder=folder,
+        resume=resume,
+        save_every=save_every,
+        device=device,
+    )
+    if not launched().first:
+        with contextlib.suppress(Interrupted):  # the first process says it
+            call(progress=False)
+        return
     with writing("train", folder, files, inputs, **options) as place:
         if resume:
             folders.check_resumable(folder, one)
         describe_task(task)
-        run = experiments.run(
-            one,
-            task,
-            folder=folder,
-            resume=resume,
-            save_every=save_every,
-            device=device,
-            before_writing=place.begin,
-        )
+        run = call(before_writing=place.begin)
         if plots:
             draw_pictures(run.rows, folder)
         content = results.report([run], task, command=command_line())

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -71,7 +72,7 @@ class TrainingBar(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns SIGINT and SIGTERM into a checkpoint at the end of the running step."""
+    """Turns SIGINT and SIGTERM into a checkpoint at the end of the running step, of all processes."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -98,6 +99,11 @@ class StopOnSignal(TrainerCallback):
         self.received = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            # A signal comes to each process at its own time, perhaps one step apart.
+            number = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.received = int(number) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -122,7 +128,7 @@ class Snapshots(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = self.folders.get(state.global_step)
-        if folder is not None:
+        if folder is not None and state.is_world_process_zero:
             save_adapter(self.model, self.experiment, self.encoder.task, self.encoder, folder)
 
 
@@ -133,5 +139,7 @@ class RecordBesideCheckpoint(TrainerCallback):
         self.experiment, self.encoder = experiment, encoder
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_record(folder, self.experiment, self.encoder.task, self.encoder, place=folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 
 from ..hf.card import write_card
@@ -20,6 +21,7 @@ from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.task import Task
+from ..launcher import launched
 from .build import build
 from .convert import conversion_options, convert_model
 from .folders import CHECKPOINTS, save_adapter, stored_numbers
@@ -76,6 +78,9 @@ def run(
 ) -> Run:
     """Train an experiment on its task, save the adapter, and score it.
 
+    Under a launcher (``torchrun``, ``accelerate launch``) all processes train, each on its part of a
+    step's examples. The first converts, saves and scores; the result of the others has no rows.
+
     Args:
         experiment, task: What to run; the task comes from ``experiment.source.load(seed)``.
         folder: Where adapter and checkpoints go; None writes nothing.
@@ -99,6 +104,7 @@ def run(
     if known_labels(task.test) is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     check_trainable(experiment.method)
+    check_processes(experiment)
     task = experiment.seen(task)
     conversion = METHODS[experiment.method].conversion
     options = conversion_options(experiment) if conversion is not None else {}
@@ -122,6 +128,8 @@ def run(
         progress=progress,
         label=f"{name}: train",
     )
+    if not launched().first:
+        return Run(experiment, training, [])
     return finish(
         experiment,
         task,
@@ -212,6 +220,27 @@ def check_trainable(method: str) -> None:
         raise ValueError(
             f"method: {method} is made of adapters of several seeds; expected a method that trains "
             "one; use the command compare"
+        )
+
+
+def check_processes(experiment: Experiment) -> None:
+    """Whether the processes of a launcher can share the examples of each step.
+
+    Raises:
+        ValueError: A step cannot be divided evenly, or there is a process group already.
+    """
+    count, recipe = launched().count, experiment.recipe
+    if count == 1:
+        return
+    if recipe.batch_size % (recipe.accumulation * count):
+        raise ValueError(
+            f"batch_size: expected a multiple of accumulation x processes = {recipe.accumulation} x "
+            f"{count}, got {recipe.batch_size}; change one of them"
+        )
+    if torch.distributed.is_initialized():
+        raise ValueError(
+            "run: expected no process group, since training makes one and ends it, got one; call "
+            "torch.distributed.destroy_process_group before"
         )
 
 

@@ -27,6 +27,7 @@ from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder, batches_of
 from ..hf.trainer import BayesTrainer, last_checkpoint
+from ..launcher import launched
 from ..progress import progress_bar
 from .callbacks import Interrupted, RecordBesideCheckpoint, Snapshots, StopOnSignal, TrainingBar
 from .folders import named_errors
@@ -71,6 +72,9 @@ def train_model(
 ) -> Training:
     """Train an adapter, in place, with the stock Trainer (plain LoRA) or `BayesTrainer`.
 
+    Under a launcher every process trains on its part of each step's examples; the process group that
+    the trainer makes ends with the training.
+
     SIGINT and SIGTERM finish the running step, write a checkpoint and raise `Interrupted`; a second
     SIGINT stops at once, and the last complete checkpoint is the one before.
 
@@ -107,7 +111,8 @@ def train_model(
         arguments = Arguments(
             output_dir=folder,
             max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size // recipe.accumulation,
+            per_device_train_batch_size=recipe.batch_size
+            // (recipe.accumulation * launched().count),
             gradient_accumulation_steps=recipe.accumulation,
             learning_rate=experiment.lr,
             lr_scheduler_type="linear",
@@ -150,6 +155,10 @@ def train_model(
             synchronise(model)
             begin = time.perf_counter()
             _train(trainer, last, folder)
+            if arguments.world_size > 1:
+                # What follows is one process's work, and must not wait for the others.
+                torch.distributed.barrier()
+                torch.distributed.destroy_process_group()
             finished = trainer.state.global_step >= recipe.steps
             if finished:
                 size = recipe.eval_batch_size
