@@ -22,7 +22,7 @@ from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import CONFIGS, DEFAULT_METHOD, BayesLoraConfig, own_fields
 from .draws import WeightDraws
-from .layers import active_layers, bayes_layers, find_peft_model
+from .layers import active_layers, bayes_layers, check_whole, find_peft_model
 from .method import PLAIN
 from .predict import predictor_of
 from .swap import the_adapter
@@ -280,6 +280,7 @@ class _Plain:
 
     def __init__(self, op: str, model: nn.Module, draws: bool, adapter: str | None) -> None:
         self.model = find_peft_model(op, model)
+        check_whole(op, model)
         self.layers: list[BayesLayer] = []
         self.posterior: WeightDraws | None = None  # of plain LoRA
         if not active_layers(model, adapter):

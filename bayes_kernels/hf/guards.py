@@ -21,7 +21,7 @@ from torch import nn
 from .card import class_names, write_card
 from .checks import CONFIG_NAME, check_folder, is_bayesian_folder
 from .config import BayesLoraConfig
-from .layers import bayes_variants
+from .layers import bayes_variants, check_whole
 from .variants import VARIANTS, extra_names
 
 
@@ -75,6 +75,13 @@ def _no_lorafa(params: Any, **_: Any) -> None:
     )
 
 
+def _no_shards(self: Any, selected_adapters: Any = None, state_dict: Any = None, **_: Any) -> None:
+    names = self.peft_config if selected_adapters is None else selected_adapters
+    ours = any(isinstance(self.peft_config.get(name), BayesLoraConfig) for name in names)
+    if ours and state_dict is None:
+        check_whole("save_pretrained", self)
+
+
 def _no_conversion(
     self: Any,
     selected_adapters: Any = None,
@@ -89,6 +96,11 @@ def _no_conversion(
             f"adapter, got {str(path_initial_model_for_weight_conversion)!r}: the difference of two "
             "adapters has no posterior; train with init_lora_weights=True or 'gaussian'"
         )
+
+
+def _before_saving(self: Any, **given: Any) -> None:
+    _no_conversion(self, **given)
+    _no_shards(self, **given)
 
 
 def _write_cards(
@@ -148,7 +160,7 @@ def _whole_of_config(
 _GUARDS: list[tuple[str, str, Callable[..., None] | None, Callable[..., None] | None]] = [
     # (module and class, function, before, after)
     ("bayes_kernels.hf.config:BayesLoraConfig", "from_pretrained", _whole_of_config, None),
-    ("peft.peft_model:PeftModel", "save_pretrained", _no_conversion, _write_cards),
+    ("peft.peft_model:PeftModel", "save_pretrained", _before_saving, _write_cards),
     ("peft.peft_model:PeftModel", "load_adapter", None, _complete),
     ("transformers.integrations.peft:PeftAdapterMixin", "load_adapter", _whole, _complete),
     ("peft.utils.hotswap", "_convert_scalings_to_tensor", _no_padding, None),

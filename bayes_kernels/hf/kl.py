@@ -59,7 +59,8 @@ def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
     for variant in dict.fromkeys(type(item.variant) for item in layers):
         parts += [module.kl() for module in variant.modules(model, adapter)]
     if not parts:
-        return layers[0].mean.new_zeros((), dtype=torch.float32)
+        # Not new_zeros, which of a shard of FSDP2 were a DTensor.
+        return torch.zeros((), device=layers[0].mean.device)
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(total.device)

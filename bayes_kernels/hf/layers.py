@@ -88,6 +88,22 @@ def find_peft_model(op: str, model: nn.Module) -> PeftModel:
     )
 
 
+def check_whole(op: str, model: nn.Module) -> None:
+    """Whether the tensors of all adapters are whole on this process.
+
+    Raises:
+        ValueError: FSDP2 has sharded some (DTensor); the message begins with `op`.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and hasattr(parameter, "placements"):
+            raise ValueError(
+                f"{op}: tensors must be whole, got a shard of {name}; on all processes get "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), save it with "
+                "save_pretrained(..., state_dict=...) on one, and go on with the saved adapter"
+            )
+
+
 def noise_state(model: nn.Module) -> NoiseState:
     """The noise state of a model with Bayesian adapters, active or not.
 

@@ -157,6 +157,7 @@ class BayesTrainerMixin(_Base):
                 f"BayesTrainer: each process must use one GPU, got {self.args.n_gpu}; launch with "
                 "torchrun or accelerate, or name one in CUDA_VISIBLE_DEVICES"
             )
+        _check_sharding(self)
         self._hooks = variants[0].training(self, variants[0].config)
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
         # Passes that were looked at, and layers without a gradient in all of them.
@@ -566,6 +567,26 @@ def _depends_on(loss: Tensor, leaf: Tensor) -> bool:
         seen.add(node)
         nodes.extend(following for following, _ in node.next_functions)
     return False
+
+
+def _check_sharding(trainer: Any) -> None:
+    """Whether the divergence can be computed from the parameters as they are kept.
+
+    Raises:
+        ValueError: DeepSpeed or the first FSDP cut them up, so that no process sees their shapes.
+    """
+    deepspeed = getattr(trainer.args, "deepspeed_plugin", None)
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    found = ""
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        found = "DeepSpeed ZeRO-3"
+    elif fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
+        found = "FSDP version 1"
+    if found:
+        raise ValueError(
+            f"BayesTrainer: parameters must be whole or sharded by FSDP2, got {found}, which flattens "
+            "them; use FSDP with fsdp_version=2, DeepSpeed ZeRO-2, or plain data parallelism"
+        )
 
 
 class _AfterOptimizerStep(TrainerCallback):

@@ -220,13 +220,14 @@ class ScalablVariant(BayesVariant, method="scalabl"):
         """The flow time of each layer, or -1 where the configuration's `kl_time` is to be used."""
         if layers[0].variant.config.kl_time is not None:
             return [-1.0] * len(layers)
+
+        def typical(parameter: Tensor) -> Tensor:
+            value: Any = parameter.double().square().mean()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            return value.sqrt().cpu()
+
         with torch.no_grad():
-            table = torch.stack(
-                [
-                    torch.stack([p.double().square().mean().sqrt().cpu() for p in _moments(item)])
-                    for item in layers
-                ]
-            )
+            table = torch.stack([torch.stack([*map(typical, _moments(item))]) for item in layers])
         found = []
         for item, (mean, sigma) in zip(layers, table.tolist(), strict=True):
             found.append(ratio_time(AUTO_RATIO, mean, sigma, item.variant.prior_std))
@@ -315,8 +316,8 @@ class ScaleKL:
         self.full, self.direction = config.covariance == "full", config.divergence_direction
         self.step_count = self.skipped = 0
         second = EIGENVALUES if self.full else LOG_SIGMA
-        self._log_s = [item.tensor(LOG_S) for item in layers]
-        self._spread = [item.tensor(second) for item in layers]
+        self._log_s = [_here(item.tensor(LOG_S)) for item in layers]
+        self._spread = [_here(item.tensor(second)) for item in layers]
         self._prior = self._by_element([item.variant.prior_std for item in layers])
         self._scale = self._by_element(self.scales)
 
@@ -371,6 +372,11 @@ class ScaleKL:
         with torch.no_grad():
             for group, value, gradient in zip(groups, flat, gradients, strict=True):
                 _write(group, value - size * gradient)
+
+
+def _here(parameter: Any) -> Tensor:
+    """What this process holds of a parameter: all, or its shard of FSDP2. The step is elementwise."""
+    return parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter
 
 
 def ratio_time(ratio: float, mean: float, sigma: float, prior_std: float = 1.0) -> float:
