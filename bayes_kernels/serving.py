@@ -233,11 +233,14 @@ class Client:
         if found is None:
             raise self._odd(model, "log-probabilities of the likeliest tokens (top_logprobs)")
         values = []
+        taken = set(choices)  # a token stands for one answer
         for choice in choices:
             value = found.get(choice)
             if value is None:
-                same = [v for token, v in found.items() if token.strip() == choice.strip()]
-                value = same[0] if len(same) == 1 else None
+                same = [t for t in found if t.strip() == choice.strip() and t not in taken]
+                if len(same) == 1:
+                    value = found[same[0]]
+                    taken.add(same[0])
             if value is None:
                 shown = ", ".join(repr(token) for token in list(found)[:5])
                 raise ServerError(

@@ -138,6 +138,16 @@ def test_errors(url: str) -> None:
             Client(**{"url": url, "models": ["a"], **options})
 
 
+def test_a_token_stands_for_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {"choices": [{"logprobs": {"top_logprobs": [{"yes": -0.1, " no": -3.0}]}}]}
+    asked = Client("http://localhost:1", ["x"])
+    monkeypatch.setattr(asked, "_ask", lambda path, content: listed)
+    assert asked.score("q", [" yes", "no"]).choice == " yes"
+    for choices in (["yes", " yes"], [" yes", "yes"], [" yes", "yes "]):
+        with pytest.raises(ServerError, match="must be among the 20 likeliest first tokens"):
+            asked.score("q", choices)
+
+
 @pytest.mark.parametrize(
     "reply", [b"", b"HTTP/1.0 200 OK\r\n\r\n<html>", b"HTTP/1.0 200 OK\r\n\r\n[]"]
 )
