@@ -147,8 +147,8 @@ def bayesianize(
         )
         report = convert_model(one, loaded, encoder)
         verdict = check_posterior(one, loaded, encoder)
-        if verdict is not None and verdict.harmful:
-            note(verdict.text)
+        if verdict is not None and (verdict.harmful or verdict.factor != 1):
+            note(verdict.text)  # the report below has the deviations of before
         scores.update(n_samples=one.n_samples, draws=recipe.draws, scope=recipe.draw_scope)
         after = scoring.evaluate_model(
             loaded, encoder, task, method=method, label="after", **scores

@@ -26,7 +26,7 @@ class Verdict:
 
     Attributes:
         text: one or two sentences.
-        harmful: whether draws raised the NLL by more than chance.
+        harmful: whether draws raised the NLL by more than chance, see `DrawsReport`.
         factor: what all deviations were multiplied by.
         report: all numbers.
     """

@@ -25,6 +25,8 @@ from .variants import BayesLayer
 _GRID = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # Factors go on from the least of the grid down to this one, at which every posterior is its mean.
 _LEAST = 1 / 1024
+# Nats that draws may raise the NLL by: of posteriors that change nothing, any difference is beyond chance.
+_NO_HARM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class DrawsReport:
 
     @property
     def harmful(self) -> bool:
-        """Whether the draws raise the NLL by more than chance."""
-        return self.low > 0
+        """Whether the draws raise the NLL by more than chance, and by more than 0.001."""
+        return self.low > 0 and self.nll - self.mean_nll > _NO_HARM
 
     def __str__(self) -> str:
         change = "raise" if self.nll > self.mean_nll else "lower"
@@ -193,7 +195,7 @@ def fit_scale_(
     Args:
         model: a model with a posterior that `rescale_` takes.
         data: examples with class labels that were not trained on.
-        only_if_harmful: leave a posterior alone whose draws do not raise the NLL by more than chance.
+        only_if_harmful: leave a posterior alone whose draws are not `harmful`.
         n_samples, seed, draws, scope, choices, batch_size, collate_fn, progress: as in
             `compare_draws`.
 

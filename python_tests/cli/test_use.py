@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import tiny_task
 
+from bayes_kernels.experiment import held_out
 from cli.commands import SETTINGS, call, refuse, results
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -77,7 +78,10 @@ def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> No
     assert (conversion["anchors"], conversion["metric"]) == (16, "flips")
     assert len(conversion["trace"]) in (3, 4) and conversion["sigma"] >= 0
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["method"] == "tfb" and config["sigma_q"] == conversion["sigma"]
+    factor = content["scale"]["factor"]  # which validation labels chose after the conversion
+    assert config["method"] == "tfb"
+    assert config["sigma_q"] == pytest.approx(conversion["sigma"] * factor)
+    assert (f"deviations times {factor:.3g}" in result.stderr) == (factor != 1)
     result = call("evaluate", out)
     assert result.exit_code == 0, result.output
     again = results(out / "evaluation")["methods"]
@@ -95,6 +99,18 @@ def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     found = results(tmp_path / "mean")["methods"]
     assert [m["name"] for m in found] == ["BLoB mean", "TFB mean"]
+
+
+def test_deviations_that_are_not_those_of_the_report_are_said(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for factor, said in ((2.0, True), (1.0, False)):
+        verdict = held_out.Verdict("deviations times 2", False, factor, {})
+        monkeypatch.setattr(held_out, "check_posterior", lambda *_, found=verdict: found)
+        options = ["--set", "anchors=8", "--set", "max_trials=2", "--test-size", "4"]
+        result = call("bayesianize", trained, *options, "--out", tmp_path / f"tfb-{said}")
+        assert result.exit_code == 0, result.output
+        assert ("deviations times 2" in result.stderr) == said
 
 
 def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bayes_kernels.hf import (
 )
 from bayes_kernels.hf.last_layer import need_head
 from bayes_kernels.hf.layers import bayes_layers
-from bayes_kernels.hf.scale import can_rescale, compare_draws, fit_scale_, rescale_
+from bayes_kernels.hf.scale import can_rescale, compare_draws, fit_scale_, report_draws, rescale_
 
 MAKERS: dict[str, Any] = {
     "square": lambda: fill(adapted(BASES["bert"](), BlobConfig)),
@@ -118,6 +118,15 @@ def test_harmless_draws_stay_as_they_are() -> None:
     found = fit_scale_(model, examples(model), n_samples=4, only_if_harmful=True, progress=False)
     assert found.factor == 1 and not found.before.harmful and not unlike(before, model)
     assert "left as they are" in str(found)
+
+
+def test_differences_that_nobody_sees_are_no_harm() -> None:
+    """Draws of a posterior that changes nothing lie closely on one side of its mean."""
+    labels = torch.zeros(20, dtype=torch.int64)
+    mean = torch.tensor([0.6, 0.4]).log().expand(20, 2)
+    for p, harmful in ((0.5999, False), (0.59, True), (0.61, False)):
+        report = report_draws(mean, torch.tensor([p, 1 - p]).log().expand(20, 2), labels, 4)
+        assert (report.low > 0) == (p < 0.6) and report.harmful == harmful
 
 
 def test_wider_where_that_is_better() -> None:
