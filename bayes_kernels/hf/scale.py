@@ -190,7 +190,9 @@ def fit_scale_(
     """Multiply the deviations of a posterior by the factor with the least NLL on held-out examples, in place.
 
     Factors are 1, 1/2, ... 1/16, further halves as long as these lower the NLL, and 2 and 4 unless the draws
-    do harm; then the two factors sqrt(2) beside the best. All evaluations use the same draws of eps.
+    do harm; then the two factors sqrt(2) beside the best. All evaluations use the same draws of eps. The
+    best is taken where it lowers the NLL by more than chance (95 % interval of the paired bootstrap over the
+    examples), so that few examples do not choose a factor that fits them alone.
 
     Args:
         model: a model with a posterior that `rescale_` takes.
@@ -224,7 +226,7 @@ def fit_scale_(
     if only_if_harmful and not before.harmful:
         return ScaleReport(1.0, before, before.nll, ((1.0, before.nll),))
     kept = [(p, p.detach().clone()) for p in _tensors(model)]
-    trials = {1.0: before.nll}
+    found: dict[float, Prediction] = {}
 
     def set_to(factor: float) -> None:
         with torch.no_grad():
@@ -234,26 +236,28 @@ def fit_scale_(
                 _multiply(model, factor)
 
     def nll(factor: float) -> float:
-        if factor not in trials:
+        if factor not in found:
             set_to(factor)
-            trials[factor] = _nll(_classes(predict_dataset(model, batches, **options)))
-        return trials[factor]
+            found[factor] = _classes(predict_dataset(model, batches, **options))
+        return _nll(found[factor])
 
     done = False
     try:
         # A posterior that is far too wide has about the same NLL at any scale: no descent from 1 there.
         best = min(_GRID if before.harmful else (*_GRID, 2.0, 4.0), key=nll)
-        while best == min(trials) and best > _LEAST:
+        while best == min(found) and best > _LEAST:
             best = min((best / 2, best), key=nll)
         root = 2**0.5
         best = min((best, best / root, best * root), key=nll)
+        if not _better(found[best], found[1.0]):
+            best = 1.0
         set_to(best)
         done = True
     finally:
         if not done:
             set_to(1.0)
     _tell(model, best)
-    return ScaleReport(best, before, trials[best], tuple(trials.items()))
+    return ScaleReport(best, before, nll(best), tuple((factor, nll(factor)) for factor in found))
 
 
 def _multiply(model: nn.Module, factor: float) -> None:
@@ -269,6 +273,13 @@ def _tell(model: nn.Module, factor: float) -> None:
     configs = {id(item.variant.config): item.variant.config for item in active_layers(model)}
     for config in configs.values():
         config.rescaled(factor)
+
+
+def _better(one: Prediction, other: Prediction) -> bool:
+    """Whether the first has the lower NLL, by more than chance."""
+    assert one.labels is not None
+    pair = (one.log_probs, other.log_probs, one.labels)
+    return metrics.paired_bootstrap(*pair, scores=("nll",))["nll"].high < 0
 
 
 def _nll(prediction: Prediction) -> float:

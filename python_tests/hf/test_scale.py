@@ -132,10 +132,22 @@ def test_differences_that_nobody_sees_are_no_harm() -> None:
 def test_wider_where_that_is_better() -> None:
     """Labels that contradict the mean: any width helps."""
     model = MAKERS["square"]().eval()
-    rescale_(model, 0.1)
+    rescale_(model, 0.5)
     batches = examples(model)
     batches[0]["labels"] = (batches[0]["labels"] + 1) % 3
     assert fit_scale_(model, batches, n_samples=8, progress=False).factor > 2
+
+
+def test_a_factor_that_chance_explains_is_not_taken() -> None:
+    """Of nine examples four are wrong: wider draws lower the NLL here, and nobody knows for others."""
+    model = MAKERS["square"]().eval()
+    rescale_(model, 0.1)
+    batches = [{name: value[:9].clone() for name, value in examples(model)[0].items()}]
+    batches[0]["labels"][:4] = (batches[0]["labels"][:4] + 1) % 3
+    before = state(model)
+    found = fit_scale_(model, batches, n_samples=8, progress=False)
+    assert min(nll for _, nll in found.trials) < found.nll == found.before.nll
+    assert found.factor == 1 and not unlike(before, model)
 
 
 def test_what_stops_the_search_leaves_the_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
