@@ -229,7 +229,7 @@ def _fused(
     """One op; None where it does not take an argument."""
     tensors = (*a, *rho, *b, *base)
     if needs_gradient(x, *tensors):
-        sizes = (len(a), bool(rho), bool(base))
+        sizes = (len(a), len(rho) > 0, len(base) > 0)  # torch 2.11 compiles no bool of a list
         return _Group.apply(x, noise, sizes, tuple(streams), std, tuple(scaling), *tensors)
     key, _, row0, rows_per_id, ids, dropout = noise
     ys, _ = _library.ops.adapter_group(

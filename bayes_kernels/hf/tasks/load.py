@@ -212,7 +212,9 @@ class SavedAdapter:
         Raises:
             ValueError: As `predict`.
         """
-        self.method.check_draws(draws or KINDS[0], scope or DRAW_SCOPES[0])
+        self.method.check_draws(
+            KINDS[0] if draws is None else draws, DRAW_SCOPES[0] if scope is None else scope
+        )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
         examples = [self._checked(example) for example in examples]
@@ -223,8 +225,8 @@ class SavedAdapter:
             examples,
             n_samples=self.n_samples if n_samples is None else n_samples,
             seed=self.seed if seed is None else seed,
-            draws=draws or self.draws,
-            scope=scope or self.scope,
+            draws=self.draws if draws is None else draws,
+            scope=self.scope if scope is None else scope,
             batch_size=batch_size or self.batch_size,
             progress=progress,
         )

@@ -58,7 +58,7 @@ class SavedWriter:
         Raises:
             ValueError: As there, or `draws` is for methods with draws of another kind.
         """
-        self.method.check_draws(draws or KINDS[0], DRAW_SCOPES[0])
+        self.method.check_draws(KINDS[0] if draws is None else draws, DRAW_SCOPES[0])
         return generate(
             self.model,
             self.tokenizer,

@@ -133,7 +133,7 @@ def test_export_to_plain_lora(make: Any, config: Any, core: str, tmp_path: Path)
     plain = PeftModel.from_pretrained(make(), str(tmp_path / "plain")).eval()
     assert not any("core" in name or "log_scale" in name for name in plain.state_dict())
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="which must be 'mean' for method 'polar"):
+    with pytest.raises(ValueError, match="draws must be of weights, got method 'polar"):
         export_lora(model, tmp_path / "draw", which=0)
 
 
