@@ -255,7 +255,8 @@ def test_sums_of_wide_inputs_fit_the_shared_memory_of_small_gpus(device):
             p["base"][i].repeat(2, 1)[:17], key=key, stream=i, scaling=0.5,
         )  # fmt: skip
         if device.name == "cpu":
-            torch.testing.assert_close(y, more[:16])
+            # Sums of 33,000 products in another order.
+            torch.testing.assert_close(y, more[:16], rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(y, more[:16])
 
