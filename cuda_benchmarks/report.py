@@ -419,13 +419,18 @@ def status(family: str, results: Path = RESULTS) -> str:
 
 def with_status(readme: str, results: Path = RESULTS) -> str:
     """README with the last column of its status table as the results have it."""
-    names = {"prediction": "predict", "tall matrices": "tall", "adapter ops": "adapter"}
+    names = {
+        "prediction": "predict",
+        "tall matrices": "tall",
+        "adapter ops": "adapter",
+        "grouped adapter ops": "grouped",
+    }
 
     def line(match: re.Match[str]) -> str:
         family = names.get(match[2].strip(), match[2].strip())
         return f"{match[1]} {status(family, results)} |"
 
-    parts = "noise|adapter ops|divergence|prediction|tall matrices|curvature"
+    parts = "noise|adapter ops|grouped adapter ops|divergence|prediction|tall matrices|curvature"
     return re.sub(rf"^(\| ({parts}) \(.*\) \|[^|]*\|)[^|]*\|$", line, readme, flags=re.MULTILINE)
 
 

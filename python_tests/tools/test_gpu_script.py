@@ -320,7 +320,13 @@ def test_results_reach_the_status_table(tmp_path: Path) -> None:
     assert [
         a for a, b in zip(changed.splitlines(), readme.splitlines(), strict=True) if a != b
     ] == [line for line in changed.splitlines() if said in line]
-    assert changed.count(said) == 1 and changed.count(report.NOT_RUN) == 5
+    (folder / "smoke.jsonl").write_text(
+        "".join(json.dumps({**c, "family": "grouped"}) + "\n" for c in cases)
+    )
+    assert "grouped adapter ops" in next(
+        a for a in report.with_status(readme, results).splitlines() if "3 of 4 cases" in a
+    )
+    assert changed.count(said) == 1 and changed.count(report.NOT_RUN) == 6
 
 
 def test_readme_says_what_a_gpu_has_run() -> None:
