@@ -7,6 +7,7 @@ first dimension of its tensors, unless all examples share a tensor.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,17 @@ def is_shared(name: str, value: Tensor) -> bool:
 def has_rows(name: str, value: object, examples: int) -> bool:
     """Whether an input is a tensor with a row for each example."""
     return isinstance(value, Tensor) and not is_shared(name, value) and len(value) == examples
+
+
+def need_whole(name: str, value: object, least: int) -> None:
+    """A count that the caller has given: an integer, of numpy's too, and no bool.
+
+    Raises:
+        ValueError: it is none, or less than `least`; the message begins with `name`.
+    """
+    whole = hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+    if not whole or operator.index(value) < least:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def need_mapping(batch: object) -> None:
@@ -146,7 +158,11 @@ def fold_samples(batch: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
     Copy s is row block s, which is what `posterior(mode="sample", n_samples=...)` expects. Tensors
     whose first dimension is not that of the batch, or that examples share whatever their size
     (`cache_position`, `head_mask`), and other values, stay as they are.
+
+    Raises:
+        ValueError: n_samples is no integer of at least 1.
     """
+    need_whole("fold_samples: n_samples", n_samples, 1)
     return repeated(batch, batch_size(batch), n_samples)
 
 

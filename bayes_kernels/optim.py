@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from .functional import check_divergence
 from .functional.arguments import as_list, check_number, check_tensors, check_writable
-from .functional.divergence import prior_stds
+from .functional.divergence import check_divergence, prior_stds
 
 KINDS = ("auto", "published", "constant")
 _MIN_RHO = 1e-4  # BK_MIN_RHO of csrc/core/posterior.h: derivatives below it are taken at it

@@ -21,7 +21,7 @@ from __future__ import annotations
 from .adapter import core_lora, flipout_lora, lora, scaled_lora
 from .adapter_group import flipout_lora_group, lora_group
 from .curvature import kron_accumulate_, low_rank_update_
-from .divergence import check_divergence, gaussian_kl
+from .divergence import gaussian_kl
 from .grouped import gaussian_draws, grouped_flipout_lora, grouped_lora, sampled_lora
 from .noise import SCOPES, STDS
 from .predict import (
@@ -59,7 +59,6 @@ __all__ = [
     "SHIFTED",
     "STDS",
     "McPrediction",
-    "check_divergence",
     "core_lora",
     "flipout_lora",
     "flipout_lora_group",

@@ -17,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..batches import need_whole
 from ..files import replacing_folder
 from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
@@ -253,8 +254,7 @@ def export_draws(
         export_draws(model, "draws", 10)  # draws/draw-0, ..., draws/draw-9
     """
     directory = Path(directory)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"export_draws: n must be an integer of at least 1, got {n!r}")
+    need_whole("export_draws: n", n, 1)
     _check_replaceable("export_draws", directory, folders=True)
     plain = _Plain("export_draws", model, True, adapter)
     names = [f"draw-{number}" for number in range(n)]

@@ -147,7 +147,7 @@ class Record(StoppingCriteriaList):
         mean: the distribution that tokens are chosen from.
         sequences: number of texts, or of beam searches.
         begin: where the texts begin, behind their prompts.
-        notice: (sequence, step), for each new token.
+        notice: (sequence, step, whether its text ends with it), for each new token.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Record(StoppingCriteriaList):
         mean: Mean,
         sequences: int,
         begin: int,
-        notice: Callable[[int, Step], None] | None,
+        notice: Callable[[int, Step, bool], None] | None,
     ) -> None:
         super().__init__(criteria)
         self.mean, self.sequences, self.begin, self.notice = mean, sequences, begin, notice
@@ -195,7 +195,7 @@ class Record(StoppingCriteriaList):
             else:
                 following[keys[i]] = step
             if self.notice is not None:
-                self.notice(keys[i][0], step)
+                self.notice(keys[i][0], step, done[i])
         self.open = following
 
     def _keys(self, texts: Tensor) -> list[tuple[int, tuple[int, ...]]]:
@@ -242,7 +242,7 @@ class Lockstep:
         prompts: how many prompts there are.
         seed: seed of random choices.
         first: number of the first text, which counts for them.
-        notice: (number of the text, step), for each new token.
+        notice: (number of the text, step, whether its text ends with it), for each new token.
         streamer: a streamer of transformers.
     """
 
@@ -254,12 +254,12 @@ class Lockstep:
         dependent: int,
         seed: int,
         first: int,
-        notice: Callable[[int, Step], None] | None,
+        notice: Callable[[int, Step, bool], None] | None,
         streamer: BaseStreamer | None,
     ) -> None:
         self.copies, self.prompts, self.dependent = copies, prompts, dependent
         self.seed, self.first = seed, first
-        self.notice = None if notice is None else lambda i, step: notice(first + i, step)
+        self.notice = None if notice is None else lambda i, *new: notice(first + i, *new)
         self.streamer = None if streamer is None else _OneCopy(streamer, copies)
         self.results: list[tuple[list[Step], bool]] = []
 

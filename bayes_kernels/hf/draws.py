@@ -110,6 +110,10 @@ class WeightDraws:
         """The model whose `generate` writes texts."""
         return self.model
 
+    def obstacle(self) -> str | None:
+        """What keeps whole texts from having draws, for a message; None where nothing does."""
+        return None
+
     def copies(self, n_samples: int) -> int:
         """Draws that a text of `n_samples` draws has; 0 for the mean."""
         return n_samples

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 
-from ..batches import eval_mode, fold_samples
+from ..batches import eval_mode, fold_samples, need_whole
 from ..progress import progress_bar
 from .decoding import Lockstep, Step
 from .draws import WeightDraws
+from .heads import ClassLogits
 from .predict import text_draws
 from .texts import SCORES, Generation, Pieces, ScoredText, Token, pieces_of
 from .tokens import common_beginning, labelled
@@ -121,7 +122,7 @@ def generate(
         ("num_return_sequences", num_return_sequences, 1),
         ("batch_size", batch_size, 1),
     ):
-        _need_whole(f"generate: {name}", value, least)
+        need_whole(f"generate: {name}", value, least)
     own = sorted(_OWN & set(options)) + sorted(key for key in options if key.startswith("output_"))
     if own:
         raise ValueError(
@@ -251,7 +252,7 @@ def score_texts(
     Raises:
         ValueError: as `generate`, or a text has no token that another comes before.
     """
-    _need_whole("score_texts: n_samples", n_samples, 0)
+    need_whole("score_texts: n_samples", n_samples, 0)
     given = [texts] if isinstance(texts, str) else list(texts)
     before = (
         [prompts] * len(given) if prompts is None or isinstance(prompts, str) else list(prompts)
@@ -311,6 +312,12 @@ def score_texts(
 def _draws_of(op: str, model: nn.Module, n_samples: int, draws: str) -> WeightDraws:
     """`text_draws` of a model that generates."""
     predictor = text_draws(op, model, n_samples, draws)
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if isinstance(base, ClassLogits):
+        raise ValueError(
+            f"{op}: model must have its whole head, got {type(base).__name__}, whose logits are of "
+            "classes; load the adapter with load_writer, or use predict"
+        )
     if not hasattr(predictor.generator, "generate"):
         raise ValueError(
             f"{op}: model must be one that generates text, got {type(model).__name__}; load it with "
@@ -412,11 +419,6 @@ def _check_lengths(model: Any, encoded: Sequence[_Encoded], max_new_tokens: int)
         )
 
 
-def _need_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
 # --- Results -------------------------------------------------------------------------------------
 
 
@@ -451,6 +453,8 @@ class _Notice:
         self.function = function
         self.pieces = [Pieces(tokenizer, one.token_ids) for one in encoded for _ in range(each)]
 
-    def __call__(self, sequence: int, step: Step) -> None:
+    def __call__(self, sequence: int, step: Step, last: bool) -> None:
         text = self.pieces[sequence].add(step.token_id)
+        if last:
+            text += self.pieces[sequence].rest()
         self.function(Token(sequence, step.token_id, text, *step[2:5]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import random
+from ..batches import need_whole
 from ._compat import continues_a_text
 from .layers import (
     active_layers,
@@ -292,13 +293,10 @@ def posterior(
             raise ValueError(
                 f"posterior: {name} must be one of {choices}, got {value!r}; choose one"
             )
-    if n_samples < 1 or (n_samples > 1 and mode != "sample"):
-        raise ValueError(
-            f"posterior: n_samples must be at least 1, and 1 unless mode is 'sample', got "
-            f"{n_samples}"
-        )
-    if first_sample < 0:
-        raise ValueError(f"posterior: first_sample must not be negative, got {first_sample}")
+    need_whole("posterior: n_samples", n_samples, 1)
+    need_whole("posterior: first_sample", first_sample, 0)
+    if n_samples > 1 and mode != "sample":
+        raise ValueError(f"posterior: n_samples must be 1 unless mode is 'sample', got {n_samples}")
     ids = None if draws is None else _numbers(draws)
     if ids is not None and (mode != "sample" or n_samples > 1 or first_sample > 0):
         raise ValueError(

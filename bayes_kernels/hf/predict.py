@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..batches import as_batches
+from ..batches import as_batches, need_whole
 from ..progress import progress_bar
 from .draws import Predictor, WeightDraws
 from .layers import bayes_variants, without_effect
@@ -94,13 +94,9 @@ def predict(
             f"predict: batch must be a mapping of input tensors, got {type(batch).__name__}; for "
             "texts pass tokenizer(texts, padding=True, return_tensors='pt')"
         )
-    for name, count in (("n_samples", n_samples), ("samples_per_pass", samples_per_pass)):
-        if not hasattr(count, "__index__") and (name == "n_samples" or count is not None):
-            raise ValueError(f"predict: {name} must be an integer, got {count!r}")
-    if n_samples < 0:
-        raise ValueError(f"predict: n_samples must not be negative, got {n_samples}; 0 is the mean")
-    if samples_per_pass is not None and samples_per_pass < 1:
-        raise ValueError(f"predict: samples_per_pass must be at least 1, got {samples_per_pass}")
+    need_whole("predict: n_samples", n_samples, 0)
+    if samples_per_pass is not None:
+        need_whole("predict: samples_per_pass", samples_per_pass, 1)
     for name, word, words in (("draws", draws, KINDS), ("scope", scope, DRAW_SCOPES)):
         if word not in words:
             raise ValueError(f"predict: {name} must be one of {words}, got {word!r}; choose one")
@@ -167,6 +163,8 @@ def text_draws(op: str, model: nn.Module, n_samples: int, draws: str) -> WeightD
             f"{op}: draws need adapters that take part in the pass, got adapters that are {why}, or "
             "pass n_samples=0"
         )
+    if n_samples and (why := predictor.obstacle()) is not None:
+        raise ValueError(f"{op}: {why}; pass n_samples=0, or write draws with export_draws")
     if n_samples > 1 and predictor.one_per_pass:
         raise ValueError(
             f"{op}: n_samples must be 0 or 1 where draws cannot share a pass (routed experts, ensemble "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import metrics
-from ..batches import as_batches
+from ..batches import as_batches, need_whole
 from .layers import active_layers
 from .logits import Prediction
 from .predict import predict_dataset
@@ -113,8 +113,9 @@ def compare_draws(
         `DrawsReport`. Cost: 1 + n_samples forward passes of the examples.
 
     Raises:
-        ValueError: examples have no class labels, or as `predict`.
+        ValueError: n_samples is out of range, examples have no class labels, or as `predict`.
     """
+    need_whole("compare_draws: n_samples", n_samples, 1)
     batches = list(as_batches(data, batch_size, collate_fn))
     options: dict[str, Any] = {"choices": choices, "progress": progress}
     mean = _classes(predict_dataset(model, batches, n_samples=0, **options))

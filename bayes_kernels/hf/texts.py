@@ -24,7 +24,8 @@ class Token:
     Attributes:
         sequence: number of its text in the result of `generate`.
         token_id: its id.
-        text: what it adds to the text; "" where it adds nothing (see `ScoredText.tokens`).
+        text: what it adds to the text; "" where it adds nothing (see `ScoredText.tokens`). The last token
+            of a text has its last bytes too, where these are no whole character.
         log_prob: log of its mean probability over the draws, nats.
         entropy: of the mean distribution at its place, nats.
         expected_entropy: mean entropy of the draws there, nats.

@@ -18,6 +18,7 @@ from ..batches import (
     fold_samples,
     inputs_of,
     labels_of,
+    need_whole,
     split,
     to_device,
 )
@@ -212,10 +213,7 @@ def predict_tokens(
         found = predict_tokens(model, [collate(rows)], n_samples=10)
         print(found.nll, found.perplexity, found.ece)
     """
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 0:
-        raise ValueError(
-            f"predict_tokens: n_samples must be an integer of at least 0, got {n_samples!r}"
-        )
+    need_whole("predict_tokens: n_samples", n_samples, 0)
     shift = label_shift(model)
     if shift is None:
         raise ValueError(
@@ -424,6 +422,7 @@ def score_answers(
     Raises:
         ValueError: as `generate`, there are fewer than two answers, or one has no token of its own.
     """
+    need_whole("score_answers: n_samples", n_samples, 0)
     if isinstance(answers, str) or len(answers) < 2 or len(set(answers)) < len(answers):
         raise ValueError(
             f"score_answers: answers must be at least two texts, all different, got {answers!r}"

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..batches import need_whole
 from ..optim import KLSchedule
 from ._compat import loss_is_scaled
 from .kl import decoupled_kl, kl_divergence, kl_starts
@@ -118,8 +119,7 @@ class BayesTrainerMixin(_Base):
             raise ValueError(f"BayesTrainer: kl_mode must be one of {KL_MODES}, got {kl_mode!r}")
         if kl_weight < 0 or not math.isfinite(kl_weight):
             raise ValueError(f"BayesTrainer: kl_weight must not be negative, got {kl_weight}")
-        if eval_samples < 0:
-            raise ValueError(f"BayesTrainer: eval_samples must not be negative, got {eval_samples}")
+        need_whole("BayesTrainer: eval_samples", eval_samples, 0)
         words = (("eval_draws", eval_draws, KINDS), ("eval_scope", eval_scope, DRAW_SCOPES))
         for name, word, allowed in words:
             if word not in allowed:

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are letters, for the vocabulary of the small models."""
+"""Tokenizers of the small models: of letters, and of bytes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ def letters(chat: bool = True) -> Any:
     tokenizer.decoder = decoders.Metaspace()
     wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    if chat:
+        wrapped.chat_template = CHAT
+    return wrapped
+
+
+def single_bytes(chat: bool = False) -> Any:
+    """Of 258 tokens: <s>, </s> and the bytes, which make no longer tokens."""
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     )
     if chat:
         wrapped.chat_template = CHAT

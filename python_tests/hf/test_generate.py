@@ -31,11 +31,13 @@ from bayes_kernels.hf import (
     generate,
     posterior,
     predict,
+    predict_tokens,
+    score_answers,
     score_texts,
 )
 from bayes_kernels.hf.decoding import Mean
 from bayes_kernels.hf.methods.dropout import dropout_draws
-from hf.letters import letters
+from hf.letters import letters, single_bytes
 
 pytestmark = pytest.mark.cpu_only
 
@@ -355,6 +357,20 @@ def test_streaming(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == found[0].text.strip()
 
 
+def test_streams_have_the_last_bytes() -> None:
+    """Tokens of single bytes: a text may end within a character."""
+    base = llama(vocab_size=258, initializer_range=0.2)
+    model = fill(adapted(base), rho=0.6, scale=1.0).eval()
+    seen: list[Any] = []
+    found = generate(
+        model, single_bytes(), ["a", "b"], n_samples=2, do_sample=True, num_return_sequences=4,
+        max_new_tokens=3, eos_token_id=None, streamer=seen.append,
+    )  # fmt: skip
+    for number, text in enumerate(found):
+        assert [token.text for token in seen if token.sequence == number] == text.tokens
+    assert any(text.text.endswith("\ufffd") for text in found)
+
+
 def test_conversations(model: Any) -> None:
     options = {"n_samples": 2, "seed": SEED, "max_new_tokens": 3}
     text = generate(model, TOKENIZER, "user: be.", **options)[0]
@@ -601,5 +617,32 @@ def test_draws_of_class_logits_write_no_text() -> None:
     base = answering_llama()
     config = PolarVbllConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config).eval()
-    with pytest.raises(ValueError, match="draws are class logits, not weights, got 10"):
-        generate(model, TOKENIZER, "A")
+    write: Any
+    for write in (generate, score_texts):
+        with pytest.raises(ValueError, match="draws are class logits, not weights, got 10"):
+            write(model, TOKENIZER, "A")
+        with pytest.raises(
+            ValueError, match=r"must have its whole head, got .* load_writer, or use"
+        ):
+            write(model, TOKENIZER, "be", n_samples=0)
+
+
+def test_draws_of_a_head_write_no_text() -> None:
+    """Rows of a batch cannot be sent to heads of their own: one line, and never the mean."""
+    config = {"modules_to_save": ["lm_head"]}
+    model = fill(adapted(sharp(), peft.LoraConfig, **config), rho=None).eval()
+    ids = torch.randint(3, 64, (8, 5), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": ids, "labels": ids[:, 0] % 3}]
+    bayesianize(model, "laplace", data, choices=[5, 6, 7], progress=False)
+    batch = {"input_ids": ids, "labels": ids}
+    calls = {
+        "generate": lambda: generate(model, TOKENIZER, "A", n_samples=2),
+        "score_texts": lambda: score_texts(model, TOKENIZER, "no", n_samples=2),
+        "score_answers": lambda: score_answers(model, TOKENIZER, "no", ["a", "b"], n_samples=2),
+        "predict_tokens": lambda: predict_tokens(model, batch, n_samples=2),
+    }
+    for name, call in calls.items():
+        words = f"{name}: a Laplace posterior must be of the factors .* got lm_head.weight; pass n"
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert len(model.peft_config) == 1

@@ -241,11 +241,13 @@ def test_concatenate() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_samples": -1}, "n_samples must not be negative"),
-        ({"n_samples": 2.5}, "n_samples must be an integer, got 2.5"),
-        ({"n_samples": None}, "n_samples must be an integer, got None"),
-        ({"samples_per_pass": 0}, "samples_per_pass must be at least 1"),
-        ({"samples_per_pass": "2"}, "samples_per_pass must be an integer, got '2'"),
+        ({"n_samples": -1}, "n_samples must be an integer of at least 0, got -1"),
+        ({"n_samples": 2.5}, "n_samples must be an integer of at least 0, got 2.5"),
+        ({"n_samples": None}, "n_samples must be an integer of at least 0, got None"),
+        ({"n_samples": True}, "n_samples must be an integer of at least 0, got True"),
+        ({"samples_per_pass": 0}, "samples_per_pass must be an integer of at least 1, got 0"),
+        ({"samples_per_pass": True}, "samples_per_pass must be an integer of at least 1"),
+        ({"samples_per_pass": "2"}, "samples_per_pass must be an integer of at least 1, got '2'"),
         ({"choices": [1]}, "at least two token ids"),
         ({"choices": [1, 2, 1]}, "at least two token ids, all different"),
         ({"choices": ["A", "B"]}, r"choices must be token ids, got \['A', 'B'\]"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_models import BASES, IDS, adapted, fill, trained
+from tiny_models import BASES, IDS, LABELS, adapted, fill, trained
 from torch import Tensor, nn
 
 from bayes_kernels.hf import (
@@ -177,3 +177,11 @@ def test_adapters_without_deviations_are_refused() -> None:
     model = MAKERS["square"]().eval()
     with pytest.raises(ValueError, match="examples must have class labels, got none"):
         compare_draws(model, [{"input_ids": IDS}], progress=False)
+
+
+@pytest.mark.parametrize("compare", [compare_draws, fit_scale_])
+@pytest.mark.parametrize("count", [0, True, 1.5])
+def test_draws_are_compared_with_the_mean(compare: Any, count: Any) -> None:
+    batch = {"input_ids": IDS, "labels": LABELS}
+    with pytest.raises(ValueError, match="compare_draws: n_samples must be an integer of at least"):
+        compare(MAKERS["square"]().eval(), [batch], n_samples=count, progress=False)

@@ -5,23 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import transformers
 from test_html import check_self_contained
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bayes_kernels.hf import Generation, ScoredText
 from bayes_kernels.hf.highlight import LIMITS, html_page, level_of, measure_of, terminal_text
 from bayes_kernels.hf.texts import pieces_of
-from hf.letters import letters
-
-
-def bytes_of_text() -> Any:
-    """A tokenizer whose tokens are bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+from hf.letters import letters, single_bytes
 
 
 def test_the_first_word_keeps_its_space() -> None:
@@ -34,7 +23,7 @@ def test_the_first_word_keeps_its_space() -> None:
 
 @pytest.mark.parametrize("text", ["né", "日本", "a🙂b", "e\u0301", "tab\t\n"])
 def test_characters_come_whole(text: str) -> None:
-    tokenizer = bytes_of_text()
+    tokenizer = single_bytes()
     ids = tokenizer(text)["input_ids"]
     pieces = pieces_of(tokenizer, tokenizer("x y")["input_ids"], ids)
     assert len(pieces) == len(ids) == len(text.encode())

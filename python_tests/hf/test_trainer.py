@@ -476,7 +476,8 @@ def test_errors(tmp_path: Path) -> None:
     for options, message in (
         ({"kl_mode": "both"}, "kl_mode must be one of"),
         ({"kl_weight": -1.0}, "kl_weight must not be negative"),
-        ({"eval_samples": -2}, "eval_samples must not be negative"),
+        ({"eval_samples": -2}, "eval_samples must be an integer of at least 0"),
+        ({"eval_samples": 1.5}, "eval_samples must be an integer of at least 0"),
         ({"eval_draws": "pairs"}, "eval_draws must be one of"),
         ({"eval_scope": "none"}, "eval_scope must be one of"),
     ):

@@ -10,6 +10,7 @@ read.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import pkgutil
@@ -240,6 +241,19 @@ def test_what_a_page_names_exists(page: str) -> None:
         file = found.strip(" /")
         family = re.search(r"(^|[/_])x(_\w+)?\.", file)  # x is any
         assert family or any(path.endswith(f"/{file}") for path in FILES), file
+
+
+@pytest.mark.parametrize("module", ["hf", "serving", "vbll", "laplace", "metrics", "functional"])
+def test_public_names_stand_on_a_page(module: str) -> None:
+    """Classes and functions; constants stand in the docstrings of what takes them."""
+    package = importlib.import_module(f"bayes_kernels.{module}")
+    listed = re.findall(
+        rf"^::: {package.__name__}$(?:\n .*)*?\n +members: \[(.*)\]",
+        "\n".join(TEXTS.values()),
+        re.M,
+    )
+    names = {name for name in package.__all__ if callable(getattr(package, name))}
+    assert names <= set(", ".join(listed).split(", "))
 
 
 def test_commands_are_listed() -> None:

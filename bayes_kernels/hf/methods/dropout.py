@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ... import random
+from ...batches import need_whole
 from ..config import BayesLoraConfig
 from ..draws import WeightDraws
 from ..method import Method
@@ -60,8 +61,13 @@ def dropout_draws(
         first_sample: Number of the first copy.
         scope: What has a mask of its own: "token", or "none" for one mask in each copy.
 
+    Raises:
+        ValueError: A count is out of range.
+
     Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
     """
+    need_whole("dropout_draws: n_samples", n_samples, 1)
+    need_whole("dropout_draws: first_sample", first_sample, 0)
     made: dict[torch.device, list[Tensor]] = {}
 
     def keys_on(device: torch.device) -> list[Tensor]:

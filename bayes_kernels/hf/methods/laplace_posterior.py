@@ -111,28 +111,29 @@ class DrawnAdapters(WeightDraws):
         super().__init__(model)
         self.posterior = posterior
 
+    def obstacle(self) -> str | None:
+        """A head with a posterior, or an adapter that is not plain LoRA: rows cannot be sent to them."""
+        model, name = the_adapter("generate", self.model)
+        layers = adapted_layers(model, name)
+        factors = {f"{key}.{part}" for key, _ in layers for part in ("lora_A", "lora_B")}
+        heads = sorted({layer.name for layer in self.posterior.laplace.layers} - factors)
+        if not heads and all(layer.lora_variant.get(name) is None for _, layer in layers):
+            return None
+        return (
+            "a Laplace posterior must be of the factors of plain LoRA, got "
+            f"{', '.join(heads) or 'another adapter'}"
+        )
+
     @contextlib.contextmanager
     def throughout(
         self, n_samples: int, seed: int, examples: int, draws: str
     ) -> Iterator[dict[str, Any]]:
-        """As `WeightDraws.throughout`; inside, the model has `n_samples` more adapters.
-
-        Raises:
-            ValueError: a head has a posterior too, or the adapter is not plain LoRA.
-        """
+        """As `WeightDraws.throughout`; inside, the model has `n_samples` more adapters."""
         if not n_samples:
             yield {}
             return
         model, name = the_adapter("generate", self.model)
         layers = adapted_layers(model, name)
-        factors = {f"{key}.{part}" for key, _ in layers for part in ("lora_A", "lora_B")}
-        plain = all(layer.lora_variant.get(name) is None for _, layer in layers)
-        heads = sorted({layer.name for layer in self.posterior.laplace.layers} - factors)
-        if heads or not plain:
-            raise ValueError(
-                "generate: a Laplace posterior must be of the factors of plain LoRA, got "
-                f"{', '.join(heads) or 'another adapter'}; pass n_samples=0"
-            )
         drawn = [f"draw{i}-of-{name}" for i in range(n_samples)]
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import nn
 
+from ...batches import need_whole
 from ..checks import RECORD_NAME
 from ..method import METHODS, Method
 from ..noise import DRAW_SCOPES, KINDS
@@ -215,8 +216,8 @@ class SavedAdapter:
         self.method.check_draws(
             KINDS[0] if draws is None else draws, DRAW_SCOPES[0] if scope is None else scope
         )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None:
+            need_whole("predict: batch_size", batch_size, 1)
         examples = [self._checked(example) for example in examples]
         task = dataclasses.replace(self.task, test=list(examples))  # how many choices there are
         prediction, _ = predict_examples(

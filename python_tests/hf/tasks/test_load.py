@@ -127,7 +127,7 @@ def test_other_folders_are_one_clear_line(
     with pytest.raises(ValueError, match="choices must be None, as the task has the classes"):
         asked.predict("fine", choices=["good", "bad"])
     for size in (0, -1):
-        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
             asked.predict("fine", batch_size=size)
     with pytest.raises(ValueError, match=r"found none; name one of .*out/map"):
         load(tmp_path / "out")
