@@ -120,6 +120,15 @@ def sign_bits(
     return (1 - 2 * bits).to(torch.int8).flatten(1)[:, :columns]
 
 
+def signs_at(key: Tensor, rows: Tensor, columns: Tensor, n: int, *, stream: int = 0) -> Tensor:
+    """int64 signs (...) of R_in (rows, n) at some places only: one block of Philox for each."""
+    blocks = rows * ((n + 127) // 128) + columns // 128
+    words = philox(subkey(key, stream, 1), blocks)
+    bit = columns % 128
+    word = words.gather(-1, (bit // 32)[..., None])[..., 0]
+    return 1 - 2 * ((word >> (bit % 32)) & 1)
+
+
 def dropout_mask(
     key: Tensor, rows: int, columns: int, p: float, *, stream: int = 0, row0: int = 0
 ) -> Tensor:

@@ -19,7 +19,10 @@ PEFT_TYPE_NAME = "BAYES_LORA"
 # PEFT layer classes that call a LoraVariant in `forward` with the arguments of `Linear`. Subclasses
 # of `Linear` (torchao, Intel Neural Compressor) qualify too.
 _LAYERS_WITH_VARIANTS = frozenset(
-    {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+    {
+        *("Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"),
+        *("Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    }
 )
 
 

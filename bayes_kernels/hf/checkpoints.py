@@ -27,6 +27,7 @@ from .layers import active_layers, bayes_layers, check_whole, find_peft_model
 from .method import PLAIN
 from .predict import predictor_of
 from .swap import the_adapter
+from .targets import factor_names, factor_parameters
 from .undo import as_before_if_stopped
 from .variants import VARIANTS, BayesLayer, extra_names
 
@@ -332,11 +333,12 @@ class _Plain:
         """Those of a Bayesian adapter, and what was trained beside it."""
         replaced = {}
         for item in self.layers:
-            own = item.layer.lora_A[item.adapter].weight, item.layer.lora_B[item.adapter].weight
+            layer = getattr(item.layer, "layer", item.layer)
+            own = factor_parameters(layer, item.adapter)
             plain = item.factors(sample, seed)
-            for factor, old, new in zip(("lora_A", "lora_B"), own, plain, strict=True):
+            for name, old, new in zip(factor_names(layer), own, plain, strict=True):
                 if new is not old:
-                    replaced[f"{PREFIX}{item.name}.{factor}.weight"] = new.to(old.dtype)
+                    replaced[f"{PREFIX}{item.name}.{name}"] = new.reshape(old.shape).to(old.dtype)
         extra = extra_names()
         tensors = {
             key: replaced.get(key, value).detach().cpu().contiguous()

@@ -30,6 +30,7 @@ _REJECTED = (
     "use_bdlora",
     "use_qalora",
     "lora_bias",
+    "ensure_weight_tying",
     "target_parameters",
     "megatron_config",
 )

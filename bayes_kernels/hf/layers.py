@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from .noise import NoiseState
+from .targets import factor_parameters, with_factors
 from .variants import BayesLayer, BayesVariant
 
 
@@ -41,7 +42,7 @@ def active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLay
         for name in names:
             variant = layer.lora_variant.get(name)
             if isinstance(variant, BayesVariant):
-                found.append(BayesLayer(variant.name, layer, name, variant))
+                found.append(BayesLayer(variant.name, with_factors(layer), name, variant))
     return found
 
 
@@ -158,6 +159,6 @@ def adapter_devices(model: nn.Module) -> set[torch.device]:
     for _, layer in lora_layers(model):
         for name, variant in layer.lora_variant.items():
             if isinstance(variant, BayesVariant):
-                weight = layer.lora_A[name].weight
+                weight, _ = factor_parameters(layer, name)
                 devices.update([] if weight.is_meta else [weight.device])
     return devices

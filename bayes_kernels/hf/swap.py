@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import BayesLoraConfig
 from .layers import find_peft_model, lora_layers
 from .model import BayesLoraModel, remove_noise
+from .targets import as_linear, factor_parameters, with_factors
 from .variants import VARIANTS, BayesLayer, BayesVariant, attach
 
 
@@ -72,14 +73,19 @@ def lora_options(config: PeftConfig) -> dict[str, Any]:
 
 
 def mean_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A and B of an adapter in one layer; for a Bayesian adapter, of its mean."""
+    """A and B of an adapter in one layer, as matrices; for a Bayesian adapter, of its mean."""
     variant = layer.lora_variant.get(name)
     with torch.no_grad():
         if isinstance(variant, BayesVariant):
-            a, b = variant.mean_factors(layer, name)
+            a, b = variant.mean_factors(as_linear(layer), name)
         else:
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            a, b = (part[name].weight for part in _matrices(layer))
     return a.detach(), b.detach()
+
+
+def _matrices(layer: Any) -> tuple[Any, Any]:
+    view = as_linear(layer)
+    return view.lora_A, view.lora_B
 
 
 def make_plain(model: PeftModel, name: str) -> None:
@@ -120,12 +126,12 @@ def make_bayesian(
     made = []
     _change_type(model, name, BayesLoraModel, config)
     for (key, layer), (a, b) in zip(layers, factors, strict=True):
-        for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.dtype != torch.float64:
-                part.weight.data = part.weight.data.float()
+        for factor in factor_parameters(layer, name):
+            if factor.dtype != torch.float64:
+                factor.data = factor.data.float()
         _set_factors(layer, name, a, b)
         variant = attach(layer, name, config, key, tuner._noise(config))
-        made.append(BayesLayer(key, layer, name, variant))
+        made.append(BayesLayer(key, with_factors(layer), name, variant))
     return made
 
 
@@ -143,5 +149,5 @@ def _set_factors(layer: Any, name: str, a: Tensor, b: Tensor) -> None:
         for tensor in (*variant.parameters, *variant.constants):
             if name in getattr(layer, tensor, {}):
                 del getattr(layer, tensor)[name]
-    for part, value in zip((layer.lora_A[name], layer.lora_B[name]), (a, b), strict=True):
-        part.weight.data = value.to(part.weight.dtype)
+    for factor, value in zip(factor_parameters(layer, name), (a, b), strict=True):
+        factor.data = value.reshape(factor.shape).to(factor.dtype)

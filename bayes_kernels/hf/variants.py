@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import random, reference
 from ..optim import KLSchedule
 from ._compat import unsupported_layer
+from .targets import View, as_linear, factor_parameters, unsupported_target
 
 if TYPE_CHECKING:
     from .config import BayesLoraConfig
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class BayesLayer(NamedTuple):
-    """One adapted layer: module name, PEFT layer, adapter name and its variant."""
+    """One adapted layer: module name, PEFT layer, adapter name and its variant.
+
+    Of an embedding `layer` is its view, which has the factors under the names of a linear layer.
+    """
 
     name: str
     layer: Any
@@ -36,12 +40,20 @@ class BayesLayer(NamedTuple):
 
     @property
     def mean(self) -> nn.Parameter:
-        """`lora_A.weight`, (r, in): for BLoB and TFB the posterior mean of A."""
+        """`lora_A.weight`, (r, in): for BLoB and TFB the posterior mean of A.
+
+        Of a convolution (r, channels, *kernel).
+        """
         return self.layer.lora_A[self.adapter].weight
 
     @property
+    def in_features(self) -> int:
+        """n, columns of A; 1 for an embedding, whose inputs are one-hot."""
+        return as_linear(self.layer).in_features
+
+    @property
     def rho(self) -> nn.Parameter:
-        """BLoB, TFB: parameter of the deviation of A, (r, in) or (r, 1), fp32."""
+        """BLoB, TFB: parameter of the deviation of A, of its shape or (r, 1), fp32."""
         return self.tensor(self.variant.deviation)
 
     def tensor(self, name: str) -> nn.Parameter:
@@ -50,11 +62,12 @@ class BayesLayer(NamedTuple):
 
     def factors(self, draw: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA adapter that is the mean, or the draw of that number."""
+        layer = as_linear(self.layer)
         if draw is None:
-            return self.variant.mean_factors(self.layer, self.adapter)
+            return self.variant.mean_factors(layer, self.adapter)
         key = random.key(seed, self.mean.device)
         with torch.no_grad():
-            return self.variant.draw_factors(self.layer, self.adapter, key, draw)
+            return self.variant.draw_factors(layer, self.adapter, key, draw)
 
 
 class Divergence(NamedTuple):
@@ -181,6 +194,8 @@ class BayesVariant(LoraVariant):
             and without it cannot share a model.
         module_tensors: tensors of these modules that a plain module lacks: last parts of their names.
         training: what the method changes in training.
+        targets: kinds of layers that the adapter can sit on, of `targets.LAYER_KINDS`; for embeddings a
+            method has `looked_up`.
 
     Attributes:
         config: configuration of the adapter, of the method's class.
@@ -198,6 +213,7 @@ class BayesVariant(LoraVariant):
     replaces: ClassVar[str] = ""
     module_tensors: ClassVar[tuple[str, ...]] = ()
     training: ClassVar[type[TrainingHooks]] = TrainingHooks
+    targets: ClassVar[tuple[str, ...]] = ("linear", "convolution")
     config: Any
     prior_std: float
 
@@ -242,6 +258,10 @@ class BayesVariant(LoraVariant):
                 tokens of a row; "flipout": the noise of training.
             dropout: probability, 0 outside training; `dropped` applies it.
         """
+        raise NotImplementedError
+
+    def looked_up(self, module: Any, adapter: str, ids: Tensor, mode: str) -> Tensor:
+        """The columns of A (..., r) for the tokens (...) of an embedding, with A as `mode` says."""
         raise NotImplementedError
 
     def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
@@ -340,7 +360,10 @@ class BayesVariant(LoraVariant):
             dropout = float(vars(module.lora_dropout[active_adapter]).get("p", 0.0))
         if mode is None:
             mode = "sample" if self.sample_at_inference else "mean"
-        return self.adapted(module, active_adapter, x, result, mode, dropout)
+        view = as_linear(module)
+        if view is module:
+            return self.adapted(module, active_adapter, x, result, mode, dropout)
+        return view.forward(self, active_adapter, x, result, mode, dropout)
 
     def copies(self, x: Tensor, draws: int) -> int:
         """Successive rows, along the first dimension of x, that belong to each of the batch's draws.
@@ -411,9 +434,12 @@ class BayesVariant(LoraVariant):
 
     def delta_weight(self, module: Any, adapter: str) -> Tensor:
         """scaling * B A of the posterior mean, laid out as the base weight is."""
-        a, b = self.mean_factors(module, adapter)
+        view = as_linear(module)
+        a, b = self.mean_factors(view, adapter)
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         delta = (b.to(wide) @ a.to(wide)) * module.scaling[adapter]
+        if isinstance(view, View):
+            return view.laid_out(delta)
         return delta.T if getattr(module, "fan_in_fan_out", False) else delta
 
     def init(self, module: Any, adapter_name: str, **_: Any) -> None:  # type: ignore[override]
@@ -423,7 +449,16 @@ class BayesVariant(LoraVariant):
         made); `attach` calls it for the first ones. So the tensors always have the rank and the device
         of the factors.
         """
-        set_tensors(module, adapter_name, self, self.initial(module, adapter_name))
+        view = as_linear(module)
+        if isinstance(view, View):
+            module = view.layer
+            # Methods may change the factors, of which they see matrices.
+            for factor in factor_parameters(module, adapter_name):
+                if factor.dtype in (torch.bfloat16, torch.float16):
+                    factor.data = factor.data.float()
+            if self.trained:
+                view.start(adapter_name, self.stream)
+        set_tensors(module, adapter_name, self, self.initial(view, adapter_name))
 
     def merge_safe(  # type: ignore[override]
         self, module: Any, active_adapter: str, orig_weight: Tensor
@@ -494,15 +529,16 @@ def attach(
     Raises:
         ValueError: the layer's kind or quantisation cannot carry the adapter.
     """
-    reason = unsupported_layer(layer)
+    kind = VARIANTS[config.method]
+    reason = unsupported_layer(layer) or unsupported_target(layer, kind.targets)
     if reason is not None:
         base = type(layer.get_base_layer()).__name__ if hasattr(layer, "get_base_layer") else "?"
         raise ValueError(
-            f"BayesLoraConfig: target {name} ({base}) cannot carry a Bayesian adapter: {reason}; "
+            f"{type(config).__name__}: target {name} ({base}) cannot carry a Bayesian adapter: {reason}; "
             "target linear layers that are unquantised or quantised by bitsandbytes, GPTQ, HQQ or "
             "torchao"
         )
-    variant = VARIANTS[config.method](config, name, layer.in_features, state)
+    variant = kind(config, name, as_linear(layer).in_features, state)
     variant.init(layer, adapter)
     layer.lora_variant[adapter] = variant
     # PEFT's own multiplies lora_A and lora_B alone. What asks a layer for its update (convert_to_lora,
@@ -525,9 +561,12 @@ def set_tensors(
     layer: Any, adapter: str, variant: BayesVariant, values: Mapping[str, Tensor]
 ) -> None:
     """Make the tensors of a variant parameters of the layer, where PEFT finds them."""
-    trains = layer.lora_A[adapter].weight.requires_grad
+    first, _ = factor_parameters(layer, adapter)
+    trains = first.requires_grad
     for name, value in values.items():
         trained = name in variant.parameters
+        if trained and value.shape == first.flatten(1).shape:
+            value = value.reshape(first.shape)  # of a convolution, so that KL steps see one shape
         if not hasattr(layer, name):
             setattr(layer, name, nn.ParameterDict())
             # PEFT trains the former when the adapter is active; it moves and deletes both.

@@ -136,6 +136,10 @@ _FILES = {
     "Linear4bit": "bnb",
     "GPTQLoraLinear": "gptq",
     "HqqLoraLinear": "hqq",
+    "Embedding": "layer",
+    "Conv1d": "layer",
+    "Conv2d": "layer",
+    "Conv3d": "layer",
 }
 
 
@@ -144,17 +148,32 @@ def test_classes_of_layers_known_by_name(name: str) -> None:
     """They are there, and their forward hands over to the formula; their libraries need not be."""
     spec = importlib.util.find_spec(f"peft.tuners.lora.{_FILES[name]}")
     assert spec is not None and spec.origin is not None
-    classes = {
-        node.name: ast.unparse(node)
-        for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-    }
-    if "lora_variant" not in classes.get(name, ""):
+    tree = ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    classes = {node.name: node for node in tree if isinstance(node, ast.ClassDef)}
+    own = [classes[name]] if name in classes else []
+    bases = [ast.unparse(base) for node in own for base in node.bases]
+    family = own + [classes[base] for base in bases if base in classes and base != "LoraLayer"]
+    if not any("self.lora_variant[active_adapter].forward" in ast.unparse(c) for c in family):
         pytest.fail(
             f"peft {peft.__version__}: peft.tuners.lora.{_FILES[name]} has no class {name} that "
             "uses lora_variant; _compat.unsupported_layer names it",
             pytrace=False,
         )
+
+
+def test_layers_that_are_not_linear() -> None:
+    """What `hf/targets.py` reads of embeddings and convolutions."""
+    layers, by = peft.tuners.lora.layer, "hf/targets.py"
+    net = plain(nn.Sequential(nn.Embedding(5, 4), nn.Conv1d(4, 4, 3, padding="same")), ["0", "1"])
+    table, conv = net.base_model.model
+    assert (type(table), type(conv)) == (layers.Embedding, layers.Conv1d)
+    need(peft, "Embedding", table, "tp_layer _get_embed_scale lora_embedding_A", by)
+    assert table.lora_embedding_A["default"].shape == (2, 5)
+    assert table.lora_embedding_B["default"].shape == (4, 2)
+    first = conv.lora_A["default"]
+    need(torch, "Conv1d", first, "_reversed_padding_repeated_twice kernel_size stride", by)
+    assert first.weight.shape == (2, 4, 3) and first._reversed_padding_repeated_twice == [1, 1]
+    assert conv.lora_B["default"].weight.shape == (4, 2, 1)
 
 
 def test_steps_of_adding_an_adapter() -> None:

@@ -167,7 +167,7 @@ class Embedded(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(IN, OUT)
-        self.table = nn.Embedding(9, OUT)
+        self.table = nn.Embedding(9, OUT, max_norm=1.0)  # no method adapts one that rescales itself
         self.last = nn.Linear(OUT, 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional, reference
+from ... import functional, random, reference
 from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
 from ..method import PAPERS, Method
 from ..noise import DRAW_SCOPES
+from ..targets import LAYER_KINDS
 from ..variants import BayesVariant, Divergence, KLPlan, KLStep, inverse_softplus, uniform_like
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class GaussianFactor(BayesVariant):
     std = "direct"
     scope = "token"
     draw_scopes = DRAW_SCOPES
+    targets = LAYER_KINDS
 
     def adapted(
         self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
@@ -127,6 +129,71 @@ class GaussianFactor(BayesVariant):
             return functional.grouped_lora(x, factors, b, result, **where, scaling=scaling)
         options.update(groups=self.ids_of(x), dropout=dropout)
         return functional.flipout_lora(x, a, rho, b, result, key=key, **options)
+
+    def looked_up(self, module: Any, adapter: str, ids: Tensor, mode: str) -> Tensor:
+        """What `adapted` has in rank space for one-hot inputs: the same numbers for the same key.
+
+        Noise is drawn for the whole vocabulary: r n numbers a pass, for S draws S r n.
+        """
+        mean = module.lora_A[adapter].weight
+        mean = mean if mean.dtype == torch.float64 else mean.float()
+        middle = module.columns(mean, ids)
+        if mode == "mean":
+            return middle
+        state, chosen = self.state, self.state.current()
+        rho = getattr(module, self.deviation)[adapter].to(mean.dtype)
+        key = state.key_on(ids.device)
+        if mode == "sample" and len(ids) == 1 and len(chosen.draws_on(ids.device).ids) > 1:
+            raise ValueError(
+                f"posterior: layer {self.name} looks up {tuple(ids.shape)} for all rows at once, as "
+                "embeddings of positions do, so that rows cannot have draws of their own; leave it out "
+                "of target_modules, or use n_samples=1 and first_sample=0, 1, ..."
+            )
+
+        def noise(key: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+            eps = random.normal(key, mean.shape, stream=self.stream).to(mean.dtype)
+            return module.flipped(
+                reference.std_of(rho, self.std) * eps, tokens, key, self.stream, rows
+            )
+
+        def counted(tokens: Tensor) -> Tensor:
+            return torch.arange(tokens.numel(), device=ids.device).reshape(tokens.shape)
+
+        if mode == "flipout":
+            rows = counted(ids)
+            if self.scope == "none":
+                eps = random.normal(key, mean.shape, stream=self.stream).to(mean.dtype)
+                return middle + module.columns(reference.std_of(rho, self.std) * eps, ids)
+            if self.scope == "example" and ids.dim() > 0:
+                each = ids.numel() // max(len(ids), 1) if ids.dim() > 1 else ids.numel()
+                rows = rows // max(each, 1)
+            return middle + noise(key, ids, rows)
+        if chosen.scope == "token":
+            keys = chosen.keys_of_draws[ids.device]
+            sizes = [self.copies(middle, len(keys))] * len(keys)
+            parts = zip(keys, ids.split(sizes), strict=True)
+            return middle + torch.cat([noise(key, part, counted(part)) for key, part in parts])
+        if chosen.kind == "shared":
+            return middle + noise(key, ids, self.ids_of(middle).expand(ids.shape))
+        where = self.draws_of(middle)
+        places = where.get("groups")
+        if places is None:
+            places = counted(ids) // where["rows_per_group"]
+
+        def drawn() -> Tensor:
+            return functional.gaussian_draws(
+                mean,
+                rho,
+                where["draws"],
+                key=key,
+                stream=self.stream,
+                std=self.std,
+                antithetic=chosen.kind == "antithetic",
+            )
+
+        few = _writes_text(middle, len(where["draws"]))
+        factors = chosen.remembered(self, (mean, rho, key), drawn) if few else drawn()
+        return module.columns(factors, ids, places)
 
     def deviations(self, module: Any, adapter: str) -> list[Tensor]:
         """rho, or what the method has in its place."""
@@ -240,7 +307,7 @@ class BlobVariant(GaussianFactor, method="blob"):
                 f"decoupled_kl: the rule of kl_schedule='auto' is for std='square', got "
                 f"{config.std!r}; set kl_time, or kl_schedule='published'"
             )
-        target = auto_target_std(item.layer.in_features, plan.lr_sum, plan.n_train, prior)
+        target = auto_target_std(item.in_features, plan.lr_sum, plan.n_train, prior)
         return flow_time(target, prior, start_std) if start_std < target else 0.0
 
 

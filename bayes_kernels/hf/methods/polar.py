@@ -105,6 +105,7 @@ class PolarVariant(BayesVariant, method="polar"):
     fp32 = ("lora_A", "lora_B", CORE)
     samples = False
     training = PolarTraining
+    targets = ("linear",)
 
     def initial(self, module: Any, adapter: str) -> dict[str, Tensor]:
         """Orthonormal factors and a zero core; or the update of given factors.

@@ -38,6 +38,7 @@ from ..method import PAPERS, Conversion, Method, default_options
 from ..noise import DRAW_SCOPES, KINDS, NoiseState
 from ..predict import predict
 from ..swap import adapted_layers, lora_options, make_bayesian, mean_factors, the_adapter
+from ..targets import unsupported_target
 from ..undo import as_before_if_stopped
 from ..variants import BayesLayer
 from .blob import GaussianFactor
@@ -104,6 +105,10 @@ class TfbVariant(GaussianFactor, method="tfb"):
     ) -> Tensor:
         """As for any Gaussian factor; the mean in layers without noise."""
         return super().adapted(module, adapter, x, result, mode if self.noisy else "mean", dropout)
+
+    def looked_up(self, module: Any, adapter: str, ids: Tensor, mode: str) -> Tensor:
+        """As `adapted`."""
+        return super().looked_up(module, adapter, ids, mode if self.noisy else "mean")
 
 
 @dataclass(frozen=True)
@@ -597,7 +602,7 @@ def _convert(
     found = adapted_layers(peft_model, name)
     check_layers(peft_model, chosen)
     for key, layer in found:
-        reason = unsupported_layer(layer)
+        reason = unsupported_layer(layer) or unsupported_target(layer, TfbVariant.targets)
         if reason is not None:
             raise ValueError(f"tfb_: layer {key} cannot carry noise: {reason}")
     plain = [mean_factors(layer, name) for _, layer in found]
