@@ -360,7 +360,7 @@ def errors_by_draws(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
 
 def score_curves(
     values: Sequence[str],
-    scores: Mapping[str, Sequence[tuple[float, float]]],
+    scores: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     *,
     xlabel: str = "",
 ) -> Figure:
@@ -368,13 +368,14 @@ def score_curves(
 
     Args:
         values: at least two, in their order; they stand at equal distances.
-        scores: for each score, by its heading, mean and standard deviation at each value; NaN for none.
+        scores: for each score, by its heading, the curves by name: mean and standard deviation at each
+            value; NaN for none.
         xlabel: the setting.
 
     Raises:
         ValueError: fewer than two values, no score, or another number of scores than of values.
     """
-    lengths = {len(points) for points in scores.values()}
+    lengths = {len(points) for curves in scores.values() for points in curves.values()}
     if len(values) < 2 or lengths != {len(values)}:
         raise ValueError(
             f"score_curves: scores must have a mean and deviation for each of two values or more, got "
@@ -383,19 +384,25 @@ def score_curves(
     figure = _figure(2.6 * len(scores), 2.6)
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     places = np.arange(len(values))
-    for axes, (name, points) in zip(panels, scores.items(), strict=True):
-        means, deviations = np.array(points, dtype=float).T
-        axes.errorbar(
-            places,
-            means,
-            yerr=np.nan_to_num(deviations),
-            color=_COLORS[0],
-            marker="o",
-            markersize=4,
-            linewidth=1.5,
-            capsize=2,
-        )
-        axes.set(title=name, xlabel=xlabel, xticks=places, xticklabels=list(values))
+    for axes, (title, curves) in zip(panels, scores.items(), strict=True):
+        styles = _styles(len(curves))
+        for (name, points), (color, marker, dash) in zip(curves.items(), styles, strict=True):
+            means, deviations = np.array(points, dtype=float).T
+            axes.errorbar(
+                places,
+                means,
+                yerr=np.nan_to_num(deviations),
+                color=color,
+                marker=marker,
+                linestyle=dash,
+                markersize=4,
+                linewidth=1.5,
+                capsize=2,
+                label=name,
+            )
+        if axes is panels[0] and len(curves) > 1:
+            axes.legend(loc="best", fontsize=8, frameon=False, handlelength=2.6)
+        axes.set(title=title, xlabel=xlabel, xticks=places, xticklabels=list(values))
         axes.title.set_fontsize(10)
         axes.tick_params(axis="x", labelsize=7)
         _tidy(axes)

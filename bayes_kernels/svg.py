@@ -52,6 +52,7 @@ def chart(
     x: tuple[float, float] | None = None,
     y: tuple[float, float] | None = None,
     diagonal: bool = False,
+    xticks: Sequence[str] = (),
 ) -> str:
     """Curves over common axes.
 
@@ -61,6 +62,7 @@ def chart(
         xlabel, ylabel: Names of the axes.
         x, y: Their ends; by default those of the points, with 0.
         diagonal: Whether to draw x = y.
+        xticks: Words at x = 0, 1, ..., in place of numbers.
 
     Returns:
         An ``svg`` element, as wide as its place.
@@ -79,11 +81,12 @@ def chart(
         f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="{escape(title)}" '
         'font-size="12" fill="var(--quiet)">'
     ]
-    for tick in _ticks(left, right):
+    across_ticks = enumerate(xticks) if xticks else ((x, f"{x:g}") for x in _ticks(left, right))
+    for tick, word in across_ticks:
         across, down = place(tick, low).split(",")
         parts.append(f'<path d="M{across},{_TOP:.0f}V{down}" stroke="var(--line)"/>')
         parts.append(
-            f'<text x="{across}" y="{float(down) + 16:.1f}" text-anchor="middle">{tick:g}</text>'
+            f'<text x="{across}" y="{float(down) + 16:.1f}" text-anchor="middle">{escape(word)}</text>'
         )
     for tick in _ticks(low, high):
         across, down = place(left, tick).split(",")

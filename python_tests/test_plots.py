@@ -114,17 +114,23 @@ def test_risk_coverage_of_degenerate_curves(correct, tmp_path):
 
 
 def test_score_curves(tmp_path):
-    scores = {"NLL": [(0.5, 0.1), (0.4, float("nan")), (float("nan"), 0.0)], "ECE": [(0.1, 0)] * 3}
+    nan = float("nan")
+    scores = {
+        "NLL": {"mean": [(0.5, 0.1), (0.4, nan), (nan, 0.0)], "draws": [(0.3, 0)] * 3},
+        "ECE": {"": [(0.1, 0)] * 3},
+    }
     figure = plots.score_curves(["0", "1", "auto"], scores, xlabel="n_samples")
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("NLL", "ECE")
     assert [label.get_text() for label in first.get_xticklabels()] == ["0", "1", "auto"]
     np.testing.assert_array_equal(first.lines[0].get_ydata(), [0.5, 0.4, np.nan])
     assert first.get_xlabel() == "n_samples"
+    assert legend_texts(first) == ["mean", "draws"] and second.get_legend() is None
     plots.save(figure, tmp_path / "sweep.png")
     for values, bad in (
-        (["0"], {"NLL": [(1, 0)]}),
-        (["0", "1"], {"NLL": [(1, 0)]}),
+        (["0"], {"NLL": {"": [(1, 0)]}}),
+        (["0", "1"], {"NLL": {"": [(1, 0)]}}),
+        (["0", "1"], {"NLL": {"a": [(1, 0)] * 2, "b": [(1, 0)]}}),
         (["0", "1"], {}),
     ):
         with pytest.raises(ValueError, match="score_curves: scores must have"):

@@ -96,6 +96,8 @@ def writing(
     output = output_of(kind, folder, files, inputs, **options)
     try:
         with output:
+            if output.starts_anew():
+                note(f"nothing to go on from in {folder}: starting from the beginning")
             yield output
     except Interrupted as stop:
         what = f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}"

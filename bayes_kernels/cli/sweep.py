@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +54,7 @@ def sweep(
         typer.Option(
             metavar="NAME=VALUE,VALUE,...",
             help="The setting and its values, as --set takes them: n_samples=0,1,2,5,10, prior_std=0.1,0.2, "
-            "kl_lr=..., rank=...",
+            "kl_lr=..., rank=...; or checkpoint=50,100,..., steps of one training.",
         ),
     ],
     data: Data = "stdlib-docs",
@@ -87,20 +86,21 @@ def sweep(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Score a method at several values of one setting: one table, one picture.
+    """Score a method at several values of one setting: one table, one picture, one page.
 
-    Settings of predictions, such as n_samples, take one training for each seed, settings of a conversion
-    one plain adapter, all others a training for each value. Ctrl-C keeps what has ended; the same command
-    with --resume goes on, also with more values or seeds.
+    Settings of predictions, such as n_samples, and checkpoints take one training for each seed, settings of
+    a conversion one plain adapter, all others a training for each value. Ctrl-C keeps what has ended; the
+    same command with --resume goes on, also with more values or seeds.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from ..experiment import build, results, run, tables
+    from ..experiment import build, page, results, run, tables
     from ..experiment import compare as comparison
     from ..experiment import sweep as sweeps
     from ..experiment.recipe import Experiment, Source
     from ..experiment.settings import recipes_of
     from ..files import write_json, write_text
+    from ..hf.method import METHODS
 
     cores = threads or all_cores()
     run.check_trainable(method)
@@ -114,9 +114,10 @@ def sweep(
     fields = {"steps": steps, "max_length": max_length}
     given = list(settings or ())
     recipes = {
-        item: recipes_of(fields, [*given, *([item] if item else [])], used, preset)
-        for item in (None, *wanted.items)
+        item: recipes_of(fields, [*given, *more], used, preset)
+        for item, more in wanted.settings.items()
     }
+    wanted.check_steps(recipes[None][used[0]].steps)
 
     def make(name: str, seed: int, item: str | None) -> Experiment:
         recipe = recipes[item][name]
@@ -127,6 +128,7 @@ def sweep(
     for item in wanted.items:
         build.check_experiment(make(method, 0, item))
     files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, sweeps.PICTURE_FILE]
+    files.append(page.REPORT_FILE)
     inputs = {**inputs_of(source), "model": model}
     with writing("sweep", out, files, inputs, overwrite=overwrite, resume=resume) as place:
         tasks = {}
@@ -154,23 +156,30 @@ def sweep(
                 "sweep: every run failed: " + "; ".join(sorted({one.error for one in failures}))
             )
         shown = sweeps.swept(results.summarise(runs), wanted)
+        curves = sweeps.curves(shown, wanted)
         text = tables.comparison_table(shown, failures, seeds).markdown()
         content = results.report(runs, tasks[0], command=command_line())
         content["failures"] = [dataclasses.asdict(one) for one in failures]
+        rows = [one.rows[-1] for one in runs if one.experiment.seed == 0]
+        written = [comparison.TABLE_FILE, comparison.RESULTS_FILE]
+        if rows:
+            page.write_page(
+                out,
+                shown,
+                rows,
+                tasks[0],
+                title=f"{tasks[0].name}, {model}: {METHODS[method].title}, {wanted.name}",
+                note="Pictures below the curves, and texts, are those of seed 0.",
+                figures=page.score_figures(*curves, xlabel=wanted.name),
+                command=command_line(),
+            )
+            written.append(page.REPORT_FILE)
         write_text(out / comparison.TABLE_FILE, text)
         write_json(out / comparison.RESULTS_FILE, content)
-        written = [comparison.TABLE_FILE, comparison.RESULTS_FILE]
-        if len(shown) > 1 and importlib.util.find_spec("matplotlib") is not None:
+        if len(curves.values) > 1 and importlib.util.find_spec("matplotlib") is not None:
             from .. import plots
 
-            scores = {
-                heading: [
-                    (one.mean.get(key, math.nan), one.std.get(key, math.nan)) for one in shown
-                ]
-                for key, heading in sweeps.SHOWN.items()
-            }
-            values = [one.method.partition("=")[2] for one in shown]
-            figure = plots.score_curves(values, scores, xlabel=wanted.name)
+            figure = plots.score_curves(*curves, xlabel=wanted.name)
             plots.save(figure, out / sweeps.PICTURE_FILE)
             written.append(sweeps.PICTURE_FILE)
     print(text)

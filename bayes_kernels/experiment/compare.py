@@ -169,7 +169,8 @@ class Piece(NamedTuple):
         variant: Word and `method` of its rows, unless these are its method's.
         title: Name of its rows, in place of the method's.
         temper_draws: Whether draws have a row with a temperature.
-        snapshots: Steps after which the adapter is saved on the way, for a checkpoint ensemble.
+        snapshots: Steps after which the adapter is saved on the way.
+        mean: Whether adapters that are there have a row for their mean beside the one with draws.
     """
 
     experiment: Experiment
@@ -181,6 +182,7 @@ class Piece(NamedTuple):
     title: str = ""
     temper_draws: bool = False
     snapshots: tuple[int, ...] = ()
+    mean: bool = False
 
     @property
     def word(self) -> str:
@@ -218,7 +220,7 @@ def _run_piece(
     options: dict[str, Any] = {
         "temperature": one.method == PLAIN,
         "temper_draws": piece.temper_draws,
-        "mean": made == "train",
+        "mean": made == "train" or piece.mean,
         "progress": progress,
     }
     if saved is not None and made == "train":  # trained as a member only, and not scored then
@@ -301,7 +303,7 @@ def _score_again(piece: Piece, device: str | None, progress: bool) -> Run:
         batch_size=recipe.eval_batch_size,
         temperature=False,
         temper_draws=piece.temper_draws,
-        mean=False,
+        mean=piece.mean,
         progress=progress,
         label=f"{piece.title or METHODS[one.method].title}, seed {one.seed}",
     )
@@ -318,7 +320,7 @@ def _plain(folder: Path) -> Run:
     if folder.parent.name == SNAPSHOTS:
         if not folder.is_dir():
             raise ValueError(
-                f"needs {folder}, which was not saved when plain LoRA was trained; use another folder"
+                f"needs {folder}, which was not saved when the adapter was trained; use another folder"
             )
         folder = folder.parent.parent
     saved = _saved(folder)

@@ -203,8 +203,6 @@ class Output:
             above = next(path for path in folder.absolute().parents if os.path.lexists(path))
             if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
                 raise ValueError(f"{where}: expected a place to write, got {above}; choose another")
-            if self.resume:
-                self._nothing_to_resume()
             return
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"{where}: expected a folder to write to, got a protected one")
@@ -220,14 +218,12 @@ class Output:
             self._check_free(pattern, known)
         earlier = _what_is_there(folder)
         if earlier is None:
-            if self.resume and not any(records):
-                self._nothing_to_resume()
             if foreign and self.overwrite and not any(records):
                 raise ValueError(
                     f"{where}: --overwrite replaces results of an earlier run, and this folder has "
                     f"none, but {_some(foreign)}; choose another folder"
                 )
-            if foreign and not (self.overwrite or self.resume):
+            if foreign and not (self.overwrite or (self.resume and any(records))):
                 raise ValueError(
                     f"{where}: expected a new or empty folder, got {_some(foreign)}; choose another "
                     "folder"
@@ -274,12 +270,6 @@ class Output:
             f"out {str(self.folder)!r}: expected a folder for this run alone, got one that "
             f"{_holder(self.folder) or 'another run'} writes to; wait for its end or choose another "
             "folder"
-        )
-
-    def _nothing_to_resume(self) -> NoReturn:
-        raise ValueError(
-            f"resume: expected an earlier run in {str(self.folder)!r}, found none; start without "
-            "--resume"
         )
 
     # --- The run ---
@@ -330,6 +320,10 @@ class Output:
                 _recover(self.folder)
         finally:
             self._release()
+
+    def starts_anew(self) -> bool:
+        """Whether the run was to go on from an earlier one, and there is none."""
+        return self.resume and _what_is_there(self.folder) is None
 
     def kept(self) -> bool:
         """Whether the run, which an exception has ended, left something to go on from."""

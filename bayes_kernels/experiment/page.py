@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def write_page(
     title: str,
     verdict: str = "",
     note: str = "",
+    figures: Sequence[str] = (),
     command: Sequence[str] = (),
 ) -> Path:
     """Write `report.html`: scores, reliability, risk and coverage, entropies, telling texts.
@@ -63,6 +65,7 @@ def write_page(
         title: The heading.
         verdict: What was found, in a sentence.
         note: What else there is to say about the runs.
+        figures: Pictures that come first, such as `score_figures`.
         command: The command line.
 
     Returns:
@@ -76,7 +79,8 @@ def write_page(
     body += [
         f'<p class="quiet">{html.escape(text)}</p>' for text in (legend(summaries), note) if text
     ]
-    body += ["<h2>Pictures</h2>", '<div class="grid">', *_pictures(rows, shown), "</div>"]
+    body += ["<h2>Pictures</h2>", '<div class="grid">', *figures, *_pictures(rows, shown)]
+    body.append("</div>")
     body += _texts(shown, task)
     if command:
         body += ["<h2>Command</h2>", f"<pre>{html.escape(' '.join(command))}</pre>"]
@@ -155,6 +159,34 @@ def _pictures(rows: Sequence[Row], shown: Row) -> list[str]:
     for (name, a, other, b), caption in zip(pairs, captions, strict=True):
         if len(a) and len(b):
             found.append(_entropies(name, a, other, b, caption))
+    return found
+
+
+def score_figures(
+    values: Sequence[str],
+    scores: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    xlabel: str,
+) -> list[str]:
+    """A picture of each score against the values of a setting, with the arguments of `plots.score_curves`."""
+    found = []
+    for heading, curves in scores.items():
+        lines = [
+            Series(name or heading, range(len(values)), [mean for mean, _ in points], marked=True)
+            for name, points in curves.items()
+        ]
+        known = [y for line in lines for y in line.y if math.isfinite(y)] or [0.0]
+        room = max(0.1 * (max(known) - min(known)), 1e-3)
+        chart = svg.chart(
+            lines,
+            title=f"{heading} against {xlabel}",
+            xlabel=xlabel,
+            ylabel=heading,
+            x=(0, max(len(values) - 1, 1)),
+            y=(min(known) - room, max(known) + room),
+            xticks=values,
+        )
+        found.append(_figure(chart, [line.name for line in lines], f"{heading} against {xlabel}."))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ from ..hf.tasks.task import Task
 from .compare import Piece
 from .recipe import Experiment
 from .results import Summary
+from .run import SNAPSHOTS
 from .settings import FIELDS, parse_value
 
 # Settings of predictions: one adapter is scored at all of their values.
 PREDICTION = ("n_samples", "draws", "draw_scope")
+# Values are steps of one training: its adapter is scored, or converted, as it was after each of them.
+CHECKPOINT = "checkpoint"
 PICTURE_FILE = "sweep.png"
 # Scores of the picture, with their headings.
 SHOWN = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "ece": "ECE ↓", "brier": "Brier ↓"}
@@ -24,7 +28,7 @@ class Sweep(NamedTuple):
     """A setting and its values.
 
     Attributes:
-        name: As `--set` takes it.
+        name: As `--set` takes it, or `CHECKPOINT`.
         values: At least two, each once.
     """
 
@@ -33,8 +37,26 @@ class Sweep(NamedTuple):
 
     @property
     def items(self) -> list[str]:
-        """The texts of `--set`, one for each value."""
+        """A text for each value, such as "rank=4"."""
         return [f"{self.name}={value}" for value in self.values]
+
+    @property
+    def settings(self) -> dict[str | None, list[str]]:
+        """What `--set` takes more for each text of `items`, and for None."""
+        fixed = self.name == CHECKPOINT
+        return {None: [], **{item: [] if fixed else [item] for item in self.items}}
+
+    def check_steps(self, steps: int) -> None:
+        """Whether checkpoints are steps of a training of so many.
+
+        Raises:
+            ValueError: One is not.
+        """
+        bad = [x for x in self.values if type(x) is not int or not 1 <= x <= steps]
+        if self.name == CHECKPOINT and bad:
+            raise ValueError(
+                f"vary: expected checkpoints from 1 to {steps}, the steps of the training, got {bad[0]!r}"
+            )
 
 
 def parse_sweep(text: str) -> Sweep:
@@ -80,15 +102,27 @@ def plan_sweep(
     convert = METHODS[method].made == "convert"
     pieces: list[Piece] = []
 
-    def add(name: str, seed: int, item: str | None, made_of: tuple[Path, ...], row: bool) -> Path:
+    def add(
+        name: str, seed: int, item: str | None, made_of: tuple[Path, ...], row: bool, **more: Any
+    ) -> Path:
         place = folder / (item or name if name == method else f"{name}-{item or 'default'}")
         place = place / f"seed-{seed}"
         one = experiments(name, seed, item)
         word, title = (item, f"{METHODS[method].title} {item}") if row and item else ("", "")
-        pieces.append(Piece(one, tasks[seed], place, made_of, row, word, title))
+        pieces.append(Piece(one, tasks[seed], place, made_of, row, word, title, **more))
         return place
 
     for seed in range(seeds):
+        if sweep.name == CHECKPOINT:
+            name = PLAIN if convert else method
+            last = experiments(name, seed, None).recipe.steps
+            sweep.check_steps(last)
+            on_the_way = tuple(sorted(value for value in sweep.values if value != last))
+            whole = add(name, seed, None, (), False, snapshots=on_the_way)
+            for step, item in zip(sweep.values, sweep.items, strict=True):
+                at = whole if step == last else whole / SNAPSHOTS / f"step-{step}"
+                add(method, seed, item, (at,), True, mean=True)
+            continue
         again = sweep.name in PREDICTION
         plain: tuple[Path, ...] = ()
         if convert and (again or sweep.name not in FIELDS):  # what plain LoRA is trained without
@@ -107,9 +141,43 @@ def plan_sweep(
 
 
 def swept(summaries: Sequence[Summary], sweep: Sweep) -> list[Summary]:
-    """For each value the row with draws, or the only one; fewer where a value failed."""
-    found = []
-    for item in sweep.items:
-        own = [one for one in summaries if one.method == item]
-        found.extend(own[-1:])
-    return found
+    """The rows of each value, without those with a temperature; fewer where a value failed."""
+    return [
+        one
+        for item in sweep.items
+        for one in summaries
+        if one.method == item and not one.temperature
+    ]
+
+
+class Curves(NamedTuple):
+    """Scores against the values of a setting.
+
+    Attributes:
+        values: The values that have scores.
+        scores: By heading and name of the curve, mean and standard deviation at each value. There is a
+            curve for the mean and one for the draws where every value has both, else one without a name.
+    """
+
+    values: list[str]
+    scores: dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def curves(shown: Sequence[Summary], sweep: Sweep) -> Curves:
+    """What the pictures of a sweep show of its rows, which `swept` found."""
+    rows = {item: [one for one in shown if one.method == item] for item in sweep.items}
+    rows = {item: own for item, own in rows.items() if own}
+    kinds = {tuple(one.name.rpartition(" ")[2] for one in own) for own in rows.values()}
+    names = next(iter(kinds)) if len(kinds) == 1 else ("",)
+    if len(names) == 1:
+        names = ("",)
+
+    def points(key: str, place: int) -> list[tuple[float, float]]:
+        found = [own[place - len(names)] for own in rows.values()]
+        return [(one.mean.get(key, math.nan), one.std.get(key, math.nan)) for one in found]
+
+    scores = {
+        heading: {name: points(key, i) for i, name in enumerate(names)}
+        for key, heading in SHOWN.items()
+    }
+    return Curves([item.partition("=")[2] for item in rows], scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from typer.testing import CliRunner
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment import train
-from bayes_kernels.experiment.sweep import parse_sweep
+from bayes_kernels.experiment.results import Summary
+from bayes_kernels.experiment.sweep import curves, parse_sweep
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -51,16 +53,19 @@ def test_draws_of_one_adapter(
     common: list[Any], trained: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = call(*common, "--vary", "n_samples=0,2,4")
+    result = call(*common, "--vary", "n_samples=0,2,4", "--resume")
     assert result.exit_code == 0, result.output
+    assert "nothing to go on from" in result.stderr
     assert trained == [("blob", 8)]
     names = [f"BLoB n_samples={n} N={n}" for n in (2, 4)]
     assert table(out) == ["BLoB n_samples=0 mean", *names]
     assert (out / "sweep.png").is_file() and "sweep.png" in result.stdout
+    page = (out / "report.html").read_text()
+    assert "NLL ↓ against n_samples" in page and "BLoB n_samples=4 N=4" in page
     content = json.loads((out / "results.json").read_text())
     assert content["experiments"]["n_samples=4"]["recipe"]["n_samples"] == 4
     more = call(*common, "--vary", "n_samples=0,2,4,6", "--resume")
-    assert more.exit_code == 0, more.output
+    assert more.exit_code == 0 and "nothing to go on" not in more.stderr, more.output
     assert trained == [("blob", 8)] and len(table(out)) == 4
 
 
@@ -84,6 +89,56 @@ def test_plain_adapters_are_trained_as_often_as_needed(
     ]
 
 
+@pytest.mark.parametrize("method", ["laplace", "blob", "mle"])
+def test_checkpoints_of_one_training(
+    common: list[Any], trained: list[tuple[str, int]], method: str, tmp_path: Path
+) -> None:
+    """The adapter at each step is the one that a training had there, and the last one its end."""
+    draws = [] if method == "mle" else ["--set", "n_samples=4"]
+    result = call(*common, "--method", method, *draws, "--steps", 3, "--vary", "checkpoint=3,2")
+    assert result.exit_code == 0, result.output
+    assert trained == [("mle" if method == "laplace" else method, 8)]
+    title = {"laplace": "Laplace-LoRA", "blob": "BLoB", "mle": "LoRA (MLE)"}[method]
+    kinds = [""] if method == "mle" else [" mean", " N=4"]
+    wanted = [f"{title} checkpoint={step}{kind}" for step in (3, 2) for kind in kinds]
+    assert table(tmp_path / "out") == wanted
+    rows = {one["name"]: one for one in results_of(tmp_path / "out")["methods"]}
+    nll = [rows[name]["mean"]["nll"] for name in wanted]
+    assert len(set(nll)) == len(nll)
+    if method == "mle":
+        words = ["--task", common[1], "--model", common[3], "--method", "mle", "--steps", "3"]
+        words += ["--set", "lr=5e-3", "--out", tmp_path / "mle"]
+        again = CliRunner().invoke(app.app, ["train", *map(str, words)])
+        assert again.exit_code == 0, again.output
+        whole = json.loads((tmp_path / "mle" / "metrics.json").read_text())["methods"][0]
+        assert whole["mean"]["nll"] == pytest.approx(nll[0], rel=1e-5)
+
+
+def test_curves_of_mean_and_draws() -> None:
+    """Two curves where each value has both rows, one where values have rows of different numbers."""
+    both = parse_sweep("checkpoint=5,9")
+    rows = [
+        summary(f"BLoB {item} {kind}", item, nll=i + (kind == "mean") / 10)
+        for i, item in enumerate(both.items)
+        for kind in ("mean", "N=2")
+    ]
+    found = curves(rows, both)
+    assert found.values == ["5", "9"]
+    assert found.scores["NLL ↓"] == {"mean": [(0.1, 0.5), (1.1, 0.5)], "N=2": [(0, 0.5), (1, 0.5)]}
+    draws = parse_sweep("n_samples=0,2,4")
+    rows = [summary(f"BLoB {i} N={i}", i, nll=0.5) for i in draws.items if i != "n_samples=2"]
+    found = curves(rows, draws)
+    assert found.values == ["0", "4"] and list(found.scores["NLL ↓"]) == [""]
+
+
+def summary(name: str, word: str, nll: float) -> Summary:
+    return Summary(name, (0, 1), {"nll": nll}, {"nll": 0.5}, {}, {}, method=word)
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -94,11 +149,15 @@ def test_plain_adapters_are_trained_as_often_as_needed(
         (["--vary", "rank=0,2"], "rank must be an integer >= 1, got 0"),
         (["--vary", "rank=2,4", "--method", "ensemble"], "made of adapters of several seeds"),
         (["--vary", "rank=2,4", "--set", "rank=3"], "expected a setting once, got it twice"),
+        (["--vary", "checkpoint=1,9", "--steps", "8"], "checkpoints from 1 to 8, .* got 9"),
+        (["--vary", "checkpoint=0,9"], "checkpoints from 1 to 600, .* got 0"),
+        (["--vary", "checkpoint=1.5,2"], "checkpoints from 1 to 600, .* got 1.5"),
     ],
 )
 def test_what_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
     result = call(*options, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert result.exit_code == 2, result.output
+    assert re.search(message.replace("...", r"\.\.\."), result.stderr), result.output
     assert not (tmp_path / "out").exists()
 
 

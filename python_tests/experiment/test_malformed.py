@@ -273,7 +273,6 @@ TRAIN = [
     "--batch-size 8 --accumulation 3",
     "--data data",
     "data",
-    "--resume",
     "--resume --overwrite",
     "--style laplace",
     "--kind causal",

@@ -248,10 +248,27 @@ def test_folders_of_others_are_refused(name: str, tmp_path: Path) -> None:
     for options in ({}, {"overwrite": True}, {"resume": True}):
         for kind in ("train", "demo"):
             if kind == "train" or "resume" not in options:
-                with pytest.raises(ValueError, match=r"choose another folder|found none; start"):
+                with pytest.raises(ValueError, match="choose another folder"):
                     place(tmp_path, kind, **options).check()
     assert contents(tmp_path) == {name: b"important"}
     assert not (tmp_path / PRIVATE).exists()
+
+
+def test_resume_where_nothing_is_starts(tmp_path: Path) -> None:
+    """The command of a script is the same the first time, and each time after that."""
+    for out in (tmp_path / "absent", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(KeyboardInterrupt), place(out, "compare", resume=True) as run:
+            assert run.starts_anew()
+            run.begin()
+            write_run(out, "1")
+            raise KeyboardInterrupt
+        assert run.kept()
+        with place(out, "compare", resume=True) as again:
+            assert not again.starts_anew()
+            again.begin()
+        assert not place(out, "compare", resume=True).starts_anew()
+        assert not place(tmp_path / "other").starts_anew()
 
 
 @pytest.mark.parametrize("link", ["checkpoints", "mle", "mle/seed-0", "metrics.json"])

@@ -154,6 +154,8 @@ class _Checked(Exception):
 def run(words: list[str]) -> None:
     """A command of the package, in small."""
     small = SMALL.get(words[0], "").split()
+    if any("checkpoint=" in word for word in words):  # which are steps
+        small[small.index("4")] = "600"
     if words[0] in ("train", "compare", "demo", "sweep") and "--model" not in words:
         small += ["--model", "my-model"]
     result = CliRunner().invoke(app, [*words, *small])
