@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from ..batches import (
 from ._compat import without_padding
 from .folding import plan
 from .layers import (
+    active_layers,
     bayes_layers,
     bayes_variants,
     draws_weights,
@@ -30,6 +32,7 @@ from .layers import (
     without_effect,
 )
 from .logits import GATHERED, AnyPrediction, LogitRows, target_kind
+from .lower_layers import Shared, find_lower_layers
 from .posterior import posterior
 
 
@@ -56,6 +59,7 @@ class Predictor(Protocol):
         return_samples: bool,
         draws: str,
         scope: str,
+        share_layers: bool,
     ) -> AnyPrediction:
         """The prediction of a batch; arguments as in `bayes_kernels.hf.predict`."""
 
@@ -95,6 +99,10 @@ class WeightDraws:
     def dependent(self, kind: str, scope: str) -> int:
         """Number of successive draws that depend on each other: 1, or 2 in antithetic pairs."""
         return 1
+
+    def drawn_modules(self) -> Sequence[nn.Module]:
+        """The modules in which draws differ; none where draws share no layers."""
+        return ()
 
     def outputs(self, folded: dict[str, Any], first: int, count: int) -> Any:
         """Outputs of the model on `count` copies of the batch, for draws from number `first`."""
@@ -153,6 +161,7 @@ class WeightDraws:
         return_samples: bool,
         draws: str,
         scope: str,
+        share_layers: bool,
     ) -> AnyPrediction:
         """As `Predictor.predict`.
 
@@ -199,17 +208,21 @@ class WeightDraws:
                         return_samples=return_samples,
                         draws=draws,
                         scope=scope,
+                        share_layers=share_layers,
                     )
                     for part in parts
                 ]
                 return found[0].concatenate(found)  # type: ignore[arg-type]
         gathered: Any = None
+        law: dict[str, Any] = {"kind": draws, "scope": scope}
         with eval_mode(model), without_padding(model, inputs):
+            shared = self._shared(inputs, choices, law) if share_layers and total > 1 else None
             for first in range(0, total, per_pass):
                 count = min(per_pass, total - first)
                 folded = fold_samples(inputs, count)
                 which: dict[str, Any] = {"n_samples": count, "seed": seed, "first_sample": first}
-                with self.weights(n_samples > 0, **which, kind=draws, scope=scope):
+                below = contextlib.nullcontext() if shared is None else shared.replayed(count)
+                with self.weights(n_samples > 0, **which, **law), below:
                     logits = rows.of(self.outputs(folded, first, count), count)
                 if gathered is None:
                     kind = "classes"
@@ -218,7 +231,33 @@ class WeightDraws:
                     gathered = GATHERED[kind](return_samples, self.dependent(draws, scope))
                 accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
                 gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
-        return gathered.result(n_samples, None if labels is None else labels.cpu())
+        found = gathered.result(n_samples, None if labels is None else labels.cpu())
+        return dataclasses.replace(found, shared_layers=len(shared.found.names) if shared else 0)
+
+    def _shared(
+        self, inputs: Mapping[str, Any], choices: Sequence[int] | None, law: Mapping[str, Any]
+    ) -> Shared | None:
+        """What the layers below the first drawn one give for a batch; None where there are none."""
+        drawn = self.drawn_modules()
+        if not drawn:
+            return None
+
+        def mean() -> AbstractContextManager[Any]:
+            return self.weights(False, n_samples=1, seed=0, first_sample=0, **law)
+
+        def logits(batch: Mapping[str, Any]) -> torch.Tensor:
+            rows = LogitRows(self.model, batch, choices)
+            with mean():
+                return rows.of(self.outputs({**batch, **rows.options}, 0, 1), 1)
+
+        few = split(inputs, -(-batch_size(inputs) // 2))[0]
+        found = find_lower_layers(self.model, drawn, inputs, few, logits)
+        if not found.names:
+            return None
+        shared = Shared(self.model, found)
+        with mean():
+            shared.capture(lambda: self.outputs(dict(inputs), 0, 1))
+        return shared
 
 
 class NoiseDraws(WeightDraws):
@@ -241,6 +280,10 @@ class NoiseDraws(WeightDraws):
     def dependent(self, kind: str, scope: str) -> int:
         """Antithetic pairs of weights; draws with noise for each token are independent."""
         return 2 if (kind, scope) == ("antithetic", "example") else 1
+
+    def drawn_modules(self) -> Sequence[nn.Module]:
+        """The layers of active adapters whose weights have draws."""
+        return [item.layer for item in active_layers(self.model) if item.variant.samples]
 
     def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
         """As `WeightDraws.predict`; the first time with a warning about layers that no pass calls."""

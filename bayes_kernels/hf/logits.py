@@ -35,6 +35,7 @@ class Prediction:
         entropy_bias: (B,) estimate of how much lower `entropy` is on average than with infinitely many
             draws, nats; None where it is not known: draws of logits, one set of weights, fewer than
             two independent draws or pairs.
+        shared_layers: layers that ran once for all draws, below the first one in which draws differ.
     """
 
     log_probs: Tensor
@@ -44,6 +45,7 @@ class Prediction:
     labels: Tensor | None = None
     sample_log_probs: Tensor | None = None
     entropy_bias: Tensor | None = None
+    shared_layers: int = 0
 
     @property
     def probs(self) -> Tensor:
@@ -109,6 +111,7 @@ class LabelPrediction:
         n_samples: number of draws; 0 for the posterior mean.
         labels: (B, L) labels of the batch, where it had them.
         sample_probs: (S, B, L) of the single draws, where asked for.
+        shared_layers: layers that ran once for all draws, below the first one in which draws differ.
     """
 
     probs: Tensor
@@ -117,6 +120,7 @@ class LabelPrediction:
     n_samples: int
     labels: Tensor | None = None
     sample_probs: Tensor | None = None
+    shared_layers: int = 0
 
     @property
     def mutual_information(self) -> Tensor:
@@ -152,6 +156,7 @@ class NumberPrediction:
         n_samples: S; 0 for the posterior mean.
         labels: targets of the batch, where it had them.
         samples: (S, B, D) outputs of the single draws, where asked for.
+        shared_layers: layers that ran once for all draws, below the first one in which draws differ.
     """
 
     mean: Tensor
@@ -159,6 +164,7 @@ class NumberPrediction:
     n_samples: int
     labels: Tensor | None = None
     samples: Tensor | None = None
+    shared_layers: int = 0
 
     @property
     def std(self) -> Tensor:
@@ -200,9 +206,10 @@ def _concatenated(parts: Sequence[Any], what: str) -> Any:
             f"{sorted(shapes)}"
         )
     joined: dict[str, Any] = {"n_samples": parts[0].n_samples}
+    joined["shared_layers"] = min(part.shared_layers for part in parts)
     for name in names:
         tensors = [getattr(part, name) for part in parts]
-        if name == "n_samples" or any(t is None for t in tensors):
+        if name in joined or any(t is None for t in tensors):
             continue
         joined[name] = torch.cat(tensors, 1 if name.startswith("sample") else 0)
     return type(parts[0])(**joined)

@@ -31,6 +31,7 @@ def predict(
     return_samples: bool = False,
     draws: str = "antithetic",
     scope: str = "example",
+    share_layers: bool = True,
 ) -> AnyPrediction:
     """Mean class probabilities over draws of the weights, with their uncertainty.
 
@@ -79,6 +80,12 @@ def predict(
             `posterior`. For BLoB, TFB and ScalaBL; the others keep their own rule.
         scope: "example", or for BLoB and TFB "token": new signs for each token and new numbers for each
             draw, the prediction noise of the authors' code. See `posterior`.
+        share_layers: whether the layers below the first one in which draws differ run once for all draws
+            of a batch; `shared_layers` of the prediction says how many did. The numbers are the
+            same up to rounding, since products of other sizes add up in other orders. Models that are
+            compiled or sharded, whose first adapted layer is their first, or whose layers hand on more
+            than their outputs run all layers for each draw; the logger
+            "bayes_kernels.hf.lower_layers" says why (INFO). For draws of weights and MC dropout.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction`, on the CPU. Cost: S forward passes of the
@@ -112,6 +119,7 @@ def predict(
         return_samples=return_samples,
         draws=draws,
         scope=scope,
+        share_layers=share_layers,
     )
 
 

@@ -6,7 +6,7 @@ Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -111,6 +111,10 @@ class DropoutDraws(WeightDraws):
         if not draw:
             return contextlib.nullcontext()
         return dropout_draws(self.model, n_samples=n_samples, seed=seed, first_sample=first_sample)
+
+    def drawn_modules(self) -> Sequence[nn.Module]:
+        """The dropout before adapters."""
+        return [dropout for _, dropout in dropout_layers(self.model)]
 
     @contextlib.contextmanager
     def throughout(
