@@ -114,7 +114,9 @@ class Client:
 
     Args:
         url: of the server's interface, such as "http://localhost:8000/v1".
-        models: names of the draws on the server.
+        models: names of the draws on the server; or for each of them further fields of its requests, where
+            a server chooses adapters by another field than "model": llama.cpp's has
+            {"draw-0": {"lora": [{"id": 0, "scale": 1.0}]}, ...}.
         api_key: sent as a bearer token; None for none.
         timeout: seconds that one request may take.
         at_once: requests that are under way at the same time; servers such as vLLM put them in one batch.
@@ -127,7 +129,7 @@ class Client:
     def __init__(
         self,
         url: str,
-        models: Sequence[str],
+        models: Sequence[str] | Mapping[str, Mapping[str, Any]],
         *,
         api_key: str | None = None,
         timeout: float = 60.0,
@@ -145,6 +147,9 @@ class Client:
                 f"Client: timeout and at_once must be positive, got {timeout} and {at_once}"
             )
         self.url, self.models = url.rstrip("/"), tuple(models)
+        self.fields = {
+            name: dict(models[name]) if isinstance(models, Mapping) else {} for name in models
+        }
         self.api_key, self.timeout, self.at_once = api_key, timeout, at_once
         self.options = dict(options or {})
 
@@ -222,7 +227,7 @@ class Client:
         self, model: str, prompt: str | Sequence[Message], choices: Sequence[str], top: int
     ) -> list[float]:
         """log p(choice) of the token that follows the prompt."""
-        one = {**self.options, "model": model, "max_tokens": 1, "temperature": 0}
+        one = {**self._fields(model), "max_tokens": 1, "temperature": 0}
         if isinstance(prompt, str):
             reply = self._ask("completions", {**one, "prompt": prompt, "logprobs": top})
         else:
@@ -272,8 +277,8 @@ class Client:
     def _echo(self, model: str, text: str) -> tuple[list[str], list[float | None]]:
         """The tokens of a text, and their log-probabilities."""
         # Of no token some servers make the longest text that fits; the one that is made is cut off.
-        one = {"model": model, "prompt": text, "max_tokens": 1, "temperature": 0}
-        reply = self._ask("completions", {**self.options, **one, "echo": True, "logprobs": 1})
+        one = {"prompt": text, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+        reply = self._ask("completions", {**self._fields(model), **one})
         try:
             found = reply["choices"][0]["logprobs"]
             tokens, values = list(found["tokens"]), list(found["token_logprobs"])
@@ -284,6 +289,10 @@ class Client:
             ) from None
         whole = len(tokens) - made
         return tokens[:whole], values[:whole]
+
+    def _fields(self, model: str) -> dict[str, Any]:
+        """What every request to a model has."""
+        return {**self.options, "model": model, **self.fields[model]}
 
     def _odd(self, what: str, expected: str) -> ServerError:
         return ServerError(

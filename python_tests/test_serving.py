@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("peft")
 
-from hf.letters import letters
+from hf.letters import letters, single_bytes
+from llama_cpp_server import llama_cpp_server, write_adapter, write_base
 from peft_server import peft_server
 from programs import python
 from tiny_models import adapted, fill, llama
@@ -91,6 +92,54 @@ def test_whole_answers(url: str, model: Any) -> None:
         client(url).score("no", CHOICES, by=by, top=64) for by in ("first_token", "sequence")
     )
     assert first.probs == pytest.approx(whole.probs, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+    """A model with a tokenizer of bytes, and a server of llama.cpp that has its draws."""
+    pytest.importorskip("gguf", reason="models must be written for llama.cpp: pip install gguf")
+    home = tmp_path_factory.mktemp("llama_cpp")
+    base = llama(vocab_size=258, initializer_range=0.2)
+    write_base(base, single_bytes(chat=True), home / "base.gguf")
+    config = base.config
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    model = fill(adapted(base, target_modules=targets), rho=0.6, scale=1.0).eval()
+    adapters = []
+    for folder in export_draws(model, home / "draws", DRAWS, seed=SEED):
+        adapters.append(home / f"{folder.name}.gguf")
+        write_adapter(folder, config, adapters[-1])
+    with llama_cpp_server(home / "base.gguf", adapters) as where:
+        yield model, where
+
+
+def test_llama_cpp(llama_cpp: tuple[Any, str]) -> None:
+    """A server of others: its own tokenizer, forward pass and adapters."""
+    model, url = llama_cpp
+    fields = {f"draw-{s}": {"lora": [{"id": s, "scale": 1.0}]} for s in range(DRAWS)}
+    tokenizer = single_bytes()
+    ids = tokenizer.convert_tokens_to_ids(CHOICES)
+    # Its numbers are those before any bias. There are none where the chosen token is a part of a character.
+    asked = Client(url, fields, at_once=2, options={"logit_bias": {ids[0]: 100}})
+    conversation = [{"role": "user", "content": "hi"}]
+    for prompt, text in (("no way", "no way"), ("Why", "Why"), (conversation, "user: hi.")):
+        found = asked.score(prompt, CHOICES, top=258)
+        batch = tokenizer(text, return_tensors="pt")
+        expected = predict(
+            model, batch, n_samples=DRAWS, seed=SEED, choices=ids, return_samples=True
+        )
+        assert expected.sample_log_probs is not None
+        drawn = expected.sample_log_probs[:, 0]
+        assert (drawn[0] - drawn[1]).abs().max() > 0.1
+        torch.testing.assert_close(
+            torch.tensor(found.draw_log_probs, dtype=drawn.dtype), drawn, rtol=0, atol=1e-3
+        )
+        assert found.probs == pytest.approx(expected.probs[0].tolist(), abs=1e-4)
+        expected_mi = float(expected.mutual_information)
+        assert found.mutual_information == pytest.approx(expected_mi, abs=1e-4)
+    with pytest.raises(ServerError, match=r"log-probabilities of a prompt \(echo, logprobs\)"):
+        asked.score("no", CHOICES, by="sequence")
+    with pytest.raises(ServerError, match="refused the request for model 'x' with 400"):
+        Client(url, {"x": {"lora": "first"}}).score("no", CHOICES)
 
 
 def test_average() -> None:

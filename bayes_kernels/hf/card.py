@@ -139,7 +139,8 @@ def _text(
     else:
         commands = [f"bayes-kernels evaluate . --data test.jsonl --model {base or 'BASE'}"]
     lines += ["", "```bash", *commands, "```", ""]
-    if method.draw_scopes:
+    if method.draw_scopes or method.text_samples is not None:  # draws of the weights
+        count = method.n_samples if method.text_samples is None else method.text_samples
         lines += [
             "## Serving",
             "",
@@ -149,7 +150,7 @@ def _text(
             "```python",
             "from bayes_kernels.hf import export_draws",
             "",
-            f'export_draws(model, "draws", {method.n_samples})',
+            f'export_draws(model, "draws", {count})',
             "```",
             "",
         ]

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from tiny_models import gpt2
 
 from bayes_kernels.hf import BlobConfig, PolarVbllConfig
+from bayes_kernels.hf.card import write_card
 from hf.peft_adapters import CONFIGS
 
 
@@ -49,3 +50,15 @@ def test_a_card_of_ones_own_stays(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     text = card.read_text()
     assert "Written by hand." in text and "BLoB adapter" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "served"), [("laplace", True), ("mle", False), ("dropout", False)]
+)
+def test_draws_beside_a_plain_adapter(tmp_path: Path, method: str, served: bool) -> None:
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["c_attn"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    record = {"experiment": {"method": method, "model": "some/gpt2"}}
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    text = write_card(tmp_path).read_text()
+    assert ('export_draws(model, "draws", 10)' in text) == served
