@@ -25,6 +25,11 @@ Cost: the number of launches of a step grows with the number of different shapes
 n x n matrix is formed: the field is computed from r x r Gram matrices. Wide parameters are transposed
 into a temporary of their size.
 
+Parameters that FSDP2 has sharded stay where they are: processes add up r x r Gram matrices, in an
+all-reduce or a few for each shape, and never gather a factor. All state is cut as its parameter is. FSDP2
+cuts wide parameters along their short side, which costs an exchange of each process's part by
+all-to-all in each step; `fully_shard(..., shard_placement_fn=shard_placement)` cuts them along the long one.
+
 A step with a NaN or an infinity in any gradient is skipped: no parameter and no state changes, as with a
 gradient scaler, and the first skip gives a warning. Otherwise the momentum would keep the NaN, and every
 later retraction would fail. On a GPU the decision is taken on the device; the host never waits for it.
@@ -40,7 +45,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +54,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
-from . import functional
+from .matrices import Sharded, Whole, by_shape, groups, local, matrices_of, placed, same_shapes
 
 METHODS = ("landing", "polar", "qr")
 SECOND_MOMENTS = ("matrix", "element")
@@ -61,9 +66,12 @@ class _Part(NamedTuple):
 
     group: dict[str, Any]
     parameters: list[Tensor]
-    points: list[Tensor]  # what is stepped: the parameters, or fp32 copies of them
+    points: list[
+        Tensor
+    ]  # what is stepped: the parameters, or fp32 copies; this process's parts of them
     grads: list[Tensor]
     bad: Tensor | None  # 0-dim on a GPU: 1 where nothing may change; gradients are zeros then
+    matrices: Whole | Sharded | None = None  # how those of a group with stiefel=True lie
 
 
 class _StiefelOptimizer(Optimizer):
@@ -115,21 +123,32 @@ class _StiefelOptimizer(Optimizer):
                 raise TypeError(
                     f"{name}: parameters must be floating-point, got {parameter.dtype}; convert it"
                 )
-            if hasattr(parameter, "placements"):
-                raise TypeError(
-                    f"{name}: Stiefel matrices must be whole on each process, got a DTensor; leave "
-                    "the adapter out of FSDP or use DDP"
-                )
+            placed(parameter)
 
     def _not_finite(self, parameters: list[Tensor]) -> Tensor | None:
         """0-dim: 1 where any gradient has a NaN or an infinity, else 0; None where the host knows it is 0."""
-        grads = [p.grad for p in parameters if p.numel() and p.grad is not None]
         flags: list[Tensor] = []
-        for indices in _groups(grads, lambda g: (g.device, g.dtype, type(g))):
-            # The largest magnitude of each is NaN where one of its numbers is.
-            largest: Any = torch.stack(torch._foreach_norm([grads[i] for i in indices], math.inf))
-            flag: Any = (~torch.isfinite(largest)).any()
-            flags.append(flag.full_tensor() if hasattr(flag, "full_tensor") else flag)
+        given = [p for p in parameters if p.grad is not None]
+        for alike in groups(given, placed):
+            device, mesh, dimension = placed(given[alike[0]])
+            parts = [local(given[i].grad) for i in alike]  # type: ignore[arg-type]
+            parts = [part for part in parts if part.numel()]
+            found = []
+            for indices in groups(parts, lambda g: g.dtype):
+                # The largest magnitude of each is NaN where one of its numbers is.
+                largest = torch.stack(torch._foreach_norm([parts[i] for i in indices], math.inf))
+                found.append((~torch.isfinite(largest)).any())
+            if dimension is not None:  # each process has seen its parts
+                flag = (
+                    torch.stack([torch.zeros((), dtype=torch.bool, device=device), *found])
+                    .any()
+                    .float()
+                )
+                torch.distributed.all_reduce(
+                    flag, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dimension)
+                )
+                found = [flag.bool()]
+            flags += found
         if not flags:
             return None
         home = next((f.device for f in flags if self._decided_there(f)), flags[0].device)
@@ -209,19 +228,24 @@ class _StiefelOptimizer(Optimizer):
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
             step = self._step_stiefel if group["stiefel"] else self._step_euclidean
-            for indices in _groups(given, lambda p: p.device):
-                local = [given[i] for i in indices]
-                flag = None if bad is None else bad.to(local[0].device)
-                step(_Part(group, local, local, [p.grad for p in local], flag))
+            for indices in groups(given, placed):
+                alike = [given[i] for i in indices]
+                flag = None if bad is None else bad.to(alike[0].device)
+                points, grads = [local(p) for p in alike], [local(p.grad) for p in alike]
+                step(_Part(group, alike, points, grads, flag))
+                sharded = [p for p in alike if hasattr(p, "placements")]
+                if sharded:
+                    torch.autograd.graph.increment_version(sharded)
         return loss
 
     def _step_stiefel(self, part: _Part) -> None:
-        points = [self._point(p) for p in part.parameters]
+        points = [local(self._point(p)) for p in part.parameters]
         grads = [g.to(x.dtype).contiguous() for g, x in zip(part.grads, points, strict=True)]
         if part.bad is not None:  # zeros, so that nothing below is NaN but what is meant to be
-            grads = _by_shape(lambda stack: _unless(part.bad, stack, 0.0), grads)
-        self._update(part._replace(points=points, grads=grads))
-        halves = [(p, x) for p, x in zip(part.parameters, points, strict=True) if p is not x]
+            grads = by_shape(lambda stack: _unless(part.bad, stack, 0.0), grads)
+        matrices = matrices_of(part.parameters)
+        self._update(part._replace(points=points, grads=grads, matrices=matrices))
+        halves = [(p, x) for p, x in zip(part.points, points, strict=True) if p.dtype != x.dtype]
         if halves:
             torch._foreach_copy_([p for p, _ in halves], [x for _, x in halves])
 
@@ -263,11 +287,9 @@ class _StiefelOptimizer(Optimizer):
         """
         parameters = [p for g in self.param_groups if g["stiefel"] for p in g["params"]]
         points = [self._point(p) for p in parameters]
-        for indices in _groups(points, lambda x: x.device):
-            local = [points[i] for i in indices]
-            talls = _tall(local)
-            functional.polar_retract_(talls)
-            _write_back(local, talls)
+        for indices in groups(points, placed):
+            alike = [points[i] for i in indices]
+            matrices_of(alike).polar_([local(point) for point in alike])
         for parameter, point in zip(parameters, points, strict=True):
             if parameter is not point:
                 parameter.copy_(point)
@@ -363,21 +385,23 @@ class StiefelAdamW(_StiefelOptimizer):
 
     def _update(self, part: _Part) -> None:
         if part.group["method"] == "landing":
-            self._adamw(part._replace(grads=_landing_field(part)), 0.0)
+            assert part.matrices is not None
+            field = part.matrices.landing_field(part.points, part.grads, part.group["penalty"])
+            self._adamw(part._replace(grads=field), 0.0)
         else:
             self._riemannian_adam(part)
 
     def _adamw(self, part: _Part, weight_decay: float) -> None:
         """PyTorch's fused AdamW: one launch for all tensors; `found_inf` skips the step on the device."""
-        group, parameters, points, grads, bad = part
-        states = [self._state(p, x, x.shape) for p, x in zip(parameters, points, strict=True)]
+        group, points, grads, bad = part.group, part.points, part.grads, part.bad
+        states = [self._state(p, x, True) for p, x in zip(part.parameters, points, strict=True)]
         beta1, beta2 = group["betas"]
-        for indices in _groups(points, lambda x: x.dtype):
+        for indices in groups(points, lambda x: x.dtype):
             adamw(
                 [points[i] for i in indices],
                 [grads[i] for i in indices],
-                [states[i]["exp_avg"] for i in indices],
-                [states[i]["exp_avg_sq"] for i in indices],
+                [local(states[i]["exp_avg"]) for i in indices],
+                [local(states[i]["exp_avg_sq"]) for i in indices],
                 [],
                 [states[i]["step"] for i in indices],
                 fused=True,
@@ -391,20 +415,25 @@ class StiefelAdamW(_StiefelOptimizer):
                 maximize=False,
             )
 
-    def _state(self, parameter: Tensor, point: Tensor, second: Sequence[int]) -> dict[str, Any]:
+    def _state(self, parameter: Tensor, point: Tensor, by_element: bool) -> dict[str, Any]:
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=point.device)
-            state["exp_avg"] = torch.zeros_like(point)
-            state["exp_avg_sq"] = point.new_zeros(tuple(second))
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=point.dtype)
+            state["exp_avg_sq"] = (
+                torch.zeros_like(parameter, dtype=point.dtype)
+                if by_element
+                else point.new_zeros(())
+            )
         return state
 
     def _riemannian_adam(self, part: _Part) -> None:
-        group, parameters, points, grads, bad = part
+        group, bad, matrices = part.group, part.bad, part.matrices
+        assert matrices is not None
         per_matrix = group["second_moment"] == "matrix"
         states = [
-            self._state(p, x, () if per_matrix else x.shape)
-            for p, x in zip(parameters, points, strict=True)
+            self._state(p, x, not per_matrix)
+            for p, x in zip(part.parameters, part.points, strict=True)
         ]
         steps = [state["step"] for state in states]
         if bad is None:
@@ -412,32 +441,33 @@ class StiefelAdamW(_StiefelOptimizer):
         else:
             torch._foreach_add_(steps, [1 - bad] * len(steps))
         beta1, beta2 = group["betas"]
+        first = [local(state["exp_avg"]) for state in states]
+        second = [local(state["exp_avg_sq"]) for state in states]
+        points, grads, moments = (matrices.rows(one) for one in (part.points, part.grads, first))
+        squares = second if per_matrix else matrices.rows(second)
         directions: list[Tensor] = [points[0]] * len(points)
-        for indices in _same_shapes(points):
+        for indices in matrices.groups:
             z, g, m, v, t = (
                 torch.stack([tensors[i] for i in indices])
-                for tensors in (
-                    points,
-                    grads,
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    steps,
-                )
+                for tensors in (points, grads, moments, squares, steps)
             )
-            g = _project(z, g)
-            m = _unless(bad, _project(z, m.lerp(g, 1 - beta1)), m)
-            square = g.square().mean((1, 2)) if per_matrix else g.square()
+            g = matrices.project(z, g)
+            m = _unless(bad, matrices.project(z, m.lerp(g, 1 - beta1)), m)
+            square = matrices.mean_squares(g, indices) if per_matrix else g.square()
             v = _unless(bad, v.lerp(square, 1 - beta2), v)
             # Bias corrections stay on the device: no read of the step count.
             correction1 = (1 - beta1**t).to(z.dtype).view(-1, 1, 1)
             correction2 = (1 - beta2**t).to(z.dtype).view(-1, 1, 1)
             scale = (v.view(-1, 1, 1) if per_matrix else v) / correction2
             d = m / (correction1 * (scale.sqrt() + group["eps"]))
-            torch._foreach_copy_([states[i]["exp_avg"] for i in indices], list(m.unbind()))
-            torch._foreach_copy_([states[i]["exp_avg_sq"] for i in indices], list(v.unbind()))
+            torch._foreach_copy_([moments[i] for i in indices], list(m.unbind()))
+            torch._foreach_copy_([squares[i] for i in indices], list(v.unbind()))
             for i, direction in zip(indices, d.unbind(), strict=True):
                 directions[i] = direction
-        _retracted_step(part._replace(grads=directions), group["lr"])
+        matrices.write_back(first, moments)
+        if not per_matrix:
+            matrices.write_back(second, squares)
+        _retracted_step(part, points, directions, group["lr"])
 
 
 class StiefelSGD(_StiefelOptimizer):
@@ -488,17 +518,17 @@ class StiefelSGD(_StiefelOptimizer):
         _check_number("StiefelSGD", "momentum", group["momentum"])
 
     def _step_euclidean(self, part: _Part) -> None:
-        group, parameters, _, grads, bad = part
+        group, points = part.group, part.points
         momentum = group["momentum"]
-        buffers: list[Tensor | None] = [None] * len(parameters)
+        buffers: list[Tensor | None] = [None] * len(points)
         if momentum:
-            buffers = [*self._momenta(parameters, parameters)]
+            buffers = [*self._momenta(part)]
         sgd(
-            parameters,
-            grads,
+            points,
+            part.grads,
             buffers,
             fused=True,
-            found_inf=bad,
+            found_inf=part.bad,
             weight_decay=group["weight_decay"],
             momentum=momentum,
             lr=group["lr"],
@@ -508,50 +538,54 @@ class StiefelSGD(_StiefelOptimizer):
         )
 
     def _update(self, part: _Part) -> None:
-        group, parameters, points, grads, bad = part
+        group, points, grads, bad = part.group, part.points, part.grads, part.bad
+        matrices = part.matrices
+        assert matrices is not None
         momentum, lr, method = group["momentum"], group["lr"], group["method"]
         kept: Any = momentum  # of the buffers
         if bad is not None:
             kept = _unless(bad, torch.full_like(bad, momentum), 1.0)
             lr = lr if method != "landing" else lr * (1 - bad)
         if method == "landing" and not momentum:
-            talls = _tall(points)
-            functional.landing_step_(talls, _tall(grads), lr, group["penalty"])
-            _write_back(points, talls)
+            matrices.landing_step_(points, grads, lr, group["penalty"])
             return
         if method == "landing":
-            buffers = self._momenta(parameters, points)
+            buffers = self._momenta(part)
             torch._foreach_mul_(buffers, kept)
-            fields = _landing_field(part)
+            fields = matrices.landing_field(points, grads, group["penalty"])
             if bad is not None:
                 torch._foreach_mul_(fields, 1 - bad)
             torch._foreach_add_(buffers, fields)
             torch._foreach_sub_(points, torch._foreach_mul(buffers, lr))
             return
+        rows = matrices.rows(points)
         if momentum:
-            buffers = self._momenta(parameters, points)
+            buffers = self._momenta(part)
             torch._foreach_mul_(buffers, kept)
             torch._foreach_add_(buffers, grads)
-            for indices in _same_shapes(points):
-                z, b = (torch.stack([t[i] for i in indices]) for t in (points, buffers))
-                b = _unless(bad, _project(z, b), b)
-                torch._foreach_copy_([buffers[i] for i in indices], list(b.unbind()))
-            grads = buffers
-        _retracted_step(part._replace(grads=grads), lr)
+            directions = matrices.rows(buffers)
+            for indices in matrices.groups:
+                z, b = (torch.stack([t[i] for i in indices]) for t in (rows, directions))
+                b = _unless(bad, matrices.project(z, b), b)
+                torch._foreach_copy_([directions[i] for i in indices], list(b.unbind()))
+            matrices.write_back(buffers, directions)
+        else:
+            directions = matrices.rows(grads)
+        _retracted_step(part, rows, directions, lr)
 
-    def _momenta(self, parameters: list[Tensor], points: list[Tensor]) -> list[Tensor]:
-        for parameter, point in zip(parameters, points, strict=True):
+    def _momenta(self, part: _Part) -> list[Tensor]:
+        for parameter, point in zip(part.parameters, part.points, strict=True):
             state = self.state[parameter]
             if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(point)
-        return [self.state[p]["momentum_buffer"] for p in parameters]
+                state["momentum_buffer"] = torch.zeros_like(parameter, dtype=point.dtype)
+        return [local(self.state[p]["momentum_buffer"]) for p in part.parameters]
 
 
 def orthogonality(matrices: Iterable[Tensor]) -> Tensor:
     """Largest deviation from orthonormal columns (rows, for wide matrices): max ||Z^T Z - I||_F.
 
     Args:
-        matrices: at least one matrix.
+        matrices: at least one matrix. Of shards of FSDP2 all processes have to give theirs.
 
     Returns:
         0-dim fp32 (fp64 for fp64 matrices) tensor on the device of the first; no synchronisation.
@@ -563,9 +597,10 @@ def orthogonality(matrices: Iterable[Tensor]) -> Tensor:
     with torch.no_grad():
         everything = [m.detach() for m in matrices]
         everything = [m.float() if m.dtype in _HALF else m for m in everything]
-        for local in _groups(everything, lambda m: m.device):
-            grams = functional.gram(_tall([everything[i] for i in local]))
-            for indices in _same_shapes(grams):
+        for members in groups(everything, placed):
+            alike = [everything[i] for i in members]
+            grams = matrices_of(alike).grams([local(m) for m in alike])
+            for indices in same_shapes(grams):
                 gram = torch.stack([grams[i] for i in indices])
                 gram.diagonal(dim1=1, dim2=2).sub_(1)
                 found.append(torch.linalg.matrix_norm(gram).max())
@@ -574,85 +609,35 @@ def orthogonality(matrices: Iterable[Tensor]) -> Tensor:
     return torch.stack([value.to(found[0].device) for value in found]).max()
 
 
-# --- Shapes --------------------------------------------------------------------------------------
-# The ops take contiguous tall matrices. Work on whole stacks of one shape makes the number of
-# launches independent of the number of matrices.
+def shard_placement(parameter: Tensor) -> Any:
+    """`shard_placement_fn` of `fully_shard` that cuts wide trainable matrices along their long side.
+
+    `StiefelAdamW` and `StiefelSGD` then need no exchange of factors between processes. FSDP2 wants a
+    long side that is a multiple of the number of processes; for other tensors its own choice holds.
+
+    Example:
+        fully_shard(layer, shard_placement_fn=shard_placement)
+    """
+    from torch.distributed.tensor import Shard
+
+    if parameter.dim() != 2 or not parameter.requires_grad:
+        return None
+    rows, columns = parameter.shape
+    fits = columns % torch.distributed.get_world_size() == 0
+    return Shard(1) if rows < columns and fits else None
 
 
-def _groups(tensors: Sequence[Tensor], key: Callable[[Tensor], Hashable]) -> Iterable[list[int]]:
-    """Indices of the tensors with equal keys."""
-    groups: dict[Hashable, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        groups.setdefault(key(tensor), []).append(i)
-    return groups.values()
-
-
-def _same_shapes(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
-    return _groups(tensors, lambda t: (t.shape, t.dtype))
-
-
-def _by_shape(
-    function: Callable[[Tensor], Tensor],
-    tensors: Sequence[Tensor],
-    groups: Iterable[list[int]] | None = None,
-) -> list[Tensor]:
-    """The tensors after a function of stacks, one for each shape or group; others as they are."""
-    found = list(tensors)
-    for indices in _same_shapes(tensors) if groups is None else groups:
-        results = function(torch.stack([tensors[i] for i in indices])).unbind()
-        for i, result in zip(indices, results, strict=True):
-            found[i] = result
-    return found
-
-
-def _is_wide(matrix: Tensor) -> bool:
-    return matrix.shape[-2] < matrix.shape[-1]
-
-
-def _tall(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous matrices as they are, wide ones as transposed copies: two launches a shape."""
-    return [m.contiguous() for m in _like(matrices, matrices)]
-
-
-def _like(matrices: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-    """`values` with those that belong to wide matrices transposed: from tall to wide, and back."""
-    wide = [indices for indices in _same_shapes(matrices) if _is_wide(matrices[indices[0]])]
-    return _by_shape(lambda stack: stack.mT.contiguous(), values, wide)
-
-
-def _write_back(matrices: Sequence[Tensor], talls: Sequence[Tensor]) -> None:
-    """Copy changed tall matrices into those that are not themselves the tall ones."""
-    changed = [
-        (matrix, new)
-        for matrix, tall, new in zip(matrices, talls, _like(matrices, talls), strict=True)
-        if tall.data_ptr() != matrix.data_ptr()
-    ]
-    if changed:
-        torch._foreach_copy_([m for m, _ in changed], [n for _, n in changed])
-
-
-def _project(points: Tensor, directions: Tensor) -> Tensor:
-    """P_Z(D) = D - Z sym(Z^T D) for stacks of matrices (L, ., .)."""
-    wide = _is_wide(points)
-    inner = directions @ points.mT if wide else points.mT @ directions
-    inner = (inner + inner.mT) * 0.5
-    left, right = (inner, points) if wide else (points, inner)
-    return torch.baddbmm(directions, left, right, alpha=-1)
-
-
-def _landing_field(part: _Part) -> list[Tensor]:
-    field = functional.landing_field(_tall(part.points), _tall(part.grads), part.group["penalty"])
-    return _like(part.points, field)
-
-
-def _retracted_step(part: _Part, lr: float | Tensor) -> None:
-    """Retraction of points - lr * grads."""
+def _retracted_step(
+    part: _Part, rows: list[Tensor], directions: list[Tensor], lr: float | Tensor
+) -> None:
+    """Retraction of rows - lr * directions, into the points."""
+    matrices = part.matrices
+    assert matrices is not None
     if part.bad is not None:  # matrices keep their values under a step that is not finite
         rate = lr if isinstance(lr, Tensor) else torch.full_like(part.bad, lr)
         lr = _unless(part.bad, rate, math.nan)
-    talls = _tall(part.points)
-    functional.stiefel_step_(talls, _tall(part.grads), lr, retraction=part.group["method"])
-    _write_back(part.points, talls)
+    matrices.step_(rows, directions, lr, part.group["method"])
+    matrices.write_back(part.points, rows)
 
 
 def _unless(bad: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
