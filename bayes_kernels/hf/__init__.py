@@ -11,6 +11,7 @@ from ._compat import check_versions
 check_versions()
 
 from ..batches import fold_samples  # noqa: E402
+from . import beside  # noqa: E402, F401
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_draws, export_lora, import_lora  # noqa: E402
 from .config import BayesLoraConfig  # noqa: E402

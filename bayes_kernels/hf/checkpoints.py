@@ -333,10 +333,9 @@ class _Plain:
         """Those of a Bayesian adapter, and what was trained beside it."""
         replaced = {}
         for item in self.layers:
-            layer = getattr(item.layer, "layer", item.layer)
-            own = factor_parameters(layer, item.adapter)
+            own = factor_parameters(item.layer, item.adapter)
             plain = item.factors(sample, seed)
-            for name, old, new in zip(factor_names(layer), own, plain, strict=True):
+            for name, old, new in zip(factor_names(item.layer), own, plain, strict=True):
                 if new is not old:
                     replaced[f"{PREFIX}{item.name}.{name}"] = new.reshape(old.shape).to(old.dtype)
         extra = extra_names()

@@ -8,10 +8,11 @@ calls is wrapped, so that the order of imports does not matter.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from .card import class_names, write_card
 from .checks import CONFIG_NAME, check_folder, is_bayesian_folder
 from .config import BayesLoraConfig
-from .layers import bayes_variants, check_whole
+from .layers import active_layers, bayes_variants, check_whole
 from .variants import VARIANTS, extra_names
 
 
@@ -38,8 +39,8 @@ def _no_padding(model: nn.Module, **_: Any) -> None:
         )
 
 
-def _no_swap(model: nn.Module, **_: Any) -> None:
-    if _bayesian(model):
+def _no_swap(model: nn.Module, adapter_name: str | None = None, **_: Any) -> None:
+    if active_layers(model, adapter_name):
         raise ValueError(
             "hotswap_adapter_from_state_dict: adapters must be plain LoRA, got a Bayesian one; "
             "load_adapter under another name and set_adapter, or swap what export_lora writes"
@@ -157,8 +158,10 @@ def _whole_of_config(
         check_folder(folder)
 
 
-_GUARDS: list[tuple[str, str, Callable[..., None] | None, Callable[..., None] | None]] = [
-    # (module and class, function, before, after)
+# Module and class, function, what is called before it (or returns a context to call it in) and after it.
+Guard = tuple[str, str, Callable[..., Any] | None, Callable[..., None] | None]
+
+_GUARDS: list[Guard] = [
     ("bayes_kernels.hf.config:BayesLoraConfig", "from_pretrained", _whole_of_config, None),
     ("peft.peft_model:PeftModel", "save_pretrained", _before_saving, _write_cards),
     ("peft.peft_model:PeftModel", "load_adapter", None, _complete),
@@ -170,9 +173,9 @@ _GUARDS: list[tuple[str, str, Callable[..., None] | None, Callable[..., None] | 
 ]
 
 
-def install() -> None:
-    """Put the guards into PEFT and transformers, once."""
-    for place, name, before, after in _GUARDS:
+def install(guards: Sequence[Guard] = _GUARDS) -> None:
+    """Put guards into PEFT and transformers, once."""
+    for place, name, before, after in guards:
         module, _, inside = place.partition(":")
         owner: Any = importlib.import_module(module)
         owner = getattr(owner, inside) if inside else owner
@@ -185,7 +188,7 @@ def install() -> None:
 
 def _guarded(
     original: Callable[..., Any],
-    before: Callable[..., None] | None,
+    before: Callable[..., Any] | None,
     after: Callable[..., None] | None,
 ) -> Callable[..., Any]:
     """A function that has others called before and after, with its arguments by name."""
@@ -196,9 +199,9 @@ def _guarded(
     def guarded(*args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(*args, **kwargs).arguments)
         given.update(given.pop(rest, {}))
-        if before is not None:
-            before(**given)
-        result = original(*args, **kwargs)
+        context = None if before is None else before(**given)
+        with context or contextlib.nullcontext():
+            result = original(*args, **kwargs)
         if after is not None:
             after(result, **given)
         return result

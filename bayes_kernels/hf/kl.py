@@ -39,7 +39,7 @@ def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
     groups: dict[tuple[torch.device, str, str, bool], list[Divergence]] = {}
     parts: list[Tensor] = []
     for item in layers:
-        term = item.variant.divergence(item.layer, item.adapter)
+        term = item.variant.divergence(item.view, item.adapter)
         if isinstance(term, Divergence):
             sharded = hasattr(term.mean, "full_tensor")
             kind = (term.mean.device, term.std, term.direction, sharded)

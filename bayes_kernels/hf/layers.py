@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from .noise import NoiseState
-from .targets import factor_parameters, with_factors
+from .targets import factor_parameters
 from .variants import BayesLayer, BayesVariant
 
 
@@ -42,7 +42,7 @@ def active_layers(model: nn.Module, adapter: str | None = None) -> list[BayesLay
         for name in names:
             variant = layer.lora_variant.get(name)
             if isinstance(variant, BayesVariant):
-                found.append(BayesLayer(variant.name, with_factors(layer), name, variant))
+                found.append(BayesLayer(variant.name, layer, name, variant))
     return found
 
 
@@ -89,6 +89,16 @@ def find_peft_model(op: str, model: nn.Module) -> PeftModel:
     )
 
 
+def cast_where_plain(layer: Any) -> None:
+    """Whether PEFT converts the input of a layer to the type of the factors: for plain LoRA.
+
+    The ops of Bayesian adapters take activations as they are and keep the factors in fp32 themselves.
+    """
+    names = (*layer.lora_A, *layer.lora_embedding_A)
+    plain = any(not isinstance(layer.lora_variant.get(name), BayesVariant) for name in names)
+    layer.cast_input_dtype_enabled = plain
+
+
 def check_whole(op: str, model: nn.Module) -> None:
     """Whether the tensors of all adapters are whole on this process.
 
@@ -126,9 +136,14 @@ def draws_weights(model: nn.Module) -> bool:
 
 
 def without_effect(model: nn.Module) -> str | None:
-    """Why no LoRA adapter of a model takes part in its passes, and what to do; None where one does."""
+    """Why no adapter takes part in a model's passes, and what to do; None where one does.
+
+    Of a model with Bayesian adapters these count, and not plain LoRA beside them.
+    """
     layers = [layer for _, layer in lora_layers(model)]
     if not layers or any(not (layer.disable_adapters or layer.merged) for layer in layers):
+        if any(True for _ in bayes_variants(model)) and not active_layers(model):
+            return "not active; call set_adapter with the name of a Bayesian one"
         return None
     if any(layer.disable_adapters for layer in layers):
         return "disabled; leave disable_adapter()"

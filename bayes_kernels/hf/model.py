@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ._compat import register
 from .config import BayesLoraConfig
 from .guards import install as install_guards
-from .layers import key_devices, lora_layers
+from .layers import cast_where_plain, key_devices, lora_layers
 from .noise import NoiseState
 from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
 from .undo import as_before_if_stopped
@@ -36,19 +37,18 @@ class BayesLoraModel(LoraModel):
         return self.model(*args, **kwargs)
 
     def _check_new_adapter_config(self, config: Any) -> None:
-        if not isinstance(config, BayesLoraConfig):
+        if not (isinstance(config, BayesLoraConfig) or type(config) is LoraConfig):
             raise ValueError(
-                f"BayesLoraModel: adapters must have a BayesLoraConfig, got "
+                f"BayesLoraModel: adapters must have a BayesLoraConfig or be plain LoRA, got "
                 f"{type(config).__name__}; use BlobConfig(...), or import_lora for a plain LoRA "
                 "checkpoint"
             )
-        given: list[Any] = list(self.peft_config.values())
-        own = VARIANTS[config.method].replaces
-        for other in (VARIANTS[other.method].replaces for other in given):
+        own = _replaces(config)
+        for other in map(_replaces, self.peft_config.values()):
             if other != own:
                 raise ValueError(
                     f"BayesLoraModel: adapters with and without {own or other} cannot share a model, "
-                    f"got method {config.method!r} beside the others; load the base model again"
+                    f"got {type(config).__name__} beside the others; load the base model again"
                 )
         super()._check_new_adapter_config(config)
 
@@ -69,7 +69,8 @@ class BayesLoraModel(LoraModel):
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
-        VARIANTS[peft_config.method].install(model, peft_config)
+        if isinstance(peft_config, BayesLoraConfig):
+            VARIANTS[peft_config.method].install(model, peft_config)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -85,9 +86,10 @@ class BayesLoraModel(LoraModel):
             lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
         )
         layer = getattr(parent, target_name)
-        state = self._noise(lora_config)
-        attach(layer, adapter_name, lora_config, current_key, state)
-        state.devices = None
+        if isinstance(lora_config, BayesLoraConfig):
+            state = self._noise(lora_config)
+            attach(layer, adapter_name, lora_config, current_key, state)
+            state.devices = None
         # PEFT leaves new modules in training mode, which would make an eval() model random.
         layer.train(target.training)
 
@@ -107,8 +109,12 @@ class BayesLoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; its `sample_at_inference` no longer counts."""
         super().delete_adapter(adapter_name)
-        configs: list[Any] = list(self.peft_config.values())
-        self.model.bayes_noise.samples_in_eval = any(c.sample_at_inference for c in configs)
+        for _, layer in lora_layers(self.model):
+            cast_where_plain(layer)
+        state = getattr(self.model, "bayes_noise", None)
+        if state is not None:
+            samples = (getattr(c, "sample_at_inference", False) for c in self.peft_config.values())
+            state.samples_in_eval = any(samples)
 
     def enable_adapter_layers(self) -> None:
         """Use the adapters again."""
@@ -120,12 +126,16 @@ class BayesLoraModel(LoraModel):
         super().disable_adapter_layers()
         self.model.bayes_noise.enabled = False
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not defined for posteriors.
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, for plain LoRA; not defined for posteriors.
 
         Raises:
-            ValueError: always.
+            ValueError: one of the adapters is Bayesian.
         """
+        configs = [self.peft_config.get(name) for name in adapters]
+        if not any(isinstance(config, BayesLoraConfig) for config in configs):
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+            return
         raise ValueError(
             "add_weighted_adapter: posteriors cannot be combined; export_lora the adapters and "
             "combine the plain LoRA folders"
@@ -162,6 +172,11 @@ class BayesLoraModel(LoraModel):
             if devices - set(state.keys):
                 state.set_key(next(iter(state.keys.values())), devices)
         return self
+
+
+def _replaces(config: Any) -> str:
+    """What the method of an adapter puts in place of a module of the base model; "" for plain LoRA."""
+    return VARIANTS[config.method].replaces if isinstance(config, BayesLoraConfig) else ""
 
 
 def _warn_unmatched(model: nn.Module, named: Collection[str]) -> None:

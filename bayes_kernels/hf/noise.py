@@ -113,6 +113,31 @@ class Pass:
             self.kept[owner] = made_of, versions, value
         return value
 
+    def of_rows(self, rows: Sequence[int], total: int) -> Pass:
+        """The same for some rows of a batch: each keeps its draw.
+
+        Args:
+            rows: their places.
+            total: rows of the whole batch.
+
+        Raises:
+            ValueError: the batch is no multiple of the draws, or draws have noise for each token, which goes
+                by the place in the batch.
+        """
+        other = copy.copy(self)
+        other.kept = {}
+        if self.mode != "sample":
+            return other
+        ids = next(iter(self.draws.values())).ids.tolist()
+        if total % len(ids) or self.scope == "token":
+            raise ValueError(
+                f"posterior: adapter_names needs scope='example' and a batch of {len(ids)} rows, a draw "
+                f"each, or a multiple, got scope={self.scope!r} and {total} rows"
+            )
+        each = total // len(ids)
+        other.draws = {torch.device("cpu"): Draws.of([ids[row // each] for row in rows])}
+        return other
+
     def draws_on(self, device: torch.device) -> Draws:
         """The draws on a device."""
         found = self.draws.get(device)

@@ -145,7 +145,7 @@ def watch_training_in_eval(module: Any, args: Any, output: Any) -> None:
     def warn(_: Tensor) -> None:
         layers = active_layers(module)  # none while a conversion has taken the posterior off
         trained = any(
-            item.variant.samples and item.layer.lora_B[item.adapter].weight.requires_grad
+            item.variant.samples and item.view.lora_B[item.adapter].weight.requires_grad
             for item in layers
         )
         if trained and not state.eval_warned:

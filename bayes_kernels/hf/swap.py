@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from .config import BayesLoraConfig
-from .layers import find_peft_model, lora_layers
+from .layers import cast_where_plain, find_peft_model, lora_layers
 from .model import BayesLoraModel, remove_noise
-from .targets import as_linear, factor_parameters, with_factors
+from .targets import as_linear, factor_parameters
 from .variants import VARIANTS, BayesLayer, BayesVariant, attach
 
 
@@ -99,7 +99,7 @@ def make_plain(model: PeftModel, name: str) -> None:
         a, b = mean_factors(layer, name)
         _set_factors(layer, name, a.clone(), b.clone())
         del layer.lora_variant[name]
-        layer.cast_input_dtype_enabled = True
+        cast_where_plain(layer)
     remove_noise(tuner.model)
 
 
@@ -131,7 +131,8 @@ def make_bayesian(
                 factor.data = factor.data.float()
         _set_factors(layer, name, a, b)
         variant = attach(layer, name, config, key, tuner._noise(config))
-        made.append(BayesLayer(key, with_factors(layer), name, variant))
+        cast_where_plain(layer)
+        made.append(BayesLayer(key, layer, name, variant))
     return made
 
 

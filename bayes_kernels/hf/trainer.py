@@ -214,7 +214,7 @@ class BayesTrainerMixin(_Base):
         ]
         posterior = {id(p) for module in modules for p in module.parameters()}
         for item in layers:
-            posterior.update(id(p) for p in item.variant.own_decay(item.layer, item.adapter))
+            posterior.update(id(p) for p in item.variant.own_decay(item.view, item.adapter))
         own = {name for name, p in model.named_parameters() if id(p) in posterior}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
@@ -319,7 +319,7 @@ class BayesTrainerMixin(_Base):
         trained = [
             (item.name, weight.grad is None)
             for item in layers
-            if (weight := item.layer.lora_B[item.adapter].weight).requires_grad
+            if (weight := item.view.lora_B[item.adapter].weight).requires_grad
         ]
         missing = {name for name, none in trained if none}
         self._idle = missing if self._passes == 1 else self._idle & missing
@@ -523,7 +523,7 @@ class BayesTrainerMixin(_Base):
     def _check_divergence_is_stepped(self: Any) -> None:
         """Without a step on it, a divergence would be left out of the training in silence."""
         for item in bayes_layers(self.model):
-            if item.variant.divergence(item.layer, item.adapter) is not None:
+            if item.variant.divergence(item.view, item.adapter) is not None:
                 raise ValueError(
                     "BayesTrainer: kl_mode must be 'loss' or 'none' for method "
                     f"{item.variant.config.method!r}, which has a divergence and no decoupled step on it, "

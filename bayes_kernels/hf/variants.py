@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .. import random, reference
 from ..optim import KLSchedule
 from ._compat import unsupported_layer
-from .targets import View, as_linear, factor_parameters, unsupported_target
+from .noise import using
+from .targets import View, as_linear, factor_parameters, unsupported_target, with_factors
 
 if TYPE_CHECKING:
     from .config import BayesLoraConfig
@@ -28,10 +29,7 @@ if TYPE_CHECKING:
 
 
 class BayesLayer(NamedTuple):
-    """One adapted layer: module name, PEFT layer, adapter name and its variant.
-
-    Of an embedding `layer` is its view, which has the factors under the names of a linear layer.
-    """
+    """One adapted layer: module name, PEFT layer, adapter name and its variant."""
 
     name: str
     layer: Any
@@ -44,7 +42,12 @@ class BayesLayer(NamedTuple):
 
         Of a convolution (r, channels, *kernel).
         """
-        return self.layer.lora_A[self.adapter].weight
+        return factor_parameters(self.layer, self.adapter)[0]
+
+    @property
+    def view(self) -> Any:
+        """The layer for hooks that ask for parameters: an embedding's have the names of a linear layer's."""
+        return with_factors(self.layer)
 
     @property
     def in_features(self) -> int:
@@ -451,7 +454,6 @@ class BayesVariant(LoraVariant):
         """
         view = as_linear(module)
         if isinstance(view, View):
-            module = view.layer
             # Methods may change the factors, of which they see matrices.
             for factor in factor_parameters(module, adapter_name):
                 if factor.dtype in (torch.bfloat16, torch.float16):
@@ -544,9 +546,25 @@ def attach(
     # PEFT's own multiplies lora_A and lora_B alone. What asks a layer for its update (convert_to_lora,
     # merging into a torchao base) must see what the method has between them.
     layer.get_delta_weight = functools.partial(_delta_weight, layer)
-    # The ops take activations as they are and keep the factors in fp32 themselves.
-    layer.cast_input_dtype_enabled = False
+    layer._mixed_batch_forward = functools.partial(_mixed_batch, layer)
     return variant
+
+
+def _mixed_batch(layer: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
+    """`_mixed_batch_forward` of a layer that has had a Bayesian adapter: an adapter by name for each row.
+
+    PEFT's own hands a variant its rows without their places, and embeddings have no variant there.
+    """
+    found = {name: layer.lora_variant.get(name) for name in dict.fromkeys(adapter_names)}
+    ours = {name: v for name, v in found.items() if isinstance(v, BayesVariant)}
+    others = ["__base__" if name in ours else name for name in adapter_names]
+    y = type(layer)._mixed_batch_forward(layer, x, *args, adapter_names=others, **kwargs)
+    for name, variant in ours.items():
+        rows = [i for i, other in enumerate(adapter_names) if other == name]
+        with using(variant.state, variant.state.current().of_rows(rows, len(adapter_names))):
+            own = variant.forward(layer, name, x[rows], y[rows])
+        y = y.index_copy(0, torch.tensor(rows, device=y.device), own.to(y.dtype))
+    return y
 
 
 def _delta_weight(layer: Any, adapter: str) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
-from bayes_kernels.hf.guards import _GUARDS
+from bayes_kernels.hf import beside, guards
 from hf.peft_adapters import X, adapted, every, same, snapshot
 
 
@@ -42,6 +42,7 @@ def to_lora_at_save(model: Any, folder: Path) -> None:
         config.init_lora_weights = True
 
 
+GUARDS = [*guards._GUARDS, *beside.GUARDS]
 HELPERS = {f.__name__: f for f in (pad, swap, lora_fa, to_lora_at_save)}
 
 
@@ -62,7 +63,7 @@ def test_helpers_for_plain_lora(tmp_path: Path, method: str, helper: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("guard", _GUARDS, ids=[f"{g[0]}.{g[1]}" for g in _GUARDS])
+@pytest.mark.parametrize("guard", GUARDS, ids=[f"{g[0]}.{g[1]}" for g in GUARDS])
 def test_guarded_functions_exist(guard: Any) -> None:
     """A release of PEFT without one of these names has to be looked at."""
     place, name, before, _ = guard

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_same_but_rounding
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from tiny_models import IDS, adapted, blob, fill, gpt2, llama, logits
 from torch import nn
@@ -208,8 +208,6 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(model), first)
     with pytest.raises(ValueError, match="posteriors cannot be combined"):
         model.add_weighted_adapter(["default", "third"], [0.5, 0.5], "sum")
-    with pytest.raises(ValueError, match="different peft types"):
-        model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
 
 
 def test_merging_keeps_the_mean() -> None:

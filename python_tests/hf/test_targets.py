@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import gpt2
+from tiny_models import gpt2, llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -90,7 +90,7 @@ def adapted(
 
 def layer_of(model: PeftModel) -> Any:
     """PEFT's layer."""
-    return model.get_base_model().get_submodule(bayes_layers(model)[0].name)
+    return bayes_layers(model)[0].layer
 
 
 def b_of(model: PeftModel) -> Any:
@@ -474,3 +474,26 @@ def test_embeddings_of_positions_have_one_row() -> None:
     with pytest.raises(ValueError, match=r"wpe looks up \(1, 5\) for all rows at once"):
         with posterior(model, n_samples=2):
             model(**fold_samples({"input_ids": ids[:3]}, 2))
+
+
+@pytest.mark.parametrize("where", [[0, 1], [1]])
+def test_draws_of_a_language_model(where: list[int], tmp_path: Path) -> None:
+    """Draws differ below all layers of the stack: nothing is shared, and texts that are written agree."""
+    names = ["embed_tokens", *[f"layers.{i}.self_attn.q_proj" for i in where]]
+    model = adapted(names, base=llama(initializer_range=0.1), task_type="CAUSAL_LM", lora_alpha=4)
+    ids = IDS.clamp(3, 63)
+    options: dict[str, Any] = {"choices": [5, 6, 7], "n_samples": 4, "return_samples": True}
+    found: Any = predict(model, {"input_ids": ids}, **options)
+    for number in range(4):
+        with torch.no_grad(), posterior(model, first_sample=number):
+            one = model(input_ids=ids).logits[:, -1, [5, 6, 7]].double().log_softmax(-1)
+        torch.testing.assert_close(
+            found.sample_log_probs[number].double(), one, rtol=1e-4, atol=1e-5
+        )
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad(), posterior(model, n_samples=2):
+        texts = [
+            model.generate(input_ids=ids[:2].repeat(2, 1), use_cache=cached, **options)
+            for cached in (True, False)
+        ]
+    assert torch.equal(*texts)
