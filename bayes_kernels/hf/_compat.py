@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
+import torch
 import transformers
 from packaging.version import Version
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 PEFT_RANGE = ("0.20", "0.23")
 TRANSFORMERS_RANGE = ("5.17", "6")
@@ -75,6 +77,8 @@ def unsupported_layer(layer: nn.Module) -> str | None:
     name = type(layer).__name__
     if not isinstance(layer, lora_layers.LoraLayer):
         return f"it became {name}, not a LoRA layer"
+    if isinstance(layer, lora_layers.ParamWrapper):
+        return _unsupported_parameter(layer)
     if not (type(layer) is lora_layers.Linear or isinstance(layer, lora_layers.Linear)):
         if name not in _LAYERS_WITH_VARIANTS:
             return f"PEFT handles it with {name}"
@@ -82,6 +86,27 @@ def unsupported_layer(layer: nn.Module) -> str | None:
     if mesh is not None and (mesh.mesh_dim_names is None or "tp" in mesh.mesh_dim_names):
         return "its weight is split by tensor parallelism"
     return None
+
+
+def _unsupported_parameter(layer: Any) -> str | None:
+    """`unsupported_layer` of a layer that adapts a parameter."""
+    parameter = layer.get_param()
+    if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"its values are {parameter.dtype}"
+    split = getattr(layer.get_base_layer(), "_is_expert_parallel", False)
+    if split or hasattr(parameter, "device_mesh"):
+        return "it is split over processes"
+    return None
+
+
+def follows_experts_interface(module: nn.Module) -> bool:
+    """Whether `config._experts_implementation` of a module chooses its forward pass, by transformers'
+    table of them."""
+    forward: Any = type(module).forward
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    found = dict(zip(names, getattr(forward, "__closure__", None) or (), strict=False))
+    cell = found.get("experts_interface")
+    return cell is not None and cell.cell_contents is moe.ALL_EXPERTS_FUNCTIONS
 
 
 def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:

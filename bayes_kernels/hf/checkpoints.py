@@ -23,7 +23,7 @@ from ._compat import PEFT_TYPE_NAME
 from .checks import CONFIG_NAME, PREFIX, check_folder, layer_of, read_json, tensor_names
 from .config import CONFIGS, DEFAULT_METHOD, BayesLoraConfig, own_fields
 from .draws import WeightDraws
-from .layers import active_layers, bayes_layers, check_whole, find_peft_model
+from .layers import active_layers, bayes_layers, check_whole, find_peft_model, lora_layers
 from .method import PLAIN
 from .predict import predictor_of
 from .swap import the_adapter
@@ -332,12 +332,16 @@ class _Plain:
     def _factors(self, sample: int | None, seed: int) -> dict[str, Tensor]:
         """Those of a Bayesian adapter, and what was trained beside it."""
         replaced = {}
+        tuner: Any = self.model.base_model
+        paths = {layer: path for path, layer in lora_layers(tuner.model)}
         for item in self.layers:
             own = factor_parameters(item.layer, item.adapter)
             plain = item.factors(sample, seed)
             for name, old, new in zip(factor_names(item.layer), own, plain, strict=True):
                 if new is not old:
-                    replaced[f"{PREFIX}{item.name}.{name}"] = new.reshape(old.shape).to(old.dtype)
+                    replaced[f"{PREFIX}{paths[item.layer]}.{name}"] = new.reshape(old.shape).to(
+                        old.dtype
+                    )
         extra = extra_names()
         tensors = {
             key: replaced.get(key, value).detach().cpu().contiguous()

@@ -31,7 +31,6 @@ _REJECTED = (
     "use_qalora",
     "lora_bias",
     "ensure_weight_tying",
-    "target_parameters",
     "megatron_config",
 )
 
@@ -105,6 +104,8 @@ class BayesLoraConfig(LoraConfig):
     seed: int = option(0, "Seed of the training noise.")
 
     _method: ClassVar[str] = ""
+    # Whether the method's posterior can be one of factors that `target_parameters` makes.
+    _takes_parameters: ClassVar[bool] = False
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -159,6 +160,21 @@ class BayesLoraConfig(LoraConfig):
                 raise ValueError(f"{kind}: {name} must be a finite number, got {value!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"{kind}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.target_parameters:
+            self._check_parameters(kind)
+
+    def _check_parameters(self, kind: str) -> None:
+        if not self._takes_parameters:
+            able = sorted(c.__name__ for c in CONFIGS.values() if c._takes_parameters)
+            raise ValueError(
+                f"{kind}: target_parameters must be left out, as the method has no posterior over factors of "
+                f"experts, got {sorted(self.target_parameters or ())}; {' and '.join(able)} have one"
+            )
+        if self.lora_dropout:
+            raise ValueError(
+                f"{kind}: lora_dropout must be 0 with target_parameters, as in PEFT, got "
+                f"{self.lora_dropout}"
+            )
 
     def rescaled(self, factor: float) -> None:
         """Take note that all deviations of the adapter were multiplied by a factor."""

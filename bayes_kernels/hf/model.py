@@ -14,6 +14,7 @@ from torch import nn
 
 from ._compat import register
 from .config import BayesLoraConfig
+from .experts import restore
 from .guards import install as install_guards
 from .layers import cast_where_plain, key_devices, lora_layers
 from .noise import NoiseState
@@ -64,8 +65,11 @@ class BayesLoraModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             # PeftModel does it later; AutoModel does not, and would round the factors of a file to half.
             self._cast_adapter_dtype(adapter_name)
-        if not config.inference_mode and isinstance(named, (list, set, tuple)):
+        if config.inference_mode:
+            return
+        if isinstance(named, (list, set, tuple)):
             _warn_unmatched(model, named)
+        _warn_unmatched_parameters(model, config.target_parameters or ())
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
         super()._prepare_model(peft_config, model)
@@ -85,7 +89,10 @@ class BayesLoraModel(LoraModel):
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
         )
-        layer = getattr(parent, target_name)
+        # Of a parameter that an earlier adapter has too, PEFT hands over the layer itself.
+        named = kwargs.get("parameter_name")
+        known = named is not None and getattr(target, "parameter_name", None) == named
+        layer = target if known else getattr(parent, target_name)
         if isinstance(lora_config, BayesLoraConfig):
             state = self._noise(lora_config)
             attach(layer, adapter_name, lora_config, current_key, state)
@@ -150,6 +157,7 @@ class BayesLoraModel(LoraModel):
         with as_before_if_stopped(self.model, merges=True):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
             remove_noise(model)
+            restore(model)
             for variant in VARIANTS.values():
                 variant.restore(model)
             return model
@@ -189,6 +197,24 @@ def _warn_unmatched(model: nn.Module, named: Collection[str]) -> None:
             f"target_modules: {', '.join(missing)} must each be a module of the model or the end of "
             f"its name, got none in {type(model).__name__}; adapted are {', '.join(there)}: correct the "
             "name, or leave it out",
+            stacklevel=2,
+        )
+
+
+def _warn_unmatched_parameters(model: nn.Module, named: Collection[str]) -> None:
+    """`_warn_unmatched` of `target_parameters`."""
+    parameters = [
+        ".".join(part for part in name.split(".") if part != "base_layer")
+        for name, _ in model.named_parameters()
+        if ".lora_" not in name
+    ]
+    missing = sorted(t for t in named if not any(f".{p}".endswith(f".{t}") for p in parameters))
+    if missing:
+        there = sorted({name.rpartition(".")[2] for name in parameters if ".experts." in name})
+        warnings.warn(
+            f"target_parameters: {', '.join(missing)} must each be a parameter of the model or the end of "
+            f"its name, got none in {type(model).__name__}, whose experts have "
+            f"{', '.join(there) or 'no parameters'}: correct the name, or leave it out",
             stacklevel=2,
         )
 

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from .config import BayesLoraConfig
+from .experts import layer_name, unwrap
 from .layers import cast_where_plain, find_peft_model, lora_layers
 from .model import BayesLoraModel, remove_noise
 from .targets import as_linear, factor_parameters
@@ -54,10 +55,10 @@ def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:
 
 
 def adapted_layers(model: PeftModel, name: str) -> list[tuple[str, Any]]:
-    """The layers that have an adapter, by name in the base model."""
+    """The layers that have an adapter, by name in the base model, parameters by theirs."""
     tuner: Any = model.base_model
     return [
-        (key, layer)
+        (layer_name(key, layer), layer)
         for key, layer in lora_layers(tuner.model)
         if name in layer.lora_A or name in layer.lora_embedding_A
     ]
@@ -100,6 +101,7 @@ def make_plain(model: PeftModel, name: str) -> None:
         _set_factors(layer, name, a.clone(), b.clone())
         del layer.lora_variant[name]
         cast_where_plain(layer)
+        unwrap(layer)
     remove_noise(tuner.model)
 
 

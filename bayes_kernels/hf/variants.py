@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import random, reference
 from ..optim import KLSchedule
 from ._compat import unsupported_layer
+from .experts import Routed, adapts_parameter, wrap
 from .noise import using
 from .targets import View, as_linear, factor_parameters, unsupported_target, with_factors
 
@@ -212,7 +213,7 @@ class BayesVariant(LoraVariant):
     samples: ClassVar[bool] = True
     deviation: ClassVar[str] = ""
     scope: str = "none"
-    draw_scopes: ClassVar[tuple[str, ...]] = ("example",)
+    draw_scopes: tuple[str, ...] = ("example",)
     replaces: ClassVar[str] = ""
     module_tensors: ClassVar[tuple[str, ...]] = ()
     training: ClassVar[type[TrainingHooks]] = TrainingHooks
@@ -265,6 +266,26 @@ class BayesVariant(LoraVariant):
 
     def looked_up(self, module: Any, adapter: str, ids: Tensor, mode: str) -> Tensor:
         """The columns of A (..., r) for the tokens (...) of an embedding, with A as `mode` says."""
+        raise NotImplementedError
+
+    def on_experts(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, rows: Routed, mode: str
+    ) -> Tensor:
+        """`adapted` for the parameters of experts, with factors for each of them.
+
+        Args:
+            x: (rows, in), the rows of all experts, sorted by expert.
+            rows: whose they are.
+            mode: as in `adapted`.
+        """
+        raise NotImplementedError
+
+    def first_factor(self, module: Any, adapter: str) -> Tensor:
+        """A for a pass that adds B A to a parameter: the mean, or one draw for all rows.
+
+        Raises:
+            ValueError: the batch has several draws.
+        """
         raise NotImplementedError
 
     def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
@@ -354,19 +375,28 @@ class BayesVariant(LoraVariant):
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """result + the adapter's output, with weights that are the mean or drawn, as `mode` says."""
-        # That of an enclosing `posterior`; else training draws and evaluation does not.
-        mode = self.state.remember().mode
-        dropout = 0.0
+        mode, dropout = self.mode_of(module), 0.0
         if module.training:
-            mode = mode or "flipout"
             # Past the search of a module for a name that identities lack.
             dropout = float(vars(module.lora_dropout[active_adapter]).get("p", 0.0))
-        if mode is None:
-            mode = "sample" if self.sample_at_inference else "mean"
         view = as_linear(module)
         if view is module:
             return self.adapted(module, active_adapter, x, result, mode, dropout)
         return view.forward(self, active_adapter, x, result, mode, dropout)
+
+    def routed_forward(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, rows: Routed
+    ) -> Tensor:
+        """`forward` for the parameters of experts."""
+        return self.on_experts(module, adapter, x, result, rows, self.mode_of(module))
+
+    def mode_of(self, module: Any) -> str:
+        """Which weights a pass uses that is made here and now: "mean", "sample" or "flipout"."""
+        # That of an enclosing `posterior`; else training draws and evaluation does not.
+        mode = self.state.remember().mode
+        if mode is None and module.training:
+            return "flipout"
+        return mode or ("sample" if self.sample_at_inference else "mean")
 
     def copies(self, x: Tensor, draws: int) -> int:
         """Successive rows, along the first dimension of x, that belong to each of the batch's draws.
@@ -462,6 +492,10 @@ class BayesVariant(LoraVariant):
                 view.start(adapter_name, self.stream)
         set_tensors(module, adapter_name, self, self.initial(view, adapter_name))
 
+    def merged(self) -> None:
+        """Take note that PEFT merges a parameter by itself: the posterior mean."""
+        _warn_merge()
+
     def merge_safe(  # type: ignore[override]
         self, module: Any, active_adapter: str, orig_weight: Tensor
     ) -> Tensor:
@@ -486,6 +520,17 @@ class BayesVariant(LoraVariant):
 def _leading(rows: Tensor, x: Tensor) -> Tensor:
     """Values (rows,), shaped to broadcast to the leading dimensions of x."""
     return rows.reshape(x.shape[0], *[1] * (x.dim() - 2)) if x.dim() > 1 else rows[0]
+
+
+def _warn_slow(layer: Any, scope: str) -> None:
+    """One line for each kind of parameter that is adapted as PEFT does it."""
+    kind = f"{type(layer.get_base_layer()).__name__}.{layer.parameter_name}"
+    shared = "" if scope == "none" else f", and its training noise has scope 'none', not {scope!r}"
+    warnings.warn(
+        f"target_parameters: {kind} is no projection of experts behind transformers' experts interface, so "
+        f"each pass makes its weights anew, predictions take a pass for each draw{shared}",
+        stacklevel=6,
+    )
 
 
 def _warn_merge() -> None:
@@ -543,6 +588,13 @@ def attach(
     variant = kind(config, name, as_linear(layer).in_features, state)
     variant.init(layer, adapter)
     layer.lora_variant[adapter] = variant
+    if adapts_parameter(layer):
+        wrap(layer)
+        variant.routed = not layer.fused
+        if not layer.fused:
+            variant.draw_scopes = ("example",)
+            _warn_slow(layer, variant.scope)
+        return variant
     # PEFT's own multiplies lora_A and lora_B alone. What asks a layer for its update (convert_to_lora,
     # merging into a torchao base) must see what the method has between them.
     layer.get_delta_weight = functools.partial(_delta_weight, layer)

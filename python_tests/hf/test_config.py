@@ -111,7 +111,6 @@ def test_each_option_says_what_it_is_and_refuses_another_type(method: str, field
         ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
         ({"arrow_config": {}}, "arrow_config|ArrowConfig"),
         ({"monteclora_config": {}}, "monteclora_config"),
-        ({"target_parameters": ["a.weight"]}, "target_parameters"),
         ({"lora_bias": True}, "lora_bias"),
         ({"use_qalora": True}, "use_qalora cannot be combined"),
         ({"lora_alpha": float("inf")}, "lora_alpha must be a finite number"),

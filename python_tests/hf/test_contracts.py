@@ -23,14 +23,22 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from tools.floor import requirements
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import moe
 
-from bayes_kernels.hf import BayesLoraModel, BayesTrainerMixin, PolarVbllConfig, _compat, decoding
+from bayes_kernels.hf import (
+    BayesLoraModel,
+    BayesTrainerMixin,
+    PolarVbllConfig,
+    _compat,
+    decoding,
+    experts,
+)
 from bayes_kernels.hf.variants import BayesVariant
 
 pytestmark = pytest.mark.cpu_only
@@ -176,6 +184,27 @@ def test_layers_that_are_not_linear() -> None:
     assert conv.lora_B["default"].weight.shape == (4, 2, 1)
 
 
+def test_adapted_parameters() -> None:
+    net = nn.Module()
+    net.experts = nn.Module()
+    net.experts.down = nn.Parameter(torch.zeros(2, 4, 3))
+    options = {"target_modules": [], "target_parameters": ["experts.down"]}
+    model = get_peft_model(net, LoraConfig(r=2, **options))
+    layer = model.base_model.model.experts
+    assert type(layer) is ParamWrapper and ParamWrapper.__name__ == "ParamWrapper"
+    assert ParamWrapper.__name__ == experts.ParamWrapper.__name__  # PEFT asks for it by name
+    names = "parameter_name num_experts get_param base_layer _activate_lora merge"
+    need(peft, "lora.ParamWrapper", layer, names, "hf/experts.py")
+    need_arguments(peft, ParamWrapper._activate_lora, "active_adapters", "hf/experts.py")
+    need_arguments(peft, ParamWrapper.merge, "safe_merge adapter_names", "hf/experts.py")
+    weights = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        weights[1].normal_()
+        a, b = experts.by_expert(layer, *weights)
+        expected = layer.scaling["default"] * (b @ a)
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
 def test_steps_of_adding_an_adapter() -> None:
     """PEFT calls the methods that `BayesLoraModel` overrides, with those arguments."""
     by = "BayesLoraModel"
@@ -259,6 +288,28 @@ def test_weights_split_by_tensor_parallelism(names: tuple[str, ...] | None) -> N
 
 
 # --- transformers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_interface_of_experts(name: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    config = getattr(transformers, f"{name}Config")(head_dim=8, **sizes, **heads)
+    module = getattr(transformers, f"{name}ForCausalLM")(config).model.layers[0].mlp.experts
+    assert _compat.follows_experts_interface(module)
+    assert not _compat.follows_experts_interface(nn.Linear(1, 1))
+    names = "num_experts has_gate has_bias is_transposed config _apply_gate gate_up_proj down_proj"
+    names += " gate_up_proj_bias down_proj_bias" if module.has_bias else ""
+    need(transformers, type(module).__name__, module, names, "hf/experts.py")
+    need(
+        transformers, "integrations.moe", moe, "ALL_EXPERTS_FUNCTIONS _grouped_mm", "hf/experts.py"
+    )
+    need_arguments(transformers, moe._grouped_mm, "input weight offs", "hf/experts.py")
+    assert hasattr(torch.ops.transformers, "grouped_mm_fallback")
+    default = moe.ALL_EXPERTS_FUNCTIONS.get_interface(experts.IMPLEMENTATION, None)
+    assert default is experts.experts_forward
+    taken = list(inspect.signature(moe.grouped_mm_experts_forward).parameters)[1:]
+    assert taken == list(inspect.signature(experts.experts_forward).parameters)[1:]
 
 
 def t5() -> Any:

@@ -17,6 +17,7 @@ from ... import functional, random, reference
 from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
+from ..experts import Routed, by_expert
 from ..method import PAPERS, Method
 from ..noise import DRAW_SCOPES
 from ..targets import LAYER_KINDS
@@ -64,6 +65,15 @@ class BlobConfig(VariationalConfig, method="blob"):
         "'example' (the rows of an example share, as in the paper) or 'none' (all rows share).",
         choices=SCOPES,
     )
+    _takes_parameters = True
+
+    def _check_parameters(self, kind: str) -> None:
+        super()._check_parameters(kind)
+        if self.scope == "example":
+            raise ValueError(
+                f"{kind}: scope must be 'token' or 'none' with target_parameters, got 'example': experts "
+                "see tokens, not examples"
+            )
 
     def prior_std_of(self, in_features: int) -> float:
         """Deviation of the prior for a layer with that many input features."""
@@ -194,6 +204,88 @@ class GaussianFactor(BayesVariant):
         few = _writes_text(middle, len(where["draws"]))
         factors = chosen.remembered(self, (mean, rho, key), drawn) if few else drawn()
         return module.columns(factors, ids, places)
+
+    def on_experts(
+        self, module: Any, adapter: str, x: Tensor, result: Tensor, rows: Routed, mode: str
+    ) -> Tensor:
+        """`adapted` with the factors of each row's expert; the signs of a token are those of its experts."""
+        state = self.state
+        kept = module.lora_A[adapter].weight
+        a, b = by_expert(module, kept, module.lora_B[adapter].weight)
+        scaling = module.scaling[adapter]
+        if mode == "mean":
+            return functional.grouped_lora(x, a, b, result, groups=rows.experts, scaling=scaling)
+        rho = getattr(module, self.deviation)[adapter]
+        law: dict[str, Any] = {"stream": self.stream, "std": self.std}
+
+        def flipped(x: Tensor, result: Tensor, experts: Tensor, **signs: Any) -> Tensor:
+            by = rho.unflatten(0, (len(a), -1))
+            return functional.grouped_flipout_lora(
+                x, a, by, b, result, groups=experts, scaling=scaling, **law, **signs
+            )
+
+        if mode == "flipout":
+            signs = {} if self.scope == "none" else {"sign_rows": rows.tokens}
+            key = state.key_on(x.device)
+            return flipped(x, result, rows.experts, key=key, scope=self.scope, **signs)
+        chosen = state.current()
+        if chosen.scope == "token":
+            keys = chosen.keys_of_draws[x.device]
+            tokens = self.copies(rows.hidden, len(keys))
+            # Every draw has as many rows as any other.
+            order = (rows.tokens // tokens).sort(stable=True).indices
+            parts = [
+                flipped(
+                    x[i], result[i], rows.experts[i], key=key, sign_rows=rows.tokens[i] % tokens
+                )
+                for key, i in zip(keys, order.chunk(len(keys)), strict=True)
+            ]
+            back = torch.empty_like(order)
+            back[order] = torch.arange(len(order), device=order.device)
+            return torch.cat(parts)[back]
+        key = state.key_on(x.device)
+        if chosen.kind == "shared":
+            ids = self.ids_of(rows.hidden)[rows.tokens]
+            return flipped(x, result, rows.experts, key=key, sign_rows=ids)
+        where = self.draws_of(rows.hidden)
+        draws = where["draws"]
+        number = len(draws)
+        if number == 1:
+            groups = rows.experts
+        else:
+            size = where.get("rows_per_group")
+            drawn = rows.tokens // size if size else where["groups"][rows.tokens]
+            groups = drawn * len(a) + rows.experts
+
+        def factors() -> Tensor:
+            pairs = chosen.kind == "antithetic"
+            return functional.gaussian_draws(kept, rho, draws, key=key, antithetic=pairs, **law)
+
+        few = _writes_text(rows.hidden, number)
+        made = chosen.remembered(self, (kept, rho, key), factors) if few else factors()
+        made = made.unflatten(1, (len(a), -1)).flatten(0, 1)
+        if number > 1 and few and len(x) < len(made):
+            # Factors of the rows alone: B of all experts would be copied for each draw.
+            return functional.grouped_lora(
+                x, made[groups], b[rows.experts], result, rows_per_group=1, scaling=scaling
+            )
+        b = b if number == 1 else b.repeat(number, 1, 1)
+        return functional.grouped_lora(x, made, b, result, groups=groups, scaling=scaling)
+
+    def first_factor(self, module: Any, adapter: str) -> Tensor:
+        """The mean of A; or M + s Omega . eps, in training with an eps of the pass."""
+        mean, mode = module.lora_A[adapter].weight, self.mode_of(module)
+        if mode == "mean":
+            return mean
+        state = self.state
+        chosen, key = state.current(), state.key_on(mean.device)
+        numbers, pairs = torch.zeros(1, dtype=torch.int64, device=mean.device), False
+        if mode == "sample":
+            numbers, pairs = chosen.draws_on(mean.device).ids, chosen.kind == "antithetic"
+            self.copies(mean, len(numbers))
+        rho = getattr(module, self.deviation)[adapter]
+        law: dict[str, Any] = {"stream": self.stream, "std": self.std, "antithetic": pairs}
+        return functional.gaussian_draws(mean, rho, numbers, key=key, **law)[0].to(mean.dtype)
 
     def deviations(self, module: Any, adapter: str) -> list[Tensor]:
         """rho, or what the method has in its place."""

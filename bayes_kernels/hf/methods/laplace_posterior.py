@@ -24,6 +24,7 @@ from ...batches import split
 from ...files import replacing_file
 from ...laplace import Laplace, Layer
 from ..draws import WeightDraws
+from ..experts import adapts_parameter
 from ..logits import forward_logits
 from ..model import BayesLoraModel
 from ..swap import adapted_layers, the_adapter
@@ -173,6 +174,11 @@ def _adapted(peft_model: PeftModel, name: str) -> list[tuple[str, Any]]:
     for key, layer in found:
         if name in layer.lora_embedding_A:
             raise ValueError(f"laplace_: layer {key} cannot have a posterior: it is an embedding")
+        if adapts_parameter(layer):
+            raise ValueError(
+                f"laplace_: layer {key} cannot have a posterior: its factors are added to a parameter "
+                "(target_parameters); bayesianize(..., 'tfb') takes them"
+            )
         variant = layer.lora_variant.get(name)
         parts = (layer.lora_A[name], layer.lora_B[name])
         plain = variant is None or isinstance(variant, BayesVariant)

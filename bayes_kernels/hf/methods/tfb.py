@@ -32,6 +32,7 @@ from ...batches import as_batches, need_mapping
 from ...progress import progress_bar
 from .._compat import unsupported_layer
 from ..config import BayesLoraConfig, option
+from ..experts import adapts_parameter, as_kept, by_expert, layer_name
 from ..layers import lora_layers
 from ..logits import Prediction, need_classes
 from ..method import PAPERS, Conversion, Method, default_options
@@ -75,6 +76,8 @@ class TfbConfig(BayesLoraConfig, method="tfb"):
         None, "The deviation that was found; None before.", least=0, set_by="tfb_"
     )
 
+    _takes_parameters = True
+
     def rescaled(self, factor: float) -> None:
         """sigma_q is what the adapter has now."""
         if self.sigma_q is not None:
@@ -100,15 +103,10 @@ class TfbVariant(GaussianFactor, method="tfb"):
         shape = (mean.shape[0], 1)
         return {SIGMA: torch.zeros(shape, dtype=torch.float32, device=mean.device)}
 
-    def adapted(
-        self, module: Any, adapter: str, x: Tensor, result: Tensor, mode: str, dropout: float
-    ) -> Tensor:
-        """As for any Gaussian factor; the mean in layers without noise."""
-        return super().adapted(module, adapter, x, result, mode if self.noisy else "mean", dropout)
-
-    def looked_up(self, module: Any, adapter: str, ids: Tensor, mode: str) -> Tensor:
-        """As `adapted`."""
-        return super().looked_up(module, adapter, ids, mode if self.noisy else "mean")
+    def mode_of(self, module: Any) -> str:
+        """As everywhere; the mean in layers without noise."""
+        mode = super().mode_of(module)
+        return mode if self.noisy else "mean"
 
 
 @dataclass(frozen=True)
@@ -417,7 +415,7 @@ def check_layers(model: PeftModel, layers: Sequence[str] | None) -> None:
     if layers is None:
         return
     tuner: Any = model.base_model
-    keys = [key for key, _ in lora_layers(tuner.model)]
+    keys = [layer_name(key, layer) for key, layer in lora_layers(tuner.model)]
     unmatched = [part for part in layers if not any(f".{key}".endswith(f".{part}") for key in keys)]
     if unmatched or not layers:
         raise ValueError(
@@ -605,9 +603,14 @@ def _convert(
         reason = unsupported_layer(layer) or unsupported_target(layer, TfbVariant.targets)
         if reason is not None:
             raise ValueError(f"tfb_: layer {key} cannot carry noise: {reason}")
-    plain = [mean_factors(layer, name) for _, layer in found]
+    plain = [
+        by_expert(layer, *pair) if adapts_parameter(layer) else pair
+        for _, layer in found
+        for pair in (mean_factors(layer, name),)
+    ]
     weights = _old_weights(found, name, old) if again else []
     new = plain if again else _regroup_all(plain, weights)
+    new = [pair if pair[0].dim() == 2 else as_kept(*pair) for pair in new]
     if not again and not any(bool((w > 0.5).any()) for w in weights):
         raise ValueError(
             "tfb_: the adapter must be trained, got B = 0 in all layers; train it first"
@@ -654,7 +657,7 @@ def _regroup_all(
             raise ValueError("tfb_: the adapter must be finite, got nan or inf in a factor")
         first, second, d = regroup(*stacked)
         kept = torch.promote_types(torch.promote_types(*(t.dtype for t in stacked)), torch.float32)
-        shares = (d / (d + _SMALL)).float().unbind()
+        shares = (d / (d + _SMALL)).float().flatten(1).unbind()  # as the rows of A lie
         new.update(zip(indices, zip(first.to(kept), second.to(kept), strict=True), strict=True))
         share.update(zip(indices, shares, strict=True))
     weights.extend(share[i] for i in range(len(plain)))
