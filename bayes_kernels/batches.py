@@ -175,15 +175,7 @@ def split(batch: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
     position_ids (4, B, T) are none of these.
     """
     examples = _size(batch) or 0
-
-    def understood(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return value is None or isinstance(value, (bool, int, float, str))
-        if name == "position_ids" and value.dim() > 2:
-            return False
-        return is_shared(name, value) or len(value) in (1, examples)
-
-    if examples < 2 or not all(understood(*item) for item in batch.items()):
+    if examples < 2 or not _divisible(batch, examples):
         return [batch]
     size = -(-examples // count)
 
@@ -192,6 +184,30 @@ def split(batch: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
         return batch[name][start : start + size] if rows else batch[name]
 
     return [{name: part(name, start) for name in batch} for start in range(0, examples, size)]
+
+
+def select(batch: Mapping[str, Any], rows: Tensor) -> Mapping[str, Any] | None:
+    """Some examples of a batch, by number; None where not all of it is understood, as for `split`."""
+    examples = _size(batch) or 0
+    if not _divisible(batch, examples):
+        return None
+    return {
+        name: value[rows.to(value.device)] if has_rows(name, value, examples) else value
+        for name, value in batch.items()
+    }
+
+
+def _divisible(batch: Mapping[str, Any], examples: int) -> bool:
+    """Whether each input has a row for each example, or is one that examples share."""
+
+    def understood(name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return value is None or isinstance(value, (bool, int, float, str))
+        if name == "position_ids" and value.dim() > 2:
+            return False
+        return is_shared(name, value) or len(value) in (1, examples)
+
+    return all(understood(*item) for item in batch.items())
 
 
 def as_batches(

@@ -17,6 +17,7 @@ from ..batches import (
     fold_samples,
     inputs_of,
     labels_of,
+    select,
     split,
     to_device,
 )
@@ -34,6 +35,7 @@ from .layers import (
 from .logits import GATHERED, AnyPrediction, LogitRows, target_kind
 from .lower_layers import Shared, find_lower_layers
 from .posterior import posterior
+from .stopping import Settling
 
 
 class Predictor(Protocol):
@@ -60,6 +62,9 @@ class Predictor(Protocol):
         draws: str,
         scope: str,
         share_layers: bool,
+        stop: float | None = None,
+        stop_rule: str = "normal",
+        min_samples: int = 4,
     ) -> AnyPrediction:
         """The prediction of a batch; arguments as in `bayes_kernels.hf.predict`."""
 
@@ -162,6 +167,9 @@ class WeightDraws:
         draws: str,
         scope: str,
         share_layers: bool,
+        stop: float | None = None,
+        stop_rule: str = "normal",
+        min_samples: int = 4,
     ) -> AnyPrediction:
         """As `Predictor.predict`.
 
@@ -209,30 +217,70 @@ class WeightDraws:
                         draws=draws,
                         scope=scope,
                         share_layers=share_layers,
+                        stop=stop,
+                        stop_rule=stop_rule,
+                        min_samples=min_samples,
                     )
                     for part in parts
                 ]
                 return found[0].concatenate(found)  # type: ignore[arg-type]
+        dependent = self.dependent(draws, scope)
         gathered: Any = None
+        settling: Settling | None = None
+        if stop is not None and total > 1:
+            settling = Settling(
+                size,
+                total,
+                dependent=dependent,
+                stop=stop,
+                minimum=min(min_samples, total),
+                rule=stop_rule,
+            )
         law: dict[str, Any] = {"kind": draws, "scope": scope}
+        labels = None if labels is None else labels.cpu()
         with eval_mode(model), without_padding(model, inputs):
             shared = self._shared(inputs, choices, law) if share_layers and total > 1 else None
-            for first in range(0, total, per_pass):
+            below = 0 if shared is None else len(shared.found.names)
+            first, kept = 0, torch.arange(size)
+            while first < total and (settling is None or len(settling.open)):
                 count = min(per_pass, total - first)
+                if settling is not None:
+                    count = settling.next_pass(per_pass)
                 folded = fold_samples(inputs, count)
                 which: dict[str, Any] = {"n_samples": count, "seed": seed, "first_sample": first}
-                below = contextlib.nullcontext() if shared is None else shared.replayed(count)
-                with self.weights(n_samples > 0, **which, **law), below:
+                again = contextlib.nullcontext() if shared is None else shared.replayed(count)
+                with self.weights(n_samples > 0, **which, **law), again:
                     logits = rows.of(self.outputs(folded, first, count), count)
-                if gathered is None:
-                    kind = "classes"
-                    if choices is None:
-                        kind = target_kind(model, logits.shape[1], labels)
-                    gathered = GATHERED[kind](return_samples, self.dependent(draws, scope))
+                first += count
+                kind = "classes"
+                if choices is None:
+                    kind = target_kind(model, logits.shape[1], labels)
                 accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
-                gathered.add(logits.to(accumulate).unflatten(0, (count, size)))
-        found = gathered.result(n_samples, None if labels is None else labels.cpu())
-        return dataclasses.replace(found, shared_layers=len(shared.found.names) if shared else 0)
+                logits = logits.to(accumulate).unflatten(0, (count, -1))
+                if settling is None:
+                    gathered = gathered or GATHERED[kind](return_samples, dependent)
+                    gathered.add(logits)
+                    continue
+                if kind != "classes":
+                    raise ValueError(
+                        f"predict: stop must be None for a model of {kind}, got {stop}; it is for the "
+                        "most probable class"
+                    )
+                before = settling.open
+                settling.add(logits[:, torch.isin(kept, before)])
+                if not (self.divisible and scope == "example") or first >= total:
+                    continue
+                going = torch.isin(before, settling.open).nonzero()[:, 0]
+                part = select(inputs, going) if 0 < len(going) < len(before) else None
+                if part is not None:
+                    shared = shared and shared.select(going, len(before))
+                    rows, inputs, kept = rows.select(going), dict(part), settling.open
+        result: AnyPrediction
+        if settling is None:
+            result = gathered.result(n_samples, labels)
+        else:
+            result = settling.result(labels)
+        return dataclasses.replace(result, shared_layers=below)
 
     def _shared(
         self, inputs: Mapping[str, Any], choices: Sequence[int] | None, law: Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import operator
@@ -36,6 +37,7 @@ class Prediction:
             draws, nats; None where it is not known: draws of logits, one set of weights, fewer than
             two independent draws or pairs.
         shared_layers: layers that ran once for all draws, below the first one in which draws differ.
+        draws_used: (B,) draws that each example has, where `stop` ended some before n_samples.
     """
 
     log_probs: Tensor
@@ -46,6 +48,7 @@ class Prediction:
     sample_log_probs: Tensor | None = None
     entropy_bias: Tensor | None = None
     shared_layers: int = 0
+    draws_used: Tensor | None = None
 
     @property
     def probs(self) -> Tensor:
@@ -459,6 +462,12 @@ class LogitRows:
         if at_the_end and "logits_to_keep" in inspect.signature(base.forward).parameters:
             self.options["logits_to_keep"] = 1
             self.last = None
+
+    def select(self, rows: Tensor) -> LogitRows:
+        """Of some rows of the batch, by number."""
+        other = copy.copy(self)
+        other.last = None if self.last is None else self.last[rows.to(self.last.device)]
+        return other
 
     def of(self, outputs: Any, count: int) -> Tensor:
         """Class logits (count * B, C)."""

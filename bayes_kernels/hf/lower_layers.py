@@ -13,6 +13,7 @@ on more than the outputs of layers, such as keys and values for later layers, is
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import threading
@@ -275,6 +276,17 @@ def _repeated(output: Any, rows: Iterator[bool], copies: int) -> Any:
     return output
 
 
+def _selected(output: Any, flags: Iterator[bool], rows: Tensor, examples: int) -> Any:
+    """Rows of some examples; an example may have several, as in multiple choice."""
+    if isinstance(output, Tensor):
+        if not next(flags):
+            return output
+        return output.unflatten(0, (examples, -1))[rows.to(output.device)].flatten(0, 1)
+    if type(output) in (tuple, list):
+        return type(output)([_selected(part, flags, rows, examples) for part in output])
+    return output
+
+
 class Shared:
     """The outputs of a model's lower layers for one batch.
 
@@ -308,19 +320,28 @@ class Shared:
         with contextlib.suppress(_Reached), _watching({**calls, self.first: stop}):
             run()
 
+    def select(self, rows: Tensor, examples: int) -> Shared:
+        """Of some of the `examples` of the batch, by number."""
+        other = copy.copy(self)
+        other.outputs = {
+            name: _selected(output, iter(self.found.rows[name]), rows, examples)
+            for name, output in self.outputs.items()
+        }
+        return other
+
     @contextlib.contextmanager
     def replayed(self, copies: int) -> Iterator[None]:
         """Inside, lower layers give what was kept, on copies of the batch, and compute nothing."""
 
-        def copy(name: str) -> Any:
+        def copied(name: str) -> Any:
             return _repeated(self.outputs[name], iter(self.found.rows[name]), copies)
 
         # What other layers than the last give is overwritten: any value of that form does.
-        others = {name: copy(name) for name in self.last.values()}
+        others = {name: copied(name) for name in self.last.values()}
 
         def give(name: str) -> Callable[..., Any]:
             last = self.last[name.rpartition(".")[0]]
-            return lambda forward, *args, **kwargs: copy(name) if name == last else others[last]
+            return lambda forward, *args, **kwargs: copied(name) if name == last else others[last]
 
         with _watching({module: give(name) for name, module in self.modules.items()}):
             yield

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from ..batches import as_batches, need_whole
 from ..progress import progress_bar
-from .draws import Predictor, WeightDraws
+from .draws import NoiseDraws, Predictor, WeightDraws
 from .layers import bayes_variants, without_effect
 from .logits import AnyPrediction
 from .method import METHODS
 from .noise import DRAW_SCOPES, KINDS
+from .stopping import check_stop
 
 
 @torch.no_grad()
@@ -32,6 +33,9 @@ def predict(
     draws: str = "antithetic",
     scope: str = "example",
     share_layers: bool = True,
+    stop: float | None = None,
+    stop_rule: str = "normal",
+    min_samples: int = 4,
 ) -> AnyPrediction:
     """Mean class probabilities over draws of the weights, with their uncertainty.
 
@@ -86,6 +90,15 @@ def predict(
             compiled or sharded, whose first adapted layer is their first, or whose layers hand on more
             than their outputs run all layers for each draw; the logger
             "bayes_kernels.hf.lower_layers" says why (INFO). For draws of weights and MC dropout.
+        stop: an error rate alpha below 0.5, and a text gets no more draws once its most probable class is
+            settled: all n_samples could not change it, or it is the class that infinitely many would
+            prefer, with a probability of at least 1 - alpha; 0 for the first alone. `draws_used` of the
+            prediction has the numbers; they and the draws depend on the seed and the text alone.
+            Probabilities and mutual information are those of so many draws. None: n_samples for all.
+        stop_rule: "normal" takes the leads of a class over others, of a pair of draws, for normal;
+            "betting" makes no such assumption and takes many more draws where leads are small.
+            `bayes_kernels.hf.stopping` has both.
+        min_samples: the fewest draws of a text, with `stop`.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction`, on the CPU. Cost: S forward passes of the
@@ -109,7 +122,18 @@ def predict(
             raise ValueError(f"predict: {name} must be one of {words}, got {word!r}; choose one")
     if isinstance(model, nn.DataParallel):
         model = model.module  # it would cut the copies of the batch, and its threads know no draws
-    return predictor_of(model).predict(
+    check_stop(stop, stop_rule, min_samples, return_samples)
+    predictor = predictor_of(model)
+    if stop is not None and not isinstance(predictor, WeightDraws):
+        raise ValueError(
+            f"predict: stop must be None where draws are of logits, which cost no passes, got {stop}"
+        )
+    if stop and draws == "shared" and isinstance(predictor, NoiseDraws):
+        raise ValueError(
+            f"predict: stop must be None or 0 for draws='shared', which depend on each other, got {stop}; "
+            "use 'antithetic' or 'independent'"
+        )
+    return predictor.predict(
         batch,
         n_samples=n_samples,
         seed=seed,
@@ -120,6 +144,9 @@ def predict(
         draws=draws,
         scope=scope,
         share_layers=share_layers,
+        stop=stop,
+        stop_rule=stop_rule,
+        min_samples=min_samples,
     )
 
 
