@@ -27,6 +27,10 @@ _LAYERS_WITH_VARIANTS = frozenset(
     }
 )
 
+# Those whose `forward` is that of PEFT's layer for GPTQ without this call: base_layer(x), and a product
+# for each active adapter. `quantised.give_hook` gives them one.
+LAYERS_WITHOUT_HOOK = frozenset({"AwqLoraLinear", "AqlmLoraLinear", "EetqLoraLinear"})
+
 
 def check_versions() -> None:
     """Raise ImportError, in one line, where an installed version is outside the tested range."""
@@ -80,7 +84,7 @@ def unsupported_layer(layer: nn.Module) -> str | None:
     if isinstance(layer, lora_layers.ParamWrapper):
         return _unsupported_parameter(layer)
     if not (type(layer) is lora_layers.Linear or isinstance(layer, lora_layers.Linear)):
-        if name not in _LAYERS_WITH_VARIANTS:
+        if name not in _LAYERS_WITH_VARIANTS | LAYERS_WITHOUT_HOOK:
             return f"PEFT handles it with {name}"
     mesh = getattr(getattr(layer.get_base_layer(), "weight", None), "device_mesh", None)
     if mesh is not None and (mesh.mesh_dim_names is None or "tp" in mesh.mesh_dim_names):

@@ -22,6 +22,7 @@ from ..optim import KLSchedule
 from ._compat import unsupported_layer
 from .experts import Routed, adapts_parameter, wrap
 from .noise import using
+from .quantised import give_hook
 from .targets import View, as_linear, factor_parameters, unsupported_target, with_factors
 
 if TYPE_CHECKING:
@@ -582,8 +583,8 @@ def attach(
         base = type(layer.get_base_layer()).__name__ if hasattr(layer, "get_base_layer") else "?"
         raise ValueError(
             f"{type(config).__name__}: target {name} ({base}) cannot carry a Bayesian adapter: {reason}; "
-            "target linear layers that are unquantised or quantised by bitsandbytes, GPTQ, HQQ or "
-            "torchao"
+            "target linear layers that are unquantised or quantised by bitsandbytes, GPTQ, AWQ, AQLM, "
+            "EETQ, HQQ or torchao"
         )
     variant = kind(config, name, as_linear(layer).in_features, state)
     variant.init(layer, adapter)
@@ -599,6 +600,7 @@ def attach(
     # merging into a torchao base) must see what the method has between them.
     layer.get_delta_weight = functools.partial(_delta_weight, layer)
     layer._mixed_batch_forward = functools.partial(_mixed_batch, layer)
+    give_hook(layer)
     return variant
 
 

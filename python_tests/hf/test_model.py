@@ -282,9 +282,9 @@ def test_rejected_layers() -> None:
     ):
         get_peft_model(attention, BlobConfig(target_modules=["0"]))
 
-    class AwqLoraLinear(nn.Module, LoraLayer):  # the class PEFT makes for AWQ weights
+    class TeLinear(nn.Module, LoraLayer):  # the class PEFT makes for Transformer Engine
         def __init__(self) -> None:
             super().__init__()
             LoraLayer.__init__(self, nn.Linear(2, 2))
 
-    assert unsupported_layer(AwqLoraLinear()) == "PEFT handles it with AwqLoraLinear"
+    assert unsupported_layer(TeLinear()) == "PEFT handles it with TeLinear"
