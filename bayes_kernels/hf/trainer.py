@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..batches import need_whole
+from ..batches import labels_of, need_whole
 from ..optim import KLSchedule
 from ._compat import loss_is_scaled
 from .kl import decoupled_kl, kl_divergence, kl_starts
-from .layers import bayes_layers, warn_uncalled, without_effect
+from .layers import bayes_layers, bayes_variants, warn_uncalled, without_effect
 from .logits import LabelPrediction, NumberPrediction, token_choices
 from .noise import DRAW_SCOPES, KINDS
-from .posterior import refresh_noise
+from .posterior import posterior, refresh_noise
 from .predict import predict
 from .tokens import IGNORED, at_the_answer, label_shift, predict_tokens, token_scores
 from .variants import KLStep, VariationalLoss
@@ -78,7 +79,10 @@ class BayesTrainerMixin(_Base):
       compute_metrics are then the log-probability of each label, the largest probability, and
       whether the label has it, (B, T) each. With `choices` a causal model predicts one of these tokens at
       the first label that counts: eval_nll, eval_ece and eval_accuracy are those of classes, predictions
-      log-probabilities (B, C), and labels their numbers.
+      log-probabilities (B, C), and labels their numbers. Trainers with a loss of their own on batches without
+      labels (DPO) are asked under each draw: eval_loss and what they log are means over the draws.
+    * **References.** Bayesian adapters that are not active when the trainer is made, such as the copy that
+      DPO's trainer compares with, are their means in its passes, without dropout.
 
     Args:
         kl_mode: "decoupled", "loss" or "none".
@@ -158,6 +162,13 @@ class BayesTrainerMixin(_Base):
                 "torchrun or accelerate, or name one in CUDA_VISIBLE_DEVICES"
             )
         _check_sharding(self)
+        # What DPO's trainer calls "ref", a copy of the first values.
+        trained = {id(variant) for variant in variants}
+        self._references = [
+            variant
+            for variant in bayes_variants(self.model)  # type: ignore[attr-defined]
+            if id(variant) not in trained
+        ]
         self._hooks = variants[0].training(self, variants[0].config)
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
         # Passes that were looked at, and layers without a gradient in all of them.
@@ -235,9 +246,10 @@ class BayesTrainerMixin(_Base):
             seed=self.args.seed if self.noise_seed is None else self.noise_seed,
         )
         stock = super().training_step
-        loss = self._hooks.training_step(
-            model, inputs, lambda inputs: stock(model, inputs, num_items_in_batch)
-        )
+        with self._references_still():
+            loss = self._hooks.training_step(
+                model, inputs, lambda inputs: stock(model, inputs, num_items_in_batch)
+            )
         self._check_calls()
         return loss
 
@@ -373,6 +385,9 @@ class BayesTrainerMixin(_Base):
         if self.eval_samples == 0 and self.choices is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
+        if self._scores() != "choices" and self._compares(inputs):
+            stock = super().prediction_step
+            return self._mean_of_draws(lambda: stock(model, inputs, True, *args)), None, None
         if self._scores() == "tokens":
             loss, scores, labels = self._score_tokens(model, inputs)
             return (loss, None, None) if prediction_loss_only else (loss, scores, labels)
@@ -403,6 +418,31 @@ class BayesTrainerMixin(_Base):
         if prediction_loss_only:
             return loss, None, None
         return loss, logits, labels
+
+    @contextlib.contextmanager
+    def _references_still(self: Any) -> Iterator[None]:
+        for variant in self._references:
+            variant.still = True
+        try:
+            yield
+        finally:
+            for variant in self._references:
+                variant.still = False
+
+    def _compares(self: Any, inputs: dict[str, Any]) -> bool:
+        """Whether the trainer has a loss of its own for batches without labels, as DPO's."""
+        stock = getattr(super().prediction_step, "__func__", None)
+        return labels_of(inputs) is None and stock is not Trainer.prediction_step
+
+    def _mean_of_draws(self: Any, step: Callable[[], Any]) -> Tensor:
+        """The mean over the draws of the loss of a step of evaluation."""
+        losses = []
+        options = {"seed": self.eval_seed, "kind": self.eval_draws, "scope": self.eval_scope}
+        for number in range(self.eval_samples):
+            which = posterior(self.model, "sample", first_sample=number, **options)
+            with self._references_still(), which:
+                losses.append(step()[0])
+        return torch.stack(losses).mean(0)
 
     def _scores(self: Any) -> str | None:
         """What evaluation scores by itself: "choices", "tokens", or None: what compute_metrics does."""

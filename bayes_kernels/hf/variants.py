@@ -230,6 +230,8 @@ class BayesVariant(LoraVariant):
     def __init__(self, config: BayesLoraConfig, name: str, in_features: int, state: NoiseState):
         self.config = config
         self.sample_at_inference = config.sample_at_inference
+        # Whether passes use the mean, whatever the mode: while the adapter is a reference.
+        self.still = False
         self.name = name
         self.stream = random.layer_stream(name)
         # Mixture-of-experts layers see a routed selection of rows, which hides whose row is whose.
@@ -377,7 +379,7 @@ class BayesVariant(LoraVariant):
     ) -> Tensor:
         """result + the adapter's output, with weights that are the mean or drawn, as `mode` says."""
         mode, dropout = self.mode_of(module), 0.0
-        if module.training:
+        if module.training and not self.still:
             # Past the search of a module for a name that identities lack.
             dropout = float(vars(module.lora_dropout[active_adapter]).get("p", 0.0))
         view = as_linear(module)
@@ -395,6 +397,8 @@ class BayesVariant(LoraVariant):
         """Which weights a pass uses that is made here and now: "mean", "sample" or "flipout"."""
         # That of an enclosing `posterior`; else training draws and evaluation does not.
         mode = self.state.remember().mode
+        if self.still:
+            return "mean"
         if mode is None and module.training:
             return "flipout"
         return mode or ("sample" if self.sample_at_inference else "mean")

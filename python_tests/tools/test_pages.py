@@ -29,6 +29,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import tiny_task  # noqa: E402
+from hf.trl_data import without_fingerprints  # noqa: E402
 from peft_server import saved_server  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -54,6 +55,8 @@ SCRIPTS = (
 COMMANDS = typer.main.get_command(app).commands
 # Where pages have a server of a base model, `my-llama`, with the adapters in `draws`.
 SERVER = "http://localhost:8000/v1"
+# Pages about packages that the suite does without.
+NEEDS = {"docs/trl.md": "trl"}
 # Added to commands: a few examples and steps instead of a page's.
 FEW = "--train-size 16 --test-size 16 --ood-size 8 --steps 4 --overwrite"
 SMALL = {
@@ -133,6 +136,9 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
 def test_python_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "cuda_benchmarks")
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page], reason=f"{page} needs: pip install {NEEDS[page]}")
+        without_fingerprints(monkeypatch)
     names: dict[str, object] = {"__name__": "__main__"}
     server: contextlib.AbstractContextManager[str] = contextlib.nullcontext(SERVER)
     if SERVER in TEXTS[page]:
