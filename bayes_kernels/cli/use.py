@@ -303,28 +303,30 @@ def predict(
     asked = load(adapter, model=model, device=device)
     if asked.task.kind != "multiple_choice":
         examples = [dataclasses.replace(example, choices=()) for example in examples]
-    found = asked.predict_examples(
-        examples,
-        n_samples=n_samples,
-        seed=seed,
-        draws=draws,
-        scope=draw_scope,
-        batch_size=batch_size,
-    )
+    options: dict[str, Any] = {
+        "n_samples": n_samples,
+        "seed": seed,
+        "draws": draws,
+        "scope": draw_scope,
+        "batch_size": batch_size,
+    }
     if not json_lines:
-        print(found)
+        print(asked.predict_examples(examples, **options))
         return
-    for example, one, index in zip(examples, found, found.probs.argmax(-1).tolist(), strict=True):
-        line = {
-            "id": example.id,
-            "label": one.label,
-            "class": index,
-            "probability": one.probability,
-            "entropy": one.entropy,
-            "mutual_information": one.mutual_information,
-            "probabilities": list(one.probs.values()),
-        }
-        print(json.dumps(line, ensure_ascii=not writes_unicode(sys.stdout)))
+    left = iter(examples)
+    for found in asked.stream_examples(examples, progress=False, **options):
+        for one, index in zip(found, found.probs.argmax(-1).tolist(), strict=True):
+            line = {
+                "id": next(left).id,
+                "label": one.label,
+                "class": index,
+                "probability": one.probability,
+                "entropy": one.entropy,
+                "mutual_information": one.mutual_information,
+                "probabilities": list(one.probs.values()),
+            }
+            print(json.dumps(line, ensure_ascii=not writes_unicode(sys.stdout)))
+        sys.stdout.flush()
 
 
 def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:

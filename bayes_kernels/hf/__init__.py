@@ -46,7 +46,7 @@ from .methods.scalabl import ScalablConfig  # noqa: E402
 from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
-from .predict import predict, predict_dataset  # noqa: E402
+from .predict import predict, predict_batches, predict_dataset  # noqa: E402
 from .scale import DrawsReport, ScaleReport, compare_draws, fit_scale_, rescale_  # noqa: E402
 from .tasks.answers import Answer, Answers  # noqa: E402
 from .tasks.load import SavedAdapter, load  # noqa: E402
@@ -112,6 +112,7 @@ __all__ = [
     "parameter_groups",
     "posterior",
     "predict",
+    "predict_batches",
     "predict_dataset",
     "predict_tokens",
     "refresh_noise",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -208,6 +209,40 @@ def text_draws(op: str, model: nn.Module, n_samples: int, draws: str) -> WeightD
     return predictor
 
 
+def predict_batches(
+    model: nn.Module,
+    data: Iterable[Any] | Dataset[Any],
+    *,
+    batch_size: int = 16,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> Iterator[AnyPrediction]:
+    """`predict_dataset` as a stream: the prediction of each batch as soon as it is there, in order.
+
+    A batch is read when its prediction is asked for (with `num_workers` a few before), and nothing is
+    kept: memory does not grow with the data, which may be an iterable without an end.
+
+    Args:
+        model, data, batch_size, collate_fn, num_workers, options: as in `predict_dataset`.
+        progress: show a bar where it takes longer than two seconds.
+
+    Yields:
+        `Prediction`, `LabelPrediction` or `NumberPrediction` of each batch.
+
+    Raises:
+        ValueError: as `predict`.
+
+    Example:
+        for part in predict_batches(model, loader, n_samples=10):
+            print(part.classes.tolist())
+    """
+    batches = as_batches(data, batch_size, collate_fn, num_workers)
+    for batch in progress_bar(progress, batches, desc="predict", unit="batch"):
+        yield predict(model, batch, **options)
+
+
 def predict_dataset(
     model: nn.Module,
     data: Iterable[Any] | Dataset[Any],
@@ -216,6 +251,7 @@ def predict_dataset(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
     progress: bool = True,
+    distributed: bool = False,
     **options: Any,
 ) -> AnyPrediction:
     """`predict` over a data loader, an iterable of batches, or a data set.
@@ -227,19 +263,68 @@ def predict_dataset(
         batch_size, collate_fn: for a data set.
         num_workers: processes that make the batches of a data set while the model runs.
         progress: show a bar where it takes longer than two seconds.
+        distributed: share the batches among the processes of the default group (torchrun, one GPU each):
+            process r of W predicts batches r, r + W, ... All are given the same data, and all get the
+            prediction of all examples, in order. Draws go by the seed, so that it is that of one process.
         options: as in `predict`.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction` of all examples, in order.
 
     Raises:
-        ValueError: as `predict`, or the data is empty.
+        ValueError: as `predict`, the data is empty, or with `distributed` there is no process group or the
+            model is sharded.
+        RuntimeError: with `distributed`, another process has failed.
     """
     batches = as_batches(data, batch_size, collate_fn, num_workers)
-    parts: list[Any] = [
-        predict(model, batch, **options)
-        for batch in progress_bar(progress, batches, desc="predict", unit="batch")
-    ]
+    rank, world = _processes(model) if distributed else (0, 1)
+    parts: list[Any] = []
+    error: Exception | None = None
+    try:
+        own = itertools.islice(batches, rank, None, world)
+        parts += predict_batches(model, own, progress=progress and rank == 0, **options)
+    except Exception as caught:  # the others wait for this process
+        if not distributed:
+            raise
+        error = caught
+    if distributed:
+        parts = _gathered(parts, error)
     if not parts:
         raise ValueError("predict_dataset: data must have at least one example, got none")
     return parts[0].concatenate(parts)
+
+
+def _processes(model: nn.Module) -> tuple[int, int]:
+    """Rank and number of processes.
+
+    Raises:
+        ValueError: there is no process group, or the model needs all processes in each pass.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            "predict_dataset: distributed must be False without a process group; start with torchrun, and "
+            "call torch.distributed.init_process_group first"
+        )
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise ValueError(
+            "predict_dataset: distributed must be False for a sharded model, whose passes need all "
+            "processes at once; give each process all batches"
+        )
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _gathered(parts: list[Any], error: Exception | None) -> list[Any]:
+    """The parts of all processes, in order.
+
+    Raises:
+        RuntimeError: another process has failed; this one raises its own error.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, parts if error is None else repr(error))
+    if error is not None:
+        raise error
+    failed = [f"{rank}: {one}" for rank, one in enumerate(found) if isinstance(one, str)]
+    if failed:
+        raise RuntimeError(f"predict_dataset: a process has failed, {failed[0]}")
+    rounds = itertools.zip_longest(*found)
+    return [part for one in rounds for part in one if part is not None]

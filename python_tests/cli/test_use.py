@@ -9,12 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import tiny_task
 
 from bayes_kernels.experiment import held_out
+from bayes_kernels.hf import SavedAdapter
 from cli.commands import SETTINGS, call, refuse, results
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -135,6 +137,24 @@ def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) ->
     table = call("predict", trained, "--data", lines, "--n-samples", "0")
     assert table.exit_code == 0, table.output
     assert "the song is kind" in table.stdout and "entropy" in table.stdout
+
+
+def test_json_lines_come_as_they_are_made(
+    trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, asked = SavedAdapter.predict_examples, []
+
+    def once(*args: Any, **options: Any) -> Any:
+        asked.append(len(args[1]))
+        if len(asked) > 1:
+            raise ValueError("the second window")
+        return predict(*args, **options)
+
+    monkeypatch.setattr(SavedAdapter, "predict_examples", once)
+    result = call("predict", trained, "--data", data / "test.jsonl", "--json", "--batch-size", "2")
+    assert result.exit_code != 0 and "the second window" in result.stderr
+    found = [json.loads(line)["id"] for line in result.stdout.splitlines()]
+    assert asked == [16, 16] and found == [f"test-{i}" for i in range(16)]
 
 
 @contextlib.contextmanager

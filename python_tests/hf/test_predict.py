@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from programs import joined, together
 from tiny_models import adapted, fill
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayes_kernels import metrics, random
-from bayes_kernels.hf import Prediction, posterior, predict, predict_dataset
+from bayes_kernels.hf import Prediction, posterior, predict, predict_batches, predict_dataset
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from bayes_kernels.hf.noise import KINDS, using
 
@@ -82,6 +87,60 @@ def test_batches_change_nothing() -> None:
         )
     other = predict(model, {"input_ids": IDS}, n_samples=4, seed=2)
     assert (other.log_probs - whole.log_probs).abs().max() > 1e-3
+
+
+def test_batches_are_read_as_predictions_are_asked_for() -> None:
+    model, read = bert(), []
+
+    def endless() -> Iterator[dict[str, Tensor]]:
+        for i in itertools.count():
+            read.append(i)
+            yield {"input_ids": IDS.roll(i, 0)[:2]}
+
+    stream = predict_batches(model, endless(), n_samples=4, seed=1)
+    assert read == []
+    for i in range(3):
+        part = next(stream)
+        assert read == [*range(i + 1)]
+        whole = predict(model, {"input_ids": IDS.roll(i, 0)[:2]}, n_samples=4, seed=1)
+        assert torch.equal(part.log_probs, whole.log_probs)
+
+
+def _share(folder: Path, rank: int) -> None:
+    """What two processes predict together; the second has fewer batches."""
+    model = bert()
+    batches = [
+        {"input_ids": IDS[i : i + 2], "labels": torch.arange(i, min(i + 2, 5))} for i in (0, 2, 4)
+    ]
+    passes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda *args: passes.append(len(args[2]["input_ids"])), with_kwargs=True
+    )
+    options: Any = {"n_samples": 4, "seed": 1, "progress": False, "distributed": True}
+    found = predict_dataset(model, batches, **options)
+    assert sum(passes) == (12, 8)[rank], passes
+    alone = predict_dataset(model, batches[:1], **options)  # one process has none
+    torch.save([found.log_probs, found.labels, alone.log_probs], folder / f"{rank}.pt")
+    with pytest.raises(ValueError if rank else RuntimeError) as caught:
+        predict_dataset(model, batches, **{**options, "n_samples": -1 if rank else 4})
+    assert "n_samples must" in str(caught.value), caught.value
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        predict_dataset(model, [], **options)
+
+
+def test_two_processes_predict_what_one_does(tmp_path: Path) -> None:
+    together("hf.test_predict", tmp_path)
+    expected = predict(bert(), {"input_ids": IDS}, n_samples=4, seed=1).log_probs
+    for rank in range(2):
+        log_probs, labels, alone = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(labels, torch.arange(5))
+        torch.testing.assert_close(alone, expected[:2], rtol=1e-5, atol=1e-6)
+
+
+def test_processes_need_a_group() -> None:
+    with pytest.raises(ValueError, match="False without a process group; start with torchrun"):
+        predict_dataset(bert(), [{"input_ids": IDS}], distributed=True)
 
 
 def test_layers_behind_a_router_get_one_draw_in_each_pass() -> None:
@@ -365,3 +424,8 @@ def test_corrected_mutual_information(kind: str, per_pass: int) -> None:
     for n_samples in (0, 1, 2):
         few = predict(model, {"input_ids": IDS}, n_samples=n_samples, draws=kind)
         assert (few.corrected_mutual_information is None) == (n_samples < 2 * group)
+
+
+if __name__ == "__main__":
+    with joined() as number:
+        _share(Path(sys.argv[1]), number)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -232,6 +233,29 @@ class SavedAdapter:
             progress=progress,
         )
         return Answers.of(prediction, task, examples)
+
+    def stream_examples(
+        self, examples: Iterable[Example], *, window: int = 8, **options: Any
+    ) -> Iterator[Answers]:
+        """`predict_examples` as a stream: answers in order, as soon as they are there.
+
+        Args:
+            examples: The examples, which may be without an end: no more are read than are needed.
+            window: Batches that are answered at a time; texts of similar length share one of them.
+            options: As in `predict_examples`.
+
+        Yields:
+            The answers to the next `window` batches.
+
+        Raises:
+            ValueError: As `predict`.
+        """
+        if isinstance(examples, Sequence):
+            examples = [self._checked(example) for example in examples]  # before any is answered
+        size = window * (options.get("batch_size") or self.batch_size)
+        left = iter(examples)
+        while part := list(itertools.islice(left, size)):
+            yield self.predict_examples(part, **options)
 
     def _checked(self, example: Example) -> Example:
         if not isinstance(example.question, str) or not example.question.strip():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from experiment.tiny_runs import TRAINED
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 from bayes_kernels.hf import load
+from bayes_kernels.hf.tasks.task import Example
 
 # Where a run takes place depends on the machine; what it finds is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -28,6 +31,26 @@ def trained(method: str, model: Path, data: Path, folder: Path) -> ex.Run:
     source = Source(data=str(data), test_size=6)
     one = Experiment(source, str(model), method=method, recipe=recipe, seed=3)
     return ex.run(one, source.load(3), folder=folder, checkpoints=False, progress=False)
+
+
+def test_answers_come_as_they_are_made(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    trained("blob", tiny_model, tiny_data, tmp_path / "run")
+    asked, read = load(tmp_path / "run"), []
+
+    def endless() -> Iterator[Example]:
+        for number in itertools.count():
+            read.append(number)
+            yield Example(f"text-{number}", "bright " * (1 + number % 5) + "day", None)
+
+    stream = asked.stream_examples(endless(), window=2, batch_size=3, n_samples=4)
+    first = next(stream)
+    assert len(first) == 6 and read == [*range(6)]
+    assert len(next(stream)) == 6 and read == [*range(12)]
+    whole = asked.predict_examples([*itertools.islice(endless(), 6)], n_samples=4)
+    torch.testing.assert_close(first.probs, whole.probs, rtol=0, atol=1e-6)
+    bad = [Example("a", "day", None), Example("b", " ", None)]
+    with pytest.raises(ValueError, match="b: expected text"):
+        next(asked.stream_examples(bad, window=1, batch_size=1))
 
 
 @pytest.mark.parametrize("method", TRAINED)
