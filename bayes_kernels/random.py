@@ -8,7 +8,8 @@ where it is used and again in the backward pass.
   counter (offset + index, low and high word; 0; 0) gives four 32-bit words.
 * **fold_in(key, i)**: words (0, 1) of block i become the new seed, words (2, 3) the new offset.
 * **Stream and purpose**: an op uses `fold_in(key, 8 * stream + purpose)`; a layer has a stream of its
-  own. Purposes: 0 normals, 1 signs of the input side, 2 signs of the rank side, 3 dropout, 4 logits, 5 draws.
+  own. Purposes: 0 normals, 1 signs of the input side, 2 signs of the rank side, 3 dropout, 4 logits, 5 draws,
+  6 rounding.
 * **Normals**: element e of a tensor (row-major) uses block e // 4; its words (0, 1) and (2, 3) give
   (r cos t, r sin t) with r = sqrt(-2 log u(w)), t = 2 pi u(w'), u(w) = w * 2^-32 + 2^-33 in fp32.
 * **Signs**: 128 to a block. Column j of sign row i among n columns uses block
@@ -16,6 +17,8 @@ where it is used and again in the backward pass.
 * **Dropout**: 8 elements to a block. Column j of token t among n columns uses block
   t * ceil(n / 8) + j // 8 and 16 bits of word (j % 8) // 2 (the low half for even j); the element is
   kept where these are >= round(65536 p), and divided by 1 - p.
+* **Rounding** of activations to 8 bits: blocks and bits as for dropout; a number between two codes
+  takes the upper one where its bits + 1/2 are below 65536 times the remainder.
 * **Logits**: row (example) i, which is `ids[i]` or `row0 + i`, has the key fold_in(k, row) with k the
   subkey of purpose 4; sample s of class c among C is element (s // 4, c, s % 4) of `normal` with that
   key and shape (ceil(S / 4), C, 4). More samples extend fewer; other rows change nothing.

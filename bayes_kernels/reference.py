@@ -142,6 +142,51 @@ def dropout_mask(
     return halves >= int(p * 65536 + 0.5)
 
 
+# --- activations in 8 bits -----------------------------------------------------------------------
+
+
+def quantize_activations(
+    x: Tensor, key: Tensor, *, stream: int = 0, row0: int = 0
+) -> tuple[Tensor, Tensor]:
+    """int8 codes of the shape of x (..., n) and uint8 scales (tokens, ceil(n / 32))."""
+    n = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    value = wide(x.detach()).reshape(rows, n)
+    blocks = F.pad(value, (0, -n % 32)).reshape(rows, -1, 32)
+    largest = blocks.abs().amax(-1) if n else blocks.new_zeros(rows, 0)
+    mantissa, exponent = torch.frexp(largest)  # largest = mantissa 2^exponent, mantissa in [1/2, 1)
+    # The step is 2^(scale - 133), and the largest code 127.
+    scale = exponent + 126 + (mantissa > 127 / 128).to(exponent.dtype)
+    scale = torch.where(largest > 0, scale, 0).clamp(min=109 if x.dtype == torch.float16 else 7)
+    finite = torch.isfinite(largest) & (scale < 255)
+    scale = torch.where(finite, scale, 255)
+    q = torch.where(
+        finite[..., None], torch.ldexp(blocks, (133 - scale)[..., None].to(blocks.dtype)), 0
+    )
+    low = q.floor()
+    per_row = (n + 7) // 8
+    row = row0 + torch.arange(rows, device=key.device)
+    index = row[:, None] * per_row + torch.arange(per_row, device=key.device)
+    words = philox(subkey(key, stream, 6), index)
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
+    bits = F.pad(bits, (0, low[0].numel() - bits.shape[1] if rows else 0)).reshape(low.shape)
+    up = bits.to(low.device) + 0.5 < (q - low) * 65536
+    codes = (low + up).flatten(1)[:, :n].to(torch.int8).reshape(x.shape)
+    return codes.to(x.device), scale.to(torch.uint8).to(x.device)
+
+
+def dequantize_activations(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """code * 2^(scale - 133) in `dtype`; NaN where the scale is 255."""
+    n = codes.shape[-1]
+    rows = math.prod(codes.shape[:-1])
+    step = torch.exp2(wide(scales) - 133)
+    step = torch.where(wide(scales) == 255, math.nan, step).repeat_interleave(32, dim=1)[:, :n]
+    value = wide(codes).reshape(rows, n) * step
+    if dtype == torch.float16:
+        value = value.clamp(-65504, 65504)
+    return value.to(dtype).reshape(codes.shape).to(codes.device)
+
+
 @dataclass
 class DenseNoise:
     """The noise of one call as tensors: eps (r, n); r_in (tokens, n); r_out (tokens, r); keep."""

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "activations.h"
 #include "adapter.h"
 #include "curvature.h"
 #include "divergence.h"
@@ -103,6 +104,9 @@ BK_LAUNCHER(scaled_normal_backward, ScaledNormalParams)
 BK_LAUNCHER(gaussian_draws, DrawParams)
 BK_LAUNCHER(gaussian_draws_backward, DrawParams)
 BK_LAUNCHER(fold_in, FoldInParams)
+
+BK_LAUNCHER(quantize_activations, QuantizeParams)
+BK_LAUNCHER(dequantize_activations, DequantizeParams)
 
 BK_SIZER(divergence_workspace, DivergenceParams)
 BK_LAUNCHER(gaussian_kl, DivergenceParams)

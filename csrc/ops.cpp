@@ -24,6 +24,11 @@ STABLE_TORCH_LIBRARY(BK_LIBRARY, m) {
       "str "
       "std, bool antithetic, bool need_mean, bool need_rho) -> (Tensor, Tensor)");
 
+  // activations
+  m.def(
+      "quantize_activations(Tensor x, Tensor key, SymInt stream, SymInt row0) -> (Tensor, Tensor)");
+  m.def("dequantize_activations(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor");
+
   // adapter
   m.def(
       "adapter_shrink(Tensor x, Tensor a, Tensor? e, Tensor? key, SymInt stream, SymInt row0, "

@@ -129,6 +129,25 @@ def noise(i: Inputs, small: bool) -> Iterator[Case]:
             lambda s=signs: {"keep": reference.dropout_mask(key, s["rows"], s["columns"], 0.3)},
             0.0,
         )
+    for dtype, columns in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (31, 512)
+    ):
+        x = i.normal(67, columns).to(dtype)
+
+        def bits(x: Tensor = x) -> Tensors:
+            kept = F.quantize_activations(x, key=key, stream=5, row0=1)
+            return {
+                "codes": kept.codes,
+                "scales": kept.scales,
+                "back": kept.dequantized(x.dtype),
+            }
+
+        def defined(x: Tensor = x) -> Tensors:
+            codes, scales = reference.quantize_activations(x, key, stream=5, row0=1)
+            back = reference.dequantize_activations(codes, scales, x.dtype)
+            return {"codes": codes, "scales": scales, "back": back}
+
+        yield Case("noise", f"quantize_activations 67x{columns} {dtype}", bits, defined, 0.0)
 
 
 def divergence(i: Inputs, small: bool) -> Iterator[Case]:

@@ -9,15 +9,17 @@ definitions of `bayes_kernels.reference`, slower.
 Tall matrices (Stiefel parameters) are fp32 in lists, changed in place and without derivatives.
 
 Cost of a call with T tokens: x is read once, base read once and y written once; forward keeps x, h
-(T, r) in fp32 and the key for the backward pass, and never a sign, a mask or a noise tensor. Ranks
+(T, r) in fp32 and the key for the backward pass, and never a sign, a mask or a noise tensor. With
+`kept=quantize_activations(x, key=...)` it keeps those in place of x: 8.25 bits for each number. Ranks
 above 64 run the formulas of `bayes_kernels.reference` on materialised noise: slower and with memory
-for the signs, with the same numbers.
+for x and the signs, with the same numbers.
 
 Errors are ValueError or TypeError in one line, raised before any kernel runs.
 """
 
 from __future__ import annotations
 
+from .activations import QuantizedActivations, quantize_activations
 from .adapter import core_lora, flipout_lora, lora, scaled_lora
 from .adapter_group import flipout_lora_group, lora_group
 from .curvature import kron_accumulate_, low_rank_update_
@@ -59,6 +61,7 @@ __all__ = [
     "SHIFTED",
     "STDS",
     "McPrediction",
+    "QuantizedActivations",
     "core_lora",
     "flipout_lora",
     "flipout_lora_group",
@@ -78,6 +81,7 @@ __all__ = [
     "mc_predict_linear",
     "polar_retract_",
     "qr_retract_",
+    "quantize_activations",
     "sampled_lora",
     "scaled_lora",
     "stiefel_step_",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..random import check_key
+from .activations import QuantizedActivations, check_kept
 from .adapter_passes import adapter, direct
 from .arguments import (
     ACTIVATIONS,
@@ -37,6 +38,7 @@ def lora(
     key: Tensor | None = None,
     stream: int = 0,
     row0: int = 0,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """Low-rank adapter: base + scaling * (dropout(x) a^T) b^T.
 
@@ -50,6 +52,8 @@ def lora(
         key: noise key; needed with dropout.
         stream: the layer's noise stream.
         row0: index of the first token of x, for batches that are split.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
+            the same gradients up to rounding without bias.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -63,12 +67,15 @@ def lora(
     if type(dropout) is not float:
         check_number(op, "dropout", dropout)
     if key is None or dropout > 0.0:
-        y = direct(x, a, None, b, base, Noise(key, stream, row0, 1, None, dropout), "", scaling)
+        y = direct(
+            x, a, None, b, base, Noise(key, stream, row0, 1, None, dropout), "", scaling, kept
+        )
         if y is not None:
             return y
     _check(op, x, a, b, base, scaling, dropout, key, stream, row0)
+    check_kept(op, kept, x)
     noise = Noise(key, stream, row0, dropout=dropout)
-    return adapter(x, a, b, base, noise=noise, scaling=scaling)
+    return adapter(x, a, b, base, noise=noise, scaling=scaling, kept=kept)
 
 
 def flipout_lora(
@@ -87,6 +94,7 @@ def flipout_lora(
     row0: int = 0,
     rows_per_group: int | None = None,
     dropout: float = 0.0,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """Low-rank adapter whose first factor is Gaussian, sampled with flipped signs.
 
@@ -120,6 +128,8 @@ def flipout_lora(
         rows_per_group: that many successive rows share a group; overrides the scope's count. S
             coherent posterior samples folded into the batch: rows of one sample.
         dropout: probability of dropping an element of x (one mask for both paths).
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
+            the same gradients up to rounding without bias.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -134,7 +144,7 @@ def flipout_lora(
     if isinstance(x, Tensor) and isinstance(rho, Tensor) and scope in counted:
         rows_per_id = group_size(op, x, scope, rows_per_group)
         noise = Noise(key, stream, row0, rows_per_id, group_ids(op, groups, x), dropout)
-        y = direct(x, mean, rho, b, base, noise, std, scaling)
+        y = direct(x, mean, rho, b, base, noise, std, scaling, kept)
         if y is not None:
             return y
     check_key(op, key)
@@ -142,12 +152,15 @@ def flipout_lora(
     check_choice(op, "scope", scope, SCOPES)
     check_choice(op, "std", std, STDS)
     check_rho(op, rho, mean, x)
+    check_kept(op, kept, x)
     ids = group_ids(op, groups, x)
     rows_per_id = group_size(op, x, scope, rows_per_group)
     noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
     flipped = scope != "none" or ids is not None
     kind = "flipped" if flipped else "shared"
-    return adapter(x, mean, b, base, rho=rho, noise=noise, scaling=scaling, std=std, kind=kind)
+    return adapter(
+        x, mean, b, base, rho=rho, noise=noise, scaling=scaling, std=std, kind=kind, kept=kept
+    )
 
 
 def scaled_lora(
@@ -159,6 +172,7 @@ def scaled_lora(
     *,
     scaling: float = 1.0,
     groups: Tensor | None = None,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """Low-rank adapter with a diagonal in rank space: base + scaling * ((x a^T) . d) b^T.
 
@@ -170,6 +184,8 @@ def scaled_lora(
         base: (..., m) or None.
         scaling: constant factor.
         groups: int64 (...,) in [0, G), needed when d has two dimensions.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
+            the same gradients up to rounding without bias.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -181,6 +197,7 @@ def scaled_lora(
     """
     op = "scaled_lora"
     _check(op, x, a, b, base, scaling)
+    check_kept(op, kept, x)
     check_factor(op, "d", d, x)
     r = a.shape[0]
     if d.dim() not in (1, 2) or d.shape[-1] != r:
@@ -193,7 +210,7 @@ def scaled_lora(
     if groups is not None:
         ids = group_ids(op, groups, x)
         middle = middle.index_select(0, ids)  # type: ignore[arg-type]
-    return adapter(x, a, b, base, middle=middle, scaling=scaling, kind="scaled")
+    return adapter(x, a, b, base, middle=middle, scaling=scaling, kind="scaled", kept=kept)
 
 
 def core_lora(
@@ -204,6 +221,7 @@ def core_lora(
     base: Tensor | None = None,
     *,
     scaling: float = 1.0,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """Low-rank adapter with a full matrix in rank space: base + scaling * ((x a^T) core^T) b^T.
 
@@ -214,6 +232,8 @@ def core_lora(
         b: (m, r); X.
         base: (..., m) or None.
         scaling: constant factor.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
+            the same gradients up to rounding without bias.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -225,12 +245,13 @@ def core_lora(
     """
     op = "core_lora"
     _check(op, x, a, b, base, scaling)
+    check_kept(op, kept, x)
     check_factor(op, "core", core, x)
     r = a.shape[0]
     if tuple(core.shape) != (r, r):
         raise ValueError(f"{op}: core must have shape ({r}, {r}), got {tuple(core.shape)}")
     core = core.to(accumulate_dtype(x))
-    return adapter(x, a, b, base, middle=core, scaling=scaling, kind="core")
+    return adapter(x, a, b, base, middle=core, scaling=scaling, kind="core", kept=kept)
 
 
 def _check(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _library, reference
 from .._library import MAX_FUSED_RANK, fake
+from .activations import QuantizedActivations, fits, loaded_input, saved_input
 from .arguments import (
     accumulate_dtype,
     autocast_input,
@@ -32,6 +33,7 @@ def direct(
     noise: Noise,
     std: str,
     scaling: float,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor | None:
     """The output where the ops take the arguments as they are; else None.
 
@@ -52,13 +54,14 @@ def direct(
         or not is_stored_float(a)
         or not is_stored_float(b)
         or not (rho is None or is_stored_float(rho))
+        or not (kept is None or fits(kept, x))
         or not _library.has_kernels(x)
         or transformed()
     ):
         return None
     x = autocast_input(x)
     if needs_gradient(x, a, rho, b, base):
-        return _Whole.apply(x, a, rho, b, base, "adapter_train", noise, std, scaling)
+        return _Whole.apply(x, a, rho, b, base, "adapter_train", noise, std, scaling, kept)
     return _library.ops.adapter_infer(x, a, rho, b, base, *noise, std, scaling)
 
 
@@ -96,12 +99,14 @@ def adapter(
     scaling: float,
     std: str = "",
     kind: str = "plain",
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """The output for checked arguments, on the path that takes them.
 
     Args:
         kind: "plain"; "flipped" (noise with signs); "shared" (one draw for all rows: a + E is an
             ordinary factor); "scaled" (middle (r,) or (tokens, r)); "core" (middle (r, r)).
+        kept: what backward has of x, in place of x.
     """
     x = autocast_input(x)
     acc = accumulate_dtype(x)
@@ -117,14 +122,15 @@ def adapter(
     graph = needs_gradient(x, a, rho, middle, b, base)
     if kind in _WHOLE:
         if graph:
-            return _Whole.apply(x, a, rho, b, base, "adapter_forward", noise, std, scaling)
+            return _Whole.apply(x, a, rho, b, base, "adapter_forward", noise, std, scaling, kept)
         return _library.ops.adapter_forward(x, a, rho, b, base, *noise, std, scaling)[0]
     m, shape = b.shape[0], x.shape
     tokens = math.prod(shape[:-1])
     rows = x if x.dim() == 2 else x.reshape(tokens, shape[-1])
     base_rows = base if base is None or base.dim() == 2 else base.reshape(tokens, m)
     arguments = (rows, a, rho, middle, b, base_rows, noise, scaling, std, kind)
-    y = _Parts.apply(*arguments) if graph else _shrink_expand(*arguments)[0]
+    kept = kept and kept.by_row()
+    y = _Parts.apply(*arguments, kept) if graph else _shrink_expand(*arguments)[0]
     return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
 
 
@@ -179,22 +185,26 @@ class _Whole(torch.autograd.Function):
         noise: Noise,
         std: str,
         scaling: float,
+        kept: QuantizedActivations | None,
     ) -> Tensor | None:
         y, h = getattr(_library.ops, op)(x, a, rho, b, base, *noise, std, scaling)
         if y is not None:
             key, stream, row0, rows_per_id, ids, dropout = noise
-            ctx.save_for_backward(x, a, rho, b, h, key, ids)
+            ctx.save_for_backward(*saved_input(x, kept), a, rho, b, h, key, ids)
             ctx.counted, ctx.rest = (stream, row0, rows_per_id), (dropout, std, scaling)
+            ctx.dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, a, rho, b, h, key, ids = ctx.saved_tensors
+        *saved, a, rho, b, h, key, ids = ctx.saved_tensors
         dropout, std, scaling = ctx.rest
+        again = torch.is_grad_enabled() or transformed()
+        x = loaded_input("adapter", *saved, ctx.dtype, again)
         need_x, need_a, need_rho, need_b, need_base = ctx.needs_input_grad[:5]
         dbase = dy if need_base else None
         dx: Tensor | None
-        if torch.is_grad_enabled() or transformed():
+        if again:
             stream, row0, rows_per_id = ctx.counted
             noise = Noise(key, stream, row0, rows_per_id, ids, dropout)
             kind = "plain" if rho is None else "flipped"
@@ -216,7 +226,7 @@ class _Whole(torch.autograd.Function):
             drho if need_rho else None,
             db if need_b else None,
             dbase,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -255,22 +265,29 @@ class _Parts(torch.autograd.Function):
         b: Tensor,
         base: Tensor | None,
         noise: Noise,
-        *options: Any,
+        scaling: float,
+        std: str,
+        kind: str,
+        kept: QuantizedActivations | None,
     ) -> Tensor:
+        options = (scaling, std, kind)
         y, h = _shrink_expand(x, a, rho, middle, b, base, noise, *options)
-        ctx.save_for_backward(x, a, rho, middle, b, h, noise.key, noise.ids)
+        ctx.save_for_backward(*saved_input(x, kept), a, rho, middle, b, h, noise.key, noise.ids)
         ctx.noise, ctx.options = noise._replace(key=None, ids=None), options
+        ctx.dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ops = _library.ops
-        x, a, rho, middle, b, h, key, ids = ctx.saved_tensors
+        *saved, a, rho, middle, b, h, key, ids = ctx.saved_tensors
         noise = ctx.noise._replace(key=key, ids=ids)
         scaling, std, kind = ctx.options
         need_x, need_a, need_rho, need_middle, need_b, need_base = ctx.needs_input_grad[:6]
         dbase = dy if need_base else None
-        if torch.is_grad_enabled() or transformed():
+        again = torch.is_grad_enabled() or transformed()
+        x = loaded_input("adapter", *saved, ctx.dtype, again)
+        if again:
             found = second_order(
                 lambda x, a, rho, middle, b: update_of(
                     x, a, rho, middle, b, noise, scaling, std, kind
@@ -278,7 +295,7 @@ class _Parts(torch.autograd.Function):
                 (x, a, rho, middle, b),
                 dy.to(h.dtype),
             )
-            return *found, dbase, None, None, None, None
+            return *found, dbase, *[None] * 5
         if x.dtype == h.dtype:
             dy = dy.to(h.dtype)  # kernels of a half-precision dy round their operands
         need_h = need_x or need_a or need_rho or need_middle
@@ -309,7 +326,7 @@ class _Parts(torch.autograd.Function):
                 drho = ops.scaled_normal_backward(da, rho, key, noise.stream, std)
             dx = dx if need_x else None
             da = da if need_a else None
-        return dx, da, drho, dmiddle, db, dbase, None, None, None, None
+        return dx, da, drho, dmiddle, db, dbase, *[None] * 5
 
 
 def _drawn_factor(a: Tensor, rho: Tensor | None, noise: Noise, std: str, kind: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _library, random, reference
 from .._library import MAX_FUSED_RANK, fake
 from ..random import check_key
+from .activations import QuantizedActivations, check_kept, loaded_input, saved_input
 from .adapter import _check
 from .arguments import (
     accumulate_dtype,
@@ -114,6 +115,7 @@ def grouped_lora(
     groups: Tensor | None = None,
     rows_per_group: int | None = None,
     scaling: float = 1.0,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """Low-rank adapter with factors for each group of rows: base + scaling * (x a[g]^T) b[g]^T.
 
@@ -129,6 +131,7 @@ def grouped_lora(
             Rows with another number raise an error on the CPU, and have NaN as their result on a GPU.
         rows_per_group: row t (in the flattened batch) has group t // rows_per_group.
         scaling: constant factor.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -138,7 +141,8 @@ def grouped_lora(
     """
     op = "grouped_lora"
     found = _check_grouped(op, x, a, b, base, groups, rows_per_group, scaling)
-    return _grouped(x, a, None, b, base, _Law("given"), found, scaling)
+    check_kept(op, kept, x)
+    return _grouped(x, a, None, b, base, _Law("given"), found, scaling, kept)
 
 
 def sampled_lora(
@@ -156,6 +160,7 @@ def sampled_lora(
     std: str = "square",
     antithetic: bool = True,
     scaling: float = 1.0,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """Low-rank adapter under numbered draws of its first factor, one draw for each group of rows.
 
@@ -176,6 +181,7 @@ def sampled_lora(
         std: "square" (rho^2), "softplus" or "direct".
         antithetic: draws come in pairs, see `gaussian_draws`.
         scaling: constant factor.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -188,8 +194,9 @@ def sampled_lora(
     _check_law(op, mean, rho, draws, key, stream, std)
     factor = mean.expand(len(draws), *mean.shape)
     found = _check_grouped(op, x, factor, b, base, groups, rows_per_group, scaling)
+    check_kept(op, kept, x)
     law = _Law("drawn", draws.to(torch.int64), key, stream, std, antithetic)
-    return _grouped(x, mean, rho, b, base, law, found, scaling)
+    return _grouped(x, mean, rho, b, base, law, found, scaling, kept)
 
 
 def grouped_flipout_lora(
@@ -208,6 +215,7 @@ def grouped_flipout_lora(
     sign_rows: Tensor | None = None,
     std: str = "square",
     row0: int = 0,
+    kept: QuantizedActivations | None = None,
 ) -> Tensor:
     """`flipout_lora` with factors and noise for each group of rows: Bayesian adapters of experts.
 
@@ -232,6 +240,7 @@ def grouped_flipout_lora(
             of its place in the batch. Give the token's number where rows were sorted by expert.
         std: "square" (rho^2), "softplus" or "direct".
         row0: sign row of the first row, for batches that are split.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -257,8 +266,9 @@ def grouped_flipout_lora(
         )
     ids = group_ids(op, sign_rows, x)
     kind = "shared" if scope == "none" and ids is None else "flipped"
+    check_kept(op, kept, x)
     law = _Law(kind, None, key, stream, std, row0=row0, ids=ids)
-    return _grouped(x, mean, rho, b, base, law, found, scaling)
+    return _grouped(x, mean, rho, b, base, law, found, scaling, kept)
 
 
 def _check_law(
@@ -382,6 +392,7 @@ def _grouped(
     law: _Law,
     groups: _Groups,
     scaling: float,
+    kept: QuantizedActivations | None,
 ) -> Tensor:
     """The output for checked arguments of any leading shape, on the path that takes them."""
     x = autocast_input(x)
@@ -400,7 +411,7 @@ def _grouped(
             plan = _library.ops.group_rows(groups.ids, groups.number)
         inputs = (rows, mean, rho, b, base_rows)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            y = _Grouped.apply(*inputs, law, groups, plan, float(scaling))
+            y = _Grouped.apply(*inputs, law, groups, plan, float(scaling), kept and kept.by_row())
         else:
             y, _ = _forward(*inputs, law, groups, plan, float(scaling))
     return y if x.dim() == 2 else y.reshape(*shape[:-1], m)
@@ -487,21 +498,26 @@ class _Grouped(torch.autograd.Function):
         groups: _Groups,
         plan: Tensor | None,
         scaling: float,
+        kept: QuantizedActivations | None,
     ) -> Tensor:
         y, h = _forward(x, mean, rho, b, base, law, groups, plan, scaling)
-        ctx.save_for_backward(x, mean, rho, b, h, plan, groups.ids, law.draws, law.key, law.ids)
+        tensors = (mean, rho, b, h, plan, groups.ids, law.draws, law.key, law.ids)
+        ctx.save_for_backward(*saved_input(x, kept), *tensors)
+        ctx.dtype = x.dtype
         ctx.law = law._replace(draws=None, key=None, ids=None)
         ctx.groups, ctx.scaling = groups._replace(ids=None), scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, rho, b, h, plan, numbers, draws, key, ids = ctx.saved_tensors
+        *saved, mean, rho, b, h, plan, numbers, draws, key, ids = ctx.saved_tensors
+        again = torch.is_grad_enabled() or transformed()
+        x = loaded_input("adapter", *saved, ctx.dtype, again)
         law = ctx.law._replace(draws=draws, key=key, ids=ids)
         groups = ctx.groups._replace(ids=numbers)
         need_x, need_mean, need_rho, need_b, need_base = ctx.needs_input_grad[:5]
-        rest = (dy if need_base else None, None, None, None, None)
-        if torch.is_grad_enabled() or transformed():
+        rest = (dy if need_base else None, *[None] * 5)
+        if again:
             found = second_order(
                 lambda x, mean, rho, b: _update(x, mean, rho, b, law, groups, ctx.scaling),
                 (x, mean, rho, b),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import LoraConfig, PeftConfig
 
+from .._library import MAX_FUSED_RANK
 from ..optim import KINDS
 from ._compat import BAYES_LORA
 
@@ -91,6 +92,10 @@ class BayesLoraConfig(LoraConfig):
         seed: seed of the noise in training loops without `BayesTrainer`, which takes its noise from
             `TrainingArguments.seed`. A model has one noise state, with the seed of its first adapter;
             seeds of later adapters are not used.
+        activation_bits: 8 keeps the inputs of adapted layers in 8 bits from the forward to the backward
+            pass: see `bayes_kernels.functional.quantize_activations`. The forward pass and the gradients
+            of inputs and B are the same; those of A and its deviation have rounding noise with mean zero.
+            An option of training: it is saved with the adapter, and evaluation does not know it.
 
     Raises:
         ValueError: an option is out of range or one of another method, or a LoRA option does not go
@@ -102,6 +107,12 @@ class BayesLoraConfig(LoraConfig):
         False, "Whether a plain forward pass in eval mode draws weights; else it uses the mean."
     )
     seed: int = option(0, "Seed of the training noise.")
+    activation_bits: int | None = option(
+        None,
+        "8: the backward pass has the inputs of adapted layers in 8 bits, rounded without bias: about "
+        "half of their memory in bf16, a quarter in fp32. None: as they are.",
+        choices=(8,),
+    )
 
     _method: ClassVar[str] = ""
     # Whether the method's posterior can be one of factors that `target_parameters` makes.
@@ -158,6 +169,12 @@ class BayesLoraConfig(LoraConfig):
         for name, value in scales.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{kind}: {name} must be a finite number, got {value!r}")
+        ranks = [self.r, *(self.rank_pattern or {}).values()]
+        if self.activation_bits is not None and max(ranks) > MAX_FUSED_RANK:
+            raise ValueError(
+                f"{kind}: activation_bits needs ranks of at most {MAX_FUSED_RANK}, whose kernels keep 8 "
+                f"bits, got {max(ranks)}; leave it out, or lower the rank"
+            )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"{kind}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.target_parameters:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import random, reference
+from .. import functional, random, reference
+from ..functional.arguments import autocast_input, transformed
 from ..optim import KLSchedule
 from ._compat import unsupported_layer
 from .experts import Routed, adapts_parameter, wrap
@@ -234,6 +236,7 @@ class BayesVariant(LoraVariant):
         self.still = False
         self.name = name
         self.stream = random.layer_stream(name)
+        self.rounding = random.layer_stream(name.rpartition(".")[0])
         # Mixture-of-experts layers see a routed selection of rows, which hides whose row is whose.
         self.routed = ".experts." in f".{name}."
         self.state = state
@@ -470,6 +473,27 @@ class BayesVariant(LoraVariant):
         )
         return reference.dropped(x, keep.reshape(x.shape), dropout)
 
+    def kept(self, x: Tensor) -> functional.QuantizedActivations | None:
+        """What backward has of x, for the ops' argument `kept`: None where it has x itself.
+
+        Layers beside each other that see the same tensor (q, k and v) share one copy: the noise is that
+        of the module which they are in.
+        """
+        if self.config.activation_bits is None or not torch.is_grad_enabled() or transformed():
+            return None
+        key = self.state.key_on(x.device)
+        if torch.compiler.is_compiling():  # the compiler finds equal calls
+            return functional.quantize_activations(x, key=key, stream=self.rounding)
+        # Where the tensor goes, its copy goes.
+        made = _QUANTIZED.get(x)
+        dtype = autocast_input(x[:0]).dtype
+        same = made is not None and made.key is key
+        if same and (made.stream, made.version, made.dtype) == (self.rounding, x._version, dtype):
+            return made.kept
+        kept = functional.quantize_activations(x, key=key, stream=self.rounding)
+        _QUANTIZED[x] = _Quantized(kept, key, self.rounding, x._version, dtype)
+        return kept
+
     def delta_weight(self, module: Any, adapter: str) -> Tensor:
         """scaling * B A of the posterior mean, laid out as the base weight is."""
         view = as_linear(module)
@@ -520,6 +544,20 @@ class BayesVariant(LoraVariant):
     ) -> Tensor:
         """Take the posterior mean out again."""
         return orig_weight - self.delta_weight(module, active_adapter).to(orig_weight.dtype)
+
+
+class _Quantized(NamedTuple):
+    """A tensor in 8 bits, and what it was made of."""
+
+    kept: functional.QuantizedActivations
+    key: Tensor
+    stream: int
+    version: int
+    dtype: torch.dtype
+
+
+# By the tensor, for as long as it lives.
+_QUANTIZED: MutableMapping[Tensor, _Quantized] = WeakTensorKeyDictionary()
 
 
 def _leading(rows: Tensor, x: Tensor) -> Tensor:

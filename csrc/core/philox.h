@@ -23,7 +23,15 @@ struct PhiloxBlock {
 
 // What a stream's numbers are used for. Each purpose has a key of its own: fold_in(key, 8 * stream
 // + purpose).
-enum Purpose : int { kNormal = 0, kSignIn = 1, kSignOut = 2, kDropout = 3, kLogit = 4, kDraw = 5 };
+enum Purpose : int {
+  kNormal = 0,
+  kSignIn = 1,
+  kSignOut = 2,
+  kDropout = 3,
+  kLogit = 4,
+  kDraw = 5,
+  kRounding = 6
+};
 constexpr uint64_t kPurposes = 8;
 
 constexpr int kSignsPerBlock = 128;
@@ -156,6 +164,13 @@ BK_HD PhiloxBlock dropout_block(Key sub, int64_t row, int64_t columns, int64_t c
   return philox(
       sub, static_cast<uint64_t>(row) * static_cast<uint64_t>(ceil_div(columns, kDropoutPerBlock)) +
                static_cast<uint64_t>(c));
+}
+
+// The Philox block whose 16-bit halves, in order, decide how columns [8 * c, 8 * (c + 1)) of token
+// `row` are rounded (core/microscale.h).
+BK_HD uint64_t rounding_index(int64_t row, int64_t columns, int64_t c) {
+  return static_cast<uint64_t>(row) * static_cast<uint64_t>(ceil_div(columns, 8)) +
+         static_cast<uint64_t>(c);
 }
 
 BK_HD uint32_t dropout_threshold(double probability) {

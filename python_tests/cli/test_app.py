@@ -63,7 +63,7 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
         (["--set", "lora.task_type=SEQ_CLS"], "that the model leaves open, got task_type"),
         (["--set", "prior_std=-1"], "prior_std must be a positive number, got -1"),
         (["--set", "kl_schedule=linear"], "kl_schedule must be one of"),
-        (["--set", "speed=3"], "or an option of blob (sample_at_inference, init_rho, "),
+        (["--set", "speed=3"], "or an option of blob (sample_at_inference, activation_bits, "),
         (["--steps", "0"], "steps must be an integer >= 1, got 0"),
         (["--train-size", "1000"], "train_size: expected an integer from 1 to"),
         (["--max-length", "999"], "max_length: expected an integer from 8 to 32, got 999"),

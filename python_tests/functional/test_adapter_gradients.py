@@ -76,17 +76,18 @@ def test_autocast_takes_x_in_the_autocast_dtype():
     assert parts["mean"].grad.dtype == torch.float32 and parts["x"].grad.dtype == torch.float32
 
 
-def forms(parts, key):
+def forms(parts, key, kept=None):
     """Every adapter of these parts: functions of x and base, and the names of their factors."""
     mean, rho, b = (parts[k] for k in ("mean", "rho", "b"))
     r = mean.shape[0]
     core = torch.randn(r, r, generator=torch.Generator().manual_seed(4)).to(mean)
+    noisy, kept = (mean, rho, b), {"kept": kept}
     return {
-        "lora": lambda x, base: F.lora(x, mean, b, base, key=key, dropout=0.2),
-        "token": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key),
-        "none": lambda x, base: F.flipout_lora(x, mean, rho, b, base, key=key, scope="none"),
-        "scaled": lambda x, base: F.scaled_lora(x, mean, core[0], b, base),
-        "core": lambda x, base: F.core_lora(x, mean, core, b, base),
+        "lora": lambda x, base: F.lora(x, mean, b, base, key=key, dropout=0.2, **kept),
+        "token": lambda x, base: F.flipout_lora(x, *noisy, base, key=key, **kept),
+        "none": lambda x, base: F.flipout_lora(x, *noisy, base, key=key, scope="none", **kept),
+        "scaled": lambda x, base: F.scaled_lora(x, mean, core[0], b, base, **kept),
+        "core": lambda x, base: F.core_lora(x, mean, core, b, base, **kept),
     }
 
 

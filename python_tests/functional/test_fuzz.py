@@ -624,6 +624,22 @@ def noise(case: Case) -> None:
     assert torch.equal(random.fold_in(case.key, row0), reference.fold_in(case.key, row0))
 
 
+def activations(case: Case) -> None:
+    """Activations in 8 bits: the same bits as the definition, and values within a step."""
+    dtype = case.real((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    shape = (case.size(40), case.size(300))
+    x = (case.normal(*shape) * 2.0 ** case.random.randint(-20, 8)).to(dtype)
+    key, stream = random.key(case.size(9)), case.random.randint(0, 2**40)
+    given = case.place(x)
+    kept = F.quantize_activations(given, key=key, stream=stream, row0=shape[0])
+    codes, scales = reference.quantize_activations(x, key, stream=stream, row0=shape[0])
+    assert torch.equal(kept.codes, codes) and torch.equal(kept.scales, scales)
+    back = kept.dequantized(dtype)
+    assert torch.equal(back, reference.dequantize_activations(codes, scales, dtype))
+    step = torch.exp2(scales.double() - 133).repeat_interleave(32, dim=1)[:, : shape[1]]
+    assert ((back.double() - x.double()).abs() < step).all()
+
+
 FAMILIES: dict[Callable[[Case], None], tuple[int, set[str]]] = {
     adapter: (8, {"lora", "flipout_lora", "lora_group", "flipout_lora_group", "scaled_lora", "core_lora"}),
     grouped: (4, {"gaussian_draws", "grouped_lora", "sampled_lora", "grouped_flipout_lora"}),
@@ -634,6 +650,7 @@ FAMILIES: dict[Callable[[Case], None], tuple[int, set[str]]] = {
     prediction: (3, {"mc_predict"}),
     linear: (1, {"linear_logits", "mc_predict_linear"}),
     noise: (1, set()),
+    activations: (1, {"quantize_activations"}),
 }  # fmt: skip
 
 

@@ -64,6 +64,15 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, list[tuple]]:
             (torch.stack([a, e]), e[:, :1], ids[:2], key, 1, "direct", False, False, True),
             (torch.stack([a, e]), e, ids[:2], key, 1, "direct", False, True, False),
         ],
+        "quantize_activations": [
+            (x, key, 3, 2),
+            (x[:0], key, 0, 0),
+            (x.reshape(7, 3, 11), key, 1, 0),
+        ],
+        "dequantize_activations": [
+            (*OPS.quantize_activations(x, key, 3, 2), dtype),
+            (*OPS.quantize_activations(x.reshape(7, 3, 11), key, 3, 2), torch.bfloat16),
+        ],
         "adapter_shrink": [
             (x, a, None, None, 0, 0, 1, None, 0.0),
             (x, a, e, key, 4, 2, 3, None, 0.25),

@@ -20,6 +20,7 @@ FILES = [
     *(
         TESTS / "functional" / f"test_{name}.py"
         for name in (
+            "activations",
             "adapter",
             "adapter_gradients",
             "adapter_group",

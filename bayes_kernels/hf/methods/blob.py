@@ -104,13 +104,21 @@ class GaussianFactor(BayesVariant):
         if mode == "mean":
             key = state.key_on(x.device) if dropout > 0.0 else None
             return functional.lora(
-                x, a, b, result, scaling=scaling, dropout=dropout, key=key, stream=self.stream
+                x,
+                a,
+                b,
+                result,
+                scaling=scaling,
+                dropout=dropout,
+                key=key,
+                stream=self.stream,
+                kept=self.kept(x),
             )
         rho = getattr(module, self.deviation)[adapter]
         options: dict[str, Any] = {"scaling": scaling, "stream": self.stream, "std": self.std}
         if mode == "flipout":
             options.update(key=state.key_on(x.device), scope=self.scope, dropout=dropout)
-            return functional.flipout_lora(x, a, rho, b, result, **options)
+            return functional.flipout_lora(x, a, rho, b, result, kept=self.kept(x), **options)
         chosen = state.current()
         if chosen.scope == "token":
             x = self.dropped(x, dropout)
@@ -119,7 +127,7 @@ class GaussianFactor(BayesVariant):
             parts = zip(keys, x.split(sizes), result.split(sizes), strict=True)
             return torch.cat(
                 [
-                    functional.flipout_lora(x, a, rho, b, y, key=key, **options)
+                    functional.flipout_lora(x, a, rho, b, y, key=key, kept=self.kept(x), **options)
                     for key, x, y in parts
                 ]
             )
@@ -128,7 +136,9 @@ class GaussianFactor(BayesVariant):
             where, x = self.draws_of(x), self.dropped(x, dropout)
             options.update(key=key, antithetic=chosen.kind == "antithetic")
             if not _writes_text(x, len(where["draws"])):
-                return functional.sampled_lora(x, a, rho, b, result, **where, **options)
+                return functional.sampled_lora(
+                    x, a, rho, b, result, kept=self.kept(x), **where, **options
+                )
             draws = where.pop("draws")
             del options["scaling"]
             factors = chosen.remembered(
@@ -138,7 +148,7 @@ class GaussianFactor(BayesVariant):
                 return functional.lora(x, factors[0], b, result, scaling=scaling)
             return functional.grouped_lora(x, factors, b, result, **where, scaling=scaling)
         options.update(groups=self.ids_of(x), dropout=dropout)
-        return functional.flipout_lora(x, a, rho, b, result, key=key, **options)
+        return functional.flipout_lora(x, a, rho, b, result, key=key, kept=self.kept(x), **options)
 
     def looked_up(self, module: Any, adapter: str, ids: Tensor, mode: str) -> Tensor:
         """What `adapted` has in rank space for one-hot inputs: the same numbers for the same key.
@@ -214,15 +224,17 @@ class GaussianFactor(BayesVariant):
         a, b = by_expert(module, kept, module.lora_B[adapter].weight)
         scaling = module.scaling[adapter]
         if mode == "mean":
-            return functional.grouped_lora(x, a, b, result, groups=rows.experts, scaling=scaling)
+            groups = rows.experts
+            return functional.grouped_lora(
+                x, a, b, result, groups=groups, scaling=scaling, kept=self.kept(x)
+            )
         rho = getattr(module, self.deviation)[adapter]
         law: dict[str, Any] = {"stream": self.stream, "std": self.std}
 
         def flipped(x: Tensor, result: Tensor, experts: Tensor, **signs: Any) -> Tensor:
             by = rho.unflatten(0, (len(a), -1))
-            return functional.grouped_flipout_lora(
-                x, a, by, b, result, groups=experts, scaling=scaling, **law, **signs
-            )
+            options = {**law, **signs, "groups": experts, "kept": self.kept(x)}
+            return functional.grouped_flipout_lora(x, a, by, b, result, scaling=scaling, **options)
 
         if mode == "flipout":
             signs = {} if self.scope == "none" else {"sign_rows": rows.tokens}
@@ -270,7 +282,9 @@ class GaussianFactor(BayesVariant):
                 x, made[groups], b[rows.experts], result, rows_per_group=1, scaling=scaling
             )
         b = b if number == 1 else b.repeat(number, 1, 1)
-        return functional.grouped_lora(x, made, b, result, groups=groups, scaling=scaling)
+        return functional.grouped_lora(
+            x, made, b, result, groups=groups, scaling=scaling, kept=self.kept(x)
+        )
 
     def first_factor(self, module: Any, adapter: str) -> Tensor:
         """The mean of A; or M + s Omega . eps, in training with an eps of the pass."""

@@ -149,8 +149,8 @@ class PolarVariant(BayesVariant, method="polar"):
         core, scaling = getattr(module, CORE)[adapter], module.scaling[adapter]
         x = self.dropped(x, dropout)
         if core.dim() == 1:
-            return functional.scaled_lora(x, a, core, b, result, scaling=scaling)
-        return functional.core_lora(x, a, core, b, result, scaling=scaling)
+            return functional.scaled_lora(x, a, core, b, result, scaling=scaling, kept=self.kept(x))
+        return functional.core_lora(x, a, core, b, result, scaling=scaling, kept=self.kept(x))
 
     def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
         """(Y^T, X Theta)."""

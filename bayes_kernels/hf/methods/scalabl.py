@@ -167,14 +167,16 @@ class ScalablVariant(BayesVariant, method="scalabl"):
             rows = math.prod(x.shape[:-1])
             d = d[:, None].expand(-1, rows // max(len(d), 1), -1).flatten(0, 1)
             groups = torch.arange(rows, device=x.device).reshape(x.shape[:-1])
+        x = self.dropped(x, dropout)
         return functional.scaled_lora(
-            self.dropped(x, dropout),
+            x,
             module.lora_A[adapter].weight,
             d,
             module.lora_B[adapter].weight,
             result,
             scaling=module.scaling[adapter],
             groups=groups,
+            kept=self.kept(x),
         )
 
     def mean_factors(self, module: Any, adapter: str) -> tuple[Tensor, Tensor]:
