@@ -26,6 +26,9 @@ def admitted(self: PeftModel, peft_config: Any, **_: Any) -> Iterator[None]:
     """Around `PeftModel.add_adapter`: plain LoRA and Bayesian adapters may meet.
 
     A model of plain LoRA becomes one of Bayesian adapters too, unless the new one is refused.
+
+    Raises:
+        ValueError: both adapt parameters, and plain LoRA came first.
     """
     tuner: Any = self.base_model
     own, kind = self.peft_type, type(tuner)
@@ -34,6 +37,15 @@ def admitted(self: PeftModel, peft_config: Any, **_: Any) -> Iterator[None]:
     if not ((kind is BayesLoraModel and plain) or (kind is LoraModel and bayesian)):
         yield
         return
+    # PEFT has wrapped the parameters in layers of its own, which it goes through while ours would be made.
+    wrapped = any(
+        getattr(config, "target_parameters", None) for config in self.peft_config.values()
+    )
+    if bayesian and wrapped and peft_config.target_parameters:
+        raise ValueError(
+            "add_adapter: a Bayesian adapter of target_parameters must come before plain LoRA of "
+            "target_parameters, got the reverse; make it first, and load_adapter or add_adapter the plain one"
+        )
     tuner.__class__ = BayesLoraModel
     self.peft_type = PeftType.LORA if plain else BAYES_LORA
     try:

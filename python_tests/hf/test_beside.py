@@ -32,6 +32,7 @@ from bayes_kernels.hf import (
     predict,
 )
 from bayes_kernels.hf.layers import bayes_layers
+from hf.test_experts import moe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -315,6 +316,32 @@ def test_a_refusal_leaves_the_model_as_it_was(start: str) -> None:
         model.add_adapter("no", other(**{**OPTIONS, "target_modules": ["nothing"]}))
     assert (model.peft_type, type(model.base_model)) == (kind, tuner)
     assert list(model.peft_config) == ["default"] and dict(model.named_modules()) == modules
+
+
+def test_parameters_of_experts(tmp_path: Path) -> None:
+    """The Bayesian adapter comes first; one line where it does not."""
+    given: dict[str, Any] = {**OPTIONS, "target_parameters": ["mlp.experts.down_proj"]}
+    model = get_peft_model(moe(), BlobConfig(**given), adapter_name="blob")
+    model.add_adapter("plain", LoraConfig(**given))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    model.eval().save_pretrained(str(tmp_path))
+    for name in ("blob", "plain"):
+        one = PeftModel.from_pretrained(moe(), str(tmp_path / name)).eval()
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model), logits(one), rtol=1e-4, atol=1e-5)
+        with posterior(model, seed=1):
+            drawn = logits(model)
+        if name == "blob":
+            with posterior(one, seed=1):
+                torch.testing.assert_close(drawn, logits(one), rtol=1e-4, atol=1e-5)
+    plain = get_peft_model(moe(), LoraConfig(**given))
+    with pytest.raises(ValueError, match="must come before plain LoRA of target_parameters"):
+        plain.add_adapter("blob", BlobConfig(**given))
+    assert type(plain.base_model).__name__ == "LoraModel" and list(plain.peft_config) == ["default"]
 
 
 def test_other_types_stay_refused(tmp_path: Path) -> None:

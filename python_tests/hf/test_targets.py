@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import gpt2, llama
+from tiny_models import gpt2, llama, logits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from bayes_kernels import functional, random, reference
@@ -27,6 +28,7 @@ from bayes_kernels.hf import (
     posterior,
     predict,
 )
+from bayes_kernels.hf.checkpoints import read_lora
 from bayes_kernels.hf.kl import decoupled_kl
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.targets import as_linear, factor_parameters, patches
@@ -497,3 +499,57 @@ def test_draws_of_a_language_model(where: list[int], tmp_path: Path) -> None:
             for cached in (True, False)
         ]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_of_a_language_model_through_files(tied: bool, tmp_path: Path) -> None:
+    """PEFT writes the base embedding beside its adapter; all readers take the folder."""
+
+    def base() -> Any:
+        return llama(initializer_range=0.1, tie_word_embeddings=tied)
+
+    base().save_pretrained(str(tmp_path / "base"))
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(["embed_tokens", "q_proj"], base=start, task_type="CAUSAL_LM")
+    ids = IDS.clamp(3, 63)
+    model.save_pretrained(str(tmp_path / "own"))
+    model.save_pretrained(str(tmp_path / "lean"), save_embedding_layers=False)
+    export_lora(model, tmp_path / "mean")
+    mean = logits(model, ids)
+    readers: list[Any] = [
+        PeftModel.from_pretrained(base(), str(tmp_path / "own")),
+        PeftModel.from_pretrained(base(), str(tmp_path / "lean")),
+        PeftModel.from_pretrained(base(), str(tmp_path / "mean")),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "own"),
+        read_lora(base(), tmp_path / "own"),
+        read_lora(base(), tmp_path / "mean"),
+        import_lora(base(), tmp_path / "mean", method="blob"),
+    ]
+    for other in readers:
+        torch.testing.assert_close(logits(other.eval(), ids), mean, rtol=1e-5, atol=1e-5)
+    with posterior(model, n_samples=2, seed=3):
+        drawn = logits(model, ids)
+    for other in (readers[0], readers[1], readers[3], readers[4]):
+        with posterior(other, n_samples=2, seed=3):
+            torch.testing.assert_close(logits(other, ids), drawn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("table", "layer table cannot have a posterior: it is an embedding"),
+        ("line", r"layer line cannot have a posterior: it is no product of two linear .*Conv1d"),
+    ],
+)
+def test_laplace_says_what_it_cannot(target: str, said: str) -> None:
+    model = adapted([target, "head"], LoraConfig, Classifier())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    data = [{"input_ids": IDS, "labels": IDS[:, 0] % 3}]
+    with pytest.raises(ValueError, match=said):
+        bayesianize(model, "laplace", data, progress=False)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_weights_that_are_tied_have_one_posterior_each() -> None:
+    with pytest.raises(ValueError, match="ensure_weight_tying cannot be combined"):
+        BlobConfig(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
