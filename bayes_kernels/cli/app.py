@@ -19,10 +19,12 @@ from ..launcher import launched
 from ..table import shorten
 from .bench import bench
 from .data import data
+from .export import export
 from .generate import generate
 from .methods import methods
 from .options import Debug
 from .output import USAGE_ERROR, fail
+from .score import score
 from .sweep import sweep
 from .train import compare, demo, train
 from .use import bayesianize, evaluate, predict
@@ -150,7 +152,7 @@ def info(debug: Debug = False) -> None:
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Begin": (info, methods, demo),
     "Train": (train, compare, sweep, bayesianize),
-    "Use": (evaluate, predict, generate),
+    "Use": (evaluate, predict, generate, score, export),
     "Measure": (bench,),
 }
 for _panel, _commands in _PANELS.items():

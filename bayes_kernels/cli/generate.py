@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,10 @@ from .options import (
 from .output import note, status, writes_unicode
 
 if TYPE_CHECKING:
-    from ..hf.texts import Generation
+    from rich.console import Console
+
+    from ..hf.tasks.writer import SavedWriter
+    from ..hf.texts import Generation, Token
 
 
 def generate(
@@ -71,6 +75,9 @@ def generate(
     model: OtherBase = None,
     batch_size: Annotated[int, whole("Prompts of a batch.", least=1)] = 8,
     seed: DrawSeed = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write each token as soon as it is chosen.")
+    ] = False,
     json_lines: Annotated[
         bool, typer.Option("--json", help="One JSON object a line, with all numbers of all tokens.")
     ] = False,
@@ -87,12 +94,8 @@ def generate(
     All draws choose each token together, by their mean probabilities. Mutual information (nats) is the part
     of a token's uncertainty that stems from the adapter's posterior; entropy is all of it.
     """
-    from ..experiment import folders
     from ..files import write_text
-    from ..hf.checks import CONFIG_NAME
-    from ..hf.highlight import LIMITS, html_page
-    from ..hf.tasks.record import read_members
-    from ..hf.tasks.writer import load_writer
+    from ..hf.highlight import html_page
 
     prompts = [*(prompt or ()), *([] if file is None else read_prompts(file))]
     if not prompts:
@@ -105,21 +108,17 @@ def generate(
         raise ValueError(f"--temperature: expected a number above 0, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"--top-p: expected a number above 0 and at most 1, got {top_p}")
-    if color_by is not None and color_by not in LIMITS:
-        raise ValueError(f"--color-by: expected {' or '.join(LIMITS)}, got {color_by!r}")
+    if stream and (json_lines or beams > 1):
+        got = "--json" if json_lines else f"--beams {beams}"
+        raise ValueError(f"--stream: expected it without --json and --beams, got {got}")
+    check_color(color_by)
     if html is not None:
-        _check_page(html, overwrite, {"adapter": Path(adapter), "file": file})
+        check_page(html, overwrite, {"adapter": Path(adapter), "file": file})
     start(threads, device)
-    folder = Path(adapter)
-    inside = [] if (folder / CONFIG_NAME).exists() else list(folder.glob(f"*/{CONFIG_NAME}"))
-    if not read_members(folder):
-        folder = inside[0].parent if len(inside) == 1 else folder
-        folders.read_record(folder)  # which also says where a stopped run goes on
-    with status(f"reading {adapter}"):
-        writer = load_writer(folder, model=model, device=device)
+    writer = open_writer(adapter, model, device)
     count = writer.n_samples if n_samples is None else n_samples
-    if color_by == "mutual_information" and count < 2:
-        raise ValueError(f"--color-by: expected entropy with {count} draws, got {color_by}")
+    check_color(color_by, count)
+    live = _Live(color_by or ("mutual_information" if count > 1 else "entropy"))
     found = writer.generate(
         prompts,
         n_samples=n_samples,
@@ -131,8 +130,9 @@ def generate(
         stop_strings=stop or None,
         chat=True if chat else None,
         abstain_above=abstain_above,
-        batch_size=batch_size,
-        progress=True,
+        batch_size=1 if stream else batch_size,
+        progress=not stream,
+        streamer=live.add if stream else None,
         **warped,
     )
     if html is not None:
@@ -141,17 +141,69 @@ def generate(
         for text in found:
             print(json.dumps(text.to_dict(), ensure_ascii=not writes_unicode(sys.stdout)))
     else:
-        _show(found, color_by)
+        if stream:
+            live.end()
+        _show(found, color_by, live if stream else None)
     if html is not None:
         note(f"Wrote {html}")
 
 
-def read_prompts(path: Path) -> list[Any]:
-    """Prompts of a file: texts, and conversations.
+def folder_of(adapter: str) -> Path:
+    """The folder of an adapter or of an ensemble: as given, or the only one in it.
+
+    Raises:
+        ValueError: there is none, or a stopped run, which goes on elsewhere.
+    """
+    from ..experiment import folders
+    from ..hf.checks import CONFIG_NAME
+    from ..hf.tasks.record import read_members
+
+    folder = Path(adapter)
+    inside = [] if (folder / CONFIG_NAME).exists() else list(folder.glob(f"*/{CONFIG_NAME}"))
+    if not read_members(folder):
+        folder = inside[0].parent if len(inside) == 1 else folder
+        folders.read_record(folder)  # which also says where a stopped run goes on
+    return folder
+
+
+def open_writer(adapter: str, model: str | None, device: str) -> SavedWriter:
+    """An adapter on its base model with the whole head.
+
+    Raises:
+        ValueError, ImportError, OSError: As `load_writer`.
+    """
+    from ..hf.tasks.writer import load_writer
+
+    folder = folder_of(adapter)
+    with status(f"reading {adapter}"):
+        return load_writer(folder, model=model, device=device)
+
+
+def check_color(color_by: str | None, count: int | None = None) -> None:
+    """Whether tokens can be coloured by this, with so many draws where they are known.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    from ..hf.highlight import LIMITS
+
+    if color_by is not None and color_by not in LIMITS:
+        raise ValueError(f"--color-by: expected {' or '.join(LIMITS)}, got {color_by!r}")
+    if color_by == "mutual_information" and count is not None and count < 2:
+        raise ValueError(f"--color-by: expected entropy with {count} draws, got {color_by}")
+
+
+def read_prompts(path: Path, of: Callable[[object], Any] | None = None) -> list[Any]:
+    """Prompts of a file: lines of text, or what `of` makes of JSON objects.
+
+    Args:
+        path: the file.
+        of: one object, to what it stands for; by default prompts and conversations.
 
     Raises:
         ValueError: it is no file of prompts; all bad lines are named.
     """
+    of = of or _prompt_of
     from ..files import lines_of
 
     if not path.is_file():
@@ -170,7 +222,7 @@ def read_prompts(path: Path) -> list[Any]:
     found, wrong = [], []
     for place, line in rows:
         try:
-            found.append(_prompt_of(json.loads(line)))
+            found.append(of(json.loads(line)))
         except json.JSONDecodeError as error:
             wrong.append(f"{path}:{place}: expected JSON, got {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -203,7 +255,7 @@ def _prompt_of(row: object) -> Any:
     )
 
 
-def _check_page(page: Path, overwrite: bool, inputs: dict[str, Path | None]) -> None:
+def check_page(page: Path, overwrite: bool, inputs: dict[str, Path | None]) -> None:
     """Whether a page may be written."""
     if page.is_dir() or not page.name:
         raise ValueError(f"--html: expected a file, got the folder {str(page)!r}")
@@ -214,16 +266,49 @@ def _check_page(page: Path, overwrite: bool, inputs: dict[str, Path | None]) -> 
         raise ValueError(f"--html: {str(page)!r} exists; use --overwrite, or another name")
 
 
-def _show(texts: list[Generation], by: str | None) -> None:
-    """Texts on the terminal, with their scores."""
+class _Live:
+    """Writes tokens of one text after the other as they are chosen.
+
+    Args:
+        by: what colours them.
+    """
+
+    def __init__(self, by: str) -> None:
+        self.by, self.sequence = by, -1
+
+    def add(self, token: Token) -> None:
+        """The next token."""
+        from ..hf.highlight import terminal_token
+
+        if token.sequence != self.sequence:
+            self.end()
+            self.sequence = token.sequence
+        piece = terminal_token(token.text, getattr(token, self.by), self.by)
+        _console().print(piece, end="")
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """The end of a text."""
+        if self.sequence >= 0:
+            print(flush=True)
+
+
+def _console() -> Console:
     from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _show(texts: list[Generation], by: str | None, live: _Live | None) -> None:
+    """Texts on the terminal, with their scores; without the texts where these were written live."""
     from rich.text import Text
 
     from ..hf.highlight import measure_of, printable, terminal_legend, terminal_text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     for text in texts:
-        console.print(Text(printable(text.prompt), style="dim") + terminal_text(text, by))
+        if live is None:
+            console.print(Text(printable(text.prompt), style="dim") + terminal_text(text, by))
         scores = (
             f"mean log-probability {text.mean_log_prob:.3f}, max entropy {text.max_entropy:.3f}"
         )

@@ -153,6 +153,10 @@ def _text(
             f'export_draws(model, "draws", {count})',
             "```",
             "",
+            "```bash",
+            f"bayes-kernels export . --n-samples {count} --out ../draws",
+            "```",
+            "",
         ]
     lines += [_RENEWED, ""]
     return "\n".join(lines)

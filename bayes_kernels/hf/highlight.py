@@ -118,8 +118,15 @@ def terminal_text(text: ScoredText, by: str | None = None) -> Text:
     by = measure_of(text, by)
     shown = Text()
     for piece, value in zip(text.tokens, _measured(text, by), strict=True):
-        shown.append(printable(piece), style=_TERMINAL[level_of(value, by)])
+        shown.append_text(terminal_token(piece, value, by))
     return shown
+
+
+def terminal_token(piece: str, value: float, by: str) -> Text:
+    """One token of `terminal_text`: what it adds to the text, and its uncertainty, nats."""
+    from rich.text import Text
+
+    return Text(printable(piece), style=_TERMINAL[level_of(value, by)])
 
 
 def terminal_legend(by: str) -> Text:

@@ -30,5 +30,10 @@ def refuse(*arguments: object) -> str:
     return lines[0]
 
 
+def objects(text: str) -> list[dict[str, Any]]:
+    """Lines of JSON."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())

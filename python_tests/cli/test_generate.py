@@ -12,30 +12,12 @@ import pytest
 import transformers
 from hf.letters import letters
 from test_html import check_self_contained
-from tiny_models import adapted, fill, llama
 
 from bayes_kernels.cli.generate import read_prompts
-from bayes_kernels.hf import BlobConfig, generate, load_writer
-from cli.commands import SETTINGS, call, refuse
+from bayes_kernels.hf import generate, load_writer
+from cli.commands import SETTINGS, call, objects, refuse
 
 pytestmark = pytest.mark.cpu_only
-
-
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model, `base`, and of an adapter that PEFT has saved."""
-    home = tmp_path_factory.mktemp("writer")
-    base = llama(initializer_range=0.2)
-    base.generation_config.eos_token_id = None
-    base.save_pretrained(home / "base")
-    letters().save_pretrained(home / "base")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(home / "base")
-    fill(adapted(loaded, BlobConfig), rho=0.6, scale=1.0).save_pretrained(home / "adapter")
-    return home / "adapter"
-
-
-def objects(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 WORDS = ["--n-samples", "3", "--max-new-tokens", "5", "--prompt", "be", "--prompt", "no way"]
@@ -112,6 +94,22 @@ def test_terminal(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[30;48;2;" in colored.stdout
     by_entropy = call("generate", writer, *WORDS, "--color-by", "entropy", "--abstain-above", "0")
     assert "entropy, nats:" in by_entropy.stdout and "abstained: max_mutual" in by_entropy.stdout
+
+
+def test_streamed(writer: Path) -> None:
+    """The same texts, one after the other, then their scores."""
+    whole = call("generate", writer, *WORDS, "--json", "--sample", "--seed", 3)
+    streamed = call("generate", writer, *WORDS, "--stream", "--sample", "--seed", 3)
+    assert streamed.exit_code == 0, streamed.output
+    lines = streamed.stdout.splitlines()
+    texts = objects(whole.stdout)
+    assert [line.rstrip() for line in lines[:2]] == [text["text"].rstrip() for text in texts]
+    for line, text in zip(lines[2:4], texts, strict=True):
+        assert f"max mutual information {text['max_mutual_information']:.3f}" in line
+    assert lines[4].startswith("mutual information, nats:") and len(lines) == 5
+    for words, got in ((["--json"], "--json"), (["--beams", "2"], "--beams 2")):
+        error = refuse("generate", writer, *WORDS, "--stream", *words)
+        assert error == f"--stream: expected it without --json and --beams, got {got}"
 
 
 def test_page(writer: Path, tmp_path: Path) -> None:

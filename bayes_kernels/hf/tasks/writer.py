@@ -12,10 +12,12 @@ from torch import nn
 
 from ..checkpoints import stored_method
 from ..checks import CONFIG_NAME, read_json
-from ..generate import Prompt, generate
+from ..generate import Prompt, generate, score_texts
+from ..logits import Prediction
 from ..method import METHODS, Method
 from ..noise import DRAW_SCOPES, KINDS
-from ..texts import Generation
+from ..texts import Generation, ScoredText
+from ..tokens import score_answers
 from .adapters import Base, pick_device, with_adapter
 from .load import base_of, method_of
 from .record import read_members, read_record, readable
@@ -58,16 +60,56 @@ class SavedWriter:
         Raises:
             ValueError: As there, or `draws` is for methods with draws of another kind.
         """
-        self.method.check_draws(KINDS[0] if draws is None else draws, DRAW_SCOPES[0])
-        return generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            n_samples=self.n_samples if n_samples is None else n_samples,
-            seed=self.seed if seed is None else seed,
-            draws=self.draws if draws is None else draws,
-            **options,
+        chosen = self._chosen(n_samples, seed, draws)
+        return generate(self.model, self.tokenizer, prompts, **chosen, **options)
+
+    def score(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompts: str | Sequence[str] | None = None,
+        n_samples: int | None = None,
+        seed: int | None = None,
+        draws: str | None = None,
+        progress: bool = False,
+    ) -> list[ScoredText]:
+        """As `bayes_kernels.hf.score_texts`, with the draws and the seed of the run by default.
+
+        Raises:
+            ValueError: As there, or `draws` is for methods with draws of another kind.
+        """
+        chosen = self._chosen(n_samples, seed, draws)
+        return score_texts(
+            self.model, self.tokenizer, texts, prompts=prompts, progress=progress, **chosen
         )
+
+    def choose(
+        self,
+        prompts: str | Sequence[str],
+        answers: Sequence[str],
+        *,
+        n_samples: int | None = None,
+        seed: int | None = None,
+        draws: str | None = None,
+        progress: bool = False,
+    ) -> Prediction:
+        """As `bayes_kernels.hf.score_answers`, with the draws and the seed of the run by default.
+
+        Raises:
+            ValueError: As there, or `draws` is for methods with draws of another kind.
+        """
+        chosen = self._chosen(n_samples, seed, draws)
+        return score_answers(
+            self.model, self.tokenizer, prompts, answers, progress=progress, **chosen
+        )
+
+    def _chosen(self, n_samples: int | None, seed: int | None, draws: str | None) -> dict[str, Any]:
+        self.method.check_draws(KINDS[0] if draws is None else draws, DRAW_SCOPES[0])
+        return {
+            "n_samples": self.n_samples if n_samples is None else n_samples,
+            "seed": self.seed if seed is None else seed,
+            "draws": self.draws if draws is None else draws,
+        }
 
 
 def load_writer(

@@ -1,0 +1,118 @@
+"""The command that scores given texts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import transformers
+from hf.letters import letters
+from test_html import check_self_contained
+
+from bayes_kernels.hf import score_answers, score_texts
+from cli.commands import call, objects, refuse
+
+pytestmark = pytest.mark.cpu_only
+
+OPTIONS = {"n_samples": 4, "seed": 2}
+WORDS = ["--n-samples", "4", "--seed", "2"]
+
+
+def run(*words: object) -> Any:
+    result = call("score", *words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def model(writer: Path) -> Any:
+    base = transformers.AutoModelForCausalLM.from_pretrained(writer.parent / "base")
+    return peft.PeftModel.from_pretrained(base, writer).eval()
+
+
+def test_numbers_are_those_of_the_library(writer: Path, model: Any, tmp_path: Path) -> None:
+    rows = [{"text": " way", "prompt": "no"}, {"text": "bed"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    got = objects(run(writer, "--text", "be", "--file", tmp_path / "t.jsonl", *WORDS, "--json"))
+    cases = [("be", None), (" way", "no"), ("bed", None)]
+    for line, (text, prompt) in zip(got, cases, strict=True):
+        (expected,) = score_texts(model, letters(), text, prompts=prompt, **OPTIONS)
+        assert line["prompt"] == prompt and line["token_ids"] == expected.token_ids
+        assert line["token_log_prob"] == pytest.approx(expected.log_probs, abs=1e-5)
+        doubts = line["token_mutual_information"]
+        assert doubts == pytest.approx(expected.mutual_information, abs=1e-5) and max(doubts) > 1e-3
+        assert line["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    again = objects(run(writer, "--text", " way", "--prompt", "no", *WORDS, "--json"))
+    assert again == [got[1]]
+    assert objects(run(writer, "--text", "be", "--json", "--n-samples", 0))[0]["n_samples"] == 0
+
+
+def test_answers(writer: Path, model: Any) -> None:
+    words = ["--text", "no", "--text", "be", "--answer", " way", "--answer", " bed", *WORDS]
+    expected = score_answers(model, letters(), ["no", "be"], [" way", " bed"], **OPTIONS)
+    for i, line in enumerate(objects(run(writer, *words, "--json"))):
+        assert list(line["probabilities"]) == [" way", " bed"]
+        assert list(line["probabilities"].values()) == pytest.approx(
+            expected.probs[i].tolist(), abs=1e-5
+        )
+        assert line["mutual_information"] == pytest.approx(
+            float(expected.mutual_information[i]), abs=1e-5
+        )
+        assert line["answer"] == [" way", " bed"][int(expected.classes[i])]
+    shown = run(writer, *words).splitlines()
+    assert shown[0] == "no" and f"' way' {expected.probs[0, 0]:.3f}" in shown[1]
+    single = objects(run(writer, *words[:-4], "--json", "--n-samples", 0))
+    assert {line["mutual_information"] for line in single} == {None}
+
+
+def test_terminal_and_page(writer: Path, model: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    shown = run(writer, "--text", "be", "--text", "no way", *WORDS, "--html", page)
+    found = score_texts(model, letters(), ["be", "no way"], **OPTIONS)
+    tokens = [value for text in found for value in text.log_probs]
+    nll = -sum(tokens) / len(tokens)
+    lines = shown.splitlines()
+    assert f"NLL {-found[0].mean_log_prob:.3f}" in lines[1]
+    assert lines[-1].startswith(
+        f"all texts: {len(tokens)} tokens, NLL {nll:.3f}, perplexity {math.exp(nll):.4g}, mutual"
+    )
+    check_self_contained(page.read_text(encoding="utf-8"))
+    assert "use --overwrite" in refuse("score", writer, "--text", "be", "--html", page)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "score: expected --text or --file, got neither"),
+        (["--text", ""], "--text: expected text, got nothing"),
+        (["--text", "be", "--answer", "a"], "answers must be at least two texts"),
+        (
+            ["--text", "be", "--answer", "a", "--html", "x.html"],
+            "--answer: expected it without --ht",
+        ),
+        (["--text", "be", "--answer", "a", "--color-by", "entropy"], "without --color-by"),
+        (["--text", "be", "--color-by", "doubt"], "--color-by: expected mutual_information or"),
+        (
+            ["--text", "be", "--color-by", "mutual_information", "--n-samples", "1"],
+            "--color-by: expected entropy with 1 draws",
+        ),
+        (["--text", "be", "--draws", "pairs"], "got 'pairs'"),
+        (["--text", "be", "--n-samples", "-1"], "--n-samples: expected an integer from 0"),
+        (["--text", "be", "--seed", "x"], "--seed: expected an integer"),
+        (["--text", "be", "--device", "tpu"], "device: expected 'auto', 'cpu' or 'cuda'"),
+        (["--file", "none.txt"], "expected a file that exists"),
+    ],
+)
+def test_what_is_refused(writer: Path, words: list[str], error: str) -> None:
+    assert error in refuse("score", writer, *words)
+
+
+def test_bad_files(writer: Path, tmp_path: Path) -> None:
+    for row in ("3", '{"text": 3}', '{"text": "a", "prompt": 3}', '{"prompt": "a"}', "x"):
+        (tmp_path / "t.jsonl").write_text(row + "\n")
+        error = refuse("score", writer, "--file", tmp_path / "t.jsonl")
+        assert "t.jsonl:1: expected" in error
