@@ -12,6 +12,8 @@ import torch
 
 RANK = 8
 METHODS = ("peft_lora", "published_blob", "blob", "scalabl", "polar_vbll")
+# Bytes of a weight of a linear layer; None: those of the model's dtype. nf4 has an fp32 scale for each 64.
+BASES: dict[str, float | None] = {"half": None, "8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,16 @@ class Memory:
 
 
 def predict(
-    shape: Shape, batch: int, length: int, method: str, classes: int, rank: int = RANK
+    shape: Shape,
+    batch: int,
+    length: int,
+    method: str,
+    classes: int,
+    rank: int = RANK,
+    *,
+    base: str = "half",
+    checkpointing: bool = False,
+    activation_bits: int | None = None,
 ) -> Memory:
     """Peak memory of forward, backward and optimiser for adapters on query and value projections.
 
@@ -81,19 +92,32 @@ def predict(
         method: one of `METHODS`.
         classes: of the classifier, which is trained.
         rank: of the adapters.
+        base: one of `BASES`: "half" is the dtype of the shape, "8bit" and "4bit" are bitsandbytes' layers.
+        checkpointing: gradient checkpointing of every layer, as transformers does it.
+        activation_bits: 8 or None, as of the configurations of `bayes_kernels.hf`.
 
     Raises:
-        ValueError: the method or the kind of model is not known.
+        ValueError: the method, the base or the kind of model is not known, or the method has no
+            activation_bits.
     """
     if method not in METHODS or shape.kind != "llama":
         raise ValueError(
             f"predict: method must be one of {METHODS} and the shape a llama, got {method!r} and "
             f"{shape.kind!r}"
         )
+    if base not in BASES:
+        raise ValueError(f"predict: base must be one of {tuple(BASES)}, got {base!r}")
+    own = method not in ("peft_lora", "published_blob")
+    if activation_bits not in (None, 8) or (activation_bits is not None and not own):
+        raise ValueError(
+            f"predict: activation_bits must be None, or 8 for a method of bayes_kernels.hf, got "
+            f"{activation_bits!r} for {method!r}"
+        )
     d, kv, f, n_layers = shape.hidden, shape.kv_width, shape.intermediate, shape.layers
     tokens, size = batch * length, shape.dtype.itemsize
 
-    frozen = shape.vocab * d + n_layers * (2 * d * d + 2 * d * kv + 3 * d * f + 2 * d) + d
+    linear = n_layers * (2 * d * d + 2 * d * kv + 3 * d * f)
+    frozen = (shape.vocab * d + n_layers * 2 * d + d) * size + int(linear * (BASES[base] or size))
     adapters = n_layers * rank * ((d + d) + (d + kv))  # A and B of query and value
     beside = {"published_blob": 2 * rank * d, "blob": 2 * rank * d, "scalabl": 4 * rank}
     adapters += n_layers * beside.get(method, 0)  # deviations, or singular values with theirs
@@ -107,33 +131,45 @@ def predict(
         trained = 4 * adapters + 2 * 4 * head  # mean and variance of every weight, fp32
         replaced = 2 * 4 * head
 
-    # The first layer's input needs no gradient, so that its norm keeps nothing.
-    norms = (2 * n_layers - 1) * tokens * d * 4 + (2 * n_layers) * tokens * 4
+    norm = tokens * d * 4 + tokens * 4  # the input of one in fp32, and a number for each token
     # Plain LoRA and the published formula work in fp32: with other activations each adapter has its
     # own copy of x, which else is one for both.
-    adapter_inputs = n_layers * tokens * d * size
-    if method in ("peft_lora", "published_blob") and size < 4:
-        adapter_inputs = 2 * n_layers * tokens * d * 4
-    adapter_rank = n_layers * 2 * tokens * rank * 4
+    inputs = tokens * d * size
+    if not own and size < 4:
+        inputs = 2 * tokens * d * 4
+    elif activation_bits == 8:
+        inputs = tokens * (d + -(-d // 32))
+    in_rank = 2 * tokens * rank * 4
+    signed = 0
     if method == "published_blob":
         # Of each adapter: the signs of x (not where x needs no gradient), x with them; in rank space
         # the signs and the product with them; the noise of the factor and its deviation.
-        adapter_inputs += (n_layers * 2 + (n_layers - 1) * 2) * tokens * d * 4
-        adapter_rank += n_layers * 2 * 2 * (tokens + d) * rank * 4
-    attention = n_layers * tokens * (2 * (d + kv) * size + shape.heads * 4)
-    mlp = n_layers * 3 * tokens * f * size
+        inputs += 2 * tokens * d * 4
+        signed = 2 * tokens * d * 4
+        in_rank += 2 * 2 * (tokens + d) * rank * 4
+    attention = tokens * (2 * (d + kv) * size + shape.heads * 4)
+    mlp = 3 * tokens * f * size
     final_norm = tokens * d * 4
     classifier = 0 if method == "polar_vbll" else tokens * d * size
-    saved = norms + adapter_inputs + adapter_rank + attention + mlp + final_norm + classifier
+    layer = 2 * norm + inputs + signed + in_rank + attention + mlp
+    # The first layer's input needs no gradient, so that its norm keeps nothing but numbers of tokens.
+    first = tokens * d * 4 + signed
+    kept = n_layers * layer - first
+    again = 0  # what a layer keeps while it is computed again
+    if checkpointing:  # the input of every layer; transformers lets the first one have a gradient
+        kept, again = n_layers * tokens * d * size, layer
+    saved = kept + final_norm + classifier
 
     # The peak is at one of two places in the backward pass, whichever is higher: in the last layer's
     # MLP, with three gradients of its width and one of the residual stream, when what the final norm
     # and the classifier kept is free; or in the final norm, with five fp32 arrays, when what the
-    # classifier kept is.
-    in_mlp = 3 * tokens * f * size + tokens * d * size - final_norm - classifier
+    # classifier kept is. A quantised weight is made again for its product, the largest in the MLP.
+    in_mlp = 3 * tokens * f * size + tokens * d * size - final_norm - classifier + again
+    if BASES[base] is not None:
+        in_mlp += d * f * size
     in_norm = 5 * tokens * d * 4 - classifier
     return Memory(
-        parameters=frozen * size + replaced + trained,
+        parameters=frozen + replaced + trained,
         gradients=trained,
         optimizer=2 * trained,
         saved=saved,
