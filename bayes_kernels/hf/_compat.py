@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -126,6 +127,17 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
 # 5.24 on, "past_key_values" before and for callers who have not changed, "cache_params" for
 # state-space models before.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """Under which name a decoder takes a KV cache; None where it takes none, or no position_ids."""
+    for cls in type(model).__mro__:
+        forward = cls.__dict__.get("forward")
+        names = inspect.signature(forward).parameters if forward is not None else {}
+        found = next((name for name in CACHE_NAMES[:2] if name in names), None)
+        if found is not None:
+            return found if "position_ids" in names else None
+    return None
 
 
 def continues_a_text(kwargs: Mapping[str, Any]) -> bool:

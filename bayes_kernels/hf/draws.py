@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from .layers import (
 from .logits import GATHERED, AnyPrediction, LogitRows, target_kind
 from .lower_layers import Shared, find_lower_layers
 from .posterior import posterior
+from .prefixes import split_prefix
 from .stopping import Settling
 
 
@@ -65,6 +67,7 @@ class Predictor(Protocol):
         stop: float | None = None,
         stop_rule: str = "normal",
         min_samples: int = 4,
+        share_prefix: bool = False,
     ) -> AnyPrediction:
         """The prediction of a batch; arguments as in `bayes_kernels.hf.predict`."""
 
@@ -170,6 +173,7 @@ class WeightDraws:
         stop: float | None = None,
         stop_rule: str = "normal",
         min_samples: int = 4,
+        share_prefix: bool = False,
     ) -> AnyPrediction:
         """As `Predictor.predict`.
 
@@ -220,10 +224,22 @@ class WeightDraws:
                         stop=stop,
                         stop_rule=stop_rule,
                         min_samples=min_samples,
+                        share_prefix=share_prefix,
                     )
                     for part in parts
                 ]
                 return found[0].concatenate(found)  # type: ignore[arg-type]
+        prefix = None
+        if share_prefix:
+            if not self.divisible or scope != "example" or self.generator is not model:
+                raise ValueError(
+                    "predict: share_prefix must be False where draws go by the place in the batch (MC "
+                    "dropout, scope='token') or are members of an ensemble; leave it out"
+                )
+            prefix = split_prefix(model, to_device(inputs_of(batch), device))
+        if prefix is not None:
+            rows = LogitRows(model, prefix.rest, choices)
+            inputs, share_layers = {**prefix.rest, **rows.options}, False
         dependent = self.dependent(draws, scope)
         gathered: Any = None
         settling: Settling | None = None
@@ -250,6 +266,9 @@ class WeightDraws:
                 which: dict[str, Any] = {"n_samples": count, "seed": seed, "first_sample": first}
                 again = contextlib.nullcontext() if shared is None else shared.replayed(count)
                 with self.weights(n_samples > 0, **which, **law), again:
+                    if prefix is not None:
+                        run = functools.partial(self.outputs, first=first, count=count)
+                        folded.update(prefix.filled(run, count, len(kept)))
                     logits = rows.of(self.outputs(folded, first, count), count)
                 first += count
                 kind = "classes"

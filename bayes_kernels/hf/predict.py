@@ -37,6 +37,7 @@ def predict(
     stop: float | None = None,
     stop_rule: str = "normal",
     min_samples: int = 4,
+    share_prefix: bool = False,
 ) -> AnyPrediction:
     """Mean class probabilities over draws of the weights, with their uncertainty.
 
@@ -100,6 +101,10 @@ def predict(
             "betting" makes no such assumption and takes many more draws where leads are small.
             `bayes_kernels.hf.stopping` has both.
         min_samples: the fewest draws of a text, with `stop`.
+        share_prefix: compute what all texts of the batch begin with once for each draw, into a KV cache, and
+            only the rest of each text by itself; the numbers are the same up to rounding. For decoders
+            and draws of weights of whole texts, from `input_ids` and `attention_mask`. Lower layers are
+            then not shared.
 
     Returns:
         `Prediction`, `LabelPrediction` or `NumberPrediction`, on the CPU. Cost: S forward passes of the
@@ -134,6 +139,10 @@ def predict(
             f"predict: stop must be None or 0 for draws='shared', which depend on each other, got {stop}; "
             "use 'antithetic' or 'independent'"
         )
+    if share_prefix and not isinstance(predictor, WeightDraws):
+        raise ValueError(
+            "predict: share_prefix must be False where draws are of logits; leave it out"
+        )
     return predictor.predict(
         batch,
         n_samples=n_samples,
@@ -148,6 +157,7 @@ def predict(
         stop=stop,
         stop_rule=stop_rule,
         min_samples=min_samples,
+        share_prefix=share_prefix,
     )
 
 

@@ -29,6 +29,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from tools.floor import requirements
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.cache_utils import DynamicCache
 from transformers.integrations import moe
 
 from bayes_kernels.hf import (
@@ -344,6 +345,24 @@ def test_sizes_in_configurations(make: Callable[[], Any]) -> None:
         names,
         "hf/predict.py and experiment/models.py",
     )
+
+
+def test_a_cache_of_a_shared_beginning() -> None:
+    model = transformers.LlamaForCausalLM
+    need(
+        transformers,
+        "DynamicCache",
+        DynamicCache(),
+        "layers batch_repeat_interleave",
+        "prefixes.py",
+    )
+    names = inspect.signature(model.forward).parameters
+    if not {*_compat.CACHE_NAMES[:2]} & {*names} or "position_ids" not in names:
+        pytest.fail(
+            f"transformers {transformers.__version__}: LlamaForCausalLM.forward has none of "
+            f"{_compat.CACHE_NAMES[:2]}, or no position_ids; prefixes.py needs them",
+            pytrace=False,
+        )
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, t5, mamba])
