@@ -32,6 +32,7 @@ except ImportError as error:
     ) from None
 
 __all__ = [
+    "auroc_intervals",
     "entropy_histogram",
     "errors_by_draws",
     "reliability_diagram",
@@ -354,6 +355,36 @@ def errors_by_draws(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> 
         axes.minorticks_off()
         axes.title.set_fontsize(10)
         axes.legend(fontsize=8, frameon=False, handlelength=2.6)
+        _tidy(axes)
+    return figure
+
+
+def auroc_intervals(panels: Mapping[str, Mapping[str, metrics.Interval]]) -> Figure:
+    """AUROCs with their intervals, a line for each row and a panel for each question.
+
+    Args:
+        panels: for each title the results of `metrics.auroc_interval` by row; every panel has the rows of
+            the first, in its order, or some of them. The dotted line is chance.
+
+    Raises:
+        ValueError: there are no rows, or a panel has one that the first has not.
+    """
+    first = list(next(iter(panels.values()), {}))
+    if not first or any(set(rows) - set(first) for rows in panels.values()):
+        raise ValueError(
+            "auroc_intervals: panels must have rows, those of the first panel, got "
+            f"{ {title: list(rows) for title, rows in panels.items()} }"
+        )
+    figure = _figure(2.2 + 2.6 * len(panels), 0.8 + 0.3 * len(first))
+    axes_of = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    places = {name: -i for i, name in enumerate(first)}
+    for axes, (title, rows) in zip(axes_of, panels.items(), strict=True):
+        axes.axvline(0.5, color="0.45", linewidth=1, linestyle=":")
+        for name, (value, low, high) in rows.items():
+            axes.plot([low, high], [places[name]] * 2, color=_COLORS[0], linewidth=1.5)
+            axes.plot([value], [places[name]], "o", color=_COLORS[0], markersize=5)
+        axes.set(title=title, xlabel="AUROC", yticks=list(places.values()), yticklabels=first)
+        axes.title.set_fontsize(10)
         _tidy(axes)
     return figure
 

@@ -137,6 +137,22 @@ def test_score_curves(tmp_path):
             plots.score_curves(values, bad)
 
 
+def test_auroc_intervals(tmp_path):
+    rows = {"a": metrics.Interval(0.7, 0.6, 0.8), "b": metrics.Interval(0.5, 0.4, 0.55)}
+    figure = plots.auroc_intervals({"wrong": rows, "far": {"b": rows["b"]}})
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["a", "b"]
+    assert (first.get_title(), second.get_title()) == ("wrong", "far")
+    # Chance, and for each row its interval and its value.
+    drawn = [line.get_xdata() for line in first.lines[1:]]
+    assert [list(x) for x in drawn] == [[0.6, 0.8], [0.7], [0.4, 0.55], [0.5]]
+    assert second.lines[1].get_ydata()[0] == first.lines[3].get_ydata()[0]
+    plots.save(figure, tmp_path / "auroc.png")
+    for bad in ({}, {"wrong": {}}, {"wrong": {"a": rows["a"]}, "far": rows}):
+        with pytest.raises(ValueError, match="auroc_intervals: panels must have rows"):
+            plots.auroc_intervals(bad)
+
+
 def test_entropy_histogram():
     inside = torch.rand(200, generator=torch.Generator().manual_seed(0))
     outside = 0.5 + torch.rand(100, generator=torch.Generator().manual_seed(1))

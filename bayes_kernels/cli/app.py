@@ -17,6 +17,7 @@ import typer
 
 from ..launcher import launched
 from ..table import shorten
+from .answers import answers
 from .bench import bench
 from .data import data
 from .export import export
@@ -153,7 +154,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Begin": (info, methods, demo),
     "Train": (train, compare, sweep, bayesianize),
     "Use": (evaluate, predict, generate, score, export),
-    "Measure": (bench,),
+    "Measure": (answers, bench),
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:

@@ -25,7 +25,8 @@ from transformers import TrainingArguments as Arguments
 from ..hf.config import own_fields
 from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
-from ..hf.tasks.encoder import TaskEncoder, batches_of
+from ..hf.tasks.encoder import EncodedDataset, TaskEncoder, batches_of
+from ..hf.tokens import IGNORED
 from ..hf.trainer import BayesTrainer, last_checkpoint
 from ..launcher import launched
 from ..progress import progress_bar
@@ -139,6 +140,8 @@ def train_model(
             "train_dataset": data,
             "data_collator": encoder.collate,
         }
+        if not method.plain and (tokens := _learnt_tokens(data)):
+            options["n_train"] = tokens
         trainer: Any = (_PlainTrainer if method.plain else _Trainer)(**options)
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -189,6 +192,12 @@ def _resolved(model: PeftModel) -> dict[str, Any]:
     }
     targets = found["target_modules"]
     return {**found, "target_modules": sorted(targets) if isinstance(targets, set) else targets}
+
+
+def _learnt_tokens(data: EncodedDataset) -> int:
+    """Labels that the loss is a mean of, where an example has one for each token; 0 for classes."""
+    rows = [item["labels"] for item in data.items if isinstance(item.get("labels"), list)]
+    return sum(label != IGNORED for labels in rows for label in labels)
 
 
 def _step_of(checkpoint: str | None) -> int:

@@ -16,6 +16,7 @@ probability that underflows to zero costs an infinite log loss, its logarithm do
 | `aurc augrc` | area under the (generalised) risk-coverage curve |
 | `coverage_at_risk` | largest coverage whose selective risk stays below a bound |
 | `ood_auroc fpr95` | detection of out-of-distribution inputs from an uncertainty score |
+| `auroc_interval` | `ood_auroc` with a bootstrap interval, for wrong against right answers too |
 | `predictive_entropy` | total uncertainty `H[mean_s p_s]` |
 | `expected_entropy` | its aleatoric part, `mean_s H[p_s]` |
 | `mutual_information` | its epistemic part, the difference of the two |
@@ -28,7 +29,7 @@ never clamped away from zero, never renormalised. Cost is O(n C), plus O(n log n
 needed, on the device of the input, where nothing else is said.
 """
 
-from .bootstrap import Difference, paired_bootstrap
+from .bootstrap import Difference, Interval, auroc_interval, paired_bootstrap
 from .calibration import (
     EceFloor,
     ReliabilityBins,
@@ -60,6 +61,7 @@ from .uncertainty import (
 __all__ = [
     "Difference",
     "EceFloor",
+    "Interval",
     "ReliabilityBins",
     "Report",
     "RiskCoverageCurve",
@@ -67,6 +69,7 @@ __all__ = [
     "adaptive_ece",
     "augrc",
     "aurc",
+    "auroc_interval",
     "brier",
     "confidence_and_correct",
     "corrected_mutual_information",

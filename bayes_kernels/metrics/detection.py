@@ -21,7 +21,7 @@ def ood_auroc(score_in: ArrayLike, score_out: ArrayLike) -> float:
         score_in: (n,) scores of in-distribution inputs, higher is more uncertain.
         score_out: (m,) scores of out-of-distribution inputs.
     """
-    inside, outside = _score_pair("ood_auroc", score_in, score_out)
+    inside, outside = score_pair("ood_auroc", score_in, score_out)
     inside = inside.sort().values
     below = torch.searchsorted(inside, outside, right=False)
     not_above = torch.searchsorted(inside, outside, right=True)
@@ -43,7 +43,7 @@ def fpr_at_tpr(score_in: ArrayLike, score_out: ArrayLike, *, tpr: float = 0.95) 
     """
     if not 0.0 < tpr <= 1.0:
         raise ValueError(f"fpr_at_tpr: tpr must lie in (0, 1], got {tpr!r}")
-    inside, outside = _score_pair("fpr_at_tpr", score_in, score_out)
+    inside, outside = score_pair("fpr_at_tpr", score_in, score_out)
     # The margin keeps a product such as 0.95 * 20, should it round up, from asking for one more.
     needed = max(1, math.ceil(tpr * len(outside) - 1e-9))
     threshold = outside.sort(descending=True).values[needed - 1]
@@ -59,6 +59,7 @@ def fpr95(score_in: ArrayLike, score_out: ArrayLike) -> float:
     return fpr_at_tpr(score_in, score_out, tpr=0.95)
 
 
-def _score_pair(where: str, score_in: ArrayLike, score_out: ArrayLike) -> tuple[Tensor, Tensor]:
+def score_pair(where: str, score_in: ArrayLike, score_out: ArrayLike) -> tuple[Tensor, Tensor]:
+    """Scores of two groups on one device, without NaN and not empty."""
     inside = as_scores(where, "score_in", score_in)
     return inside, as_scores(where, "score_out", score_out).to(inside.device)

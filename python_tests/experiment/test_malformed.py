@@ -525,11 +525,12 @@ def test_records_that_are_damaged(workspace: Path) -> None:
 def test_every_option_has_cases() -> None:
     """Of every command but those that read nothing; a new option needs cases of its own.
 
-    `generate` wants a causal model (cli/test_generate.py), `data` has commands of its own (cli/test_app.py).
+    `generate`, `score`, `export` and `answers` want a causal model and have tests of their own, `data`
+    has commands of its own (cli/test_app.py).
     """
     generated: Any = typer.main.get_command(app.app)
     assert set(NEEDS) == set(generated.commands) - {
-        *("info", "methods", "bench", "generate", "data")
+        *("info", "methods", "bench", "generate", "score", "export", "answers", "data")
     }
     used = {(c.words[0], w) for c in (*numbers(), *words(), *combined()) for w in c.words}
     used |= {(words[0], word) for f in PLACES.values() for words in [f("x")] for word in words}

@@ -156,3 +156,32 @@ def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         metrics.paired_bootstrap(log_probs, other, [1, 1, 1], **options)
     assert str(caught.value).startswith("paired_bootstrap") and "\n" not in str(caught.value)
+
+
+def test_auroc_interval_is_that_of_resampled_groups():
+    generator = torch.Generator().manual_seed(3)
+    inside = torch.randn(40, generator=generator).round(decimals=1)  # with ties
+    outside = torch.randn(30, generator=generator).round(decimals=1) + 0.5
+    found = metrics.auroc_interval(inside, outside, n_resamples=4000)
+    assert found.value == pytest.approx(metrics.ood_auroc(inside, outside), abs=1e-12)
+    draws = np.random.default_rng(0)
+    drawn = [
+        metrics.ood_auroc(inside[draws.integers(40, size=40)], outside[draws.integers(30, size=30)])
+        for _ in range(4000)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.01) and found.high == pytest.approx(high, abs=0.01)
+    assert str(found) == f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    narrow = metrics.auroc_interval(inside, outside, level=0.5)
+    assert found.low < narrow.low < narrow.value < narrow.high < found.high
+    assert metrics.auroc_interval(inside, outside, n_resamples=4000) == found
+
+
+def test_auroc_interval_of_extremes():
+    assert metrics.auroc_interval([0.0, 1.0], [2.0]) == (1.0, 1.0, 1.0)
+    assert metrics.auroc_interval([math.inf], [math.inf, math.inf]) == (0.5, 0.5, 0.5)
+    for options in ({"level": 1.0}, {"n_resamples": 0}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"auroc_interval: {next(iter(options))} must"):
+            metrics.auroc_interval([0.0], [1.0], **options)
+    with pytest.raises(ValueError, match="auroc_interval"):
+        metrics.auroc_interval([], [1.0])
