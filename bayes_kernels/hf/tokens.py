@@ -52,7 +52,8 @@ class TokenPrediction:
     Attributes:
         log_probs: (N,) log p of the label.
         confidence: (N,) largest probability of p.
-        correct: (N,) bool, whether the label has it.
+        predicted: (N,) int64, the token that has it.
+        correct: (N,) bool, whether that is the label.
         entropy: (N,) entropy of p: all uncertainty.
         expected_entropy: (N,) mean entropy of the p_s: what is left where the weights are known.
         draw_log_probs: (S, N) log p_s of the label; one row for the posterior mean.
@@ -65,6 +66,7 @@ class TokenPrediction:
 
     log_probs: Tensor
     confidence: Tensor
+    predicted: Tensor
     correct: Tensor
     entropy: Tensor
     expected_entropy: Tensor
@@ -303,7 +305,7 @@ def labelled(
             f"predict_tokens: labels must be token ids below {logits.shape[-1]}, or -100, got "
             f"{int(targets.min())} to {int(targets.max())}"
         )
-    parts: list[list[Tensor]] = [[] for _ in range(7)]
+    parts: list[list[Tensor]] = [[] for _ in range(8)]
     count = max(16, _AT_ONCE // (len(logits) * logits.shape[-1]))
     for start in range(0, len(targets), count):
         where = slice(start, start + count)
@@ -317,7 +319,16 @@ def labelled(
         bias = torch.full_like(own, math.nan) if mean.entropy_bias is None else mean.entropy_bias
         for kept, value in zip(
             parts,
-            (own, top.exp(), best == target, mean.entropy, mean.expected_entropy, bias, drawn.T),
+            (
+                own,
+                top.exp(),
+                best == target,
+                mean.entropy,
+                mean.expected_entropy,
+                bias,
+                drawn.T,
+                best,
+            ),
             strict=True,
         ):
             kept.append(value.cpu())
@@ -328,6 +339,7 @@ def labelled(
     return TokenPrediction(
         log_probs=joined[0],
         confidence=joined[1],
+        predicted=joined[7].long(),
         correct=joined[2].bool(),
         entropy=joined[3],
         expected_entropy=joined[4],

@@ -365,12 +365,19 @@ def test_return_sequences_of_one_prompt_may_have_a_draw_each() -> None:
         assert torch.equal(found[d], alone[0])
 
 
-@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"assistant": True}])
-def test_ways_to_generate_keep_the_draw(options: dict[str, Any]) -> None:
-    model = blob()
-    if options.pop("assistant", False):
-        options = {"assistant_model": tiny_models.llama(eos_token_id=None, pad_token_id=0)}
-    with posterior(model, draws=[3], seed=1):
+@pytest.mark.parametrize("draw", [0, 3])
+@pytest.mark.parametrize("way", ["static cache", "assistant", "adapted assistant", "lookup"])
+def test_ways_to_generate_keep_the_draw(way: str, draw: int) -> None:
+    """An assistant proposes tokens, with a seed of its own if it has draws; the draw decides."""
+    model, other = blob(), blob()
+    assistant = tiny_models.llama(eos_token_id=None, pad_token_id=0)
+    options: dict[str, Any] = {
+        "static cache": {"cache_implementation": "static"},
+        "assistant": {"assistant_model": assistant},
+        "adapted assistant": {"assistant_model": other},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+    }[way]
+    with posterior(model, draws=[draw], seed=1), posterior(other, seed=9):
         plain = model.generate(input_ids=IDS[:1], max_new_tokens=6, **GREEDY)
         found = model.generate(input_ids=IDS[:1], max_new_tokens=6, **GREEDY, **options)
     assert torch.equal(found, plain)

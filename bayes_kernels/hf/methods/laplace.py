@@ -36,6 +36,7 @@ from ..logits import (
 )
 from ..method import PAPERS, Conversion, Method, default_options
 from ..swap import make_plain, the_adapter
+from ..tokens import label_shift
 from ..undo import as_before_if_stopped
 from .laplace_posterior import (
     LAPLACE_FILE,
@@ -275,6 +276,11 @@ def laplace_(
     begin = time.perf_counter()
     peft_model, name = the_adapter("laplace_", model)
     if choices is None:
+        if label_shift(model) is not None:
+            raise ValueError(
+                "laplace_: choices must be ids of the answer tokens for a language model, got none: the "
+                "curvature is of class logits; for labels of tokens use BLoB, ScalaBL or TFB"
+            )
         need_classes("laplace_", model)
     with as_before_if_stopped(peft_model):
         make_plain(peft_model, name)

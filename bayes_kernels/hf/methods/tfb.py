@@ -40,6 +40,7 @@ from ..noise import DRAW_SCOPES, KINDS, NoiseState
 from ..predict import predict
 from ..swap import adapted_layers, lora_options, make_bayesian, mean_factors, the_adapter
 from ..targets import unsupported_target
+from ..tokens import TokenPrediction, label_shift, predict_tokens
 from ..undo import as_before_if_stopped
 from ..variants import BayesLayer
 from .blob import GaussianFactor
@@ -233,7 +234,9 @@ def tfb_(
     * "nll": |NLL(sigma_q) - NLL(mean)| / NLL(mean) <= tolerance (0.003): little noise for an adapter
       that fits its anchors,
 
-    with NLL and accuracy of the mean prediction of n_samples draws, as `predict` makes it.
+    with NLL and accuracy of the mean prediction of n_samples draws, as `predict` makes it. For a language
+    model with labels of tokens (B, T), -100 where none counts, and no choices, all three are over the
+    labelled tokens, as `predict_tokens` has them.
     All evaluations use the same draws of eps (common random numbers), so that the changes are a smooth
     function of sigma_q. The noise of the update is scaling * sigma_q, as published.
 
@@ -292,11 +295,19 @@ def tfb_(
         scope=scope,
         layers=layers,
     )
-    if choices is None:
+    of_tokens = choices is None and label_shift(model) is not None
+    if choices is None and not of_tokens:
         need_classes("tfb_", model)
     begin = time.perf_counter()
     bound = TOLERANCES[metric] if tolerance is None else tolerance
-    batches = _with_labels(_batches(anchors, batch_size, collate_fn), labels)
+    batches = _batches(anchors, batch_size, collate_fn)
+    if not of_tokens:
+        batches = _with_labels(batches, labels)
+    elif labels == "pseudo" or scope != DRAW_SCOPES[0]:
+        raise ValueError(
+            f"tfb_: labels of tokens must be true ones, with scope={DRAW_SCOPES[0]!r}, got labels={labels!r} "
+            f"and scope={scope!r}; give choices for a model that answers"
+        )
     options: dict[str, Any] = {
         "seed": seed,
         "draws": draws,
@@ -311,9 +322,18 @@ def tfb_(
         )
         bar = progress_bar(progress, total=evaluations * len(batches), desc="TFB", unit="batch")
 
-        def evaluate(sigma: float) -> Prediction:
+        def evaluate(sigma: float) -> Prediction | TokenPrediction:
             _set_sigma(noisy, weights, sigma)
             bar.set_postfix_str(f"sigma_q {sigma:.4g}", refresh=False)
+            count = n_samples if sigma else 0
+            if of_tokens:
+                found = []
+                for batch in batches:
+                    found.append(
+                        predict_tokens(model, batch, n_samples=count, seed=seed, draws=draws)
+                    )
+                    bar.update()
+                return TokenPrediction.concatenate(found)
             parts = []
             for batch in batches:
                 part = predict(model, batch, n_samples=n_samples if sigma else 0, **options)
@@ -324,16 +344,7 @@ def tfb_(
 
         with bar:
             mean = evaluate(0.0)
-            if labels == "true" and mean.labels is None:
-                raise ValueError("tfb_: anchors must have labels for labels='true', got none")
-            kind = "pseudo" if labels == "pseudo" or mean.labels is None else "true"
-            truth = mean.classes if kind == "pseudo" or mean.labels is None else mean.labels
-            classes = mean.log_probs.shape[1]
-            if bool(((truth < 0) | (truth >= classes)).any()):
-                raise ValueError(
-                    f"tfb_: labels must be in [0, {classes}), got {int(truth.min())} to "
-                    f"{int(truth.max())}; pass labels='pseudo'"
-                )
+            kind, truth = _truth(mean, labels)
             score = _Score(metric, bound, truth, mean, per_anchor)
             trial = lambda sigma: score.trial(sigma, evaluate(sigma))  # noqa: E731
             if search == "grid":
@@ -512,25 +523,60 @@ def _grid(
     return high, trace
 
 
+def _truth(mean: Prediction | TokenPrediction, labels: str) -> tuple[str, Tensor]:
+    """Which labels the search has, "true" or "pseudo", and those of classes.
+
+    Raises:
+        ValueError: there are none, or they are no classes.
+    """
+    if isinstance(mean, TokenPrediction):
+        if not len(mean):
+            raise ValueError("tfb_: anchors must have labels of tokens that count, got none")
+        return "true", mean.predicted
+    if labels == "true" and mean.labels is None:
+        raise ValueError("tfb_: anchors must have labels for labels='true', got none")
+    kind = "pseudo" if labels == "pseudo" or mean.labels is None else "true"
+    truth = mean.classes if kind == "pseudo" or mean.labels is None else mean.labels
+    classes = mean.log_probs.shape[1]
+    if bool(((truth < 0) | (truth >= classes)).any()):
+        raise ValueError(
+            f"tfb_: labels must be in [0, {classes}), got {int(truth.min())} to "
+            f"{int(truth.max())}; pass labels='pseudo'"
+        )
+    return kind, truth
+
+
+def _classes(prediction: Prediction | TokenPrediction) -> Tensor:
+    tokens = isinstance(prediction, TokenPrediction)
+    return prediction.predicted if tokens else prediction.classes  # type: ignore[union-attr]
+
+
 class _Score:
     """Turns predictions of the anchors into trials."""
 
     def __init__(
-        self, metric: str, bound: float, labels: Tensor, mean: Prediction, per_anchor: bool
+        self,
+        metric: str,
+        bound: float,
+        labels: Tensor,
+        mean: Prediction | TokenPrediction,
+        per_anchor: bool,
     ) -> None:
         self.metric, self.bound, self.labels = metric, bound, labels
-        self.classes = mean.classes
+        self.classes = _classes(mean)
         self.divisor = len(mean) if per_anchor else 1
         self.nll, self.accuracy = self._scores(mean)
 
-    def _scores(self, prediction: Prediction) -> tuple[float, float]:
+    def _scores(self, prediction: Prediction | TokenPrediction) -> tuple[float, float]:
+        if isinstance(prediction, TokenPrediction):
+            return prediction.nll, prediction.accuracy
         chosen = prediction.log_probs.gather(1, self.labels[:, None])
         right = (prediction.classes == self.labels).double().mean()
         return -float(chosen.mean()), float(right)
 
-    def trial(self, sigma: float, prediction: Prediction) -> Trial:
+    def trial(self, sigma: float, prediction: Prediction | TokenPrediction) -> Trial:
         nll, accuracy = self._scores(prediction)
-        flips = float((prediction.classes != self.classes).double().mean())
+        flips = float((_classes(prediction) != self.classes).double().mean())
         change = {
             # An NLL of 0 leaves no room for any change.
             "nll": abs(nll - self.nll) / max(self.nll, 1e-300),

@@ -12,7 +12,19 @@ import pytest
 import torch
 from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import BASES, BATCHES, IDS, LABELS, adapted, arguments, choices, logits, trained
+from tiny_models import (
+    BASES,
+    BATCHES,
+    IDS,
+    LABELS,
+    adapted,
+    arguments,
+    choices,
+    fill,
+    llama,
+    logits,
+    trained,
+)
 from torch import Tensor, nn
 
 from bayes_kernels.hf import (
@@ -438,3 +450,45 @@ def test_anchors_may_be_a_data_set() -> None:
     two = bayesianize(trained(), "tfb", data, **options)
     assert two.anchors == 4 and two.metric == "nll"
     assert [t.nll for t in two.trace] == pytest.approx([t.nll for t in one.trace], rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["nll", "accuracy", "flips"])
+def test_labels_of_tokens(metric: str) -> None:
+    """A language model: the search over its labelled tokens, against scores by hand."""
+    ids = torch.randint(3, 64, (6, 7), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    data = [
+        {"input_ids": ids[:4], "labels": labels[:4]},
+        {"input_ids": ids[4:], "labels": labels[4:]},
+    ]
+    base = llama(initializer_range=0.2)
+    model = fill(adapted(base, LoraConfig), rho=None, scale=1.0).eval()
+    options = {"metric": metric, "tolerance": 0.1, "n_samples": 4, "seed": 3, "high": 2.0}
+    report = bayesianize(model, "tfb", data, progress=False, **options)
+    assert report.anchors == 6 * 4 and report.labels == "true" and 0 < report.sigma < 2.0
+
+    @torch.no_grad()
+    def probs(draw: int | None) -> torch.Tensor:
+        mode = {"mode": "mean"} if draw is None else {"seed": 3, "first_sample": draw}
+        with posterior(model, **mode):
+            logits = model(input_ids=ids).logits[:, 2:-1]
+        return logits.double().softmax(-1).flatten(0, 1)
+
+    truth = labels[:, 3:].flatten()
+    mean, drawn = probs(None), torch.stack([probs(draw) for draw in range(4)]).mean(0)
+    found = []
+    for one in (mean, drawn):
+        nll = -one.gather(1, truth[:, None]).log().mean()
+        found.append((float(nll), float((one.argmax(-1) == truth).double().mean())))
+    flips = float((mean.argmax(-1) != drawn.argmax(-1)).double().mean())
+    assert (report.before.nll, report.before.accuracy) == pytest.approx(found[0], abs=1e-5)
+    assert report.after is not None
+    assert (report.after.nll, report.after.accuracy) == pytest.approx(found[1], abs=1e-5)
+    assert report.after.flips == pytest.approx(flips)
+    for wrong in ({"labels": "pseudo"}, {"scope": "token"}):
+        with pytest.raises(ValueError, match="labels of tokens must be true ones, with scope"):
+            bayesianize(model, "tfb", data, progress=False, **wrong)
+    with pytest.raises(ValueError, match="labels of tokens that count, got none"):
+        nothing = [{"input_ids": ids, "labels": torch.full_like(ids, -100)}]
+        bayesianize(model, "tfb", nothing, progress=False)
