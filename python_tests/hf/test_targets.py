@@ -553,3 +553,44 @@ def test_laplace_says_what_it_cannot(target: str, said: str) -> None:
 def test_weights_that_are_tied_have_one_posterior_each() -> None:
     with pytest.raises(ValueError, match="ensure_weight_tying cannot be combined"):
         BlobConfig(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+
+
+class Scaled(nn.Embedding):
+    """An embedding that scales what it looks up, as Gemma's do."""
+
+    embed_scale = 3.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+@torch.no_grad()
+def test_embeddings_with_a_scale() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Scaled(VOCABULARY, 8))
+    before = copy.deepcopy(base[0])
+    model = adapted("0", base=base)
+    item = bayes_layers(model)[0]
+    for number in (None, 1):
+        a, b = item.factors(number, 7)
+        changed: Any = copy.deepcopy(before)
+        changed.weight += 1.5 * (b @ a).T
+        with posterior(
+            model, "mean" if number is None else "sample", seed=7, first_sample=number or 0
+        ):
+            close(model(IDS), changed(IDS))
+
+
+@torch.no_grad()
+def test_compiled() -> None:
+    """One graph for a lookup and a convolution, with the draws of each pass."""
+    model = adapted(["table", "line"])
+    table, line = (layer for layer in model.get_base_model().children() if hasattr(layer, "r"))
+
+    def both(ids: Tensor) -> Tensor:
+        return line(table(ids).transpose(1, 2))
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for seed in (1, 2):
+        with posterior(model, draws=[seed, 5, 5, 1, 0, 9], seed=seed):
+            close(compiled(IDS), both(IDS))
