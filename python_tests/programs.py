@@ -40,7 +40,9 @@ def joined() -> Iterator[int]:
     os._exit(0)
 
 
-def together(module: str, *arguments: object, count: int = 2, timeout: float = 120) -> list[str]:
+def together(
+    module: str, *arguments: object, count: int = 2, timeout: float = 120, **environment: str
+) -> list[str]:
     """What `count` processes of `python -m module` print, which find each other as under a launcher.
 
     They run without a GPU. All must end well; those that do not end in time are killed, and so are the
@@ -58,7 +60,7 @@ def together(module: str, *arguments: object, count: int = 2, timeout: float = 1
     try:
         for rank in map(str, range(count)):
             files.append(tempfile.TemporaryFile("w+"))
-            env = {**os.environ, **same, "RANK": rank, "LOCAL_RANK": rank}
+            env = {**os.environ, **same, **environment, "RANK": rank, "LOCAL_RANK": rank}
             workers.append(
                 subprocess.Popen(command, env=env, stdout=files[-1], stderr=subprocess.STDOUT)
             )

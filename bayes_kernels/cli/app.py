@@ -24,7 +24,7 @@ from .export import export
 from .generate import generate
 from .methods import methods
 from .options import Debug
-from .output import USAGE_ERROR, fail
+from .output import fail
 from .score import score
 from .sweep import sweep
 from .train import compare, demo, train
@@ -66,8 +66,6 @@ class _Command(typer.core.TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         process = launched()
         if process.count > 1 and self.name not in _SHARED:
-            if not process.first:  # one line is enough
-                raise typer.Exit(USAGE_ERROR)
             fail(
                 f"{self.name}: expected one process, got {process.count} of a launcher; only train "
                 "shares its work among processes, start this command without torchrun or accelerate"

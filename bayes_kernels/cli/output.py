@@ -7,12 +7,15 @@ import importlib.util
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
+
+from ..launcher import launched
 
 if TYPE_CHECKING:
     from ..experiment.output import Output
@@ -21,16 +24,25 @@ if TYPE_CHECKING:
     from ..hf.tasks.task import Task
 
 USAGE_ERROR = 2
+FIRST_SPEAKS = 60.0  # seconds, for the end of a process on a busy machine
 # `file:line: what`, or the end of such a list.
 _BAD_ROW = re.compile(r"^[^ ].*?:\d+: |^\.\.\. and \d+ more$")
 
 
 def fail(message: str) -> NoReturn:
-    """`error: ...` on standard error, exit code 2. Lists of bad rows of data keep their lines."""
+    """`error: ...` on standard error, exit code 2. Lists of bad rows of data keep their lines.
+
+    Under a launcher what is wrong for all processes is said once: the others wait while the first says it,
+    upon which the launcher ends them. What only they have found they say after that.
+    """
     lines = [line.strip() for line in message.strip().splitlines()]
     # Libraries wrap their messages, some over many lines.
     separator = "\n" if all(_BAD_ROW.search(line) for line in lines) else " "
-    print(f"error: {separator.join(lines)}", file=sys.stderr)
+    process, who = launched(), ""
+    if not process.first:
+        time.sleep(FIRST_SPEAKS)
+        who = f"process {process.rank} of {process.count}: "
+    print(f"error: {who}{separator.join(lines)}", file=sys.stderr)
     raise typer.Exit(USAGE_ERROR)
 
 

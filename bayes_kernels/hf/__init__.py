@@ -48,6 +48,7 @@ from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
 from .predict import predict, predict_batches, predict_dataset  # noqa: E402
 from .scale import DrawsReport, ScaleReport, compare_draws, fit_scale_, rescale_  # noqa: E402
+from .sharding import save_sharded  # noqa: E402
 from .tasks.answers import Answer, Answers  # noqa: E402
 from .tasks.load import SavedAdapter, load  # noqa: E402
 from .tasks.writer import SavedWriter, load_writer  # noqa: E402
@@ -118,6 +119,7 @@ __all__ = [
     "refresh_noise",
     "rescale_",
     "save_laplace",
+    "save_sharded",
     "score_answers",
     "score_texts",
     "stiefel_error",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from .layers import check_whole
 from .method import METHODS, ConversionReport
 
 
@@ -32,7 +33,8 @@ def bayesianize(
         The method's report, whose `str` is one line: `TfbReport` or `LaplaceLoraReport`.
 
     Raises:
-        ValueError: the method is unknown, there is no data, or as the method's function.
+        ValueError: the method is unknown, there is no data, FSDP2 has sharded the adapter (see
+            `save_sharded`), or as the method's function.
 
     Example:
         model = PeftModel.from_pretrained(base, "my-lora")
@@ -50,6 +52,7 @@ def bayesianize(
         raise ValueError(
             f"bayesianize: method must be one of {tuple(conversions)}, got {method!r}; choose one"
         )
+    check_whole("bayesianize", model)
     if data is None:
         raise ValueError(f"bayesianize: data must be {found.data}, got none; pass a loader")
     for name, value in found.fixed.items():

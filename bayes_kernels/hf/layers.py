@@ -108,10 +108,9 @@ def check_whole(op: str, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and hasattr(parameter, "placements"):
             raise ValueError(
-                f"{op}: tensors must be whole, got a shard of {name}; on all processes get "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-                "options=StateDictOptions(full_state_dict=True)), save it with "
-                "save_pretrained(..., state_dict=...) on one, and go on with the saved adapter"
+                f"{op}: tensors must be whole, got a shard of {name}; call "
+                "bayes_kernels.hf.save_sharded(model, folder) on all processes, and go on with the saved "
+                "adapter on one"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from bayes_kernels.cli import output
 from bayes_kernels.experiment import folders
 from bayes_kernels.launcher import Launched, launched
 from cli.commands import call, refuse, results
@@ -72,6 +74,12 @@ def test_processes_train_what_one_does(
     assert result.exit_code == 0, result.output
     assert (last / "experiment.json").exists()
     assert _differ(last, tmp_path / "last") < 0.05
+    # And the reverse: two from that of one.
+    last = tmp_path / "one" / "checkpoints" / "checkpoint-3"
+    shutil.rmtree(last)
+    result = _launch(_TORCHRUN, *words, "--out", tmp_path / "one", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert _differ(last, tmp_path / "last") < 0.05
 
 
 @pytest.mark.slow
@@ -116,10 +124,27 @@ def test_other_commands_want_one_process(
     words += ["--text", "y"] if command == "predict" else []
     _pretend(monkeypatch, 0)
     assert f"{command}: expected one process, got 2 of a launcher" in refuse(*words)
-    _pretend(monkeypatch, 1)  # says nothing
-    result = call(*words)
-    assert result.exit_code == 2 and result.output == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_process_says_what_all_have_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others give the launcher time to end them, and speak if it does not."""
+    waited: list[float] = []
+    monkeypatch.setattr(output.time, "sleep", waited.append)
+    _pretend(monkeypatch, 0)
+    assert refuse("demo").startswith("demo: expected one process") and waited == []
+    _pretend(monkeypatch, 1)
+    said = refuse("demo")
+    assert said.startswith("process 1 of 2: demo: expected one process")
+    assert waited == [output.FIRST_SPEAKS]
+
+
+def test_an_error_of_all_processes_is_said_once(tmp_path: Path) -> None:
+    found = _launch(_TORCHRUN, "demo", "--out", tmp_path / "out")
+    assert found.returncode != 0
+    said = [line for line in found.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and said[0].startswith("error: demo: expected one process, got 2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_steps_that_cannot_be_divided(

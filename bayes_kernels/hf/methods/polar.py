@@ -66,6 +66,15 @@ class PolarTraining(TrainingHooks):
 
     logs_divergence = False
 
+    def __init__(self, trainer: Any, config: Any) -> None:
+        super().__init__(trainer, config)
+        deepspeed = getattr(trainer.args, "deepspeed_plugin", None)
+        if deepspeed is not None and deepspeed.zero_stage > 0:
+            raise ValueError(
+                "BayesTrainer: PoLAR's optimiser needs matrices, got DeepSpeed ZeRO-"
+                f"{deepspeed.zero_stage}, which hands it vectors; use plain data parallelism or FSDP2"
+            )
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         """`StiefelAdamW` with the options of the configuration.
 

@@ -1,0 +1,65 @@
+"""Saving adapters that FSDP2 has sharded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import find_peft_model
+
+
+@torch.no_grad()
+def save_sharded(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> Path:
+    """`save_pretrained` of a sharded PeftModel: call it on all processes, and the first one writes.
+
+    The folder is that of one process. Load it there with `PeftModel.from_pretrained` to convert it
+    (`bayesianize`) or to write plain LoRA (`export_lora`, `export_draws`). Whole models are saved as well,
+    without processes too.
+
+    Args:
+        model: a PeftModel with adapters of any kind, or a module that has one.
+        directory: the folder to write.
+        options: of `save_pretrained`.
+
+    Returns:
+        The folder, which is there when the call ends on any process.
+
+    Raises:
+        ValueError: the model is no PeftModel.
+        RuntimeError: on the other processes, if the first could not write; it raises what stopped it.
+
+    Cost: gathers the adapter's tensors, and others that were trained, one at a time; the first process
+    keeps them in host memory. Frozen weights of the base are not gathered.
+    """
+    peft_model = find_peft_model("save_sharded", model)
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not together or torch.distributed.get_rank() == 0
+    trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    state = {}
+    for name, value in peft_model.state_dict().items():
+        if not (name in trained or ".lora_" in name or ".modules_to_save." in name):
+            continue
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if first:
+            state[name] = whole.detach().cpu()
+        del whole
+    problem: list[str | None] = [None]
+    try:
+        if first:
+            peft_model.save_pretrained(str(directory), state_dict=state, **options)
+    except BaseException as error:
+        problem = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:  # the others must not wait for a folder that does not come
+        if together:
+            torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise RuntimeError(f"save_sharded: the first process could not write: {problem[0]}")
+    return Path(directory)
+
+
+__all__ = ["save_sharded"]
