@@ -487,9 +487,9 @@ class BayesVariant(LoraVariant):
         # Where the tensor goes, its copy goes.
         made = _QUANTIZED.get(x)
         dtype = autocast_input(x[:0]).dtype
-        same = made is not None and made.key is key
-        if same and (made.stream, made.version, made.dtype) == (self.rounding, x._version, dtype):
-            return made.kept
+        if made is not None and made.key is key:
+            if (made.stream, made.version, made.dtype) == (self.rounding, x._version, dtype):
+                return made.kept
         kept = functional.quantize_activations(x, key=key, stream=self.rounding)
         _QUANTIZED[x] = _Quantized(kept, key, self.rounding, x._version, dtype)
         return kept

@@ -47,7 +47,7 @@ def seen_by_decode(file: str, old: str, new: str) -> Fault:
 
 
 DIVERGENCE, PREDICT, CURVATURE, TALL = "divergence", "predict", "curvature", "tall"
-GROUPED = "grouped"
+GROUPED, ACTIVATIONS = "grouped", "activations"
 
 
 def seen_by(family: str, file: str, old: str, new: str) -> Fault:
@@ -173,6 +173,18 @@ FAULTS = {
         "noise_cuda.cu",
         "if (d == 0 || pair != draw_pair(p.draws[i0], p.antithetic))",
         "if (d == 0)",
+    ),
+    "the code below a negative number": seen_by(
+        ACTIVATIONS, "core/microscale.h", "  code -= static_cast<A>(code) > q ? 1 : 0;\n", ""
+    ),
+    "a scale of 16 columns": seen_by(
+        ACTIVATIONS,
+        "activations_cuda.cu",
+        "lane < kThreadsPerScale;",
+        "lane < kThreadsPerScale / 2;",
+    ),
+    "16 bits for two numbers": seen_by(
+        ACTIVATIONS, "activations_cuda.cu", ">> (16 * (k % 2)) & 0xFFFFu", "& 0xFFFFu"
     ),
     "the sign of a rank, few tokens": seen_by_decode(
         "adapter_decode.cuh",
