@@ -108,6 +108,20 @@ def test_lower_layers_run_once_for_a_batch() -> None:
     assert split == [1] * 5
 
 
+def test_what_happens_to_outputs_between_layers_stays_there() -> None:
+    model = bert()
+    layers = model.base_model.model.bert.encoder.layer
+
+    def scale(_: nn.Module, args: Any, output: Any) -> None:
+        (output if isinstance(output, torch.Tensor) else output[0]).mul_(1.5)  # in place
+
+    layers[0].register_forward_hook(scale)
+    plain = predict(model, {"input_ids": IDS}, n_samples=4, share_layers=False)
+    shared = predict(model, {"input_ids": IDS}, n_samples=4)
+    assert shared.shared_layers == 2
+    torch.testing.assert_close(shared.log_probs, plain.log_probs, rtol=1e-4, atol=1e-6)
+
+
 def test_one_set_of_weights_shares_nothing() -> None:
     model = bert()
     assert predict(model, {"input_ids": IDS}, n_samples=0).shared_layers == 0
