@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -98,7 +98,7 @@ def score(
     writer = open_writer(adapter, model, device)
     count = writer.n_samples if n_samples is None else n_samples
     check_color(color_by, count)
-    chosen = {"n_samples": n_samples, "seed": seed, "draws": draws}
+    chosen: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "draws": draws}
     if answer is not None:
         _answers(writer, given, answer, json_lines, **chosen)
         return
@@ -125,11 +125,11 @@ def _answers(
     given: list[_Given],
     answers: list[str],
     json_lines: bool,
-    **chosen: object,
+    **chosen: Any,
 ) -> None:
     """Probabilities of answers behind each text."""
     questions = [(one.prompt or "") + one.text for one in given]
-    found = writer.choose(questions, answers, **chosen)  # type: ignore[arg-type]
+    found = writer.choose(questions, answers, **chosen)
     doubts = found.mutual_information.tolist() if found.n_samples > 1 else [None] * len(questions)
     rows = zip(questions, found.probs.tolist(), found.entropy.tolist(), doubts, strict=True)
     for question, probs, entropy, doubt in rows:
