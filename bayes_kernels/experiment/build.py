@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from ..hf.experts import unmatched_parameters
 from ..hf.method import METHODS
 from ..hf.tasks.adapters import on_device
 from ..hf.tasks.encoder import TaskEncoder
@@ -166,6 +167,14 @@ def _check_targets(experiment: Experiment, base: Any, kind: str) -> None:
             f"target-modules: expected names of linear layers of {experiment.model!r}, which "
             f"has {', '.join(sorted(names))}; got {', '.join(missing)}"
         )
+    parameters = experiment.recipe.lora.get("target_parameters") or ()
+    if isinstance(parameters, (list, tuple)) and all(isinstance(p, str) for p in parameters):
+        missing, there = unmatched_parameters(base, parameters)
+        if missing:
+            raise ValueError(
+                f"lora.target_parameters: expected names of parameters of {experiment.model!r}, whose "
+                f"experts have {', '.join(there) or 'none'}; got {', '.join(missing)}"
+            )
 
 
 def _endings(path: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -127,6 +128,17 @@ def layer_name(path: str, layer: nn.Module) -> str:
         return path
     parts = [part for part in path.split(".") if part != "base_layer"]
     return ".".join([*parts, str(layer.parameter_name)])
+
+
+def unmatched_parameters(model: nn.Module, named: Collection[str]) -> tuple[list[str], list[str]]:
+    """Entries of `target_parameters` that no parameter has, and the parameters that experts have."""
+    names = [
+        ".".join(part for part in name.split(".") if part != "base_layer")
+        for name, _ in model.named_parameters()
+        if ".lora_" not in name
+    ]
+    missing = sorted(t for t in named if not any(f".{name}".endswith(f".{t}") for name in names))
+    return missing, sorted({n.rpartition(".")[2] for n in names if ".experts." in n})
 
 
 def by_expert(layer: Any, a: Any, b: Any) -> tuple[Tensor, Tensor]:

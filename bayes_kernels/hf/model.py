@@ -14,7 +14,7 @@ from torch import nn
 
 from ._compat import register
 from .config import BayesLoraConfig
-from .experts import restore
+from .experts import restore, unmatched_parameters
 from .guards import install as install_guards
 from .layers import cast_where_plain, key_devices, lora_layers
 from .noise import NoiseState
@@ -203,14 +203,8 @@ def _warn_unmatched(model: nn.Module, named: Collection[str]) -> None:
 
 def _warn_unmatched_parameters(model: nn.Module, named: Collection[str]) -> None:
     """`_warn_unmatched` of `target_parameters`."""
-    parameters = [
-        ".".join(part for part in name.split(".") if part != "base_layer")
-        for name, _ in model.named_parameters()
-        if ".lora_" not in name
-    ]
-    missing = sorted(t for t in named if not any(f".{p}".endswith(f".{t}") for p in parameters))
+    missing, there = unmatched_parameters(model, named)
     if missing:
-        there = sorted({name.rpartition(".")[2] for name in parameters if ".experts." in name})
         warnings.warn(
             f"target_parameters: {', '.join(missing)} must each be a parameter of the model or the end of "
             f"its name, got none in {type(model).__name__}, whose experts have "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from bayes_kernels.experiment import build
 from bayes_kernels.experiment import run as ex
@@ -77,6 +78,33 @@ def test_layers_that_are_adapted_where_none_is_named(
     ):
         built, _ = build.build(experiment, task)
         assert set(built.peft_config["default"].target_modules) == expected
+
+
+@pytest.mark.parametrize("method", ["blob", "mle"])
+def test_parameters_of_experts(
+    method: str, models_dir: Path, tiny: Experiment, task: Task, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models_dir / "stories260K")
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, num_key_value_heads=1, **sizes, **experts
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def with_targets(*names: str) -> Experiment:
+        lora = {"target_parameters": list(names)}
+        recipe = Recipe(rank=2, target_modules=("q_proj",), lora=lora)
+        return dataclasses.replace(
+            tiny, model=str(tmp_path), style="plain", method=method, recipe=recipe
+        )
+
+    built, _ = build.build(with_targets("experts.gate_up_proj"), task)
+    trained = [name for name, p in built.named_parameters() if p.requires_grad]
+    assert sum(".experts." in name for name in trained) == (3 if method == "blob" else 2)
+    with pytest.raises(ValueError, match=r"experts have down_proj, gate_up_proj; got experts\.w1"):
+        build.build(with_targets("experts.gate_up_proj", "experts.w1"), task)
 
 
 def test_prompts_of_the_published_code(models_dir: Path, tiny: Experiment, task: Task) -> None:

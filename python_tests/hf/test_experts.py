@@ -405,6 +405,8 @@ def test_merged_and_unloaded() -> None:
     expected = logits(model)
     with pytest.warns(UserWarning, match="merging keeps the posterior mean only"):
         model.merge_adapter()
+    for copied in (copy.deepcopy(model), copy.deepcopy(model).half().float()):
+        torch.testing.assert_close(logits(copied), expected, rtol=0.05, atol=0.05)
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
@@ -482,6 +484,55 @@ def test_tfb_of_chosen_layers() -> None:
     for item in bayes_layers(model):
         wide = bool(item.tensor("lora_A_sigma").abs().max() > 0)
         assert wide == item.name.endswith("down_proj")
+
+
+def test_plain_lora_beside_it() -> None:
+    model = blob()
+    alone = logits(model)
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=TARGETS)
+    model.add_adapter("plain", config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B.plain" in name:
+                p.fill_(0.2)
+    torch.testing.assert_close(logits(model), alone)
+    model.set_adapter("plain")
+    plain = adapted(moe(), LoraConfig, r=3).eval()
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if "lora_" in name:
+                p.copy_(own[name.replace(".default.", ".plain.")])
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-3, atol=1e-4)
+    model.base_model.set_adapter(["default", "plain"])
+    both = logits(model)
+    with pytest.warns(UserWarning, match="merging keeps"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(both, logits(merged), rtol=1e-3, atol=1e-4)
+
+
+def test_one_graph_without_breaks() -> None:
+    """Compiled as a whole, and not again for other draws and seeds."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counted = CompileCounter()
+    model = fill(adapted(moe(num_hidden_layers=1)), rho=0.4).eval()
+    compiled = torch.compile(model, backend=counted, fullgraph=True)
+    for seed, numbers in ((0, [0, 1, 2, 3]), (1, [7, 1, 4, 9])):
+        with posterior(model, "sample", draws=numbers, seed=seed):
+            torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-3, atol=1e-4)
+    assert counted.frame_count == 1
+
+
+def test_half_precision() -> None:
+    """Factors stay fp32, and the mean errs as much as plain LoRA in the same type."""
+    model = fill(adapted(moe(dtype=torch.bfloat16)), rho=0.4).eval()
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    truth = logits(blob())
+    plain = logits(plain_of(model, moe(dtype=torch.bfloat16)))
+    error = [(found.float() - truth).norm() for found in (logits(model), plain)]
+    assert logits(model).dtype == torch.bfloat16 and 0 < error[0] < 1.5 * error[1]
 
 
 # --- modules that do not follow transformers' interface -------------------------------------------
