@@ -33,6 +33,7 @@ from bayes_kernels.hf import (
 )
 from bayes_kernels.hf.experts import ParamWrapper, Routed, by_expert, wrap
 from bayes_kernels.hf.layers import bayes_layers, noise_state
+from bayes_kernels.hf.swap import make_plain
 from bayes_kernels.hf.undo import as_before_if_stopped
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore")]
@@ -473,6 +474,35 @@ def test_a_conversion_that_stops_leaves_plain_lora() -> None:
     assert torch.equal(logits(model), before)
 
 
+def test_directions_that_an_expert_lacks_have_no_noise() -> None:
+    model = fill(adapted(moe(), LoraConfig), scale=0.3).eval()
+    wrapped = [m for m in model.modules() if isinstance(m, lora.ParamWrapper)]
+    with torch.no_grad():
+        for layer in wrapped:  # B of expert 2 has rank 1
+            by_expert(layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight)[1][
+                2, :, 1
+            ] = 0
+    data = [{"input_ids": IDS, "labels": torch.tensor([0, 2, 1, 0])}]
+    options = {"choices": [5, 6, 7], "progress": False, "n_samples": 2, "tolerance": 1.0}
+    report = bayesianize(model, "tfb", data, **options)
+    expected = torch.full((8,), report.sigma)
+    expected[5] = 0
+    for item in experts_of(model):
+        torch.testing.assert_close(
+            item.tensor("lora_A_sigma")[:, 0], expected, rtol=1e-3, atol=1e-3 * report.sigma
+        )
+
+
+def test_made_plain_again() -> None:
+    model = blob()
+    expected = logits(model)
+    make_plain(model, "default")
+    wrapped = [m for m in model.modules() if isinstance(m, lora.ParamWrapper)]
+    assert {type(m) for m in wrapped} == {lora.ParamWrapper}
+    assert not any(hasattr(m, "bayes_wrappers") for m in model.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_tfb_of_chosen_layers() -> None:
     model = fill(adapted(moe(), LoraConfig), scale=0.3).eval()
     data = [{"input_ids": IDS, "labels": torch.tensor([0, 2, 1, 0])}]
@@ -517,11 +547,13 @@ def test_one_graph_without_breaks() -> None:
 
     torch._dynamo.reset()
     counted = CompileCounter()
-    model = fill(adapted(moe(num_hidden_layers=1)), rho=0.4).eval()
-    compiled = torch.compile(model, backend=counted, fullgraph=True)
+    model = blob(dtype=torch.float64)
+    outer, _ = block(model)
+    compiled = torch.compile(outer, backend=counted, fullgraph=True)
+    inputs = routed(tokens=4)
     for seed, numbers in ((0, [0, 1, 2, 3]), (1, [7, 1, 4, 9])):
-        with posterior(model, "sample", draws=numbers, seed=seed):
-            torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-3, atol=1e-4)
+        with torch.no_grad(), posterior(model, "sample", draws=numbers, seed=seed):
+            torch.testing.assert_close(compiled(*inputs), outer(*inputs))
     assert counted.frame_count == 1
 
 
