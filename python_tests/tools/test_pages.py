@@ -9,10 +9,12 @@ read.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.metadata
 import io
+import json
 import pkgutil
 import re
 import shlex
@@ -151,6 +153,44 @@ def test_python_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 exec(compile("\n" * line + code, page, "exec"), names)
             promised = re.findall(r"# prints (.*)", code)
             assert not promised or said.getvalue().splitlines()[-len(promised) :] == promised
+
+
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_cells_of_notebooks_run(path: Path) -> None:
+    """One after the other, as Jupyter runs them; what a cell ends with can be shown."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names: dict[str, object] = {"__name__": "__main__"}
+    shown = []
+    for cell in content["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert cell["outputs"] == [] and cell["execution_count"] is None, "clear all outputs"
+        body = ast.parse("".join(cell["source"])).body
+        last = body.pop() if isinstance(body[-1], ast.Expr) else None
+        exec(compile(ast.Module(body, []), path.name, "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names))
+    *_, scores, picture, table = shown
+    assert set(scores) == {"accuracy", "nll", "ece"} and 0 <= scores["accuracy"] <= 1
+    assert callable(picture.savefig) and "<table" in table._repr_html_()
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_run_in_a_kernel(path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    outputs = [one for cell in notebook.cells if cell.cell_type == "code" for one in cell.outputs]
+    kinds = {kind for one in outputs for kind in one.get("data", {})}
+    assert {"text/html", "text/plain"} <= kinds
 
 
 class _Checked(Exception):

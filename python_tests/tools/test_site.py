@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import xml.etree.ElementTree as xml
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,8 @@ FORMULAS = [
 
 def test_every_page_is_in_the_navigation_once() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
-    assert sorted(re.findall(r": (\w+\.md)$", nav, re.M)) == sorted(PAGES)
+    notebooks = [path.with_suffix(".md").name for path in (ROOT / "docs").glob("*.ipynb")]
+    assert sorted(re.findall(r": (\w+\.md)$", nav, re.M)) == sorted([*PAGES, *notebooks])
 
 
 @pytest.mark.parametrize("method", ["blob", "tfb", "scalabl", "polar_vbll", "laplace"])
@@ -32,14 +35,27 @@ def test_pages_of_methods_open_with_a_formula_and_a_short_program(method: str) -
     assert len(lines) <= 10 and "predict(" in program
 
 
+def hook(name: str) -> Any:
+    """A hook of the site, which is no module of the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_a_notebook_becomes_a_page(tmp_path: Path) -> None:
+    cells = [("markdown", ["# A\n", "text"]), ("code", ["x = 1\n", "x"])]
+    listed = [{"cell_type": kind, "source": source} for kind, source in cells]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": listed}))
+    page = hook("_notebooks").markdown(tmp_path / "a.ipynb")
+    assert page == "# A\ntext\n\n```python\nx = 1\nx\n```\n\n[The notebook](a.ipynb)\n"
+
+
 @pytest.mark.parametrize(("page", "formula"), FORMULAS)
 def test_formulas_become_mathml(page: str, formula: str) -> None:
     pytest.importorskip("latex2mathml")
-    spec = importlib.util.spec_from_file_location("site_math", ROOT / "docs" / "_math.py")
-    assert spec is not None and spec.loader is not None
-    math = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(math)
-    text = math.on_page_markdown(f"before\n\n```math\n{formula}```\n\nand $`x^2`$ after\n")
+    text = hook("_math").on_page_markdown(f"before\n\n```math\n{formula}```\n\nand $`x^2`$ after\n")
     blocks = re.findall(r"<math .*?</math>", text, re.S)
     assert len(blocks) == 2 and "`" not in text
     for block in blocks:
