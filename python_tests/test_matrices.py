@@ -150,7 +150,7 @@ def _worker(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("matrices")
-    together("test_matrices", folder)
+    together("test_matrices", folder, timeout=240)
     return json.loads((folder / "report.json").read_text())
 
 
