@@ -147,6 +147,8 @@ def sweep(
         def done(piece: Piece, result: Run | Failure) -> None:
             what = f"failed: {result.error}" if isinstance(result, tables.Failure) else "done"
             note(f"{piece.word}, seed {piece.experiment.seed}: {what}")
+            for text in () if isinstance(result, tables.Failure) else result.notes:
+                note(f"  {text}")
 
         runs, failures = comparison.compare(
             pieces, processes=1 if gpu else cores, device=device, done=done

@@ -325,10 +325,18 @@ def train(
         content = results.report([run], task, command=command_line())
         title = f"{task.name}, {model}, seed {seed}"
         summaries = results.summarise([run])
-        page.write_page(folder, summaries, run.rows, task, title=title, command=command_line())
+        page.write_page(
+            folder,
+            summaries,
+            run.rows,
+            task,
+            title=title,
+            note=" ".join(run.notes),
+            command=command_line(),
+        )
         write_json(folder / results.METRICS_FILE, content)
     where = f"Wrote {folder}/, look at {folder / page.REPORT_FILE}"
-    print(tables.run_tables(summaries, title), where, sep="\n")
+    print(tables.run_tables(summaries, title), *run.notes, where, sep="\n")
 
 
 def compare(
@@ -395,7 +403,7 @@ def compare(
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from ..experiment import build, output, page, results, tables
+    from ..experiment import build, differences, output, page, results, tables
     from ..experiment import compare as comparison
     from ..experiment.recipe import Experiment, Recipe, Source
     from ..experiment.settings import recipes_of
@@ -461,6 +469,8 @@ def compare(
             one = piece.experiment
             what = f"failed: {result.error}" if isinstance(result, tables.Failure) else "done"
             note(f"{piece.word}, seed {one.seed}: {what}")
+            for text in () if isinstance(result, tables.Failure) else result.notes:
+                note(f"  {text}")
 
         runs, failures = comparison.compare(
             pieces, processes=1 if gpu else cores, device=device, done=done
@@ -473,6 +483,8 @@ def compare(
         shifted = tables.shift_table(shown) if shown else None
         text = tables.comparison_table(shown, failures, seeds).markdown()
         text += "" if shifted is None else "\n" + shifted.markdown()
+        if shown and len(shown) > 1 and PLAIN in names:
+            text += "\n" + differences.difference_table(runs, shown).markdown()
         content = results.report(runs, tasks[0], command=command_line())
         content["failures"] = [dataclasses.asdict(one) for one in failures]
         rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]

@@ -101,6 +101,7 @@ def save_run(one: Run, path: Path) -> None:
         "conversion_seconds": one.conversion_seconds,
         "parameters": one.parameters,
         "scale": one.scale,
+        "notes": list(one.notes),
         "rows": rows,
     }
     write_json(path, content)
@@ -137,6 +138,7 @@ def load_run(path: Path) -> Run:
             content["conversion_seconds"],
             content["parameters"],
             content["scale"],
+            tuple(content.get("notes", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -229,7 +231,11 @@ def _run_piece(
         kept = dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, scale="keep"))
         scored = finish(kept, task, model, encoder, saved.training, **options)
         result = dataclasses.replace(
-            scored, experiment=one, parameters=saved.parameters, scale=saved.scale
+            scored,
+            experiment=one,
+            parameters=saved.parameters,
+            scale=saved.scale,
+            notes=saved.notes,
         )
     elif piece.plain and _plain(piece.plain[0]).experiment.method == one.method:
         result = _score_again(piece, device, progress)

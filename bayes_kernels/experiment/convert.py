@@ -6,15 +6,11 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..hf.bayesianize import bayesianize
 from ..hf.method import METHODS, Conversion, ConversionReport
 from ..hf.tasks.encoder import TaskEncoder, batches_of
 from .data.splits import choose_subset
-from .held_out import held_out_batches
+from .held_out import chooses, encoded, held_out
 from .recipe import Experiment
-
-# Most validation examples that a conversion looks at.
-_HELD_OUT = 500
 
 
 def _conversion(experiment: Experiment) -> Conversion:
@@ -56,9 +52,8 @@ def convert_model(
 
     Options are those of the recipe; draws, seed and batch size are the experiment's unless they are
     among them. ``anchors`` is the number of training examples that it looks at, the same ones for
-    every seed; by default what the method says, at most all. A method that takes validation examples
-    gets those of the validation split (at most 500) where there is one and ``prior`` names no other
-    way to choose.
+    every seed; by default what the method says, at most all. A method that chooses the width of its
+    posterior on validation examples gets those of `held_out`, unless an option names another way.
 
     Raises:
         ValueError: An option is out of range, or there are no training examples.
@@ -73,9 +68,8 @@ def convert_model(
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
     options.setdefault("progress", progress)
     batches = list(batches_of(data, encoder, batch_size))
-    chosen = options.get("prior"), options.get("structure", "scalar")
-    wanted = chosen in ((None, "scalar"), ("validation", "scalar"))
-    if wanted and conversion.takes("validation"):
-        held_out = held_out_batches(encoder, _HELD_OUT, batch_size)
-        options.update({"validation": held_out} if held_out else {})
-    return bayesianize(model, experiment.method, batches, **options)
+    examples = held_out(experiment, encoder.task).choosing if chooses(experiment) else []
+    if examples:
+        options["validation"] = encoded(examples, encoder, batch_size)
+    # Not `bayesianize`, which compares mean and draws: `check_posterior` does, on other examples.
+    return conversion.convert(model, batches, **conversion.fixed, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 
@@ -12,12 +12,15 @@ from ..hf.method import METHODS
 from ..hf.predict import predictor_of
 from ..hf.scale import can_rescale, compare_draws, fit_scale_, report_draws
 from ..hf.tasks.encoder import TaskEncoder, batches_of
+from ..hf.tasks.task import Example, Task
 from .data.splits import choose_subset
 from .recipe import Experiment
 from .scoring import Row
 
-# Most validation examples that the scale is chosen on: every trial takes all draws of them.
+# Most validation examples that mean and draws are compared on: every trial takes all draws of them.
 _EXAMPLES = 200
+# Most that a conversion chooses on.
+_CHOOSING = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +51,46 @@ def harm_in(rows: Sequence[Row]) -> str | None:
     return f"{found}; --n-samples 0 predicts with the mean" if found.harmful else None
 
 
-def held_out_batches(encoder: TaskEncoder, most: int, batch_size: int) -> list[dict[str, Any]]:
-    """Batches of at most so many labelled validation examples, the same ones for every seed."""
-    found = [example for example in encoder.task.validation if example.label is not None]
+class HeldOut(NamedTuple):
+    """The labelled validation examples of a task, the same ones for every seed.
+
+    Attributes:
+        choosing: What a conversion chooses the width of its posterior on, at most 500.
+        checking: What mean and draws are compared on, at most 200; other examples than these where a
+            conversion chooses: what has chosen cannot check.
+    """
+
+    choosing: list[Example]
+    checking: list[Example]
+
+
+def chooses(experiment: Experiment) -> bool:
+    """Whether validation examples, where there are some, choose the width of a conversion's posterior."""
+    conversion = METHODS[experiment.method].conversion
+    return (
+        conversion is not None
+        and conversion.takes("validation")
+        and conversion.chooses(experiment.recipe.options)
+    )
+
+
+def held_out(experiment: Experiment, task: Task) -> HeldOut:
+    """The validation examples that an experiment may choose on, and those that it is checked on."""
+    found = [example for example in task.validation if example.label is not None]
     if not found:
-        return []
-    chosen = encoder.dataset(choose_subset(found, min(most, len(found))))
-    return list(batches_of(chosen, encoder, batch_size))
+        return HeldOut([], [])
+    rows = choose_subset(found, None)
+    if not chooses(experiment):
+        return HeldOut([], rows[:_EXAMPLES])
+    checked = min(_EXAMPLES, len(rows) // 2)
+    return HeldOut(rows[checked:][:_CHOOSING], rows[:checked])
+
+
+def encoded(
+    examples: Sequence[Example], encoder: TaskEncoder, batch_size: int
+) -> list[dict[str, Any]]:
+    """Batches of examples, in their order."""
+    return list(batches_of(encoder.dataset(list(examples)), encoder, batch_size))
 
 
 def check_posterior(
@@ -74,9 +110,10 @@ def check_posterior(
     draws = experiment.n_samples if row.bayesian and predictor_of(model).draws else 0
     if not draws or experiment.scale == "keep":
         return None
-    batches = held_out_batches(encoder, _EXAMPLES, recipe.eval_batch_size)
-    if not batches:
+    examples = held_out(experiment, encoder.task).checking
+    if not examples:
         return None
+    batches = encoded(examples, encoder, recipe.eval_batch_size)
     options: dict[str, Any] = {
         "n_samples": draws,
         "seed": experiment.seed,

@@ -52,8 +52,7 @@ class Recipe:
             that chooses nothing on them sees as many labels as one that does; no temperature then.
         scale: What is done about the width of a posterior, on at most 200 validation examples:
             "guard", choose a factor on its deviations where its draws raise the NLL of its mean by more
-            than chance; "fit", choose one in any case; "keep", nothing. None for the method's: "fit"
-            for TFB, whose own search has no labels of these examples, else "guard".
+            than chance; "fit", choose one in any case; "keep", nothing. None for "guard".
         n_samples: Posterior draws of a prediction; None for the method's default.
         draws, draw_scope: How draws of weights hang together, and what has a draw of its own: `draws` and
             `scope` of `bayes_kernels.hf.predict`.
@@ -397,8 +396,8 @@ class Experiment:
 
     @property
     def scale(self) -> str:
-        """What is done about the width of the posterior: what the recipe says, or the method's rule."""
-        return self.recipe.scale or METHODS[self.method].scale
+        """What is done about the width of the posterior: what the recipe says, or "guard"."""
+        return self.recipe.scale or SCALES[0]
 
     @property
     def weight_decay(self) -> float:

@@ -180,6 +180,7 @@ def report(runs: Sequence[Run], task: Task, *, command: Sequence[str] = ()) -> d
                 "log": one.training.log,
                 "conversion": one.conversion,
                 "scale": one.scale,
+                "notes": list(one.notes),
             }
             for one in runs
             if one.training is not None

@@ -48,6 +48,7 @@ class Run:
         conversion_seconds: Wall-clock time of the conversion.
         parameters: Numbers that the adapter's file holds; of an ensemble all of its files.
         scale: What validation examples said of the posterior: numbers of `bayes_kernels.hf.scale`.
+        notes: What the conversion and the validation examples said, as sentences.
     """
 
     experiment: Experiment
@@ -57,6 +58,7 @@ class Run:
     conversion_seconds: float | None = None
     parameters: int | None = None
     scale: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -171,12 +173,17 @@ def finish(
         ValueError: The conversion's options do not fit.
     """
     conversion, seconds = None, None
+    notes: list[str] = []
     if METHODS[experiment.method].conversion is not None:
         begin = time.perf_counter()
-        conversion = convert_model(experiment, model, encoder, progress=progress).to_dict()
+        report = convert_model(experiment, model, encoder, progress=progress)
         synchronise(model)
         seconds = time.perf_counter() - begin
+        conversion = report.to_dict()
+        notes.append(str(report))
     verdict = check_posterior(experiment, model, encoder, progress=progress)
+    if verdict is not None:
+        notes.append(verdict.text)
     if verdict is not None and verdict.harmful:
         warnings.warn(verdict.text, stacklevel=2)
     parameters = None
@@ -205,7 +212,9 @@ def finish(
         if folder is not None and own:
             write_card(folder, scores=own[-1].report.to_dict())
     scale = None if verdict is None else verdict.report
-    return Run(experiment, training, rows, conversion, seconds, parameters, scale)
+    return Run(
+        experiment, training, rows, conversion, seconds, parameters, scale, notes=tuple(notes)
+    )
 
 
 def check_trainable(method: str) -> None:

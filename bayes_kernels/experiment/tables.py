@@ -52,8 +52,8 @@ def score_table(summaries: Sequence[Summary], seeds: int = 1, title: str = "") -
     rows = []
     for one in summaries:
         name = one.name if len(one.seeds) >= seeds else f"{one.name} ({len(one.seeds)} of {seeds})"
-        cells = [_spread(key, one.mean, one.std) for key in known]
-        cells += [_spread("auroc", one.ood[key], one.ood_std.get(key, {})) for key in first.ood]
+        cells = [spread(key, one.mean, one.std) for key in known]
+        cells += [spread("auroc", one.ood[key], one.ood_std.get(key, {})) for key in first.ood]
         rows.append([name, *cells])
     headings = [*(SCORES[key] for key in known), *(f"AUROC {name} ↑" for name in first.ood)]
     return Table(title, ["method", *headings], rows)
@@ -70,7 +70,7 @@ def shift_table(summaries: Sequence[Summary]) -> Table | None:
         [
             one.name,
             key,
-            *(_spread(name, one.ood[key], one.ood_std.get(key, {})) for name in columns),
+            *(spread(name, one.ood[key], one.ood_std.get(key, {})) for name in columns),
         ]
         for one in summaries
         for key in sets
@@ -141,6 +141,7 @@ def legend(summaries: Sequence[Summary]) -> str:
     return f"{spread}; MiB: {measure}"
 
 
-def _spread(key: str, mean: Mapping[str, float], std: Mapping[str, float]) -> str:
+def spread(key: str, mean: Mapping[str, float], std: Mapping[str, float]) -> str:
+    """A score as mean ± standard deviation, without the 0 before the point."""
     text = f"{mean[key]:.3f}" + (f"±{std[key]:.3f}" if key in std else "")
     return text.replace("0.", ".") if mean[key] < 1 else text.replace("±0.", "±.")

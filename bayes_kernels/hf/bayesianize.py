@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..batches import as_batches, labels_of
 from .layers import check_whole
 from .method import METHODS, ConversionReport
+from .scale import compare_draws
 
 
 def bayesianize(
@@ -27,7 +30,11 @@ def bayesianize(
         data: examples to look at, as `predict_dataset` takes them: the anchors ("tfb"), or all
             training examples ("laplace").
         options: options of the method, as `bayes_kernels.hf.methods.tfb.tfb_` and
-            `bayes_kernels.hf.methods.laplace.laplace_` take them.
+            `bayes_kernels.hf.methods.laplace.laplace_` take them. With `validation`, held-out examples
+            with class labels, mean and draws are compared on them in the end (`compare_draws`: 1 +
+            n_samples passes, of a Laplace posterior one), and a warning says where the draws raise the
+            NLL by more than chance. Both methods also choose the width of the posterior on them unless
+            told otherwise; the comparison is then too kind, and others than these would be better.
 
     Returns:
         The method's report, whose `str` is one line: `TfbReport` or `LaplaceLoraReport`.
@@ -61,4 +68,20 @@ def bayesianize(
                 f"bayesianize: {name} must not be given for method {method!r}, where it is {value!r}, "
                 f"got {options[name]!r}; leave it out"
             )
-    return found.convert(model, data, **found.fixed, **options)
+    validation = options.get("validation")
+    if validation is None:
+        return found.convert(model, data, **found.fixed, **options)
+    batches = list(as_batches(validation, options.get("batch_size", 16), options.get("collate_fn")))
+    report = found.convert(model, data, **found.fixed, **{**options, "validation": batches})
+    labels = [labels_of(batch) for batch in batches]
+    if not all(isinstance(one, Tensor) and one.dim() == 1 for one in labels):
+        return report  # tokens, which `compare_draws` does not take
+    names = ("n_samples", "seed", "draws", "scope", "choices", "progress")
+    law = {name: options[name] for name in names if name in options}
+    said = compare_draws(model, batches, **{"n_samples": METHODS[method].n_samples, **law})
+    if said.harmful:
+        warnings.warn(
+            f"bayesianize: {said}; predict with n_samples=0, which is the mean, or see fit_scale_",
+            stacklevel=2,
+        )
+    return report

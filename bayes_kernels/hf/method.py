@@ -81,6 +81,8 @@ class Conversion:
         examples: training examples that commands give it; None for all.
         fixed: options that the method's name decides.
         needs: by option the values of others without which it does nothing, as in `Option`.
+        chooses: (options that were given) -> whether it chooses the width of the posterior on validation
+            examples, where there are some.
     """
 
     convert: Callable[..., ConversionReport]
@@ -90,6 +92,7 @@ class Conversion:
     examples: int | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    chooses: Callable[[Mapping[str, Any]], bool] = lambda options: False
 
     def takes(self, name: str) -> bool:
         """Whether `convert` has an option of this name that is not fixed."""
@@ -114,8 +117,6 @@ class Method:
         lr: default peak learning rate.
         weight_decay: default weight decay of AdamW.
         dropout: default dropout before the adapter.
-        scale: what commands do about the width of a posterior: "guard", choose a factor on validation
-            examples where its draws do harm, or "fit", in any case.
         predictor: (model) -> how the model predicts; None where its adapter is not of this method.
         conversion: makes a trained plain adapter Bayesian; None for methods that train their own.
         join: (models, folders) -> one model of several trained plain adapters, each on its base model.
@@ -140,7 +141,6 @@ class Method:
     lr: float = 1e-3
     weight_decay: float = 0.0
     dropout: float = 0.0
-    scale: str = "guard"
     predictor: Callable[[nn.Module], Predictor | None] = noise_predictor
     conversion: Conversion | None = None
     join: Callable[[Sequence[PeftModel], Sequence[str | Path]], nn.Module] | None = None

@@ -56,8 +56,9 @@ def paired_bootstrap(
     seed would train another model is not in it.
 
     Args:
-        log_probs, labels, kind: as in `accuracy`.
-        other_log_probs: (n, C) of the second predictor, in the same order of rows.
+        log_probs, labels, kind: as in `accuracy`; or (R, n, C), predictions of R trainings for the same
+            rows: a score is then the mean over them, and rows are drawn once for all.
+        other_log_probs: of the second predictor, of the same shape, in the same order of rows.
         scores: any of "accuracy", "nll", "brier", "ece", "signed_calibration_error".
         n_bins: as in `ece`.
         level: share of the interval, in (0, 1).
@@ -85,22 +86,30 @@ def paired_bootstrap(
     check_int(where, "seed", seed, 0)
     if not 0.0 < level < 1.0:
         raise ValueError(f"{where}: level must lie in (0, 1), got {level!r}")
-    first = as_rows(where, log_probs, labels, kind)
-    second = as_rows(f"{where} (other_log_probs)", other_log_probs, labels, kind)
-    if first.probs.shape != second.probs.shape:
+    first = [as_rows(where, one, labels, kind) for one in _trainings(log_probs)]
+    name = f"{where} (other_log_probs)"
+    second = [as_rows(name, one, labels, kind) for one in _trainings(other_log_probs)]
+    shapes = [(len(rows), *rows[0].probs.shape) for rows in (first, second)]
+    if shapes[0] != shapes[1]:
+        shown = [shape if shape[0] > 1 else shape[1:] for shape in shapes]
         raise ValueError(
-            f"{where}: other_log_probs must have the shape of log_probs, {tuple(first.probs.shape)}, "
-            f"got {tuple(second.probs.shape)}"
+            f"{where}: other_log_probs must have the shape of log_probs, {shown[0]}, got {shown[1]}"
         )
-    parts = [_addends(rows, score, n_bins) for rows in (first, second) for score in scores]
-    device, n = first.probs.device, len(first.labels)
+    runs = len(first)
+    parts = [
+        torch.cat([_addends(one, score, n_bins) for one in rows], dim=1)
+        for rows in (first, second)
+        for score in scores
+    ]
+    device, n = first[0].probs.device, len(first[0].labels)
     wide = torch.cat([part.to(device) for part in parts], dim=1)
     if not bool(wide.isfinite().all()):
         raise ValueError(
             f"{where}: losses must be finite, got a label of probability zero; leave 'nll' out"
         )
     means = torch.cat([wide.mean(0, keepdim=True), _resampled(wide, n, n_resamples, seed)])
-    values = [_score(part) for part in means.split([part.shape[1] for part in parts], dim=1)]
+    widths = [part.shape[1] for part in parts]
+    values = [_score(part, runs) for part in means.split(widths, dim=1)]
     tails = means.new_tensor([(1 - level) / 2, (1 + level) / 2])
     found = {}
     for score, a, b in zip(scores, values[: len(scores)], values[len(scores) :], strict=True):
@@ -195,9 +204,16 @@ def _addends(rows: Rows, score: str, n_bins: int) -> Tensor:
     return gap.new_zeros(len(gap), n_bins + 1).scatter_(1, index, gap)
 
 
-def _score(means: Tensor) -> Tensor:
-    """Scores (R,) from the means (R, k) of `_addends`."""
-    return means[:, 0] if means.shape[1] == 1 else means.abs().sum(1)
+def _trainings(log_probs: ArrayLike) -> list[ArrayLike]:
+    """Predictions of each training."""
+    several = torch.as_tensor(log_probs)
+    return list(several) if several.dim() == 3 and len(several) else [log_probs]
+
+
+def _score(means: Tensor, runs: int) -> Tensor:
+    """Scores (R,) from the means (R, runs k) of `_addends`, as means over the runs."""
+    own = means.unflatten(1, (runs, -1))
+    return (own[..., 0] if own.shape[2] == 1 else own.abs().sum(2)).mean(1)
 
 
 def _resampled(values: Tensor, n: int, n_resamples: int, seed: int) -> Tensor:

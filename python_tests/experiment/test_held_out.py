@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from bayes_kernels.cli import app
 from bayes_kernels.experiment import compare as co
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.folders import read_record
-from bayes_kernels.experiment.held_out import harm_in
+from bayes_kernels.experiment.held_out import harm_in, held_out
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 from bayes_kernels.experiment.settings import recipes_of
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.hf.tasks.task import Example, Task
 from experiment.tiny_runs import with_recipe
 
 # TFB may change every prediction: no draw is anything like the mean.
@@ -72,6 +73,48 @@ def test_a_scale_is_fitted_where_that_is_asked_for(tiny: Experiment, task: Task)
     assert fitted.scale is not None and len(fitted.scale["trials"]) >= 7
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "choosing", "checking"),
+    [
+        ("blob", {}, 0, 200),
+        ("tfb", {}, 294, 200),
+        ("tfb", {"search": "validation"}, 294, 200),
+        ("tfb", {"tolerance": 0.1}, 0, 200),
+        ("tfb", {"search": "grid"}, 0, 200),
+        ("laplace", {}, 294, 200),
+        ("laplace", {"prior": "mackay"}, 0, 200),
+        ("laplace-last", {"structure": "layer"}, 0, 200),
+    ],
+)
+def test_what_has_chosen_does_not_check(
+    method: str, options: dict[str, Any], choosing: int, checking: int
+) -> None:
+    rows = [Example(str(i), f"text {i}", i % 2) for i in range(500)]
+    rows[7:13] = [dataclasses.replace(row, label=None) for row in rows[7:13]]
+    task = Task("task", "classification", ("a", "b"), [], rows, [], {})
+    one = Experiment(method=method, recipe=Recipe(options=options))
+    found = held_out(one, task)
+    assert (len(found.choosing), len(found.checking)) == (choosing, checking)
+    ids = [row.id for row in (*found.choosing, *found.checking)]
+    assert len(set(ids)) == len(ids) and all(row.label is not None for row in found.checking)
+    few = held_out(one, dataclasses.replace(task, validation=rows[:3]))
+    assert len(few.checking) == (1 if choosing else 3)
+    assert held_out(one, dataclasses.replace(task, validation=[])) == ([], [])
+
+
+def test_what_a_conversion_and_the_rows_say_is_said(
+    tiny: Experiment, task: Task, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(tiny, method="tfb")
+    found = ex.run(with_recipe(one, n_samples=4, steps=12), task, progress=False)
+    assert found.conversion is not None and found.conversion["search"] == "validation"
+    searched, compared = found.notes
+    assert re.match(r"TFB: \d+ layers, sigma_q=.* validation examples", searched)
+    assert re.match(r"TFB, seed 0: 4 draws (raise|lower) the NLL of \d+ examples from", compared)
+    co.save_run(found, tmp_path / "result.json")
+    assert co.load_run(tmp_path / "result.json").notes == found.notes
+
+
 def test_nothing_is_said_without_draws_or_examples(tiny: Experiment, task: Task) -> None:
     plain = dataclasses.replace(tiny, method="mle", recipe=Recipe(steps=2, max_length=16))
     assert ex.run(plain, task, progress=False).scale is None
@@ -83,7 +126,6 @@ def test_nothing_is_said_without_draws_or_examples(tiny: Experiment, task: Task)
 
 def test_what_is_done_where_nothing_is_said() -> None:
     found = {name: Experiment(method=name).scale for name in METHODS}
-    assert {name for name, scale in found.items() if scale == "fit"} == {"tfb"}
-    assert set(found.values()) == {"fit", "guard"}
+    assert set(found.values()) == {"guard"}
     published = recipes_of({}, [], list(METHODS), "published")
     assert {recipe.scale for recipe in published.values()} == {"keep"}

@@ -51,7 +51,10 @@ IDLE = [
 
 
 # What options of conversions take that make others idle; those of configurations have it in their types.
-TAKEN = {"search": ("bisection", "grid"), "fisher": ("ggn", "mc", "empirical")}
+TAKEN = {
+    "search": ("auto", "validation", "bisection", "grid"),
+    "fisher": ("ggn", "mc", "empirical"),
+}
 
 
 @pytest.mark.parametrize(("method", "name", "other"), IDLE)

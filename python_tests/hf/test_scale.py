@@ -10,6 +10,7 @@ from peft import LoraConfig
 from tiny_models import BASES, IDS, LABELS, adapted, fill, trained
 from torch import Tensor, nn
 
+from bayes_kernels import metrics
 from bayes_kernels.hf import (
     BlobConfig,
     PolarConfig,
@@ -20,6 +21,7 @@ from bayes_kernels.hf import (
 )
 from bayes_kernels.hf.last_layer import need_head
 from bayes_kernels.hf.layers import bayes_layers
+from bayes_kernels.hf.logits import Prediction
 from bayes_kernels.hf.scale import can_rescale, compare_draws, fit_scale_, report_draws, rescale_
 
 MAKERS: dict[str, Any] = {
@@ -136,6 +138,33 @@ def test_wider_where_that_is_better() -> None:
     batches = examples(model)
     batches[0]["labels"] = (batches[0]["labels"] + 1) % 3
     assert fit_scale_(model, batches, n_samples=8, progress=False).factor > 2
+
+
+@pytest.mark.parametrize(
+    ("odd", "examples", "taken"), [(0.3, 40, False), (0.8, 40, True), (0.8, 1, False)]
+)
+def test_what_one_half_chooses_must_hold_on_the_other(
+    odd: float, examples: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrower draws help every second example, and lower the NLL of all, but harm or help the others."""
+    model = MAKERS["square"]().eval()
+    rho = bayes_layers(model)[0].tensor("lora_A_rho")
+    first = float(rho.detach()[0, 0])
+    labels = torch.zeros(examples, dtype=torch.int64)
+
+    def said(model: nn.Module, batches: Any, *, n_samples: int, **options: Any) -> Prediction:
+        probs = torch.full((examples,), 0.5, dtype=torch.float64)
+        if n_samples and float(rho.detach()[0, 0]) < 0.99 * first:
+            probs[::2], probs[1::2] = 0.9, odd
+        log_probs = torch.stack([probs, 1 - probs], 1).log()
+        entropy = metrics.predictive_entropy(log_probs)
+        return Prediction(log_probs, entropy, entropy, n_samples, labels)
+
+    monkeypatch.setattr("bayes_kernels.hf.scale.predict_dataset", said)
+    found = fit_scale_(model, [{"input_ids": IDS, "labels": LABELS}], n_samples=8, progress=False)
+    assert min(nll for _, nll in found.trials) < found.before.nll - 0.03
+    assert (found.factor < 1) == taken
+    assert (float(rho.detach()[0, 0]) < first) == taken
 
 
 def test_a_factor_that_chance_explains_is_not_taken() -> None:

@@ -54,6 +54,27 @@ def test_every_score_against_resampling_one_at_a_time():
         assert (difference.low, difference.high) == pytest.approx((low, high), abs=1e-12)
 
 
+def test_scores_of_several_trainings_are_means():
+    """Values are means of those of each training, and rows are drawn once for all of them."""
+    first, second, labels = pair()
+    a = torch.stack([first, (0.5 * second).log_softmax(-1)])
+    b = torch.stack([second, (0.5 * first).log_softmax(-1)])
+    found = metrics.paired_bootstrap(a, b, labels, scores=SCORES)
+    for score, difference in found.items():
+        each = [
+            metrics.paired_bootstrap(x, y, labels, scores=[score])[score]
+            for x, y in zip(a, b, strict=True)
+        ]
+        assert difference.value == pytest.approx(sum(one.value for one in each) / 2, abs=1e-12)
+    # The same training twice says no more than once.
+    once = metrics.paired_bootstrap(a[0], b[0], labels, scores=SCORES)
+    twice = metrics.paired_bootstrap(a[[0, 0]], b[[0, 0]], labels, scores=SCORES)
+    for score in SCORES:
+        assert tuple(twice[score]) == pytest.approx(tuple(once[score]), abs=1e-12)
+    with pytest.raises(ValueError, match=r"shape of log_probs, \(2, 300, .*got \(300, "):
+        metrics.paired_bootstrap(a, b[0], labels)
+
+
 @pytest.mark.parametrize("score", ["accuracy", "nll", "brier"])
 def test_interval_against_scipy(score: str):
     stats = pytest.importorskip("scipy.stats")

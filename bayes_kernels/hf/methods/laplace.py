@@ -446,6 +446,12 @@ PUBLISHED = {
 }
 
 
+def _chooses(options: Mapping[str, Any]) -> bool:
+    """Whether validation examples choose the prior."""
+    one = options.get("structure", "scalar") == "scalar"
+    return one and options.get("prior") in (None, "validation")
+
+
 def _method(name: str, title: str, **fixed: Any) -> Method:
     return Method(
         name,
@@ -460,6 +466,7 @@ def _method(name: str, title: str, **fixed: Any) -> Method:
             "the training examples",
             fixed=fixed,
             needs={"mc_samples": {"fisher": ("mc",)}},
+            chooses=_chooses,
         ),
         files=(LAPLACE_FILE,),
         save=save_laplace,

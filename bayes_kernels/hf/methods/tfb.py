@@ -50,7 +50,7 @@ SIGMA = "lora_A_sigma"
 METRICS = ("flips", "accuracy", "nll")
 TOLERANCES = {"flips": 0.01, "accuracy": 0.01, "nll": 0.003}
 RULES = ("feasible", "code")
-SEARCHES = ("bisection", "grid")
+SEARCHES = ("auto", "validation", "bisection", "grid")
 LABELS = ("auto", "true", "pseudo")
 
 # Added to a singular value where it divides, in the published code: directions that B does not have
@@ -137,8 +137,10 @@ class TfbReport:
     Attributes:
         sigma: the deviation sigma_q that the adapter has now; 0 where none was feasible.
         layers: number of layers with noise.
-        metric, tolerance, rule, search, labels: as asked for; labels "true" or "pseudo".
-        anchors: number of anchor examples.
+        metric, tolerance, rule, search, labels: as asked for; search not "auto", labels "true" or "pseudo".
+            With search "validation" the metric is "nll", a change is NLL(sigma_q) - NLL(mean), and the
+            tolerance 0.
+        anchors: number of anchors; of validation examples with search "validation".
         n_samples: draws of an evaluation.
         passes: evaluations of the anchors, the one of the mean included.
         before: the mean's; `before.change` is 0.
@@ -183,13 +185,18 @@ class TfbReport:
             )
             for trial in (self.before, *self.trace)
         ]
-        title = f"{len(rows)} evaluations of {self.anchors} anchors, {self.labels} labels"
+        title = f"{len(rows)} evaluations of {self._examples}, {self.labels} labels"
         return title, ("sigma_q", f"change ({self.metric})", "within", "NLL", "ACC", "flips"), rows
+
+    @property
+    def _examples(self) -> str:
+        held_out = self.search == "validation"
+        return f"{self.anchors} {'validation examples' if held_out else 'anchors'}"
 
     def __str__(self) -> str:
         text = (
             f"TFB: {self.layers} layers, sigma_q={self.sigma:.6g} after {self.passes} passes over "
-            f"{self.anchors} anchors ({self.seconds:.0f} s)"
+            f"{self._examples} ({self.seconds:.0f} s)"
         )
         if self.after is not None:
             text += (
@@ -211,7 +218,8 @@ def tfb_(
     max_trials: int = 10,
     resolution: float = 5e-4,
     rule: str = "feasible",
-    search: str = "bisection",
+    search: str = "auto",
+    validation: Iterable[Any] | Dataset[Any] | None = None,
     per_anchor: bool = False,
     n_samples: int = 10,
     seed: int = 0,
@@ -234,7 +242,10 @@ def tfb_(
     * "nll": |NLL(sigma_q) - NLL(mean)| / NLL(mean) <= tolerance (0.003): little noise for an adapter
       that fits its anchors,
 
-    with NLL and accuracy of the mean prediction of n_samples draws, as `predict` makes it. For a language
+    or, where there are labelled examples that were not trained on (`validation`), of the sigma_q with the
+    least NLL on them: anchors from the training set do not say how sure an adapter should be.
+
+    NLL and accuracy are those of the mean prediction of n_samples draws, as `predict` makes it. For a language
     model with labels of tokens (B, T), -100 where none counts, and no choices, all three are over the
     labelled tokens, as `predict_tokens` has them.
     All evaluations use the same draws of eps (common random numbers), so that the changes are a smooth
@@ -245,7 +256,8 @@ def tfb_(
     Args:
         model: a PeftModel whose only adapter is to be converted.
         anchors: examples to measure the change on, as `predict_dataset` takes them: a loader or
-            list of batches, or a data set. The paper uses 500 training examples.
+            list of batches, or a data set. The paper uses 500 training examples. Not looked at with
+            search "validation".
         metric: "flips", "accuracy" or "nll".
         tolerance: None for 0.003 ("nll") or 0.01.
         labels: "true"; "pseudo": the classes that the mean predicts, which needs no labels and makes
@@ -257,8 +269,12 @@ def tfb_(
         rule: what a bisection returns: "feasible", the largest evaluated sigma_q within tolerance
             (low is tried where no midpoint is; 0 where low is not feasible either); "code", as the
             published code, the last midpoint that was not, or high where all were.
-        search: "bisection", or "grid": max_trials points in geometric progression from low to high,
-            and the first crossing of the tolerance by piecewise-linear interpolation.
+        search: "bisection"; "grid": max_trials points in geometric progression from low to high, and the
+            first crossing of the tolerance by piecewise-linear interpolation; "validation": the least
+            NLL of held-out examples, of max_trials - 2 points in geometric progression and the two
+            between the best and its neighbours; "auto": "validation" where there are such examples, else
+            "bisection".
+        validation: held-out examples with class labels.
         per_anchor: divide the change by the number of anchors, as the published "nll" code does;
             its tolerance of 0.003 then is one of 150 % with 500 anchors.
         n_samples: draws of an evaluation.
@@ -273,7 +289,7 @@ def tfb_(
         progress: show a bar where it takes longer than two seconds.
 
     Returns:
-        `TfbReport`. Cost: passes * n_samples forward passes of the anchors.
+        `TfbReport`. Cost: passes * n_samples forward passes of the anchors, or of `validation`.
 
     Raises:
         ValueError: an option is out of range, the adapter is not trained or cannot carry noise,
@@ -295,12 +311,20 @@ def tfb_(
         scope=scope,
         layers=layers,
     )
+    if search == "auto":
+        search = "bisection" if validation is None else "validation"
     of_tokens = choices is None and label_shift(model) is not None
     if choices is None and not of_tokens:
         need_classes("tfb_", model)
     begin = time.perf_counter()
     bound = TOLERANCES[metric] if tolerance is None else tolerance
-    batches = _batches(anchors, batch_size, collate_fn)
+    given = anchors
+    held_out = search == "validation"
+    if held_out:
+        if validation is None:
+            raise ValueError("tfb_: validation must be held-out examples for search='validation'")
+        given, metric, labels, bound, per_anchor = validation, "nll", "true", 0.0, False
+    batches = _batches(given, batch_size, collate_fn)
     if not of_tokens:
         batches = _with_labels(batches, labels)
     elif labels == "pseudo" or scope != DRAW_SCOPES[0]:
@@ -317,9 +341,8 @@ def tfb_(
     }
     with as_before_if_stopped(model):
         noisy, weights = _convert(model, layers)
-        evaluations = 1 + (
-            max_trials if search == "grid" else _bisections(low, high, max_trials, resolution)
-        )
+        halvings = _bisections(low, high, max_trials, resolution)
+        evaluations = 1 + (halvings if search == "bisection" else max_trials)
         bar = progress_bar(progress, total=evaluations * len(batches), desc="TFB", unit="batch")
 
         def evaluate(sigma: float) -> Prediction | TokenPrediction:
@@ -344,10 +367,12 @@ def tfb_(
 
         with bar:
             mean = evaluate(0.0)
-            kind, truth = _truth(mean, labels)
-            score = _Score(metric, bound, truth, mean, per_anchor)
+            kind, truth = _truth(mean, labels, "validation" if held_out else "anchors")
+            score = _Score("held_out" if held_out else metric, bound, truth, mean, per_anchor)
             trial = lambda sigma: score.trial(sigma, evaluate(sigma))  # noqa: E731
-            if search == "grid":
+            if held_out:
+                sigma, trace = _least_nll(trial, low, high, max_trials)
+            elif search == "grid":
                 sigma, trace = _grid(trial, low, high, max_trials, bound)
             else:
                 sigma, trace = bisect(trial, low, high, max_trials, resolution, rule)
@@ -375,7 +400,9 @@ def tfb_(
             before=score.trial(0.0, mean),
             after=next((t for t in trace if t.sigma == sigma), None),
             trace=tuple(trace),
-            at_range_end=bool(last and all(t.feasible for t in trace)),
+            at_range_end=sigma == high
+            if held_out
+            else bool(last and all(t.feasible for t in trace)),
             seconds=time.perf_counter() - begin,
         )
 
@@ -500,6 +527,27 @@ def bisect(
     return feasible, trace
 
 
+def _least_nll(
+    trial: Callable[[float], Trial], low: float, high: float, max_trials: int
+) -> tuple[float, list[Trial]]:
+    """The sigma of least NLL of a grid from high to low, refined once; the smaller one of equals.
+
+    All points are tried: far above the best one the NLL hardly depends on sigma, and a descent would stop.
+    """
+    points = max(max_trials - 2, 1)
+    ratio = (low / high) ** (1 / max(points - 1, 1))
+    trace = [trial(high * ratio**i) for i in range(points)]
+
+    def best() -> float:
+        return min(trace, key=lambda found: (found.nll, found.sigma)).sigma
+
+    middle = best()
+    for between in (middle * ratio**0.5, middle / ratio**0.5):
+        if len(trace) < max_trials and low < between < high:
+            trace.append(trial(between))
+    return best(), trace
+
+
 def _bisections(low: float, high: float, max_trials: int, resolution: float) -> int:
     steps = 0
     while steps < max_trials and high - low >= resolution:
@@ -523,7 +571,7 @@ def _grid(
     return high, trace
 
 
-def _truth(mean: Prediction | TokenPrediction, labels: str) -> tuple[str, Tensor]:
+def _truth(mean: Prediction | TokenPrediction, labels: str, where: str) -> tuple[str, Tensor]:
     """Which labels the search has, "true" or "pseudo", and those of classes.
 
     Raises:
@@ -531,10 +579,10 @@ def _truth(mean: Prediction | TokenPrediction, labels: str) -> tuple[str, Tensor
     """
     if isinstance(mean, TokenPrediction):
         if not len(mean):
-            raise ValueError("tfb_: anchors must have labels of tokens that count, got none")
+            raise ValueError(f"tfb_: {where} must have labels of tokens that count, got none")
         return "true", mean.predicted
     if labels == "true" and mean.labels is None:
-        raise ValueError("tfb_: anchors must have labels for labels='true', got none")
+        raise ValueError(f"tfb_: {where} must have labels for labels='true', got none")
     kind = "pseudo" if labels == "pseudo" or mean.labels is None else "true"
     truth = mean.classes if kind == "pseudo" or mean.labels is None else mean.labels
     classes = mean.log_probs.shape[1]
@@ -582,6 +630,7 @@ class _Score:
             "nll": abs(nll - self.nll) / max(self.nll, 1e-300),
             "accuracy": abs(accuracy - self.accuracy),
             "flips": flips,
+            "held_out": nll - self.nll,
         }[self.metric] / self.divisor
         return Trial(sigma, change, change <= self.bound, nll, accuracy, flips)
 
@@ -732,11 +781,22 @@ PUBLISHED = {
     },
 }
 
+# Options of the search on anchors, which "auto" therefore is where one is given.
+OF_ANCHORS = ("metric", "tolerance", "labels", "per_anchor")
+_ONLY_OF_ANCHORS = ("anchors", "resolution", "rule", *OF_ANCHORS)
+
+
+def _chooses(options: Mapping[str, Any]) -> bool:
+    """Whether validation examples choose sigma_q."""
+    search = options.get("search", "auto")
+    anchors = any(name in options for name in _ONLY_OF_ANCHORS)
+    return search == "validation" or (search == "auto" and not anchors)
+
+
 METHOD = Method(
     "tfb",
     "TFB",
     TfbConfig,
-    scale="fit",
     prior=_prior,
     published=PUBLISHED,
     conversion=Conversion(
@@ -745,6 +805,10 @@ METHOD = Method(
         check_model,
         "the anchor examples",
         examples=500,
-        needs={name: {"search": ("bisection",)} for name in ("resolution", "rule")},
+        needs={
+            **{name: {"search": ("auto", "bisection")} for name in ("resolution", "rule")},
+            **{name: {"search": ("auto", "bisection", "grid")} for name in OF_ANCHORS},
+        },
+        chooses=_chooses,
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from bayes_kernels.hf import (
     BlobConfig,
     ScalablConfig,
     bayesianize,
+    compare_draws,
     export_lora,
     fold_samples,
     kl_divergence,
     posterior,
     predict,
     refresh_noise,
+    rescale_,
 )
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.methods.tfb import Trial, bisect, regroup
@@ -87,6 +90,60 @@ def test_regrouping_below_the_rank(full_rank: bool) -> None:
 
 
 # --- search --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_validation_examples_choose_the_least_nll(kind: str) -> None:
+    """Of all that was tried, and of a finer grid nothing is much better; anchors are not looked at."""
+    model = trained(kind)
+    report = convert(model, kind, validation=BATCHES, n_samples=4, high=3.2, low=0.01, max_trials=9)
+    assert report.search == "validation" and report.labels == "true" and report.anchors == len(IDS)
+    assert len(report.trace) == 9 and report.passes == 10
+    assert report.sigma == min(report.trace, key=lambda trial: trial.nll).sigma
+    assert report.after is not None and not report.at_range_end
+    law = {"n_samples": 4, "progress": False, **choices(kind)}
+    said = compare_draws(model, BATCHES, **law)
+    assert said.nll == pytest.approx(report.after.nll, abs=1e-6)
+    assert said.mean_nll == pytest.approx(report.before.nll, abs=1e-5)
+    assert report.after.change == pytest.approx(said.nll - said.mean_nll, abs=1e-5)
+    for factor in (0.8, 1.25):
+        other = copy.deepcopy(model)
+        rescale_(other, factor)
+        assert compare_draws(other, BATCHES, **law).nll > said.nll - 0.01
+    assert "of least" not in str(report) and "4 validation examples" in str(report)
+    # Without a word the search takes them where there are some, and the anchors where there are none.
+    assert convert(trained(kind), kind).search == "bisection"
+    again = convert(trained(kind), kind, validation=BATCHES, search="bisection")
+    assert again.search == "bisection" and again.sigma == convert(trained(kind), kind).sigma
+
+
+def test_what_validation_examples_must_have() -> None:
+    bare = [{"input_ids": IDS}]
+    for options, message in (
+        ({"search": "validation"}, "validation must be held-out examples"),
+        ({"validation": bare}, "validation must have labels"),
+    ):
+        model = trained()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            convert(model, **options)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_draws_that_do_harm_are_said() -> None:
+    """Wide noise that anchors allow, on examples whose labels the mean predicts."""
+    ids = torch.randint(1, int(IDS.max()), (40, 6), generator=torch.Generator().manual_seed(4))
+    model = trained()
+    held_out = [
+        {"input_ids": ids, "labels": predict(model, {"input_ids": ids}, n_samples=0).classes}
+    ]
+    wide = {"tolerance": 1.0, "low": 4.0, "high": 8.0, "search": "bisection"}
+    with pytest.warns(UserWarning, match=r"bayesianize: 3 draws raise the NLL of 40 examples"):
+        convert(model, validation=iter(held_out), **wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        convert(trained(), **wide)
+        convert(trained(), validation=held_out)
 
 
 def threshold(largest: float) -> tuple[Callable[[float], Trial], list[float]]:
