@@ -42,7 +42,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GROUPS = {
     "Data": "data test ood label_names train_size test_size ood_size split",
     "Model": "model kind style compat dtype quantization max_length",
-    "Method": "method methods recipe rank alpha target_modules dropout settings options members",
+    "Method": "method methods vary preset rank alpha target_modules dropout settings options members",
     "Training": "lr steps batch_size accumulation warmup weight_decay seed seeds save_every",
     "Prediction": "n_samples draws draw_scope",
     "Results": "out resume overwrite plots",

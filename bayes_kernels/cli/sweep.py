@@ -9,37 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import (
-    Base,
-    Compat,
-    Cores,
-    Data,
-    Debug,
-    Device,
-    Dtype,
-    Kind,
-    LabelNames,
-    MaxLength,
-    Ood,
-    OodSize,
-    Overwrite,
-    Preset,
-    Quantization,
-    Results,
-    ResumeRuns,
-    Seeds,
-    Settings,
-    Split,
-    Steps,
-    Style,
-    Test,
-    TestSize,
-    TrainSize,
-    all_cores,
-    source_options,
-    start,
-)
+from .options import Cores, Results, Seeds, all_cores, start
 from .output import command_line, describe_task, inputs_of, note, status, writing
+from .runs import RunOptions, with_run_options
 
 if TYPE_CHECKING:
     from ..experiment.compare import Piece
@@ -48,7 +20,9 @@ if TYPE_CHECKING:
     from ..experiment.tables import Failure
 
 
+@with_run_options
 def sweep(
+    *,
     vary: Annotated[
         str,
         typer.Option(
@@ -57,34 +31,13 @@ def sweep(
             "kl_lr=..., rank=...; or checkpoint=50,100,..., steps of one training.",
         ),
     ],
-    data: Data = "stdlib-docs",
     method: Annotated[
         str, typer.Option(help="One of `bayes-kernels methods`, ensembles excepted.")
     ] = "blob",
     seeds: Seeds = 1,
-    test: Test = None,
-    ood: Ood = None,
-    label_names: LabelNames = None,
-    train_size: TrainSize = None,
-    test_size: TestSize = None,
-    ood_size: OodSize = None,
-    split: Split = "test",
-    model: Base = "minilm",
-    kind: Kind = "auto",
-    style: Style = "blob",
-    compat: Compat = False,
-    dtype: Dtype = "float32",
-    quantization: Quantization = None,
-    steps: Steps = None,
-    max_length: MaxLength = None,
-    preset: Preset = "default",
-    settings: Settings = None,
     out: Results = Path("runs/sweep"),
-    resume: ResumeRuns = False,
-    overwrite: Overwrite = False,
     threads: Cores = None,
-    device: Device = "auto",
-    debug: Debug = False,
+    given: RunOptions,
 ) -> None:
     """Score a method at several values of one setting: one table, one picture, one page.
 
@@ -92,12 +45,10 @@ def sweep(
     a conversion one plain adapter, all others a training for each value. Ctrl-C keeps what has ended; the
     same command with --resume goes on, also with more values or seeds.
     """
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other; give one")
+    given.check()
     from ..experiment import build, page, results, run, tables
     from ..experiment import compare as comparison
     from ..experiment import sweep as sweeps
-    from ..experiment.recipe import Experiment, Source
     from ..experiment.settings import recipes_of
     from ..files import write_json, write_text
     from ..hf.method import METHODS
@@ -105,42 +56,37 @@ def sweep(
     cores = threads or all_cores()
     run.check_trainable(method)
     wanted = sweeps.parse_sweep(vary)
-    gpu = start(cores, device).type == "cuda"
-    source = Source(
-        data=data or "",
-        **source_options(test, ood, label_names, test_size, ood_size, train_size, split),
-    )
+    gpu = start(cores, given.device).type == "cuda"
+    source = given.source()
     used = sweeps.used_methods(method)
-    fields = {"steps": steps, "max_length": max_length}
-    given = list(settings or ())
+    fields, settings = given.fields(), list(given.settings or ())
     recipes = {
-        item: recipes_of(fields, [*given, *more], used, preset)
+        item: recipes_of(fields, [*settings, *more], used, given.preset)
         for item, more in wanted.settings.items()
     }
     wanted.check_steps(recipes[None][used[0]].steps)
 
     def make(name: str, seed: int, item: str | None) -> Experiment:
-        recipe = recipes[item][name]
-        return Experiment(
-            source, model, kind, style, dtype, quantization, name, recipe, seed, compat
-        )
+        return given.experiment(source, name, recipes[item][name], seed)
 
     for item in wanted.items:
         build.check_experiment(make(method, 0, item))
     files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, sweeps.PICTURE_FILE]
     files.append(page.REPORT_FILE)
-    inputs = {**inputs_of(source), "model": model}
-    with writing("sweep", out, files, inputs, overwrite=overwrite, resume=resume) as place:
+    inputs = {**inputs_of(source), "model": given.model}
+    with writing(
+        "sweep", out, files, inputs, overwrite=given.overwrite, resume=given.resume
+    ) as place:
         tasks = {}
         for seed in range(seeds):
             with status(f"reading {source.data}, seed {seed}"):
                 tasks[seed] = source.load(seed)
         describe_task(tasks[0])
         pieces = sweeps.plan_sweep(method, wanted, make, tasks, out, seeds=seeds)
-        if resume:
+        if given.resume:
             comparison.check_saved(pieces)
         first = pieces[0]  # whether model and data fit
-        build.build(first.experiment, first.task, device=device)
+        build.build(first.experiment, first.task, device=given.device)
         place.add([str(piece.folder.relative_to(out)) for piece in pieces])
         place.begin()
 
@@ -151,7 +97,7 @@ def sweep(
                 note(f"  {text}")
 
         runs, failures = comparison.compare(
-            pieces, processes=1 if gpu else cores, device=device, done=done
+            pieces, processes=1 if gpu else cores, device=given.device, done=done
         )
         if not runs:
             raise ValueError(
@@ -170,7 +116,7 @@ def sweep(
                 shown,
                 rows,
                 tasks[0],
-                title=f"{tasks[0].name}, {model}: {METHODS[method].title}, {wanted.name}",
+                title=f"{tasks[0].name}, {given.model}: {METHODS[method].title}, {wanted.name}",
                 note="Pictures below the curves, and texts, are those of seed 0.",
                 figures=page.score_figures(*curves, xlabel=wanted.name),
                 command=command_line(),

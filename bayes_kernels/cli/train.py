@@ -36,7 +36,6 @@ from .options import (
     Quantization,
     Rank,
     Results,
-    ResumeRuns,
     Samples,
     Seeds,
     Settings,
@@ -67,6 +66,7 @@ from .output import (
     status,
     writing,
 )
+from .runs import RunOptions, with_run_options
 
 if TYPE_CHECKING:
     from ..experiment.recipe import Experiment
@@ -339,8 +339,9 @@ def train(
     print(tables.run_tables(summaries, title), *run.notes, where, sep="\n")
 
 
+@with_run_options
 def compare(
-    data: Data = "stdlib-docs",
+    *,
     methods: Annotated[
         str,
         typer.Option(
@@ -350,37 +351,10 @@ def compare(
         ),
     ] = "all",
     seeds: Seeds = 3,
-    test: Test = None,
-    ood: Ood = None,
-    label_names: LabelNames = None,
-    train_size: TrainSize = None,
-    test_size: TestSize = None,
-    ood_size: OodSize = None,
-    split: Split = "test",
-    model: Base = "minilm",
-    kind: Kind = "auto",
-    style: Style = "blob",
-    compat: Compat = False,
-    dtype: Dtype = "float32",
-    quantization: Quantization = None,
     members: Annotated[
         int | None, whole("Members of an ensemble; 3 by default.", least=2, most=1000)
     ] = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    target_modules: TargetModules = None,
-    lr: Annotated[float | None, number("Peak learning rate of all methods.")] = None,
-    steps: Steps = None,
-    batch_size: StepExamples = None,
-    max_length: MaxLength = None,
-    n_samples: Samples = None,
-    preset: Preset = "default",
-    draws: Draws = None,
-    draw_scope: DrawScope = None,
-    settings: Settings = None,
     out: Results = Path("runs/compare"),
-    resume: ResumeRuns = False,
-    overwrite: Overwrite = False,
     threads: Annotated[
         int | None,
         whole(
@@ -391,8 +365,7 @@ def compare(
             most=MOST_THREADS,
         ),
     ] = None,
-    device: Device = "auto",
-    debug: Debug = False,
+    given: RunOptions,
 ) -> None:
     """Compare methods and baselines on one task, over seeds: one table, one picture of each kind.
 
@@ -401,34 +374,18 @@ def compare(
     table that says why. Ctrl-C keeps what has ended; the same command with --resume goes on, also
     with more methods or seeds.
     """
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other; give one")
+    given.check()
     from ..experiment import build, differences, output, page, results, tables
     from ..experiment import compare as comparison
-    from ..experiment.recipe import Experiment, Recipe, Source
+    from ..experiment.recipe import Recipe
     from ..experiment.settings import recipes_of
     from ..files import write_json, write_text
     from ..hf.method import METHODS, PLAIN
 
     cores = threads or all_cores()
     names = comparison.check_methods(words(methods) or ())
-    gpu = start(cores, device).type == "cuda"
-    fields = {
-        "rank": rank,
-        "alpha": alpha,
-        "target_modules": words(target_modules),
-        "lr": lr,
-        "steps": steps,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "n_samples": n_samples,
-        "draws": draws,
-        "draw_scope": draw_scope,
-    }
-    source = Source(
-        data=data or "",
-        **source_options(test, ood, label_names, test_size, ood_size, train_size, split),
-    )
+    gpu = start(cores, given.device).type == "cuda"
+    source = given.source()
     used = comparison.used_methods(names)
     joins = [name for name, row in METHODS.items() if row.made == "join"]
     if members is not None and not set(joins) & set(used):
@@ -436,32 +393,34 @@ def compare(
             f"members: expected {' or '.join(joins)} among --methods, got {', '.join(names)}"
         )
     # Plain LoRA is built even where it is not compared.
-    recipes = {PLAIN: Recipe(), **recipes_of(fields, settings or (), used, preset)}
+    recipes = {
+        PLAIN: Recipe(),
+        **recipes_of(given.fields(), given.settings or (), used, given.preset),
+    }
     for name in set(joins) & set(used):
         count = members or METHODS[name].n_samples
         recipes[name] = dataclasses.replace(recipes[name], n_samples=count)
 
     def make(name: str, seed: int) -> Experiment:
-        recipe = recipes[name]
-        return Experiment(
-            source, model, kind, style, dtype, quantization, name, recipe, seed, compat
-        )
+        return given.experiment(source, name, recipes[name], seed)
 
     for name in used:
         build.check_experiment(make(name, 0))
     files = [comparison.TABLE_FILE, comparison.RESULTS_FILE, page.REPORT_FILE, *output.PICTURES]
-    inputs = {**inputs_of(source), "model": model}
-    with writing("compare", out, files, inputs, overwrite=overwrite, resume=resume) as place:
+    inputs = {**inputs_of(source), "model": given.model}
+    with writing(
+        "compare", out, files, inputs, overwrite=given.overwrite, resume=given.resume
+    ) as place:
         tasks = {}
         for seed in range(seeds):
             with status(f"reading {source.data}, seed {seed}"):
                 tasks[seed] = source.load(seed)
         describe_task(tasks[0])
         pieces = comparison.plan(names, make, tasks, out, seeds=seeds)
-        if resume:
+        if given.resume:
             comparison.check_saved(pieces)
         first = pieces[0]  # whether model and data fit
-        build.build(make(PLAIN, 0), first.task, device=device)
+        build.build(make(PLAIN, 0), first.task, device=given.device)
         place.add([str(piece.folder.relative_to(out)) for piece in pieces])
         place.begin()
 
@@ -473,7 +432,7 @@ def compare(
                 note(f"  {text}")
 
         runs, failures = comparison.compare(
-            pieces, processes=1 if gpu else cores, device=device, done=done
+            pieces, processes=1 if gpu else cores, device=given.device, done=done
         )
         if not runs:
             raise ValueError(
@@ -496,7 +455,7 @@ def compare(
                 shown,
                 drawn,
                 tasks[0],
-                title=f"{tasks[0].name}, {model}: {len(shown)} methods",
+                title=f"{tasks[0].name}, {given.model}: {len(shown)} methods",
                 note="Pictures and texts are those of seed 0.",
                 command=command_line(),
             )

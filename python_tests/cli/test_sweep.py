@@ -149,6 +149,8 @@ def results_of(out: Path) -> dict[str, Any]:
         (["--vary", "rank=0,2"], "rank must be an integer >= 1, got 0"),
         (["--vary", "rank=2,4", "--method", "ensemble"], "made of adapters of several seeds"),
         (["--vary", "rank=2,4", "--set", "rank=3"], "expected a setting once, got it twice"),
+        (["--vary", "rank=2,4", "--rank", "3"], "expected a setting once"),
+        (["--vary", "rank=2,4", "--resume", "--overwrite"], "exclude each other"),
         (["--vary", "checkpoint=1,9", "--steps", "8"], "checkpoints from 1 to 8, .* got 9"),
         (["--vary", "checkpoint=0,9"], "checkpoints from 1 to 600, .* got 0"),
         (["--vary", "checkpoint=1.5,2"], "checkpoints from 1 to 600, .* got 1.5"),
