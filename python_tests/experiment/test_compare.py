@@ -255,7 +255,12 @@ def test_the_command(
     assert result.exit_code == 1, result.output
     table = (out / "table.md").read_text()
     assert table in result.stdout
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    scores, beside = table.split("\n\n")
+    assert [line.split("|")[1].strip() for line in beside.splitlines()[2:]] == [
+        *("LoRA (MLE)", "LoRA + temperature", "BLoB mean", "BLoB N=2")
+    ]
+    assert "less MLE's" in beside and "[" in beside.splitlines()[-1]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scores.splitlines()]
     width = len(lines[0])
     assert all(len(line) == width for line in lines)
     assert [line[0] for line in lines[2:]] == [
