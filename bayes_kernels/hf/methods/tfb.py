@@ -245,8 +245,8 @@ def tfb_(
     or, where there are labelled examples that were not trained on (`validation`), of the sigma_q with the
     least NLL on them: anchors from the training set do not say how sure an adapter should be.
 
-    NLL and accuracy are those of the mean prediction of n_samples draws, as `predict` makes it. For a language
-    model with labels of tokens (B, T), -100 where none counts, and no choices, all three are over the
+    NLL and accuracy are those of the mean prediction of n_samples draws, as `predict` makes it. For a
+    language model with labels of tokens (B, T), -100 where none counts, and no choices, all are over the
     labelled tokens, as `predict_tokens` has them.
     All evaluations use the same draws of eps (common random numbers), so that the changes are a smooth
     function of sigma_q. The noise of the update is scaling * sigma_q, as published.
