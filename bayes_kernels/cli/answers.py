@@ -37,6 +37,7 @@ from .output import command_line, describe_task, inputs_of, note, status, writin
 
 if TYPE_CHECKING:
     from ..experiment.answers import Answers
+    from ..metrics import Interval, RiskCoverageCurve
 
 TABLE_FILE, REPORT_FILE = "answers.md", "answers.json"
 PICTURE_FILES = ("risk_coverage.png", "outside.png")
@@ -99,7 +100,7 @@ def answers(
         data=data or "",
         **source_options(test, ood, label_names, test_size, ood_size, train_size),
     )
-    others = {}
+    others: dict[str, list[str]] = {}
     for path in prompts or ():
         others[path.stem] = _texts(path)[:ood_size]
     start(threads, device)
@@ -150,7 +151,9 @@ def _pictures(found: list[Answers], out: Path) -> list[str]:
         return []
     from .. import plots
 
-    curves, wrong, outside = {}, {}, {}
+    curves: dict[str, RiskCoverageCurve] = {}
+    wrong: dict[str, Interval] = {}
+    outside: dict[str, dict[str, Interval]] = {}
     for one in found:
         for measure, short in (("max_mutual_information", "MI"), ("max_entropy", "entropy")):
             if measure not in one.measures:

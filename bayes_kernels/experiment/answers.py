@@ -80,10 +80,10 @@ class AnswerEncoder(TaskEncoder):
 
     def answer(self, label: int) -> str:
         """The answer of a class."""
-        task = self.task
-        return (
-            self.prompt.answers[label] if task.kind != "classification" else task.label_names[label]
-        )  # type: ignore[union-attr]
+        if self.task.kind == "classification":
+            return self.task.label_names[label]
+        assert self.prompt is not None
+        return self.prompt.answers[label]
 
     def text(self, example: Example) -> str:
         """The prompt, cut to the largest length."""
