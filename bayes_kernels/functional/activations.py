@@ -6,6 +6,7 @@ A block of 32 columns has one scale, a power of two (MXINT8 of the OCP Microscal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,19 +132,15 @@ def saved_input(
 
 
 def loaded_input(
-    op: str,
-    x: Tensor | None,
-    codes: Tensor | None,
-    scales: Tensor | None,
-    dtype: torch.dtype,
-    again: bool,
+    op: str, saved: Sequence[Tensor | None], dtype: torch.dtype, again: bool
 ) -> Tensor:
-    """x of what was saved, in backward.
+    """x of what `saved_input` has saved, in backward.
 
     Raises:
         RuntimeError: `again`, the graph of derivatives is wanted, and there are codes only: derivatives
             by x would be left out.
     """
+    x, codes, scales = saved
     if x is not None:
         return x
     if again:

@@ -200,7 +200,7 @@ class _Whole(torch.autograd.Function):
         *saved, a, rho, b, h, key, ids = ctx.saved_tensors
         dropout, std, scaling = ctx.rest
         again = torch.is_grad_enabled() or transformed()
-        x = loaded_input("adapter", *saved, ctx.dtype, again)
+        x = loaded_input("adapter", saved, ctx.dtype, again)
         need_x, need_a, need_rho, need_b, need_base = ctx.needs_input_grad[:5]
         dbase = dy if need_base else None
         dx: Tensor | None
@@ -286,7 +286,7 @@ class _Parts(torch.autograd.Function):
         need_x, need_a, need_rho, need_middle, need_b, need_base = ctx.needs_input_grad[:6]
         dbase = dy if need_base else None
         again = torch.is_grad_enabled() or transformed()
-        x = loaded_input("adapter", *saved, ctx.dtype, again)
+        x = loaded_input("adapter", saved, ctx.dtype, again)
         if again:
             found = second_order(
                 lambda x, a, rho, middle, b: update_of(

@@ -512,7 +512,7 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *saved, mean, rho, b, h, plan, numbers, draws, key, ids = ctx.saved_tensors
         again = torch.is_grad_enabled() or transformed()
-        x = loaded_input("adapter", *saved, ctx.dtype, again)
+        x = loaded_input("adapter", saved, ctx.dtype, again)
         law = ctx.law._replace(draws=draws, key=key, ids=ids)
         groups = ctx.groups._replace(ids=numbers)
         need_x, need_mean, need_rho, need_b, need_base = ctx.needs_input_grad[:5]
