@@ -226,7 +226,7 @@ def experts_forward(
     x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return x[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+    return x[back].view(tokens, k, x.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _products(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

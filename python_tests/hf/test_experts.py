@@ -317,6 +317,25 @@ def test_predictions_in_parts_and_in_threads() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["mean", "flipout", "sample", "shared", "token"])
+def test_a_pass_without_tokens(mode: str) -> None:
+    """As transformers' grouped products: an empty output, and gradients that are zero."""
+    model = blob()
+    outer, _ = block(model)
+    nothing = torch.zeros(0, 16, requires_grad=True)
+    given: dict[str, Any] = {"mode": mode if mode in ("mean", "flipout") else "sample"}
+    if mode == "token":
+        given.update(n_samples=2, scope="token")
+    elif given["mode"] == "sample":
+        given.update(draws=[0, 1], kind="shared" if mode == "shared" else "antithetic")
+    with posterior(model, **given):
+        y = outer(nothing, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    found = gradients(outer)
+    assert found and all(value is not None and not value.any() for value in found.values())
+
+
 def test_text_with_a_cache_has_the_draws_of_passes_without() -> None:
     model = blob()
     ids = IDS[:2]
