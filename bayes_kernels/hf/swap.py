@@ -90,16 +90,23 @@ def _matrices(layer: Any) -> tuple[Any, Any]:
 
 
 def make_plain(model: PeftModel, name: str) -> None:
-    """Make a Bayesian adapter the plain one of its mean; nothing where it is plain."""
+    """Make a Bayesian adapter the plain one of its mean, and the model PEFT's again.
+
+    Plain LoRA whose Bayesian neighbours were deleted keeps its tensors and its configuration.
+    """
     tuner: Any = model.base_model
     if type(tuner) is not BayesLoraModel:
         return
     layers = [layer for _, layer in adapted_layers(model, name)]
-    _change_type(model, name, LoraModel, LoraConfig(**lora_options(tuner.peft_config[name])))
+    config = tuner.peft_config[name]
+    if isinstance(config, BayesLoraConfig):
+        config = LoraConfig(**lora_options(config))
+    _change_type(model, name, LoraModel, config)
     for layer in layers:
-        a, b = mean_factors(layer, name)
-        _set_factors(layer, name, a.clone(), b.clone())
-        del layer.lora_variant[name]
+        if isinstance(layer.lora_variant.get(name), BayesVariant):
+            a, b = mean_factors(layer, name)
+            _set_factors(layer, name, a.clone(), b.clone())
+            del layer.lora_variant[name]
         cast_where_plain(layer)
         unwrap(layer)
     remove_noise(tuner.model)

@@ -16,7 +16,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import hotswap
 from tiny_models import IDS, ROWS, adapted, arguments, bert, fill, llama, logits
 from torch import nn
@@ -32,6 +32,7 @@ from bayes_kernels.hf import (
     predict,
 )
 from bayes_kernels.hf.layers import bayes_layers
+from bayes_kernels.hf.swap import make_plain
 from hf.test_experts import moe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -342,6 +343,21 @@ def test_parameters_of_experts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must come before plain LoRA of target_parameters"):
         plain.add_adapter("blob", BlobConfig(**given))
     assert type(plain.base_model).__name__ == "LoraModel" and list(plain.peft_config) == ["default"]
+
+
+def test_plain_again_when_the_bayesian_one_is_gone() -> None:
+    """Plain LoRA is left alone by what makes an adapter plain, and can get a posterior."""
+    model = both()
+    model.delete_adapter("blob")
+    model.set_adapter("plain")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    make_plain(model, "plain")
+    assert type(_tuner(model)) is LoraModel and model.peft_type == "LORA"
+    assert type(model.peft_config["plain"]) is LoraConfig
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not hasattr(_tuner(model).model, "bayes_noise")
 
 
 def test_other_types_stay_refused(tmp_path: Path) -> None:
