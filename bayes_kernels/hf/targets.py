@@ -277,6 +277,10 @@ def unsupported_target(layer: Any, kinds: Collection[str]) -> str | None:
         return None
     if base.groups > 1:
         return f"a convolution in {base.groups} groups is no product of two matrices"
+    if base.padding_mode != "zeros":
+        return (
+            f"PEFT's factor pads with zeros, and the layer has padding_mode={base.padding_mode!r}"
+        )
     if any(d != 1 for d in base.dilation):
         return f"PEFT's factor has no dilation, and the layer has {tuple(base.dilation)}"
     return None

@@ -237,8 +237,9 @@ class BayesVariant(LoraVariant):
         self.name = name
         self.stream = random.layer_stream(name)
         self.rounding = random.layer_stream(name.rpartition(".")[0])
-        # Mixture-of-experts layers see a routed selection of rows, which hides whose row is whose.
-        self.routed = ".experts." in f".{name}."
+        # Rows of such layers are not the batch's: a routed selection of them, or, of T5 and its kin, the
+        # pairs of positions that all of them share.
+        self.routed = ".experts." in f".{name}." or name.endswith("relative_attention_bias")
         self.state = state
 
     @classmethod
@@ -410,12 +411,12 @@ class BayesVariant(LoraVariant):
         """Successive rows, along the first dimension of x, that belong to each of the batch's draws.
 
         Raises:
-            ValueError: the batch is no multiple of the draws, or its rows are routed.
+            ValueError: the batch is no multiple of the draws, or the layer's rows are not the batch's.
         """
         if self.routed and draws > 1:
             raise ValueError(
-                f"posterior: layer {self.name} sees routed rows, so that {draws} draws cannot be "
-                "folded into one batch; use n_samples=1 and first_sample=0, 1, ..."
+                f"posterior: layer {self.name} sees routed or shared rows, so that {draws} draws cannot "
+                "be folded into one batch; use n_samples=1 and first_sample=0, 1, ..."
             )
         rows = x.shape[0] if x.dim() > 1 else 1
         if rows % draws:

@@ -154,7 +154,9 @@ def test_layers_behind_a_router_get_one_draw_in_each_pass() -> None:
         item.variant.routed = True
     routed = predict(model, {"input_ids": IDS}, n_samples=3)
     assert passes == [len(IDS)] * 6 and torch.equal(routed.log_probs, whole.log_probs)
-    with pytest.raises(ValueError, match="sees routed rows, so that 3 draws cannot be folded"):
+    with pytest.raises(
+        ValueError, match="sees routed or shared rows, so that 3 draws cannot be folded"
+    ):
         predict(model, {"input_ids": IDS}, n_samples=3, samples_per_pass=3)
 
 

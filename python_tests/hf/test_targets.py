@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import gpt2, llama, logits
 from torch import Tensor, nn
@@ -445,6 +446,8 @@ def test_tfb_keeps_the_mean_and_finds_noise(target: str) -> None:
             {"dilation": 2, "padding": 2},
             r"no dilation, and the layer has \(2,\)",
         ),
+        (BlobConfig, "line", {"padding_mode": "reflect", "padding": 1}, "pads with zeros"),
+        (ScalablConfig, "line", {"padding_mode": "circular", "padding": 1}, "pads with zeros"),
     ],
 )
 def test_what_cannot_be_is_refused(config: Any, target: str, options: Any, said: str) -> None:
@@ -548,6 +551,31 @@ def test_laplace_says_what_it_cannot(target: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         bayesianize(model, "laplace", data, progress=False)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_biases_of_relative_positions_are_shared_by_all_rows() -> None:
+    """T5 looks up a bias for each pair of positions: rows of the table's input are no examples."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1}
+    config = transformers.T5Config(**sizes, num_heads=2, num_labels=3, decoder_start_token_id=0)
+    base = transformers.T5ForSequenceClassification(config).eval()
+    model = adapted(["relative_attention_bias"], base=base, task_type="SEQ_CLS")
+    ids = IDS.clamp(3, 31)[:4]
+    ids[:, -1] = config.eos_token_id
+    # Two draws and an even number of positions, which could be split between them.
+    ids = torch.cat([ids, ids], 1)[:, -4:]
+    with torch.no_grad(), posterior(model, draws=[0, 1, 0, 1]):
+        with pytest.raises(ValueError, match="shared rows, so that 4 draws cannot be folded"):
+            model(input_ids=ids)
+    found = predict(model, {"input_ids": ids}, n_samples=2, seed=1)
+    alone = []
+    for number in range(2):
+        with torch.no_grad(), posterior(model, first_sample=number, seed=1):
+            alone.append(model(input_ids=ids).logits.softmax(-1))
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+    torch.testing.assert_close(
+        found.probs.float(), torch.stack(alone).mean(0), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_weights_that_are_tied_have_one_posterior_each() -> None:
