@@ -474,25 +474,29 @@ class BayesVariant(LoraVariant):
         )
         return reference.dropped(x, keep.reshape(x.shape), dropout)
 
-    def kept(self, x: Tensor) -> functional.QuantizedActivations | None:
+    def kept(self, x: Tensor, key: Tensor | None = None) -> functional.QuantizedActivations | None:
         """What backward has of x, for the ops' argument `kept`: None where it has x itself.
 
         Layers beside each other that see the same tensor (q, k and v) share one copy: the noise is that
         of the module which they are in.
+
+        Args:
+            x: (..., in).
+            key: of the rounding, where x is a part of the batch with a draw of its own; else the pass's.
         """
         if self.config.activation_bits is None or not torch.is_grad_enabled() or transformed():
             return None
-        key = self.state.key_on(x.device)
-        if torch.compiler.is_compiling():  # the compiler finds equal calls
+        key = self.state.key_on(x.device) if key is None else key
+        if torch.compiler.is_compiling() or x.is_inference():
+            # The compiler finds equal calls; whether a tensor of inference mode has changed is not known.
             return functional.quantize_activations(x, key=key, stream=self.rounding)
         # Where the tensor goes, its copy goes.
         made = _QUANTIZED.get(x)
-        dtype = autocast_input(x[:0]).dtype
-        if made is not None and made.key is key:
-            if (made.stream, made.version, made.dtype) == (self.rounding, x._version, dtype):
-                return made.kept
+        of = (self.rounding, x._version, autocast_input(x[:0]).dtype, _work_queue(x))
+        if made is not None and made.key is key and made.of == of:
+            return made.kept
         kept = functional.quantize_activations(x, key=key, stream=self.rounding)
-        _QUANTIZED[x] = _Quantized(kept, key, self.rounding, x._version, dtype)
+        _QUANTIZED[x] = _Quantized(kept, key, of)
         return kept
 
     def delta_weight(self, module: Any, adapter: str) -> Tensor:
@@ -548,13 +552,23 @@ class BayesVariant(LoraVariant):
 
 
 class _Quantized(NamedTuple):
-    """A tensor in 8 bits, and what it was made of."""
+    """A tensor in 8 bits, and what it was made of: the key; noise stream, version, dtype, work queue."""
 
     kept: functional.QuantizedActivations
     key: Tensor
-    stream: int
-    version: int
-    dtype: torch.dtype
+    of: tuple[int, int, torch.dtype, tuple[int, bool]]
+
+
+def _work_queue(x: Tensor) -> tuple[int, bool]:
+    """The CUDA stream that works on x, and whether a CUDA graph captures it.
+
+    On another stream a copy may not be there yet; a graph that was captured with a copy from before it
+    would not make it again.
+    """
+    if not x.is_cuda:
+        return 0, False
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return stream, torch.cuda.is_current_stream_capturing()
 
 
 # By the tensor, for as long as it lives.

@@ -14,7 +14,16 @@ import tiny_models
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from bayes_kernels.hf import BlobConfig, PolarConfig, PolarVbllConfig, ScalablConfig, posterior
+from bayes_kernels import functional
+from bayes_kernels.hf import (
+    BlobConfig,
+    PolarConfig,
+    PolarVbllConfig,
+    ScalablConfig,
+    fold_samples,
+    posterior,
+    variants,
+)
 from bayes_kernels.hf.config import BayesLoraConfig
 from bayes_kernels.hf.variants import _QUANTIZED
 
@@ -162,6 +171,47 @@ def test_an_input_that_was_changed_is_rounded_again() -> None:
     assert second is not first and not torch.equal(first.codes, second.codes)
     of.base_model.model.bayes_noise.advance()
     assert variant.kept(x) is not second
+
+
+def test_draws_with_noise_for_each_token_round_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows under two draws: their rounding is as independent as their weights."""
+    of, made = model(activation_bits=8, target_modules=["q_proj"]), []
+    plain = functional.quantize_activations
+
+    def recorded(x: Tensor, **options: Any) -> functional.QuantizedActivations:
+        made.append(plain(x, **options))
+        return made[-1]
+
+    monkeypatch.setattr(functional, "quantize_activations", recorded)
+    with posterior(of, n_samples=2, seed=3, scope="token"):
+        of(input_ids=fold_samples({"input_ids": IDS}, 2)["input_ids"])
+    first, second = made[:2]  # of the first layer, which sees the same numbers under both
+    assert torch.equal(first.scales, second.scales)
+    assert not torch.equal(first.codes, second.codes)
+
+
+def test_copies_are_not_shared_across_streams_and_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work on another CUDA stream, or captured in a graph, makes its own copy."""
+    of = model(activation_bits=8)
+    variant = next(m.lora_variant["default"] for m in of.modules() if hasattr(m, "lora_variant"))
+    x, seen = torch.randn(2, 3, 64), []
+    for queue in ((0, False), (1, False), (1, True), (1, False)):
+        monkeypatch.setattr(variants, "_work_queue", lambda x, queue=queue: queue)
+        seen.append(variant.kept(x))
+        assert variant.kept(x) is seen[-1]
+    assert len({id(kept) for kept in seen}) == 4
+
+
+def test_input_of_inference_mode() -> None:
+    """Such a tensor has no count of its changes, so that it is rounded each time."""
+    of = model(activation_bits=8)
+    variant = next(m.lora_variant["default"] for m in of.modules() if hasattr(m, "lora_variant"))
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 64)
+    first = variant.kept(x)
+    with torch.inference_mode():
+        x += 1.0
+    assert not torch.equal(first.codes, variant.kept(x).codes)
 
 
 def test_options(tmp_path: Any) -> None:

@@ -127,7 +127,9 @@ class GaussianFactor(BayesVariant):
             parts = zip(keys, x.split(sizes), result.split(sizes), strict=True)
             return torch.cat(
                 [
-                    functional.flipout_lora(x, a, rho, b, y, key=key, kept=self.kept(x), **options)
+                    functional.flipout_lora(
+                        x, a, rho, b, y, key=key, kept=self.kept(x, key), **options
+                    )
                     for key, x, y in parts
                 ]
             )
@@ -231,15 +233,17 @@ class GaussianFactor(BayesVariant):
         rho = getattr(module, self.deviation)[adapter]
         law: dict[str, Any] = {"stream": self.stream, "std": self.std}
 
-        def flipped(x: Tensor, result: Tensor, experts: Tensor, **signs: Any) -> Tensor:
+        def flipped(
+            x: Tensor, result: Tensor, experts: Tensor, key: Tensor, **signs: Any
+        ) -> Tensor:
             by = rho.unflatten(0, (len(a), -1))
-            options = {**law, **signs, "groups": experts, "kept": self.kept(x)}
+            options = {**law, **signs, "groups": experts, "kept": self.kept(x, key), "key": key}
             return functional.grouped_flipout_lora(x, a, by, b, result, scaling=scaling, **options)
 
         if mode == "flipout":
             signs = {} if self.scope == "none" else {"sign_rows": rows.tokens}
             key = state.key_on(x.device)
-            return flipped(x, result, rows.experts, key=key, scope=self.scope, **signs)
+            return flipped(x, result, rows.experts, key, scope=self.scope, **signs)
         chosen = state.current()
         if chosen.scope == "token":
             keys = chosen.keys_of_draws[x.device]
@@ -247,9 +251,7 @@ class GaussianFactor(BayesVariant):
             # Every draw has as many rows as any other.
             order = (rows.tokens // tokens).sort(stable=True).indices
             parts = [
-                flipped(
-                    x[i], result[i], rows.experts[i], key=key, sign_rows=rows.tokens[i] % tokens
-                )
+                flipped(x[i], result[i], rows.experts[i], key, sign_rows=rows.tokens[i] % tokens)
                 for key, i in zip(keys, order.chunk(len(keys)), strict=True)
             ]
             back = torch.empty_like(order)
@@ -258,7 +260,7 @@ class GaussianFactor(BayesVariant):
         key = state.key_on(x.device)
         if chosen.kind == "shared":
             ids = self.ids_of(rows.hidden)[rows.tokens]
-            return flipped(x, result, rows.experts, key=key, sign_rows=ids)
+            return flipped(x, result, rows.experts, key, sign_rows=ids)
         where = self.draws_of(rows.hidden)
         draws = where["draws"]
         number = len(draws)
