@@ -60,8 +60,9 @@ def quantize_activations(
     rounded up with the probability of its remainder. So the mean over keys is x, up to 2^-17 step, and
     the variance of an element step^2 f (1 - f) <= step^2 / 4, f the remainder; step < max |x_b| / 63.
     In fp16 numbers beyond 64512 are an exception, as 65536 has 65504 in its place.
-    Numbers that are not finite make their block NaN, and so do those of 2^128 and more; the smallest step
-    is 2^-126 (fp16: 2^-24).
+    Numbers that are not finite make their block NaN, and so do those beyond 127 2^121 = 3.376e38, whose
+    codes could stand for 2^128 (the largest of bf16 and of fp32 are 3.390e38 and 3.403e38); the smallest
+    step is 2^-126 (fp16: 2^-24).
 
     Keeps n + n / 32 bytes for each token. Adapters that share x can share these: the gradients with
     respect to x and b do not use them, those of each first factor stay unbiased.

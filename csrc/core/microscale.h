@@ -1,6 +1,7 @@
 // 8-bit activations with a scale for each 32 columns, as MXINT8 of the OCP Microscaling Formats
 // specification 1.0: value = code . 2^(scale - 133), code an int8 in [-127, 127], scale a byte (the
-// biased exponent; 255: the block has a number that is not finite, and all its values are NaN).
+// biased exponent; 255: the block has a number that is not finite or beyond 127 * 2^121, and all
+// its values are NaN).
 //
 // Scales are powers of two, so that all of this is exact in every type of activation, and rounding
 // up with the probability of the remainder leaves the mean of a value what it was.

@@ -78,6 +78,20 @@ def test_extremes(device):
         assert kept.codes.abs().max() <= 127
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_largest_number_that_has_a_code(device, dtype):
+    """127 2^121 comes back as it is, and the next number of its type makes its block NaN."""
+    if dtype == torch.float64 and device.name != "cpu":
+        pytest.skip("float64 is for the CPU")
+    most = torch.tensor(127 * 2.0**121, dtype=dtype)
+    x = torch.zeros(2, 33, dtype=dtype)
+    x[0, 3], x[1, 3] = -most, torch.nextafter(most, torch.tensor(math.inf, dtype=dtype))
+    x[:, 32] = 5.0
+    back = F.quantize_activations(x.to(device.torch), key=random.key(0, device.torch))
+    back = back.dequantized(dtype).cpu()
+    assert torch.equal(back[0], x[0]) and back[1, :32].isnan().all() and back[1, 32] == 5.0
+
+
 @pytest.mark.parametrize(
     "largest, scale", [(127.0, 133), (127.001, 134), (64.0, 133), (63.5, 132), (63.6, 133)]
 )
