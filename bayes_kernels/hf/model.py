@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from ._compat import register
+from .attaching import attach
 from .config import BayesLoraConfig
 from .experts import restore, unmatched_parameters
 from .guards import install as install_guards
@@ -20,7 +21,7 @@ from .layers import cast_where_plain, key_devices, lora_layers
 from .noise import NoiseState
 from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
 from .undo import as_before_if_stopped
-from .variants import VARIANTS, attach, fp32_parameters
+from .variants import VARIANTS, fp32_parameters
 
 # As transformers' `should_convert_module` reads them: regular expressions from the start of a name.
 _FACTOR_PATTERNS = (r".*\.lora_[AB]",)

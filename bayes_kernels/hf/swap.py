@@ -13,12 +13,13 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
+from .attaching import attach
 from .config import BayesLoraConfig
 from .experts import layer_name, unwrap
 from .layers import cast_where_plain, find_peft_model, lora_layers
 from .model import BayesLoraModel, remove_noise
 from .targets import as_linear, factor_parameters
-from .variants import VARIANTS, BayesLayer, BayesVariant, attach
+from .variants import VARIANTS, BayesLayer, BayesVariant
 
 
 def the_adapter(op: str, model: nn.Module) -> tuple[PeftModel, str]:

@@ -19,6 +19,7 @@ from peft.tuners.lora import layer as lora_layers
 from torch import Tensor, nn
 
 from .. import random, reference
+from .initial import uniform_like
 
 LAYER_KINDS = ("linear", "convolution", "embedding")
 
@@ -174,10 +175,10 @@ class Lookup(View):
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         if a.is_meta or bool(a.any()):
             return
-        seed = (torch.initial_seed() * 0x9E3779B97F4A7C15 + stream + 1) & (2**63 - 1)
-        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            a.copy_(torch.empty(a.shape).uniform_(-1, 1, generator=generator))
+            a.copy_(
+                uniform_like(a, a.shape, -1, 1, stream + 1)
+            )  # `stream` is that of the deviation
             b.zero_()
 
     def forward(

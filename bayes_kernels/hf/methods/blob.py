@@ -18,10 +18,11 @@ from ...functional import SCOPES, STDS
 from ...optim import DecoupledKL, auto_target_std, flow_time
 from ..config import VariationalConfig, option
 from ..experts import Routed, by_expert
+from ..initial import inverse_softplus, uniform_like
 from ..method import PAPERS, Method
 from ..noise import DRAW_SCOPES
 from ..targets import LAYER_KINDS
-from ..variants import BayesVariant, Divergence, KLPlan, KLStep, inverse_softplus, uniform_like
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep
 
 if TYPE_CHECKING:
     from ..noise import NoiseState

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from ... import functional
 from ...stiefel import METHODS, StiefelAdamW, orthogonality
 from ..config import BayesLoraConfig, option
+from ..initial import private_generator
 from ..layers import active_layers
 from ..method import Method
-from ..variants import BayesLayer, BayesVariant, TrainingHooks, private_generator
+from ..variants import BayesLayer, BayesVariant, TrainingHooks
 
 CORE = "lora_core"
 

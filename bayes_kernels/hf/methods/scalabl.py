@@ -20,16 +20,9 @@ from torch import Tensor, nn
 from ... import functional, random
 from ...optim import KLSchedule
 from ..config import VariationalConfig, option
+from ..initial import inverse_softplus, normal_like, uniform_like
 from ..method import PAPERS, Method
-from ..variants import (
-    BayesVariant,
-    Divergence,
-    KLPlan,
-    KLStep,
-    inverse_softplus,
-    normal_like,
-    uniform_like,
-)
+from ..variants import BayesVariant, Divergence, KLPlan, KLStep
 
 if TYPE_CHECKING:
     from ..noise import NoiseState
