@@ -280,10 +280,8 @@ class _StiefelOptimizer(Optimizer):
     def retract_(self) -> None:
         """Put every Stiefel matrix on the manifold, at its nearest point: the polar factor.
 
-        Landing leaves matrices near the manifold; after this they are on it to rounding.
-
-        Raises:
-            ValueError: a matrix has lost its rank.
+        Landing leaves matrices near the manifold; after this they are on it to rounding. One that has
+        lost its rank has no nearest point and keeps its value, which `orthogonality` shows.
         """
         parameters = [p for g in self.param_groups if g["stiefel"] for p in g["params"]]
         points = [self._point(p) for p in parameters]

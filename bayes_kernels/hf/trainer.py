@@ -162,13 +162,7 @@ class BayesTrainerMixin(_Base):
                 "torchrun or accelerate, or name one in CUDA_VISIBLE_DEVICES"
             )
         _check_sharding(self)
-        # What DPO's trainer calls "ref", a copy of the first values.
-        trained = {id(variant) for variant in variants}
-        self._references = [
-            variant
-            for variant in bayes_variants(self.model)  # type: ignore[attr-defined]
-            if id(variant) not in trained
-        ]
+        self._references = _inactive(self.model)  # type: ignore[attr-defined]
         self._hooks = variants[0].training(self, variants[0].config)
         self._counts_items: bool | None = None  # whether the loss uses num_items_in_batch
         # Passes that were looked at, and layers without a gradient in all of them.
@@ -419,14 +413,22 @@ class BayesTrainerMixin(_Base):
             return loss, None, None
         return loss, logits, labels
 
+    def compute_ref_log_probs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As DPO's trainer has it, which asks before training too (`precompute_ref_log_probs`)."""
+        with self._references_still():
+            return super().compute_ref_log_probs(*args, **kwargs)
+
     @contextlib.contextmanager
     def _references_still(self: Any) -> Iterator[None]:
-        for variant in self._references:
+        # The stock __init__ may ask for them, with the trained adapter active.
+        found = self.__dict__.get("_references")
+        references = _inactive(self.model) if found is None else found
+        for variant in references:
             variant.still = True
         try:
             yield
         finally:
-            for variant in self._references:
+            for variant in references:
                 variant.still = False
 
     def _compares(self: Any, inputs: dict[str, Any]) -> bool:
@@ -593,6 +595,12 @@ class BayesTrainerMixin(_Base):
             return
         size = self.decoupled_kl.step(self._lr_factor(), step=self.state.global_step)
         self._last_size = size if self._given_schedule is None else size * self.kl_weight
+
+
+def _inactive(model: nn.Module) -> list[Any]:
+    """Variants of adapters that are not active: DPO's trainer calls one "ref", a copy of the first values."""
+    active = {id(item.variant) for item in bayes_layers(model)}
+    return [variant for variant in bayes_variants(model) if id(variant) not in active]
 
 
 def _depends_on(loss: Tensor, leaf: Tensor) -> bool:

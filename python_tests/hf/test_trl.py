@@ -31,6 +31,7 @@ PAIRS = {
     "chosen": ["way", "a", "not", "c"] * 2,
     "rejected": ["x", "y", "z", "k"] * 2,
 }
+REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
 OPTIONS: dict[str, Any] = {
     "max_length": 16,
     "max_steps": 2,
@@ -187,6 +188,15 @@ def test_dpo_is_evaluated_by_draws(tmp_path: Path) -> None:
     assert scores["eval_loss"] == pytest.approx(float(expected), abs=1e-4)
     trainer.eval_samples = 0
     assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_reference_before_training_is_no_draw(tmp_path: Path) -> None:
+    """Log-probabilities that are computed once are those of the mean, which the model still has."""
+    model = fill(adapted(llama(initializer_range=0.2), BlobConfig, lora_dropout=0.5)).train()
+    trainer = trainer_of(BayesDPOTrainer, tmp_path, model, precompute_ref_log_probs=True)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    later = trainer.evaluate(trainer.eval_dataset.remove_columns(REFERENCE))
+    assert later["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("given", ["adapter", "config"])
