@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils.data import Dataset
 from ..batches import as_batches, need_whole
 from ..progress import progress_bar
 from .draws import NoiseDraws, Predictor, WeightDraws
+from .gathering import gather_tensors, text_of, text_tensors
 from .layers import bayes_variants, without_effect
-from .logits import AnyPrediction
+from .logits import AnyPrediction, LabelPrediction, NumberPrediction, Prediction
 from .method import METHODS
 from .noise import DRAW_SCOPES, KINDS
 from .stopping import check_stop
@@ -298,7 +300,7 @@ def predict_dataset(
             raise
         error = caught
     if distributed:
-        parts = _gathered(parts, error)
+        parts = _gathered(parts, error, model)
     if not parts:
         raise ValueError("predict_dataset: data must have at least one example, got none")
     return parts[0].concatenate(parts)
@@ -323,18 +325,35 @@ def _processes(model: nn.Module) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _gathered(parts: list[Any], error: Exception | None) -> list[Any]:
+def _gathered(parts: list[Any], error: Exception | None, model: nn.Module) -> list[Any]:
     """The parts of all processes, in order.
 
     Raises:
         RuntimeError: another process has failed; this one raises its own error.
     """
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, parts if error is None else repr(error))
+    own = text_tensors(None if error is None else repr(error))
+    for i, part in enumerate(parts if error is None else ()):
+        kind = type(part).__name__
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if value is not None:
+                own[f"{i} {kind} {field.name}"] = torch.as_tensor(value)
+    found = gather_tensors(own, model)
     if error is not None:
         raise error
-    failed = [f"{rank}: {one}" for rank, one in enumerate(found) if isinstance(one, str)]
+    failed = [f"{rank}: {text_of(one)}" for rank, one in enumerate(found) if text_of(one)]
     if failed:
         raise RuntimeError(f"predict_dataset: a process has failed, {failed[0]}")
-    rounds = itertools.zip_longest(*found)
+    rounds = itertools.zip_longest(*map(_predictions, found))
     return [part for one in rounds for part in one if part is not None]
+
+
+def _predictions(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
+    """The predictions that a process has sent, in its order."""
+    kinds = {kind.__name__: kind for kind in (Prediction, LabelPrediction, NumberPrediction)}
+    values: dict[int, tuple[Any, dict[str, Any]]] = {}
+    for name, value in tensors.items():
+        number, kind, field = name.split()
+        found = value if value.dim() else value.item()
+        values.setdefault(int(number), (kinds[kind], {}))[1][field] = found
+    return [kind(**options) for _, (kind, options) in sorted(values.items())]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .gathering import gather_texts
 from .layers import find_peft_model
 
 
@@ -47,18 +48,18 @@ def save_sharded(model: nn.Module, directory: str | os.PathLike[str], **options:
         if first:
             state[name] = whole.detach().cpu()
         del whole
-    problem: list[str | None] = [None]
+    problem: str | None = None
     try:
         if first:
             peft_model.save_pretrained(str(directory), state_dict=state, **options)
     except BaseException as error:
-        problem = [f"{type(error).__name__}: {error}"]
+        problem = f"{type(error).__name__}: {error}"
         raise
     finally:  # the others must not wait for a folder that does not come
         if together:
-            torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise RuntimeError(f"save_sharded: the first process could not write: {problem[0]}")
+            problem = gather_texts(problem, model)[0]
+    if problem is not None:
+        raise RuntimeError(f"save_sharded: the first process could not write: {problem}")
     return Path(directory)
 
 

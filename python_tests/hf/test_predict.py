@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -121,6 +122,17 @@ def _share(folder: Path, rank: int) -> None:
     assert sum(passes) == (12, 8)[rank], passes
     alone = predict_dataset(model, batches[:1], **options)  # one process has none
     torch.save([found.log_probs, found.labels, alone.log_probs], folder / f"{rank}.pt")
+    # Every field, of draws that differ in number, and of one set of weights.
+    for more in ({"stop": 0.4, "n_samples": 20}, {"return_samples": True}, {"n_samples": 0}):
+        kinds = {**options, **more}
+        shared = predict_dataset(model, batches, **kinds)
+        single = predict_dataset(model, batches, **{**kinds, "distributed": False})
+        for field in dataclasses.fields(single):
+            one, two = getattr(shared, field.name), getattr(single, field.name)
+            if isinstance(two, Tensor):
+                assert one.dtype == two.dtype and torch.equal(one, two), field.name
+            else:
+                assert type(one) is type(two) and one == two, field.name
     with pytest.raises(ValueError if rank else RuntimeError) as caught:
         predict_dataset(model, batches, **{**options, "n_samples": -1 if rank else 4})
     assert "n_samples must" in str(caught.value), caught.value
