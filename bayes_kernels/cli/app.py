@@ -44,7 +44,7 @@ _GROUPS = {
     "Model": "model kind style compat dtype quantization max_length",
     "Method": "method methods vary preset rank alpha target_modules dropout settings options members",
     "Training": "lr steps batch_size accumulation warmup weight_decay seed seeds save_every",
-    "Prediction": "n_samples draws draw_scope",
+    "Prediction": "n_samples draws draw_scope stop stop_rule min_samples",
     "Results": "out resume overwrite plots",
     "Machine": "threads device",
 }

@@ -133,6 +133,23 @@ DrawScope = Annotated[
         "each token."
     ),
 ]
+Stop = Annotated[
+    float | None,
+    number(
+        "No more draws for a text whose class is settled, with this rate of errors: from 0 (no errors) to "
+        "below 0.5. --n-samples is then the most."
+    ),
+]
+StopRule = Annotated[
+    str | None,
+    typer.Option(
+        help="With --stop: normal (leads of a class are about normal, the default) or betting."
+    ),
+]
+MinSamples = Annotated[
+    int | None,
+    whole("With --stop: the fewest draws of a text, 4 by default.", least=1, most=_MOST_DRAWS),
+]
 TrainSize = Annotated[
     int | None, whole("Training examples, chosen by the seed; 0 for all.", least=0)
 ]

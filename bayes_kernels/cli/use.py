@@ -22,12 +22,15 @@ from .options import (
     DrawScope,
     DrawSeed,
     LabelNames,
+    MinSamples,
     Ood,
     OodSize,
     OtherBase,
     Overwrite,
     Plots,
     Samples,
+    Stop,
+    StopRule,
     Test,
     TestSize,
     Threads,
@@ -279,6 +282,9 @@ def predict(
     draw_scope: DrawScope = None,
     batch_size: BatchExamples = None,
     seed: DrawSeed = None,
+    stop: Stop = None,
+    stop_rule: StopRule = None,
+    min_samples: MinSamples = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="One JSON object a line, with all probabilities.")
     ] = False,
@@ -293,10 +299,12 @@ def predict(
     if not text and data is None:
         raise ValueError("predict: expected --text or --data, got neither")
     from ..experiment import folders
+    from ..hf.stopping import stop_options
     from ..hf.tasks.load import load
     from ..hf.tasks.record import read_members
 
     start(threads, device)
+    rules = stop_options(stop, stop_rule, min_samples, n_samples)
     for folder in read_members(adapter) or [Path(adapter)]:
         folders.read_record(folder)  # which also says where a stopped run goes on
     examples = _examples(text or [], data)
@@ -309,6 +317,7 @@ def predict(
         "draws": draws,
         "scope": draw_scope,
         "batch_size": batch_size,
+        **rules,
     }
     if not json_lines:
         print(asked.predict_examples(examples, **options))
@@ -325,6 +334,8 @@ def predict(
                 "mutual_information": one.mutual_information,
                 "probabilities": list(one.probs.values()),
             }
+            if one.draws_used is not None:
+                line["draws"] = one.draws_used
             print(json.dumps(line, ensure_ascii=not writes_unicode(sys.stdout)))
         sys.stdout.flush()
 

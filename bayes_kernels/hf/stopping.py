@@ -31,6 +31,7 @@ critique de la notion de collectif", 1939.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,35 @@ def check_stop(stop: float | None, rule: str, min_samples: int, return_samples: 
             "predict: return_samples must be False with stop, which gives texts different numbers of "
             "draws; leave one of them out"
         )
+
+
+def stop_options(
+    stop: float | None, rule: str | None, min_samples: int | None, n_samples: int | None = None
+) -> dict[str, Any]:
+    """The arguments of `predict` that end draws early, from options that may be None for the defaults.
+
+    Args:
+        stop, rule, min_samples: as in `predict`.
+        n_samples: draws that there are; None where that is not known yet.
+
+    Raises:
+        ValueError: they are out of range, have nothing to end, or are given without `stop`.
+    """
+    given = {"stop_rule": rule, "min_samples": min_samples}
+    found = {name: value for name, value in given.items() if value is not None}
+    if stop is None:
+        if found:
+            name, value = next(iter(found.items()))
+            raise ValueError(f"predict: {name} must be None without stop, got {value!r}; set stop")
+        return {}
+    found["stop"] = stop
+    check_stop(stop, found.get("stop_rule", RULES[0]), found.get("min_samples", 1), False)
+    if n_samples is not None and n_samples < 2:
+        raise ValueError(
+            f"predict: stop must be None where there are fewer than two draws to end, got {stop} and "
+            f"n_samples={n_samples}"
+        )
+    return found
 
 
 def settled(

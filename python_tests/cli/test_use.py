@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,48 @@ def test_predictions_as_json_lines(trained: Path, data: Path, tmp_path: Path) ->
     table = call("predict", trained, "--data", lines, "--n-samples", "0")
     assert table.exit_code == 0, table.output
     assert "the song is kind" in table.stdout and "entropy" in table.stdout
+
+
+def test_draws_end_where_a_class_is_settled(trained: Path) -> None:
+    ask = ("predict", trained, "--text", "a bright day", "--text", "sour", "--n-samples", "40")
+    result = call(*ask, "--json", "--stop", "0.4", "--min-samples", "6")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(6 <= one["draws"] <= 40 and one["draws"] % 2 == 0 for one in found)
+    assert min(one["draws"] for one in found) < 40
+    table = call(*ask, "--stop", "0.4", "--stop-rule", "betting", "--json")
+    more = [json.loads(line)["draws"] for line in table.stdout.splitlines()]
+    assert all(a >= b["draws"] for a, b in zip(more, found, strict=True))
+    lines = call(*ask, "--stop", "0.4", "--min-samples", "6").stdout.splitlines()
+    assert lines[0].split()[-1] == "draws"
+    assert [int(line.split()[-1]) for line in lines[1:]] == [one["draws"] for one in found]
+    assert "draws" not in call(*ask).stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--stop", "0.5"), "stop must be None or an error rate from 0 .* to below 0.5, got 0.5"),
+        (("--stop", "-1"), "stop must be None or an error rate .* got -1.0"),
+        (("--stop", "nan"), "stop must be None or an error rate .* got nan"),
+        (("--stop", "often"), "expected a number, got 'often'"),
+        (("--stop", "0.1", "--stop-rule", "t"), "stop_rule must be one of .* got 't'"),
+        (("--stop", "0.1", "--min-samples", "0"), "expected an integer from 1 to .* got '0'"),
+        (
+            ("--stop-rule", "betting"),
+            "stop_rule must be None without stop, got 'betting'; set stop",
+        ),
+        (("--min-samples", "2"), "min_samples must be None without stop, got 2; set stop"),
+        (
+            ("--stop", "0.1", "--n-samples", "1"),
+            "fewer than two draws to end, got 0.1 and n_samples=1",
+        ),
+    ],
+)
+def test_options_that_end_nothing(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """Said before a folder is looked at."""
+    found = refuse("predict", tmp_path / "none", "--text", "a day", *options)
+    assert re.search(message, " ".join(found.replace("│", " ").split())), found
 
 
 def test_json_lines_come_as_they_are_made(

@@ -37,6 +37,7 @@ class Answer(NamedTuple):
         mutual_information: The part of it that stems from the adapter's posterior, nats; None for one
             set of weights.
         probs: Probability of each class by its name.
+        draws_used: Draws that it has had, where `stop` may have ended them; else None.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Answer(NamedTuple):
     entropy: float
     mutual_information: float | None
     probs: dict[str, float]
+    draws_used: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +62,8 @@ class Answers(Sequence[Answer]):
         mutual_information: (n,) the part of it that stems from the adapter's posterior, nats; None for
             one set of weights, or where the prediction has no draws to compare.
         n_samples: Draws; 0 for one set of weights.
+        draws_used: (n,) draws that each text has had, at most n_samples, where `stop` may have ended them;
+            else None.
     """
 
     texts: tuple[str, ...]
@@ -69,6 +73,7 @@ class Answers(Sequence[Answer]):
     entropy: Tensor
     mutual_information: Tensor | None
     n_samples: int
+    draws_used: Tensor | None = None
 
     @staticmethod
     def of(prediction: Prediction, task: Task, examples: Sequence[Example]) -> Answers:
@@ -87,6 +92,7 @@ class Answers(Sequence[Answer]):
             prediction.entropy,
             found,
             prediction.n_samples,
+            prediction.draws_used,
         )
 
     def __len__(self) -> int:
@@ -103,19 +109,23 @@ class Answers(Sequence[Answer]):
             float(self.entropy[index]),
             None if information is None else float(information[index]),
             dict(zip(self.classes, self.probs[index].tolist(), strict=True)),
+            None if self.draws_used is None else int(self.draws_used[index]),
         )
 
     def __iter__(self) -> Iterator[Answer]:
         return (self[i] for i in range(len(self)))
 
     def table(self) -> Table:
-        """Label, text, probability, entropy and mutual information of each text."""
+        """Label, text, probability, entropy, mutual information, and with `stop` draws of each text."""
         rows = []
         for one in self:
             numbers = (one.probability, one.entropy, one.mutual_information)
             cells = ["–" if number is None else f"{number:.3f}" for number in numbers]
+            cells += [] if one.draws_used is None else [str(one.draws_used)]
             rows.append([one.label, shorten(one.text), *cells])
-        return Table("", ("label", "text", "prob", "entropy", "MI"), rows, left=2)
+        heads = ["label", "text", "prob", "entropy", "MI"]
+        heads += [] if self.draws_used is None else ["draws"]
+        return Table("", heads, rows, left=2)
 
     def __repr__(self) -> str:
         return self.table().text().rstrip("\n")
@@ -144,6 +154,7 @@ def predict_examples(
     batch_size: int = 16,
     progress: bool = True,
     label: str = "predict",
+    **options: Any,
 ) -> tuple[Prediction, float]:
     """Predictions for examples, in their order, and milliseconds per example.
 
@@ -159,6 +170,7 @@ def predict_examples(
         batch_size: Examples of a batch.
         progress: Whether to show a bar when it takes longer than two seconds.
         label: Name of the bar.
+        options: More of `bayes_kernels.hf.predict`: `stop`, `stop_rule`, `min_samples`.
 
     Raises:
         ValueError: No examples, draws from an adapter that has no posterior, or logits that are nan.
@@ -175,7 +187,9 @@ def predict_examples(
         batch = encoder.collate([items[i] for i in chunk])
         synchronise(model)
         begin = time.perf_counter()
-        part = predict(model, batch, n_samples=n_samples, seed=seed, draws=draws, scope=scope)
+        part = predict(
+            model, batch, n_samples=n_samples, seed=seed, draws=draws, scope=scope, **options
+        )
         synchronise(model)
         times.append(time.perf_counter() - begin)
         assert isinstance(part, Prediction), type(part)  # tasks have classes
@@ -196,6 +210,7 @@ def predict_examples(
         entropy=joined.entropy[back],
         expected_entropy=joined.expected_entropy[back],
         entropy_bias=None if joined.entropy_bias is None else joined.entropy_bias[back],
+        draws_used=None if joined.draws_used is None else joined.draws_used[back],
     )
     return prediction, milliseconds
 

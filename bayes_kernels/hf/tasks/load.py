@@ -16,6 +16,7 @@ from ..checks import RECORD_NAME
 from ..method import METHODS, Method
 from ..noise import DRAW_SCOPES, KINDS
 from ..predict import predictor_of
+from ..stopping import stop_options
 from .adapters import Base, load_adapter, pick_device
 from .answers import Answers, predict_examples
 from .encoder import TaskEncoder
@@ -138,6 +139,9 @@ class SavedAdapter:
         scope: str | None = None,
         batch_size: int | None = None,
         progress: bool = True,
+        stop: float | None = None,
+        stop_rule: str | None = None,
+        min_samples: int | None = None,
     ) -> Answers:
         """Class probabilities of texts, with their uncertainty.
 
@@ -150,11 +154,15 @@ class SavedAdapter:
             draws, scope: As in `bayes_kernels.hf.predict`; by default as in the run.
             batch_size: Texts in a batch.
             progress: Whether to show a bar when it takes longer than two seconds.
+            stop: An error rate below 0.5: no more draws for texts whose most probable class is settled;
+                `draws_used` of the answers has the numbers. None: all draws for each.
+            stop_rule, min_samples: As in `bayes_kernels.hf.predict`, with `stop`.
 
         Raises:
             ValueError: A text is empty or not Unicode, numbers of texts, contexts and choices differ,
                 choices are given where the task has classes, batch_size is below 1, draws are asked of
-                an adapter without a posterior, or logits are not finite.
+                an adapter without a posterior, `stop` is out of range or has no draws to end, or logits are
+                not finite.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -196,6 +204,9 @@ class SavedAdapter:
             scope=scope,
             batch_size=batch_size,
             progress=progress,
+            stop=stop,
+            stop_rule=stop_rule,
+            min_samples=min_samples,
         )
 
     def predict_examples(
@@ -208,6 +219,9 @@ class SavedAdapter:
         scope: str | None = None,
         batch_size: int | None = None,
         progress: bool = True,
+        stop: float | None = None,
+        stop_rule: str | None = None,
+        min_samples: int | None = None,
     ) -> Answers:
         """`predict` for examples, which bring their contexts and choices.
 
@@ -219,18 +233,21 @@ class SavedAdapter:
         )
         if batch_size is not None:
             need_whole("predict: batch_size", batch_size, 1)
+        n_samples = self.n_samples if n_samples is None else n_samples
+        rules = stop_options(stop, stop_rule, min_samples, n_samples)
         examples = [self._checked(example) for example in examples]
         task = dataclasses.replace(self.task, test=list(examples))  # how many choices there are
         prediction, _ = predict_examples(
             self.model,
             dataclasses.replace(self.encoder, task=task),
             examples,
-            n_samples=self.n_samples if n_samples is None else n_samples,
+            n_samples=n_samples,
             seed=self.seed if seed is None else seed,
             draws=self.draws if draws is None else draws,
             scope=self.scope if scope is None else scope,
             batch_size=batch_size or self.batch_size,
             progress=progress,
+            **rules,
         )
         return Answers.of(prediction, task, examples)
 

@@ -92,6 +92,13 @@ def test_answers_read_as_a_table(tiny_model: Path, tiny_data: Path, tmp_path: Pa
     assert f"{first.entropy:.3f}" in lines[1] and "a bright <b> day" in lines[1]
     page = answers._repr_html_()
     assert "&lt;b&gt;" in page and "<b>" not in page
+    some = asked.predict(["a bright <b> day", "sour"], n_samples=40, stop=0.4, min_samples=2)
+    assert some.draws_used is not None and 2 <= int(some.draws_used.min()) < 40
+    assert some[1].draws_used == some.draws_used[1] and first.draws_used is None
+    assert repr(some).splitlines()[0].split()[-1] == "draws"
+    assert repr(some).splitlines()[2].split()[-1] == str(some[1].draws_used)
+    with pytest.raises(ValueError, match="fewer than two draws to end"):
+        asked.predict("sour", n_samples=0, stop=0.1)
     mean = asked.predict("sour", n_samples=0)
     assert mean.mutual_information is None and mean[0].mutual_information is None
     assert "–" in repr(mean)
