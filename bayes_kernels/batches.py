@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 LABELS = ("labels", "label")
 
+IGNORED = -100  # the label of a token that does not count
+
 # Inputs of transformers' models that all examples share, whatever their first size is, by their
 # largest number of dimensions: (T,), (T,) where it is not (B, T), and (layers, heads).
 _SHARED = {

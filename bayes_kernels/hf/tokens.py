@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..batches import (
+    IGNORED,
     as_batches,
     batch_size,
     eval_mode,
@@ -30,8 +31,6 @@ from .folding import plan
 from .heads import ClassLogits
 from .logits import ClassSums, Prediction
 from .predict import text_draws
-
-IGNORED = -100  # the label of a token that does not count
 
 # Numbers in fp64 at a time, so that the draws' distributions take little memory beside their logits.
 _AT_ONCE = 1 << 22
@@ -172,6 +171,48 @@ def label_shift(model: nn.Module) -> int | None:
     return 1 if kind in _NEXT or "LMHead" in type(base).__name__ else None
 
 
+def token_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a pass whose logits predict labels (B, T), on the device of the batch, without the labels.
+
+    A model with a decoder gets what it reads from the labels; no model keeps a cache.
+    """
+    inputs, labels = inputs_of(batch), labels_of(batch)
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    decodes = getattr(base.config, "is_encoder_decoder", False)
+    if decodes and inputs.get("decoder_input_ids") is None and labels is not None:
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    if getattr(base.config, "use_cache", False):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def token_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Logits (B, T, V) of a model with labels of tokens."""
+    logits: Tensor = model(**token_inputs(model, batch)).logits
+    return logits
+
+
+def labels_at_logits(batch: Mapping[str, Any], shift: int) -> Tensor | None:
+    """The labels (B, T) of a batch, each at the logits that predict it; None where it has none.
+
+    Args:
+        batch: a batch.
+        shift: as `label_shift` says.
+
+    Raises:
+        ValueError: they are no labels of tokens.
+    """
+    labels = labels_of(batch)
+    if labels is None:
+        return None
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ValueError(
+            "labels must be token ids (B, T), -100 where none counts, for a model with labels of tokens and "
+            f"no choices, got {labels.dtype} {tuple(labels.shape)}; give choices=[ids] for labels (B,)"
+        )
+    return torch.nn.functional.pad(labels[:, shift:], (0, shift), value=IGNORED)
+
+
 @torch.no_grad()
 def predict_tokens(
     model: nn.Module,
@@ -250,15 +291,7 @@ def _of_batch(
         raise ValueError(
             f"predict_tokens: labels must be token ids (B, T), -100 where none counts, got {got}"
         )
-    device = next(model.parameters()).device
-    inputs = to_device(inputs_of(batch), device)
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    decodes = getattr(base.config, "is_encoder_decoder", False)
-    if decodes and inputs.get("decoder_input_ids") is None:
-        made = base.prepare_decoder_input_ids_from_labels(labels=labels.to(device))
-        inputs["decoder_input_ids"] = made
-    if getattr(base.config, "use_cache", False):
-        inputs["use_cache"] = False
+    inputs = token_inputs(model, to_device(batch, next(model.parameters()).device))
     copies = max(drawing.copies(n_samples), 1)
     size = batch_size(inputs)
     at_once, _ = plan(

@@ -27,8 +27,9 @@ al., "Kronecker-Factored Approximate Curvature for Modern Neural Network Archite
 (expand and reduce); MacKay, "Bayesian Interpolation", Neural Computation 4, 1992.
 """
 
-from .approximation import FISHERS, METHODS, TOKENS, Laplace, Prediction
+from .approximation import FISHERS, METHODS, TOKENS, Laplace
 from .layers import Layer, MemoryEstimate, estimate_memory, linear_layers, lora_layers
+from .prediction import Prediction
 
 __all__ = [
     "FISHERS",

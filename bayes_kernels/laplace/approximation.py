@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional, random, reference
+from .. import random, reference
 from ..batches import eval_mode, is_empty
 from .contraction import Contraction
+from .draws import drawn_prediction, drawn_scores, linearised_scores
 from .errors import Errors, SoftmaxRoot, label_errors, sampled_errors
 from .evidence import Evidence, best_of_grid
 from .factors import STATE, Accumulator, Block
 from .layers import Layer, MemoryEstimate, Sites, estimate_memory, linear_layers
 from .passes import Reader, watched, where_not_finite
+from .prediction import Prediction, from_logits
+from .tokens import TokenErrors, labelled_tokens
+from .trained import digest as _digest
+from .trained import processes as _processes
+from .trained import versions as _versions
 
 FISHERS = ("ggn", "mc", "empirical")
 TOKENS = ("expand", "sum", "sum_padded", "reduce", "last")
 METHODS = ("mc", "mc_independent", "quadrature", "probit", "bridge", "weights")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predictive distribution of one batch.
-
-    Attributes:
-        log_probs: (B, C) logarithm of the mean distribution.
-        entropy: (B,) its entropy in nats: total uncertainty.
-        expected_entropy: (B,) mean entropy of the draws, the part that is not due to the weights;
-            None for method "probit".
-        logit_mean: (B, C) logits of the linearised model; None for method "weights".
-        logit_cov: (B, C, C) their covariance; None for method "weights".
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    expected_entropy: Tensor | None
-    logit_mean: Tensor | None = None
-    logit_cov: Tensor | None = None
-
-    @property
-    def probs(self) -> Tensor:
-        """(B, C) mean distribution."""
-        return self.log_probs.exp()
-
-    @property
-    def mutual_information(self) -> Tensor:
-        """(B,) entropy - expected_entropy in nats: what is due to uncertainty about the weights."""
-        if self.expected_entropy is None:
-            raise ValueError(
-                "mutual_information: method 'probit' gives no expected entropy; use 'mc' or 'bridge'"
-            )
-        return self.entropy - self.expected_entropy
 
 
 class Laplace:
@@ -73,18 +43,21 @@ class Laplace:
         dense_below: sides with fewer entries have dense factors.
         fisher: "ggn", the exact generalised Gauss-Newton matrix of the softmax likelihood (C - 1
             backward passes for each batch); "mc", labels drawn from the model (`mc_samples` backward
-            passes); "empirical", the labels of the data (one; a worse approximation).
+            passes); "empirical", the labels of the data (one; a worse approximation). For labels of
+            tokens "mc" or "empirical".
         tokens: what a sequence contributes. "expand": every token, a's factor divided by their number;
             "sum": every token, not divided, which is the law of the paper's code without padding;
             "sum_padded": that code's law to the letter, every position, padding and tokens that do
             not act on the logits included: it depends on how the data is padded; "reduce": outer
             products of the mean of a and the sum of g; "last": the last token only, which is exact
-            for a head that sees nothing else. The same for one token.
+            for a head that sees nothing else. The same for one token. For labels of tokens "expand",
+            "sum" or "reduce".
         prior_precision: delta, one number, or a tensor with one for each layer.
-        forward: (model, batch) -> logits (B, C). None: model(x) for batches (x, y), and
-            model(**batch without labels).logits for mappings.
+        forward: (model, batch) -> logits (B, C), or (B, T, C) for labels of tokens. None: model(x) for
+            batches (x, y), and model(**batch without labels).logits for mappings.
         labels: batch -> class indices (B,), or None. None: batch[1], or batch["labels"] or
-            batch["label"].
+            batch["label"]. For labels of tokens (B, T), each at the logits that predict it, -100 where
+            none counts: a causal model's are shifted by one.
         mask: batch -> (B, T) of valid tokens, or None; (B, K, T) where an example is K sequences, as
             in multiple choice. None: batch["attention_mask"] where there is one.
         buffer: number of uncompressed rows that a low-rank factor keeps.
@@ -99,6 +72,20 @@ class Laplace:
             batch in two halves, as it keeps the graph for several backward passes, and "validation"
             in as many parts as there are classes: both then take less memory than an ordinary
             training step with the whole batch. None: batches are taken whole.
+
+    Labels of tokens: the likelihood is sum_t log p(y_t | x), and its curvature one term for each labelled
+    token, sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t. With a label drawn at each of them one backward pass
+    has their sum, whose square has that mean: products of different tokens have mean zero, as labels
+    are drawn independently. Its Kronecker form is that of `tokens`, the KFAC-expand of language models
+    being "expand" (Eschenhagen et al.), with n_b labelled tokens in sequence b and T_b tokens that act on
+    their logits:
+
+        N E_t[g g^T] (x) E_t[a a^T]  ->  sum_b sum_t g g^T (x) (1 / sum_b n_b) sum_b (n_b / T_b) sum_t a a^T
+
+    The approximations: a and g of a token are taken as independent, and so are different positions of a
+    sequence, whose a^T a' g g'^T are left out. Tokens without label and padding count only where they act
+    on the logits of a labelled one, as a prompt does below the head. n_examples is the number of labelled
+    tokens; with one in each sequence all is as for labels (B,).
 
     Gradient checkpointing is respected; transformers' models checkpoint in training mode only, and
     are run in eval mode here. Batches are moved to the device of the first parameter; `forward`,
@@ -228,7 +215,8 @@ class Laplace:
             buffer=self.buffer,
             at_once=self.jacobian == "vmap",
         )
-        reader, examples = self._reader, 0
+        reader, rows, examples = self._reader, 0, 0
+        errors: SoftmaxRoot | Errors | TokenErrors
         key = reference.fold_in(random.key(self.seed), 0)
         log_likelihood, labelled = 0.0, True
         filled = (raw for raw in loader if not is_empty(raw))
@@ -236,7 +224,27 @@ class Laplace:
             for batch, parts in (part for raw in filled for part in reader.parts(raw, 2)):
                 logits = reader.logits(batch)
                 collect.require_gradient(logits)
-                b, self._classes = logits.shape
+                b, self._classes = len(logits), logits.shape[-1]
+                # The global index of the examples where processes take turns.
+                index = (rows + torch.arange(b, device=logits.device)) * world + rank
+                rows += b
+                if logits.dim() == 3:
+                    found = labelled_tokens(
+                        reader, self._sites, batch, logits, rows - b, self.fisher, self.tokens
+                    )
+                    examples += found.total
+                    log_likelihood += found.log_likelihood()
+                    if found.total:
+                        drawn = self.fisher == "mc"
+                        errors = (
+                            found.drawn(key.to(logits.device), index, self.mc_samples)
+                            if drawn
+                            else found.given()
+                        )
+                        collect.add(logits, anchor, errors, reader.mask(batch), parts)
+                        del errors
+                    del logits, found  # the graph goes before the next batch
+                    continue
                 wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
                 if not bool(torch.isfinite(wide).all()):
                     where = where_not_finite(reader, self._sites, batch)
@@ -257,10 +265,7 @@ class Laplace:
                     log_likelihood -= float(
                         nn.functional.cross_entropy(wide.double(), labels, reduction="sum")
                     )
-                # The global index of the examples where processes take turns.
-                index = (examples + torch.arange(b, device=wide.device)) * world + rank
                 examples += b
-                errors: SoftmaxRoot | Errors
                 if self.fisher == "ggn":
                     errors = SoftmaxRoot(wide)
                 elif self.fisher == "mc":
@@ -280,7 +285,8 @@ class Laplace:
             examples, log_likelihood = int(totals[0]), float(totals[1])
             labelled = float(totals[2]) == world
         if examples == 0:
-            raise ValueError("Laplace.fit: loader must give at least one example, got none")
+            what = "labelled token" if rows else "example"
+            raise ValueError(f"Laplace.fit: loader must give at least one {what}, got none")
         self._blocks = collect.blocks(examples)
         self._digest, self._versions = _digest(self._trained), _versions(self._trained)
         self.n_examples = examples
@@ -360,7 +366,8 @@ class Laplace:
           rises. No pass over data.
         * "gradient": Adam on log delta for the evidence, as the paper does. No pass over data.
         * "validation": the value of a grid with the highest log-likelihood on held-out data, then
-          grids around the best. One pass over the data for each grid, whatever its length.
+          grids around the best. One pass over the data for each grid, whatever its length; n_samples
+          for each value with prediction "weights", the only one for labels of tokens.
 
         Args:
             method: as above.
@@ -395,11 +402,22 @@ class Laplace:
                 )
             if grid is None:
                 grid = torch.logspace(-4, 4, 21, dtype=torch.float64)
-            delta = best_of_grid(
-                lambda grid: self._held_out_scores(loader, grid, prediction, n_samples),
-                grid,
-                refine,
-            )
+            score: Callable[[Tensor], tuple[Tensor, int]]
+            if prediction == "weights":
+                held_out = [raw for raw in loader if not is_empty(raw)]
+                score = lambda grid: self._drawn_scores(held_out, grid, n_samples)  # noqa: E731
+            else:
+                self._fitted()
+                score = lambda grid: linearised_scores(  # noqa: E731
+                    self._reader,
+                    self._linearised,
+                    self._classes,
+                    loader,
+                    grid,
+                    prediction,
+                    n_samples,
+                )
+            delta = best_of_grid(score, grid, refine)
         else:
             evidence = Evidence.of(self.layers, self._fitted())
             if method == "mackay":
@@ -411,32 +429,19 @@ class Laplace:
             print(f"Laplace: prior precision {delta.tolist()}", file=sys.stderr)
         return self._prior_precision
 
-    def _held_out_scores(
-        self, loader: Iterable[Any], grid: Tensor, prediction: str, n_samples: int
+    def _drawn_scores(
+        self, batches: Sequence[Any], grid: Tensor, n_samples: int
     ) -> tuple[Tensor, int]:
-        """Log-likelihood of held-out examples for each delta of a grid, and their number: one pass."""
-        scores = torch.zeros(len(grid), dtype=torch.float64)
-        seen = 0
-        for raw in loader:
-            if is_empty(raw):
-                continue
-            found = []
-            for part, _ in self._reader.parts(raw, self._classes):
-                mean, covs = self._linearised(part, list(grid))
-                labels = self._reader.labels(part, mean)
-                if labels is None:
-                    raise ValueError(
-                        "Laplace.optimize_prior_precision: batches of the loader must have "
-                        "labels, got none; pass labels=lambda batch: ..."
-                    )
-                found.append((labels, mean, *covs))
-            labels, mean, *covs = map(torch.cat, zip(*found, strict=True))
-            self._classes = mean.shape[1]  # a loaded posterior has not seen them
-            seen += len(labels)
-            for i, cov in enumerate(covs):
-                log_probs = self._from_logits(mean, cov, prediction, n_samples, 0).log_probs
-                scores[i] += float(log_probs.gather(1, labels[:, None]).double().sum())
-        return scores, seen
+        """Log-likelihood of held-out labels under draws of the weights, for each delta of a grid."""
+        kept, seen, scores = self._prior_precision, 0, []
+        try:
+            for delta in grid:
+                self.prior_precision = delta  # type: ignore[assignment]
+                score, seen = drawn_scores(self._reader, self.sampled, batches, n_samples)
+                scores.append(score)
+        finally:
+            self.prior_precision = kept  # type: ignore[assignment]
+        return torch.tensor(scores, dtype=torch.float64), seen
 
     # --- prediction ----------------------------------------------------------------------------
 
@@ -509,27 +514,11 @@ class Laplace:
         if n_samples < 1:
             raise ValueError(f"Laplace.predict: n_samples must be at least 1, got {n_samples}")
         if method == "weights":
-            return self._predict_weights(self._prepare(batch), n_samples, seed)
+            return drawn_prediction(
+                self._reader, self.sampled, self._prepare(batch), n_samples, seed
+            )
         mean, cov = self.logits(batch)
-        return self._from_logits(mean, cov, method, n_samples, seed, row0)
-
-    @staticmethod
-    def _from_logits(
-        mean: Tensor, cov: Tensor, method: str, n_samples: int, seed: int, row0: int = 0
-    ) -> Prediction:
-        independent = method == "mc_independent"
-        drawn = independent or method == "mc"
-        result = functional.mc_predict(
-            mean,
-            cov.diagonal(dim1=1, dim2=2).contiguous() if independent else cov,
-            n_samples=n_samples,
-            key=random.key(seed, mean.device),
-            method="mc" if independent else method,
-            # Pairs leave no common tilt towards a class.
-            antithetic=drawn and n_samples % 2 == 0,
-            row0=row0,
-        )
-        return Prediction(result.log_probs, result.entropy, result.expected_entropy, mean, cov)
+        return from_logits(mean, cov, method, n_samples, seed, row0)
 
     def _prepare(self, batch: Any) -> Any:
         """The batch on the model's device, where it has examples."""
@@ -551,19 +540,6 @@ class Laplace:
             )
             return self._linearised(batch, deltas)
         return found
-
-    def _predict_weights(self, batch: Any, n_samples: int, seed: int) -> Prediction:
-        mean_p: Tensor | float = 0.0
-        entropy: Tensor | float = 0.0
-        with eval_mode(self.model), torch.no_grad():
-            for s in range(n_samples):
-                with self.sampled(seed, s):
-                    log_p = self._reader.logits(batch).double().log_softmax(-1)
-                mean_p = mean_p + log_p.exp() / n_samples
-                entropy = entropy + torch.special.entr(log_p.exp()).sum(-1) / n_samples
-        assert isinstance(mean_p, Tensor) and isinstance(entropy, Tensor)
-        total = torch.special.entr(mean_p).sum(-1)
-        return Prediction(mean_p.log().float(), total.float(), entropy.float())
 
     # --- samples of the weights ----------------------------------------------------------------
 
@@ -664,35 +640,3 @@ class Laplace:
         self.n_examples = int(state["n_examples"])
         value = float(state["log_likelihood"])
         self.log_likelihood = None if math.isnan(value) else value
-
-
-# --- small parts -------------------------------------------------------------------------------
-
-
-def _processes(distributed: bool | None) -> tuple[int, int]:
-    """Rank and number of the processes that share the data."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and not there:
-        raise ValueError(
-            "Laplace.fit: distributed=True must have a process group, got none; call "
-            "torch.distributed.init_process_group first"
-        )
-    if not there or distributed is False:
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Addresses and write counts of tensors: without cost, they show that values may have changed."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-
-def _digest(tensors: Iterable[Tensor]) -> bytes:
-    """A hash of 16 bytes of the values of tensors, the same for bf16 values kept in fp32."""
-    found = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        values = tensor.detach().to("cpu", wide).contiguous()
-        found.update(f"{wide} {tuple(values.shape)}".encode())
-        found.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()

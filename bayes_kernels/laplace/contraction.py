@@ -59,6 +59,11 @@ class Contraction(Collector):
             logits = reader.logits(batch)
             self.require_gradient(logits)
             mean = logits.detach()
+            if mean.dim() == 3:
+                raise ValueError(
+                    "Laplace: linearised predictions must be of logits (B, C), got (B, T, C) of "
+                    f"{tuple(mean.shape)}, whose covariance has no room; use method='weights'"
+                )
             self.batch, self.classes = mean.shape
             last = take_last(logits)
             if last is not None:  # the gradient of its output y_c is 1 for class c

@@ -21,6 +21,7 @@ from .passes import (
     checkpointed_reentrantly,
     take_last,
 )
+from .tokens import TokenErrors
 
 # Bytes of a layer's inputs and gradients that several columns may take: where one column has more, a
 # pass is arithmetic rather than calls or launches, and several at once gain nothing.
@@ -114,19 +115,33 @@ def flush(factors: Iterable[Factor]) -> None:
 
 
 def token_rows(
-    rows: Tensor, kind: str, valid: Tensor | None, *, gradient: bool
+    rows: Tensor,
+    kind: str,
+    valid: Tensor | None,
+    *,
+    gradient: bool,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What enters a factor from rows (B, T, d): rows (N, d) and weights (N,) or None."""
+    """What enters a factor from rows (B, T, d): rows (N, d) and weights (N,) or None.
+
+    Args:
+        rows: inputs or gradients.
+        kind: the rule.
+        valid: (B, T) of tokens that enter; None for all.
+        gradient: whether rows are gradients.
+        counts: (B,) labels of each example: its inputs count that often; None for one each.
+    """
     batch, tokens, d = rows.shape
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    often = None if gradient or counts is None else counts.to(rows.device, wide)
     if tokens == 1:
-        return rows[:, 0], None
+        return rows[:, 0], often
     if kind == "last":
         if valid is None:
-            return rows[:, -1], None
+            return rows[:, -1], often
         position = torch.arange(tokens, device=rows.device)
         last = torch.where(valid, position, -1).amax(1).clamp(min=0)
-        return rows.gather(1, last[:, None, None].expand(-1, 1, d))[:, 0], None
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return rows.gather(1, last[:, None, None].expand(-1, 1, d))[:, 0], often
     if valid is None:
         count = torch.full((batch,), tokens, dtype=wide, device=rows.device)
     else:
@@ -135,11 +150,14 @@ def token_rows(
         if valid is not None:
             rows = rows.masked_fill(~valid[:, :, None], 0)
         total = rows.sum(1, dtype=wide)
-        return (total if gradient else total / count[:, None]), None
+        return (total if gradient else total / count[:, None]), often
     flat = rows.reshape(-1, d)
-    if gradient or kind in ("sum", "sum_padded"):
+    if often is None and (gradient or kind in ("sum", "sum_padded")):
         return flat, None if valid is None else valid.reshape(-1).to(wide)
-    weights = (1 / count)[:, None].expand(batch, tokens)
+    each = torch.ones_like(count) if often is None else often
+    if kind == "expand":
+        each = each / count
+    weights = each[:, None].expand(batch, tokens)
     if valid is not None:
         weights = weights * valid
     return flat, weights.reshape(-1)
@@ -238,6 +256,7 @@ class Accumulator(Collector):
         self._first_column = True
         self._batch = 0
         self._valid: Tensor | None = None
+        self._counts: Tensor | None = None
         self._inputs: dict[int, int] = {}  # bytes of the inputs that the graph keeps, by address
         self._widest = 0
 
@@ -251,21 +270,22 @@ class Accumulator(Collector):
         self,
         logits: Tensor,
         anchor: Tensor,
-        errors: SoftmaxRoot | Errors,
+        errors: SoftmaxRoot | Errors | TokenErrors,
         valid: Tensor | None,
         parts: int | None,
     ) -> None:
         """Add a batch: one backward pass for each column, several of them at once.
 
         Args:
-            logits: (B, C) with their graph, which may be freed.
+            logits: (B, C), or (B, T, C) for labels of tokens, with their graph, which may be freed.
             anchor: the leaf from which gradients flow.
-            errors: gradients (B, C) of the logits.
+            errors: gradients of the logits.
             valid: (B, T) or (B, K, T) of valid tokens; None for all.
             parts: in how many parts like this one a batch was split, to stay within the memory of a
                 training step; None without that bound.
         """
         self._batch, self._valid = len(logits), valid
+        self._counts = errors.tokens.counts if isinstance(errors, TokenErrors) else None
         self.largest_error = self.largest_error.to(logits.device).maximum(errors.largest())
         room = _COLUMN_BYTES.get(logits.device.type, 2**20)
         if parts is not None:  # and what the inputs in the graphs of the other parts would take
@@ -290,7 +310,7 @@ class Accumulator(Collector):
         self,
         logits: Tensor,
         anchor: Tensor,
-        errors: SoftmaxRoot | Errors,
+        errors: SoftmaxRoot | Errors | TokenErrors,
         width: int,
         taken: set[nn.Module],
     ) -> None:
@@ -319,13 +339,18 @@ class Accumulator(Collector):
         return len(self.seen) == len(self.sites.numbers) or not checkpointed_reentrantly(logits)
 
     def _add_last(
-        self, last: Last, dtype: torch.dtype, errors: SoftmaxRoot | Errors, width: int
+        self,
+        last: Last,
+        dtype: torch.dtype,
+        errors: SoftmaxRoot | Errors | TokenErrors,
+        width: int,
     ) -> None:
         """The module whose output is the logits, without a backward pass."""
+        labelled = errors.tokens.counted if isinstance(errors, TokenErrors) else None
         for i in self.sites.numbers[last.module]:
-            self._add_inputs(i, last.x, self._valid)
+            self._add_inputs(i, last.x, self._valid if labelled is None else labelled)
             layer, factor = self.sites.layers[i], self.sides[i][1]
-            if factor.buffer is None:
+            if factor.buffer is None and not isinstance(errors, TokenErrors):
                 total = errors.total()
                 if layer.grad_rows is not None:
                     basis = torch.eye(len(total), dtype=dtype, device=total.device)
@@ -335,7 +360,10 @@ class Accumulator(Collector):
                 continue
             for start in range(0, errors.count, width):
                 columns = errors.columns(start, min(start + width, errors.count))
-                self._add_gradients(i, columns.to(dtype), None)
+                masks = None
+                if labelled is not None:
+                    masks = labelled.expand(len(columns), *labelled.shape)
+                self._add_gradients(i, columns.to(dtype), masks)
 
     def finish(self) -> None:
         """Compress what the buffers hold, and free them."""
@@ -417,7 +445,7 @@ class Accumulator(Collector):
                 f"Laplace: layer {layer.name} must see as many tokens as the mask has, {tokens}, got "
                 f"{rows.shape[1]}; pass mask=lambda batch: ... that fits, or None"
             )
-        return token_rows(rows, self.tokens, valid, gradient=gradient)
+        return token_rows(rows, self.tokens, valid, gradient=gradient, counts=self._counts)
 
     def blocks(self, examples: int) -> list[Block]:
         """The posterior of each layer, whose factors are freed.

@@ -11,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from ..batches import eval_mode, inputs_of, labels_of, mask_of, to_device
+from ..batches import IGNORED, eval_mode, inputs_of, labels_of, mask_of, to_device
 from .layers import Sites
 
 
@@ -20,8 +20,8 @@ class Reader:
 
     Args:
         model: the model.
-        forward: (model, batch) -> logits (B, C).
-        labels: batch -> class indices (B,).
+        forward: (model, batch) -> logits (B, C), or (B, T, C) for labels of tokens.
+        labels: batch -> class indices (B,); (B, T), -100 where none counts, for labels of tokens.
         mask: batch -> (B, T) or (B, K, T).
         split: (batch, n) -> at most n batches.
     """
@@ -56,7 +56,7 @@ class Reader:
             yield self.prepare(part), len(parts)
 
     def logits(self, batch: Any) -> Tensor:
-        """Logits (B, C) of a prepared batch."""
+        """Logits (B, C) or (B, T, C) of a prepared batch."""
         if self._forward is not None:
             logits = self._forward(self.model, batch)
         elif isinstance(batch, Mapping):
@@ -64,29 +64,30 @@ class Reader:
             logits = getattr(logits, "logits", logits)
         else:
             logits = self.model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"Laplace: the model must return logits (B, C) with C of at least 2, got {got}; pass "
-                "forward=lambda model, batch: ... that returns them"
+                "Laplace: the model must return logits (B, C), or (B, T, C) for labels of tokens, with C "
+                f"of at least 2, got {got}; pass forward=lambda model, batch: ... that returns them"
             )
         return logits
 
     def labels(self, batch: Any, logits: Tensor) -> Tensor | None:
-        """Class indices (B,) on the device of the batch's logits, or None where it has none."""
+        """Class indices (B,) or (B, T) on the device of the logits, or None where there are none."""
         labels = self._labels(batch)
         if labels is None:
             return None
-        if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        if labels.shape != logits.shape[:-1] or labels.is_floating_point():
             raise ValueError(
-                f"Laplace: labels must be class indices of shape ({logits.shape[0]},), got "
+                f"Laplace: labels must be class indices of shape {tuple(logits.shape[:-1])}, got "
                 f"{labels.dtype} of shape {tuple(labels.shape)}; pass labels=lambda batch: ..."
             )
         labels = labels.to(logits.device, torch.int64)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        some = labels if labels.dim() == 1 else labels[labels != IGNORED]
+        if some.numel() and not 0 <= int(some.min()) <= int(some.max()) < logits.shape[-1]:
             raise ValueError(
-                f"Laplace: labels must be in [0, {logits.shape[1]}), got {int(labels.min())} to "
-                f"{int(labels.max())}"
+                f"Laplace: labels must be in [0, {logits.shape[-1]}), got {int(some.min())} to "
+                f"{int(some.max())}"
             )
         return labels
 

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from ...batches import as_batches, inputs_of, labels_of
 from ...laplace import FISHERS, METHODS, TOKENS
+from ...laplace.tokens import RULES
 from ...progress import progress_bar
 from ..draws import WeightDraws
 from ..logits import (
@@ -36,7 +37,6 @@ from ..logits import (
 )
 from ..method import PAPERS, Conversion, Method, default_options
 from ..swap import make_plain, the_adapter
-from ..tokens import label_shift
 from ..undo import as_before_if_stopped
 from .laplace_posterior import (
     LAPLACE_FILE,
@@ -45,6 +45,7 @@ from .laplace_posterior import (
     build_laplace,
     drawn_weights,
     forget_laplace,
+    has_token_labels,
     laplace_method,
     laplace_posterior,
     load_laplace,
@@ -59,7 +60,9 @@ STRUCTURES = ("scalar", "layer")
 JACOBIANS = ("vmap", "repeat")
 
 # Prior precisions that "validation" tries, in one pass; neighbours differ by a factor of 1.78.
+# Labels of tokens have every second, each in `_TOKEN_SAMPLES` passes.
 _GRID = torch.logspace(-2, 4, 25, dtype=torch.float64)
+_TOKEN_SAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class LaplaceLoraReport:
         layers: which layers have a posterior: "all", "adapters" or "last".
         matrices: number of weight matrices (and biases) with a posterior.
         parameters: their entries.
-        examples: training examples of the curvature.
+        examples: training examples of the curvature, or labelled tokens, see `unit`.
         fisher, tokens, rank, dense_below, prior, structure, prediction: as asked for.
         prior_precision: delta, one number or one for each matrix.
         log_likelihood: of the training examples at the mean, nats; None without labels.
@@ -79,6 +82,7 @@ class LaplaceLoraReport:
         effective_parameters: gamma, number of directions that the data determines.
         posterior_bytes: size of the posterior.
         seconds: wall-clock time.
+        unit: "examples" or "labelled tokens", terms of the likelihood.
     """
 
     layers: str
@@ -99,6 +103,7 @@ class LaplaceLoraReport:
     effective_parameters: float
     posterior_bytes: int
     seconds: float
+    unit: str = "examples"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, words and lists; without the time, which differs by run."""
@@ -116,7 +121,7 @@ class LaplaceLoraReport:
             evidence = f"log evidence {self.evidence_before:.1f} -> {self.evidence_after:.1f}, "
         return (
             f"Laplace: {self.parameters:,} weights in {self.matrices} matrices ({self.layers}), "
-            f"{self.examples} examples; prior precision {shown}, {evidence}"
+            f"{self.examples} {self.unit}; prior precision {shown}, {evidence}"
             f"{self.effective_parameters:.1f} effective parameters, "
             f"{self.posterior_bytes / 2**20:.1f} MiB ({self.seconds:.0f} s)"
         )
@@ -131,7 +136,9 @@ class LaplaceLoraReport:
             ("log likelihood", number(self.log_likelihood), number(self.log_likelihood)),
             ("log evidence", number(self.evidence_before), number(self.evidence_after)),
         ]
-        title = f"{self.matrices} matrices, {self.parameters:,} weights, {self.examples} examples"
+        title = (
+            f"{self.matrices} matrices, {self.parameters:,} weights, {self.examples} {self.unit}"
+        )
         return title, ("nats", "given prior", "chosen prior"), rows
 
 
@@ -148,11 +155,11 @@ def check_laplace_options(**options: Any) -> None:
     options = {**default_options(laplace_), **options}
     for option, allowed in (
         ("layers", LAYERS),
-        ("fisher", FISHERS),
+        ("fisher", (None, *FISHERS)),
         ("tokens", (None, *TOKENS)),
         ("prior", (None, *PRIORS)),
         ("structure", STRUCTURES),
-        ("prediction", METHODS),
+        ("prediction", (None, *METHODS)),
         ("jacobian", JACOBIANS),
     ):
         value = options[option]
@@ -160,7 +167,7 @@ def check_laplace_options(**options: Any) -> None:
             raise ValueError(f"laplace_: {option} must be one of {allowed}, got {value!r}")
     for option in ("rank", "dense_below", "mc_samples", "n_samples"):
         count = options[option]
-        if option == "rank" and count is None:
+        if option in ("rank", "n_samples") and count is None:
             continue
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"laplace_: {option} must be an integer >= 1, got {count!r}")
@@ -176,12 +183,30 @@ def check_laplace_options(**options: Any) -> None:
         )
 
 
+def _check_of_tokens(fisher: str | None, tokens: str | None, prediction: str | None) -> None:
+    """Whether options fit labels of tokens (B, T).
+
+    Raises:
+        ValueError: one does not.
+    """
+    for option, value, allowed in (
+        ("fisher", fisher, ("mc", "empirical")),
+        ("tokens", tokens, RULES),
+        ("prediction", prediction, ("weights",)),
+    ):
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"laplace_: {option} must be one of {allowed} for labels of tokens (a language model "
+                f"without choices), got {value!r}; leave it out"
+            )
+
+
 def laplace_(
     model: nn.Module,
     data: Iterable[Any] | Dataset[Any],
     *,
     layers: str = "all",
-    fisher: str = "ggn",
+    fisher: str | None = None,
     tokens: str | None = None,
     rank: int | None = 10,
     dense_below: int = 512,
@@ -190,9 +215,9 @@ def laplace_(
     prior: str | None = None,
     structure: str = "scalar",
     validation: Iterable[Any] | Dataset[Any] | None = None,
-    prediction: str = "mc",
+    prediction: str | None = None,
     jacobian: str = "vmap",
-    n_samples: int = 1000,
+    n_samples: int | None = None,
     seed: int = 0,
     choices: Sequence[int] | None = None,
     batch_size: int = 16,
@@ -211,18 +236,22 @@ def laplace_(
             stays.
         data: the examples that it was trained on, as `predict_dataset` takes them: a loader or
             another iterable of batches, or a data set. Labels are class indices (B,); they are
-            needed for fisher "empirical" and for the evidence as a number, not for its optimum.
+            needed for fisher "empirical" and for the evidence as a number, not for its optimum. For a
+            language model without `choices` they are the labels (B, T) that it was trained with, -100
+            where none counts: curvature, evidence and validation are then of the labelled tokens.
         layers: what gets a posterior. "all": the factors A and B of all adapted layers and the linear
             layers of a head that was trained with them (`modules_to_save`); "adapters": the factors
             only; "last" (LLLA): the layer that gives the logits: the factors of an adapted output
             head, else the last linear layer of a trained head, else the factors of the last adapted
             block.
         fisher: "ggn", exact with C - 1 backward passes for each batch; "mc", labels drawn from the
-            model; "empirical".
+            model; "empirical". None: "ggn", and "mc" for labels of tokens, where one backward pass has
+            the labels drawn at all tokens of a batch, and "ggn" has no such pass.
         mc_samples: labels drawn for each example, for fisher "mc": one backward pass each.
         tokens: what a sequence contributes: "expand", "sum", "sum_padded" (both as the paper's code,
             without padding and with it), "reduce" or "last", see `Laplace`. None: "sum" where the
-            evidence chooses delta, which needs it, else "expand".
+            evidence chooses delta, which needs it, else "expand"; labels of tokens have these two and
+            "reduce".
         rank: columns of low-rank factors; None for dense factors everywhere.
         dense_below: sides with fewer entries have dense factors.
         prior_precision: delta at the start, and the one that is kept for prior "fixed".
@@ -234,9 +263,10 @@ def laplace_(
         structure: "scalar", one delta; "layer", one for each matrix.
         validation: held-out examples with labels, for prior "validation": one prediction of them.
         prediction: from Gaussian logits to probabilities: "mc", "mc_independent", "quadrature" (two
-            classes), "probit", "bridge"; or "weights", draws of the weights without linearisation.
+            classes), "probit", "bridge"; or "weights", draws of the weights without linearisation, the
+            only one for labels of tokens (`predict_tokens`, `generate`). None: "mc", or "weights" there.
         jacobian: "vmap" or "repeat", see `Laplace`.
-        n_samples: draws of a prediction, for prior "validation".
+        n_samples: draws of a prediction, for prior "validation". None: 1000 of logits, 10 of weights.
         seed: seed of the draws, for prior "validation" and fisher "mc".
         choices: ids of the answer tokens, for causal language models; see `predict`.
         batch_size, collate_fn: for a data set.
@@ -244,8 +274,9 @@ def laplace_(
             takes longer than two seconds.
 
     Returns:
-        `LaplaceLoraReport`. Cost: one pass over the data with C - 1 backward passes ("ggn") that compute
-        no gradient of a weight; memory as the estimate says.
+        `LaplaceLoraReport`. Cost: one pass over the data with C - 1 backward passes ("ggn"), mc_samples
+        ("mc") or one, that compute no gradient of a weight; memory as the estimate says. "validation" of
+        labels of tokens: 13 * n_samples forward passes of the held-out examples.
 
     Raises:
         ValueError: an option is out of range, the adapter is not trained or cannot have this
@@ -275,13 +306,15 @@ def laplace_(
         tokens = "sum" if prior in ("mackay", "gradient") else "expand"
     begin = time.perf_counter()
     peft_model, name = the_adapter("laplace_", model)
-    if choices is None:
-        if label_shift(model) is not None:
-            raise ValueError(
-                "laplace_: choices must be ids of the answer tokens for a language model, got none: the "
-                "curvature is of class logits; for labels of tokens use BLoB, ScalaBL or TFB"
-            )
+    of_tokens = has_token_labels(model, choices)
+    if of_tokens:
+        _check_of_tokens(fisher, tokens, prediction)
+    elif choices is None:
         need_classes("laplace_", model)
+    fisher = fisher or ("mc" if of_tokens else "ggn")
+    prediction = prediction or ("weights" if of_tokens else "mc")
+    if n_samples is None:
+        n_samples = _TOKEN_SAMPLES if of_tokens else 1000
     with as_before_if_stopped(peft_model):
         make_plain(peft_model, name)
         found = build_laplace(
@@ -307,6 +340,7 @@ def laplace_(
         bar = progress_bar(progress, batches, desc="Laplace", unit="batch", total=total)
         found.fit(bar, verbose=False)
         labelled = found.log_likelihood is not None
+        linearised = "mc" if prediction == "weights" else prediction
         before = float(found.log_marginal_likelihood()) if labelled else None
         if prior == "validation":
             assert validation is not None
@@ -314,9 +348,9 @@ def laplace_(
             found.optimize_prior_precision(
                 "validation",
                 loader=progress_bar(progress, held_out, desc="Laplace: prior", unit="batch"),
-                grid=_GRID,
+                grid=_GRID[::2] if of_tokens else _GRID,
                 refine=0,
-                prediction="mc" if prediction == "weights" else prediction,
+                prediction="weights" if of_tokens else linearised,
                 n_samples=n_samples,
             )
         elif prior != "fixed":
@@ -341,6 +375,7 @@ def laplace_(
             effective_parameters=float(found.effective_parameters().sum()),
             posterior_bytes=sum(t.nbytes for t in found.state_dict().values()),
             seconds=time.perf_counter() - begin,
+            unit="labelled tokens" if of_tokens else "examples",
         )
         chosen = None if choices is None else [int(c) for c in choices]
         kept = LaplacePosterior(found, layers, prediction, chosen, report.to_dict())
@@ -396,6 +431,11 @@ class LaplacePredictor:
                 are to be returned where there are none.
         """
         found, method = self.posterior.laplace, self.posterior.prediction
+        if self.posterior.of_tokens:
+            raise ValueError(
+                "predict: a Laplace posterior must be of classes, got one of labels of tokens; use "
+                "predict_tokens, score_texts, score_answers or generate"
+            )
         if choices is None:
             need_classes("predict", self.model)
         elif [int(c) for c in choices] != self.posterior.choices:

@@ -28,6 +28,7 @@ from ..experts import adapts_parameter
 from ..logits import forward_logits
 from ..model import BayesLoraModel
 from ..swap import adapted_layers, the_adapter
+from ..tokens import label_shift, labels_at_logits, token_logits
 from ..variants import BayesVariant
 
 LAPLACE_FILE = "laplace.safetensors"
@@ -44,7 +45,8 @@ class LaplacePosterior:
         laplace: curvature, prior, evidence, draws of the weights: `bayes_kernels.laplace.Laplace`.
         layers: "all", "adapters" or "last".
         prediction: how `predict` gets from Gaussian logits to probabilities.
-        choices: ids of the answer tokens, for logits of causal language models.
+        choices: ids of the answer tokens, for logits of causal language models; None for classifiers, and
+            where the posterior is of labels of tokens.
         report: as `bayesianize` returned it, as plain values.
     """
 
@@ -53,6 +55,16 @@ class LaplacePosterior:
     prediction: str
     choices: list[int] | None
     report: dict[str, Any]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the likelihood is that of labels of tokens."""
+        return has_token_labels(self.laplace.model, self.choices)
+
+
+def has_token_labels(model: nn.Module, choices: Sequence[int] | None) -> bool:
+    """Whether a posterior with these choices is of labels of tokens (B, T)."""
+    return choices is None and label_shift(model) is not None
 
 
 def laplace_posterior(model: nn.Module) -> LaplacePosterior | None:
@@ -262,6 +274,10 @@ def _last(
     return [(key, layer) for key, layer in adapted if numbers[key] == top], []
 
 
+def _no_mask(batch: Any) -> None:
+    return None
+
+
 def build_laplace(
     peft_model: PeftModel, name: str, which: str, choices: Sequence[int] | None, **options: Any
 ) -> Laplace:
@@ -271,17 +287,27 @@ def build_laplace(
         peft_model: the model, with a plain adapter.
         name: the adapter.
         which: "all", "adapters" or "last".
-        choices: ids of the answer tokens, for causal language models.
+        choices: ids of the answer tokens, for causal language models; None for labels of tokens there.
         options: of `bayes_kernels.laplace.Laplace`.
     """
+    shift = label_shift(peft_model) if choices is None else None
+    if shift is None:
+        reads: dict[str, Any] = {"forward": functools.partial(forward_logits, choices=choices)}
+    else:
+        reads = {
+            "forward": token_logits,
+            "labels": functools.partial(labels_at_logits, shift=shift),
+        }
+        if getattr(peft_model.get_base_model().config, "is_encoder_decoder", False):
+            reads["mask"] = _no_mask  # of the encoder: tokens of both count where they act
     trained = [t for key, layer in _adapted(peft_model, name) for t in _factors(key, layer, name)]
     trained += [layer for pair in _head_layers(peft_model, name) for layer in pair]
     return Laplace(
         peft_model,
         weights_of(peft_model, name, which),
-        forward=functools.partial(forward_logits, choices=choices),
         split=split,
         depends_on=[layer.weight for layer in trained],
+        **reads,
         **options,
     )
 

@@ -367,7 +367,7 @@ def test_bad_input() -> None:
     dora = LoraConfig(target_modules=["query"], use_dora=True, task_type="SEQ_CLS")
     with pytest.raises(ValueError, match="cannot have a posterior"):
         fit(get_peft_model(BASES["bert"](), dora))
-    with pytest.raises(ValueError, match=r"choices must be ids .* for labels of tokens use"):
+    with pytest.raises(ValueError, match=r"labels must be token ids \(B, T\), .* give choices"):
         bayesianize(trained("llama"), "laplace", BATCHES, progress=False)
     llama = trained("llama")
     fit(llama, "llama")
