@@ -99,7 +99,7 @@ def make_plain(model: PeftModel, name: str) -> None:
     if type(tuner) is not BayesLoraModel:
         return
     layers = [layer for _, layer in adapted_layers(model, name)]
-    config = tuner.peft_config[name]
+    config: Any = tuner.peft_config[name]
     if isinstance(config, BayesLoraConfig):
         config = LoraConfig(**lora_options(config))
     _change_type(model, name, LoraModel, config)
