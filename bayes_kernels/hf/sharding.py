@@ -34,15 +34,25 @@ def save_sharded(model: nn.Module, directory: str | os.PathLike[str], **options:
         RuntimeError: on the other processes, if the first could not write; it raises what stopped it.
 
     Cost: gathers the adapter's tensors, and others that were trained, one at a time; the first process
-    keeps them in host memory. Frozen weights of the base are not gathered.
+    keeps them in host memory. Of frozen weights of the base only embeddings with an
+    adapter are gathered.
     """
     peft_model = find_peft_model("save_sharded", model)
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not together or torch.distributed.get_rank() == 0
     trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    # Of embeddings that an adapter is on, PEFT saves the base's weights too.
+    base: Any = peft_model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    adapted = [
+        f"{name}.base_layer."
+        for name, module in peft_model.named_modules()
+        if hasattr(module, "base_layer") and any(module is end for end in ends)
+    ]
     state = {}
     for name, value in peft_model.state_dict().items():
-        if not (name in trained or ".lora_" in name or ".modules_to_save." in name):
+        own = name in trained or ".lora_" in name or ".modules_to_save." in name
+        if not (own or name.startswith(tuple(adapted))):
             continue
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         if first:

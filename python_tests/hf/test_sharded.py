@@ -15,6 +15,7 @@ import torch
 from accuracy import assert_same_but_rounding
 from peft import LoraConfig, PeftModel
 from programs import joined, together
+from safetensors.torch import load_file
 from tiny_models import BATCHES, CLASSES, IDS, LABELS, adapted, arguments, bert, fill, llama
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -299,6 +300,18 @@ def test_sharded_plain_lora_is_saved_and_converted_on_one_process(two: Path) -> 
         assert len(expected) == 6 and all(torch.equal(found[n], p) for n, p in expected.items())
         bayesianize(model, method, BATCHES, progress=False)
         assert predict(model, {"input_ids": IDS}, n_samples=4).mutual_information.max() > 0
+
+
+def test_embeddings_are_saved_as_peft_saves_them(tmp_path: Path) -> None:
+    model = adapted(llama(), BlobConfig, target_modules=["embed_tokens", "q_proj"])
+    model.save_pretrained(tmp_path / "stock")
+    save_sharded(model, tmp_path / "ours")
+    found, expected = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "stock")
+    )
+    assert any("embed_tokens.base_layer" in name for name in expected)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_divergence_has_one_scale_for_all_ways_to_take_a_step(two: Path, tmp_path: Path) -> None:
