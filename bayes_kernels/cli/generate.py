@@ -25,7 +25,7 @@ from .options import (
     start,
     whole,
 )
-from .output import note, status, writes_unicode
+from .output import note, print_json, status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,6 +111,8 @@ def generate(
     if stream and (json_lines or beams > 1):
         got = "--json" if json_lines else f"--beams {beams}"
         raise ValueError(f"--stream: expected it without --json and --beams, got {got}")
+    check_unicode("--prompt: ", *(prompt or ()))
+    check_unicode("--stop: ", *(stop or ()))
     check_color(color_by)
     if html is not None:
         check_page(html, overwrite, {"adapter": Path(adapter), "file": file})
@@ -139,7 +141,7 @@ def generate(
         write_text(html, html_page(found, f"{writer.method.title}, {Path(writer.base.model).name}"))
     if json_lines:
         for text in found:
-            print(json.dumps(text.to_dict(), ensure_ascii=not writes_unicode(sys.stdout)))
+            print_json(text.to_dict())
     else:
         if stream:
             live.end()
@@ -222,7 +224,9 @@ def read_prompts(path: Path, of: Callable[[object], Any] | None = None) -> list[
     found, wrong = [], []
     for place, line in rows:
         try:
-            found.append(of(json.loads(line)))
+            row = json.loads(line)
+            check_unicode("", json.dumps(row, ensure_ascii=False))
+            found.append(of(row))
         except json.JSONDecodeError as error:
             wrong.append(f"{path}:{place}: expected JSON, got {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -230,6 +234,21 @@ def read_prompts(path: Path, of: Callable[[object], Any] | None = None) -> list[
     if wrong:
         raise ValueError("\n".join(wrong[:10]))
     return found
+
+
+def check_unicode(what: str, *texts: str) -> None:
+    """Whether a tokenizer takes texts: words of a command can be bytes, and JSON escapes half a character.
+
+    Raises:
+        ValueError: one has a lone surrogate.
+    """
+    from ..experiment.data.rows import is_unicode
+
+    for text in texts:
+        if not is_unicode(text):
+            raise ValueError(
+                f"{what}expected Unicode text, got a lone surrogate in {shorten(ascii(text))}"
+            )
 
 
 def _prompt_of(row: object) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import re
 import signal
 import sys
@@ -62,6 +63,16 @@ def status(text: str) -> AbstractContextManager[object]:
 def writes_unicode(stream: TextIO) -> bool:
     """Whether a stream can show every character."""
     return (stream.encoding or "").lower().replace("-", "") == "utf8"
+
+
+def print_json(content: Mapping[str, object]) -> None:
+    """One line of JSON on standard output; numbers that are not finite, which JSON lacks, as null."""
+    from ..files import finite
+
+    shown = json.dumps(
+        finite(content), ensure_ascii=not writes_unicode(sys.stdout), allow_nan=False
+    )
+    print(shown)
 
 
 def command_line() -> list[str]:

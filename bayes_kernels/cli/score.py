@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from ..table import shorten
-from .generate import check_color, check_page, open_writer, read_prompts
+from .generate import check_color, check_page, check_unicode, open_writer, read_prompts
 from .options import (
     Debug,
     Device,
@@ -23,7 +22,7 @@ from .options import (
     Threads,
     start,
 )
-from .output import note, writes_unicode
+from .output import note, print_json
 
 if TYPE_CHECKING:
     from ..hf.tasks.writer import SavedWriter
@@ -91,6 +90,8 @@ def score(
     if answer is not None and (html is not None or color_by is not None):
         got = "--html" if html is not None else "--color-by"
         raise ValueError(f"--answer: expected it without {got}, which is for tokens, got both")
+    for name, words in (("text", text), ("prompt", prompt and [prompt]), ("answer", answer)):
+        check_unicode(f"--{name}: ", *(words or ()))
     check_color(color_by)
     if html is not None:
         check_page(html, overwrite, {"adapter": Path(adapter), "file": file})
@@ -113,7 +114,7 @@ def score(
         write_text(html, html_page(found, title))
     if json_lines:
         for one, scored in zip(given, found, strict=True):
-            _json({"prompt": one.prompt, **scored.to_dict()})
+            print_json({"prompt": one.prompt, **scored.to_dict()})
     else:
         _show(given, found, color_by)
     if html is not None:
@@ -135,7 +136,7 @@ def _answers(
     for question, probs, entropy, doubt in rows:
         best = max(range(len(answers)), key=probs.__getitem__)
         if json_lines:
-            _json(
+            print_json(
                 {
                     "prompt": question,
                     "answer": answers[best],
@@ -167,10 +168,6 @@ def _given_of(row: object) -> _Given:
     )
 
 
-def _json(content: dict[str, object]) -> None:
-    print(json.dumps(content, ensure_ascii=not writes_unicode(sys.stdout)))
-
-
 def _show(given: list[_Given], found: list[ScoredText], by: str | None) -> None:
     """Texts on the terminal, with their scores, and those of all tokens."""
     from rich.console import Console
@@ -189,15 +186,13 @@ def _show(given: list[_Given], found: list[ScoredText], by: str | None) -> None:
 
 def _scores(texts: list[ScoredText]) -> str:
     """Scores of all tokens of some texts."""
+    from ..hf.texts import perplexity
+
     log_probs = [value for text in texts for value in text.log_probs]
     nll = -math.fsum(log_probs) / len(log_probs)
-    shown = f"{len(log_probs)} tokens, NLL {nll:.3f}, perplexity {_exp(nll):.4g}"
+    shown = f"{len(log_probs)} tokens, NLL {nll:.3f}, perplexity {perplexity(nll):.4g}"
     doubts = [value for text in texts for value in text.mutual_information or ()]
     if doubts:
         mean = math.fsum(doubts) / len(doubts)
         shown += f", mutual information {mean:.3f} (largest {max(doubts):.3f})"
     return shown
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -45,8 +45,8 @@ from .output import (
     draw_pictures,
     inputs_of,
     note,
+    print_json,
     status,
-    writes_unicode,
     writing,
 )
 
@@ -336,7 +336,7 @@ def predict(
             }
             if one.draws_used is not None:
                 line["draws"] = one.draws_used
-            print(json.dumps(line, ensure_ascii=not writes_unicode(sys.stdout)))
+            print_json(line)
         sys.stdout.flush()
 
 

@@ -18,7 +18,7 @@ from .draws import WeightDraws
 from .heads import ClassLogits
 from .predict import text_draws
 from .texts import SCORES, Generation, Pieces, ScoredText, Token, pieces_of
-from .tokens import common_beginning, labelled
+from .tokens import check_length, common_beginning, labelled, positions
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -250,7 +250,8 @@ def score_texts(
         logits, S * T * vocabulary.
 
     Raises:
-        ValueError: as `generate`, or a text has no token that another comes before.
+        ValueError: as `generate`, a text has no token that another comes before, or is too long for the
+            model.
     """
     need_whole("score_texts: n_samples", n_samples, 0)
     given = [texts] if isinstance(texts, str) else list(texts)
@@ -281,6 +282,7 @@ def score_texts(
                     f"score_texts: a text must have a token that another comes before, got {text!r}; "
                     "give it a prompt"
                 )
+            check_length("score_texts", model, len(whole))
             ids = torch.tensor([whole], device=_device(model))
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with drawing.throughout(n_samples, seed, 1, draws) as more:
@@ -408,11 +410,11 @@ def _pad_token(model: Any, tokenizer: Any) -> int:
 
 
 def _check_lengths(model: Any, encoded: Sequence[_Encoded], max_new_tokens: int) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model)
     longest = max(len(one.token_ids) for one in encoded)
     if getattr(model.config, "is_encoder_decoder", False):
         longest = 1
-    if isinstance(room, int) and longest + max_new_tokens > room:
+    if room is not None and longest + max_new_tokens > room:
         raise ValueError(
             f"generate: prompt and max_new_tokens must fit the model's {room} positions, got {longest} "
             f"+ {max_new_tokens} tokens; shorten one of them"

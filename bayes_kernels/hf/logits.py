@@ -334,7 +334,7 @@ GATHERED = {"classes": ClassSums, "labels": _Labels, "numbers": _Numbers}
 
 def _entropy(log_probs: Tensor) -> Tensor:
     probs = log_probs.exp()
-    return -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+    return 0.0 - torch.where(probs == 0, 0.0, probs * log_probs).sum(-1)  # never -0.0
 
 
 # --- Gaussian logits -----------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class ScoredText:
     @property
     def perplexity(self) -> float:
         """exp(-mean_log_prob): perplexity of the text under the mean distribution."""
-        return math.exp(-self.mean_log_prob)
+        return perplexity(-self.mean_log_prob)
 
     @property
     def mean_entropy(self) -> float:
@@ -172,7 +172,7 @@ class Generation(ScoredText):
         """Whether the score is above the threshold: too uncertain to be given as an answer."""
         if self.abstain_above is None:
             return False
-        return bool(getattr(self, self.abstain_on) > self.abstain_above)
+        return not getattr(self, self.abstain_on) <= self.abstain_above  # NaN too
 
     def to_dict(self) -> dict[str, Any]:
         """As `ScoredText.to_dict`, with the prompt and whether to abstain."""
@@ -216,6 +216,11 @@ class Pieces:
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where that is above the largest number."""
+    return math.exp(nll) if not nll > 700 else math.inf
 
 
 def pieces_of(tokenizer: Any, before: Sequence[int], token_ids: Sequence[int]) -> list[str]:

@@ -31,6 +31,7 @@ from .folding import plan
 from .heads import ClassLogits
 from .logits import ClassSums, Prediction
 from .predict import text_draws
+from .texts import perplexity
 
 # Numbers in fp64 at a time, so that the draws' distributions take little memory beside their logits.
 _AT_ONCE = 1 << 22
@@ -151,7 +152,7 @@ def token_scores(log_probs: Tensor, confidence: Tensor, correct: Tensor) -> dict
     return {
         "accuracy": float(correct.double().mean()),
         "nll": nll,
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+        "perplexity": perplexity(nll),
         "ece": bin_rows(confidence.double(), correct.bool(), 15).ece
         if len(log_probs)
         else math.nan,
@@ -416,6 +417,27 @@ def at_the_answer(batch: Mapping[str, Any], choices: Sequence[int]) -> dict[str,
     return {**inputs_of(batch), "attention_mask": hidden, "labels": same.int().argmax(-1)}
 
 
+def check_length(op: str, model: nn.Module, tokens: int) -> None:
+    """Whether a text fits a decoder.
+
+    Raises:
+        ValueError: it has more tokens than the model has positions.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    room = positions(base)
+    if room is not None and tokens > room:
+        raise ValueError(
+            f"{op}: each text, with its prompt, must fit the model's {room} positions, got {tokens} tokens; "
+            "shorten it"
+        )
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a model takes, by its configuration."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return room if isinstance(room, int) else None
+
+
 # --- Answers -------------------------------------------------------------------------------------
 
 
@@ -465,7 +487,8 @@ def score_answers(
         prompt with each answer.
 
     Raises:
-        ValueError: as `generate`, there are fewer than two answers, or one has no token of its own.
+        ValueError: as `generate`, there are fewer than two answers, one has no token of its own, or one is
+            too long for the model.
     """
     need_whole("score_answers: n_samples", n_samples, 0)
     if isinstance(answers, str) or len(answers) < 2 or len(set(answers)) < len(answers):
@@ -484,6 +507,7 @@ def score_answers(
     found = []
     for prompt in progress_bar(progress, given, desc="score answers", unit="prompt"):
         batch = _rows_of_answers(tokenizer, prompt, answers)
+        check_length("score_answers", model, batch["input_ids"].shape[1])
         tokens = predict_tokens(model, batch, n_samples=n_samples, seed=seed, draws=draws)
         scores = tokens.draw_sequence_log_probs
         if per_token:

@@ -72,6 +72,9 @@ def test_prompts_of_files(writer: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\nx\n{"messages": []}\n')
     error = refuse("generate", writer, "--file", tmp_path / "bad.jsonl")
     assert re.search(r"bad.jsonl:1: expected an object with 'prompt'", error)
+    (tmp_path / "half.jsonl").write_text('{"prompt": "be"}\n{"prompt": "\\ud800"}\n')
+    error = refuse("generate", writer, "--file", tmp_path / "half.jsonl")
+    assert re.search(r"half.jsonl:2: expected Unicode text, got a lone surrogate in", error)
     (tmp_path / "empty.txt").write_text("\n")
     assert "at least one prompt" in refuse("generate", writer, "--file", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
@@ -185,6 +188,11 @@ def test_adapters_of_commands(writer: Path, data: Path, tmp_path: Path) -> None:
         ),
         (["--prompt", "be", "--beams", "0"], "expected an integer >= 1"),
         (["--prompt", "be", "--sample", "--beams", "2"], "do_sample must be False"),
+        (
+            ["--prompt", "\udcff"],
+            "--prompt: expected Unicode text, got a lone surrogate in '\\udcff'",
+        ),
+        (["--prompt", "be", "--stop", "\ud800"], "--stop: expected Unicode text, got a lone"),
         (["--prompt", "be", "--model", "minilm"], "expected a causal language model"),
     ],
 )

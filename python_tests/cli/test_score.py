@@ -12,8 +12,9 @@ import pytest
 import transformers
 from hf.letters import letters
 from test_html import check_self_contained
+from tiny_models import gpt2
 
-from bayes_kernels.hf import score_answers, score_texts
+from bayes_kernels.hf import BlobConfig, score_answers, score_texts
 from cli.commands import call, objects, refuse
 
 pytestmark = pytest.mark.cpu_only
@@ -105,6 +106,9 @@ def test_terminal_and_page(writer: Path, model: Any, tmp_path: Path) -> None:
         (["--text", "be", "--seed", "x"], "--seed: expected an integer"),
         (["--text", "be", "--device", "tpu"], "device: expected 'auto', 'cpu' or 'cuda'"),
         (["--file", "none.txt"], "expected a file that exists"),
+        (["--text", "\udcff"], "--text: expected Unicode text, got a lone surrogate in '\\udcff'"),
+        (["--text", "be", "--prompt", "\ud800"], "--prompt: expected Unicode text, got a lone"),
+        (["--text", "be", "--answer", "\ud800"], "--answer: expected Unicode text, got a lone"),
     ],
 )
 def test_what_is_refused(writer: Path, words: list[str], error: str) -> None:
@@ -112,7 +116,54 @@ def test_what_is_refused(writer: Path, words: list[str], error: str) -> None:
 
 
 def test_bad_files(writer: Path, tmp_path: Path) -> None:
-    for row in ("3", '{"text": 3}', '{"text": "a", "prompt": 3}', '{"prompt": "a"}', "x"):
+    surrogate = '{"text": "a", "prompt": "\\ud800"}'
+    for row in (
+        surrogate,
+        "3",
+        '{"text": 3}',
+        '{"text": "a", "prompt": 3}',
+        '{"prompt": "a"}',
+        "x",
+    ):
         (tmp_path / "t.jsonl").write_text(row + "\n")
         error = refuse("score", writer, "--file", tmp_path / "t.jsonl")
         assert "t.jsonl:1: expected" in error
+
+
+def test_numbers_beyond_any_range(writer: Path, tmp_path: Path) -> None:
+    """Each line is JSON, and what is not known is null, not certain."""
+    for name, factor in (("hot", 1e5), ("broken", math.nan)):
+        base = transformers.AutoModelForCausalLM.from_pretrained(writer.parent / "base")
+        base.lm_head.weight.data.mul_(factor)
+        base.save_pretrained(tmp_path / name)
+        letters().save_pretrained(tmp_path / name)
+
+    def strict(text: str) -> dict[str, Any]:
+        def refused(constant: str) -> float:
+            raise AssertionError(f"{constant} is no JSON")
+
+        return json.loads(text, parse_constant=refused)
+
+    words = ["--text", "no way", "--n-samples", 2, "--json", "--model"]
+    hot = strict(run(writer, *words, tmp_path / "hot"))
+    assert hot["perplexity"] is None and hot["mean_log_prob"] < -1e4
+    assert min(hot["token_entropy"]) >= 0 and "-0.0," not in json.dumps(hot["token_entropy"])
+    broken = strict(run(writer, *words, tmp_path / "broken"))
+    assert set(broken["token_log_prob"]) == set(broken["token_entropy"]) == {None}
+    assert set(broken["token_mutual_information"]) == {None}
+    answers = ["--answer", " way", "--answer", " bed"]
+    chosen = strict(run(writer, *answers, *words, tmp_path / "broken"))
+    assert chosen["entropy"] is None and set(chosen["probabilities"].values()) == {None}
+    assert "perplexity inf" in run(writer, "--text", "no way", "--model", tmp_path / "hot")
+
+
+def test_texts_that_are_too_long(tmp_path: Path) -> None:
+    base = gpt2(transformers.GPT2LMHeadModel, n_positions=32)
+    base.save_pretrained(tmp_path / "base")
+    letters().save_pretrained(tmp_path / "base")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = BlobConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    peft.get_peft_model(loaded, config).save_pretrained(tmp_path / "adapter")
+    for words in (["--text", "no" * 40], ["--text", "no", "--answer", "a" * 80, "--answer", "b"]):
+        error = refuse("score", tmp_path / "adapter", *words, "--n-samples", 0)
+        assert "must fit the model's 32 positions, got" in error and "shorten it" in error

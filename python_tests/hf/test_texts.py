@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -32,19 +33,30 @@ def test_characters_come_whole(text: str) -> None:
     assert cut[0] == "n" and cut[-1].startswith("\ufffd")
 
 
-def scored(tokens: list[str], doubts: list[float], **options: Any) -> ScoredText:
+def scored(
+    tokens: list[str], doubts: list[float], *, log_prob: float = -1.0, **options: Any
+) -> ScoredText:
     options = {"n_samples": 4, **options}
     kind = Generation if "prompt" in options else ScoredText
     return kind(
         text="".join(tokens),
         token_ids=list(range(len(tokens))),
         tokens=tokens,
-        log_probs=[-1.0] * len(tokens),
+        log_probs=[log_prob] * len(tokens),
         entropy=[doubt + 0.25 for doubt in doubts],
         expected_entropy=[0.25] * len(tokens),
         entropy_bias=None,
         **options,
     )
+
+
+def test_what_is_not_known_is_no_certainty() -> None:
+    options: dict[str, Any] = {"prompt": "", "stopped": True, "abstain_above": 0.2}
+    options["abstain_on"] = "max_mutual_information"
+    sure = scored(["a"], [0.1], log_prob=-800.0, **options)
+    assert isinstance(sure, Generation) and sure.perplexity == math.inf and not sure.abstained
+    broken = scored(["a"], [math.nan], log_prob=math.nan, **options)
+    assert isinstance(broken, Generation) and math.isnan(broken.perplexity) and broken.abstained
 
 
 def test_levels() -> None:
