@@ -148,6 +148,30 @@ def noise_cases() -> dict[str, Case]:
     }
 
 
+# --- activations in 8 bits --------------------------------------------------------------------------
+
+
+def activation_cases(dtype: torch.dtype, tokens: int, n: int) -> dict[str, Case]:
+    """Both ops are one pass; n is a multiple of 32, so that no thread is without columns."""
+    key, x = random.key(1), normal(tokens, n, dtype=dtype)
+    codes, scales = _library.ops.quantize_activations(x, key, 0, 0)
+    warps = ceil_div(codes.numel(), 8 * 32 * 4)  # 4 groups of 8 columns for each thread
+    kept, name = size_of(codes, scales), f"T{tokens} n{n} {str(dtype).removeprefix('torch.')}"
+    return {
+        f"quantize_activations {name}": Case(
+            lambda: _library.ops.quantize_activations(x, key, 0, 0),
+            size_of(x) + kept,
+            {"x, codes and scales": size_of(x) + kept, "the key, for each warp": 16 * warps},
+        ),
+        f"dequantize_activations {name}": Case(
+            lambda: _library.ops.dequantize_activations(codes, scales, dtype),
+            size_of(x) + kept,
+            # The four threads of a scale block ask for its scale in one request of their warp.
+            {"x, codes and scales": size_of(x) + kept},
+        ),
+    }
+
+
 # --- adapter ---------------------------------------------------------------------------------------
 #
 # x (T, n) or y (T, m) are read or written once whatever the rank up to 16 (fp32 shrink and
@@ -686,6 +710,8 @@ def all_cases() -> dict[str, Case]:
         **adapter_cases(torch.bfloat16, 512, 1024, 32),
         **adapter_cases(torch.float32, 40, 200, 20),
         **adapter_cases(torch.bfloat16, 40, 200, 20),
+        **activation_cases(torch.bfloat16, 64, 1024),
+        **activation_cases(torch.float32, 64, 1024),
         **layer_cases(160, 1024, 512, 8),
         **group_cases(1, 4096, [(1024, 8), (256, 8), (256, 8)], torch.bfloat16),
         **group_cases(3, 1024, [(1024, 16), (4096, 4)], torch.float32),
