@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _library
 from .._library import MAX_FUSED_RANK, fake
 from ..random import check_key
+from .activations import QuantizedActivations, check_kept, fits, loaded_input, saved_input
 from .adapter import _check, check_rho
 from .adapter_passes import (
     adapter,
@@ -47,6 +48,7 @@ def lora_group(
     key: Tensor | None = None,
     streams: Sequence[int] | None = None,
     row0: int = 0,
+    kept: QuantizedActivations | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora` for several adapters that share x: base_i + scaling_i * (dropout(x) a_i^T) b_i^T.
 
@@ -60,6 +62,7 @@ def lora_group(
         key: noise key; needed with dropout.
         streams: the adapters' noise streams: each has a mask of its own. None: one mask for all.
         row0: index of the first token of x, for batches that are split.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x, for all adapters.
 
     Returns:
         (..., m_i) for each adapter.
@@ -67,7 +70,8 @@ def lora_group(
     Raises:
         ValueError, TypeError: lists of different lengths; shapes, dtypes or devices do not fit.
 
-    Cost: x is read once from memory; memory for the backward pass is x once and (T, r_i) of each.
+    Cost: x is read once from memory; memory for the backward pass is x (or `kept`) once and (T, r_i) of
+    each.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
@@ -76,13 +80,14 @@ def lora_group(
     noise = Noise(key if dropout != 0.0 else None, 0, row0, 1, None, dropout)
     arguments: tuple[Any, ...]
     arguments = (lists["a"], [], lists["b"], lists["base"], noise, lists["streams"], "")
-    ys = _direct(x, *arguments, lists["scaling"])
+    ys = _direct(x, *arguments, lists["scaling"], kept)
     if ys is not None:
         return ys
     for one in range(len(lists["a"])):
         a1, b1, base1, scale = _of(lists, one)
         _check(op, x, a1, b1, base1, scale, dropout, key, lists["streams"][one], row0)
-    return _group(x, *arguments, lists["scaling"], "plain")
+    check_kept(op, kept, x)
+    return _group(x, *arguments, lists["scaling"], "plain", kept)
 
 
 def flipout_lora_group(
@@ -101,6 +106,7 @@ def flipout_lora_group(
     row0: int = 0,
     rows_per_group: int | None = None,
     dropout: float = 0.0,
+    kept: QuantizedActivations | None = None,
 ) -> tuple[Tensor, ...]:
     """`flipout_lora` for several adapters that share x, each with noise of its own stream.
 
@@ -119,6 +125,7 @@ def flipout_lora_group(
         row0: number of the first group.
         rows_per_group: successive rows of a group.
         dropout: probability of dropping an element of x, with a mask for each adapter.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x, for all adapters.
 
     Returns:
         (..., m_i) for each adapter.
@@ -140,7 +147,7 @@ def flipout_lora_group(
     noise = Noise(key, 0, row0, group_size(op, x, scope, rows_per_group), ids, dropout)
     flipped = scope != "none" or ids is not None
     arguments = (lists["a"], lists["rho"], lists["b"], lists["base"], noise, lists["streams"], std)
-    ys = _direct(x, *arguments, lists["scaling"]) if flipped else None
+    ys = _direct(x, *arguments, lists["scaling"], kept) if flipped else None
     if ys is not None:
         return ys
     check_key(op, key)
@@ -149,7 +156,8 @@ def flipout_lora_group(
         a1, b1, base1, scale = _of(lists, one)
         _check(op, x, a1, b1, base1, scale, dropout, key, lists["streams"][one], row0)
         check_rho(op, lists["rho"][one], lists["a"][one], x)
-    return _group(x, *arguments, lists["scaling"], "flipped" if flipped else "shared")
+    check_kept(op, kept, x)
+    return _group(x, *arguments, lists["scaling"], "flipped" if flipped else "shared", kept)
 
 
 def _lists(
@@ -194,6 +202,7 @@ def _direct(
     streams: list[int],
     std: str,
     scaling: list[float],
+    kept: QuantizedActivations | None,
 ) -> tuple[Tensor, ...] | None:
     """The outputs where the op takes the arguments as they are, as `adapter_passes.direct`; else None."""
     if (
@@ -203,6 +212,7 @@ def _direct(
         or torch.compiler.is_compiling()
         or not isinstance(x, Tensor)
         or not is_plain(x)
+        or not (kept is None or fits(kept, x))
         or not (noise.key is None or is_plain(noise.key))
         or not all(isinstance(t, Tensor) and is_plain(t) for t in base)
         or not all(is_stored_float(t) for t in (*a, *rho, *b))
@@ -212,7 +222,7 @@ def _direct(
         or transformed()
     ):
         return None
-    return _fused(autocast_input(x), a, rho, b, base, noise, streams, std, scaling)
+    return _fused(autocast_input(x), a, rho, b, base, noise, streams, std, scaling, kept)
 
 
 def _fused(
@@ -225,12 +235,13 @@ def _fused(
     streams: list[int],
     std: str,
     scaling: list[float],
+    kept: QuantizedActivations | None,
 ) -> tuple[Tensor, ...] | None:
     """One op; None where it does not take an argument."""
     tensors = (*a, *rho, *b, *base)
     if needs_gradient(x, *tensors):
         sizes = (len(a), len(rho) > 0, len(base) > 0)  # torch 2.11 compiles no bool of a list
-        return _Group.apply(x, noise, sizes, tuple(streams), std, tuple(scaling), *tensors)
+        return _Group.apply(x, noise, sizes, tuple(streams), std, tuple(scaling), kept, *tensors)
     key, _, row0, rows_per_id, ids, dropout = noise
     ys, _ = _library.ops.adapter_group(
         x, a, rho, b, base, key, streams, row0, rows_per_id, ids, dropout, std, scaling, False
@@ -249,6 +260,7 @@ def _group(
     std: str,
     scaling: list[float],
     kind: str,
+    kept: QuantizedActivations | None,
 ) -> tuple[Tensor, ...]:
     """The outputs for checked arguments, on the path that takes them; kinds of `adapter_passes`."""
     ranks = [factor.shape[0] for factor in a]
@@ -265,13 +277,14 @@ def _group(
                 scaling=scaling[one],
                 std=std,
                 kind=kind,
+                kept=kept,
             )
             for one in range(len(a))
         )
     x = autocast_input(x)
     acc = accumulate_dtype(x)
     a, rho, b = ([t if t.dtype == acc else t.to(acc) for t in factors] for factors in (a, rho, b))
-    ys = _fused(x, a, rho, b, base, noise, streams, std, [float(s) for s in scaling])
+    ys = _fused(x, a, rho, b, base, noise, streams, std, [float(s) for s in scaling], kept)
     assert ys is not None  # of checked arguments
     return ys
 
@@ -288,6 +301,7 @@ class _Group(torch.autograd.Function):
         streams: tuple[int, ...],
         std: str,
         scaling: tuple[float, ...],
+        kept: QuantizedActivations | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...] | None:
         key, _, row0, rows_per_id, ids, dropout = noise
@@ -298,19 +312,22 @@ class _Group(torch.autograd.Function):
         )  # fmt: skip
         if not ys:
             return None
-        ctx.save_for_backward(x, key, ids, *a, *rho, *b, *hs)
+        ctx.save_for_backward(*saved_input(x, kept), key, ids, *a, *rho, *b, *hs)
+        ctx.dtype = x.dtype
         ctx.sizes, ctx.streams, ctx.std, ctx.scaling = sizes, streams, std, scaling
         ctx.counted, ctx.dropout = (row0, rows_per_id), dropout
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, key, ids, *saved = ctx.saved_tensors
+        *inputs, key, ids = ctx.saved_tensors[:5]
+        saved = list(ctx.saved_tensors[5:])
         count, noisy, _ = ctx.sizes
         a, rho, b, hs = _parts((count, noisy, True), saved)
-        need_x, wanted = ctx.needs_input_grad[0], list(ctx.needs_input_grad[6:])
+        need_x, wanted = ctx.needs_input_grad[0], list(ctx.needs_input_grad[7:])
         need_a, need_rho, need_b, need_base = _parts(ctx.sizes, wanted)
         again = torch.is_grad_enabled() or transformed()
+        x = loaded_input("adapter", inputs, ctx.dtype, again)
         dx: Any = None
         own: Any
         found: list[list[Tensor | None]] = [[], [], []]
@@ -341,7 +358,7 @@ class _Group(torch.autograd.Function):
         if not noisy:
             found[1] = []
         dbase = [dy if needed else None for dy, needed in zip(dys, need_base, strict=False)]
-        return (dx, *[None] * 5, *found[0], *found[1], *found[2], *dbase)
+        return (dx, *[None] * 6, *found[0], *found[1], *found[2], *dbase)
 
 
 def _parts(sizes: tuple[int, bool, bool], tensors: list[Any]) -> tuple[list[Any], ...]:

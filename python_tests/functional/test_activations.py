@@ -257,6 +257,40 @@ def test_grouped_adapters(device):
         assert all(map(torch.equal, expected, found[2:])), name
 
 
+@pytest.mark.parametrize("rank", [3, 70])
+@pytest.mark.parametrize("form", ["lora", "token", "none"])
+def test_adapters_that_share_x(device, form, rank):
+    """One rounding for all: gradients of x and b are exact, those of first factors as one by one."""
+    both = [make(device, (6, 40, m, rank), torch.float32) for m in (7, 5)]
+    x, key = both[0]["x"], random.key(2, device.torch)
+    lists = {name: [p[name] for p in both] for name in ("mean", "rho", "b", "base")}
+    kept = F.quantize_activations(x, key=key)
+    own = {"key": key, "scope": form}
+
+    def together(kept):
+        if form == "lora":
+            return F.lora_group(x, lists["mean"], lists["b"], lists["base"], kept=kept)
+        return F.flipout_lora_group(x, *lists.values(), streams=[1, 4], kept=kept, **own)
+
+    def apart(kept):
+        if form == "lora":
+            each = zip(lists["mean"], lists["b"], lists["base"], strict=True)
+            return [F.lora(x, *one, kept=kept) for one in each]
+        each = zip(*lists.values(), (1, 4), strict=True)
+        return [F.flipout_lora(x, *one, stream=s, kept=kept, **own) for *one, s in each]
+
+    rest = [x, *lists["b"], *lists["base"]]
+    factors = lists["mean"] + (lists["rho"] if form != "lora" else [])
+    dys = [torch.ones_like(y) for y in lists["base"]]
+    found = torch.autograd.grad(together(kept), [*rest, *factors], dys)
+    exact = torch.autograd.grad(together(None), [*rest, *factors], dys)
+    single = torch.autograd.grad(apart(kept), factors, dys)
+    assert all(map(torch.equal, found[: len(rest)], exact))
+    assert all(map(torch.equal, found[len(rest) :], single))
+    # Beyond the ranks of the kernels plain PyTorch runs, whose backward pass has x.
+    assert torch.equal(found[len(rest)], exact[len(rest)]) == (rank > 64)
+
+
 def test_autocast_keeps_x_in_its_dtype():
     parts = make(CPU, (6, 40, 12, 4), torch.float32)
     x, key = parts["x"], random.key(0)
@@ -311,6 +345,7 @@ def test_second_derivatives_say_what_they_need():
         F.lora(parts["x"], parts["mean"], parts["b"], kept=kept),
         F.scaled_lora(parts["x"], parts["mean"], parts["mean"][:, 0], parts["b"], kept=kept),
         F.grouped_lora(parts["x"], parts["mean"][None], parts["b"], rows_per_group=4, kept=kept),
+        F.lora_group(parts["x"], [parts["mean"]], [parts["b"]], kept=kept)[0],
     ):
         with pytest.raises(RuntimeError, match="second derivatives need x itself"):
             torch.autograd.grad(call.square().sum(), parts["mean"], create_graph=True)
@@ -328,6 +363,8 @@ def test_arguments():
         F.quantize_activations(x, key=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"kept must be of x, \(2, 40\)"):
         F.lora(x[:2], a, b, kept=kept)
+    with pytest.raises(ValueError, match=r"lora_group: kept must be of x, \(2, 40\)"):
+        F.lora_group(x[:2], [a], [b], kept=kept)
     with pytest.raises(TypeError, match="kept must be made by quantize_activations"):
         F.lora(x, a, b, kept=x)
     empty = F.quantize_activations(x[:0], key=key)
