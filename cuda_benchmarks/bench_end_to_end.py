@@ -172,7 +172,7 @@ def build_base(shape: Shape, device: str) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     try:
-        with torch.device(device), _seeded():
+        with torch.device(device), seeded():
             if shape.kind == "bert":
                 config = transformers.BertConfig(
                     **common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -188,7 +188,7 @@ def build_base(shape: Shape, device: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -259,7 +259,7 @@ def attach(base: nn.Module, shape: Shape, method: str, rank: int = RANK) -> Any:
         "tfb": lambda: hf.TfbConfig(**common),
         "polar_vbll": lambda: hf.PolarVbllConfig(**common, head_prior_scale=1.0),
     }
-    with _seeded():
+    with seeded():
         model: Any = get_peft_model(_sharing(base), configs[method]())
     if method == "published_blob":
         _publish(model)
@@ -372,7 +372,7 @@ def check(device: str) -> Agreement:
     agreement = Agreement(case.shape, ("blob", "scalabl", "tfb", "polar_vbll"))
     for method in ("peft_lora", "published_blob", "blob", "scalabl", "tfb", "polar_vbll"):
         model = attach(base, shape, method).eval()
-        with torch.no_grad(), _seeded():
+        with torch.no_grad(), seeded():
             for name, p in model.named_parameters():
                 if ".lora_B" in name or ".lora_core" in name:
                     p.add_(torch.randn_like(p) * 0.02)
@@ -590,7 +590,7 @@ def fit_laplace(case: Case, base: nn.Module, device: str, layers: str) -> Any:
     import bayes_kernels.hf as hf
 
     model = attach(base, SHAPES[case.shape], "peft_lora").eval()
-    with torch.no_grad(), _seeded():
+    with torch.no_grad(), seeded():
         for layer in _lora_layers(model):
             layer.lora_B["default"].weight.normal_(std=0.02)
     options = {"layers": layers, "prior": "fixed", "prior_precision": 10.0, "dense_below": 32}

@@ -120,7 +120,7 @@ tests_of() {
 graphs() { tests_of graphs 8 python_tests/functional/test_cuda_graphs.py; }
 
 tests() {
-  local files=(adapter adapter_gradients grouped few_tokens tiles derivatives curvature divergence predict registration tall)
+  local files=(adapter adapter_gradients activations grouped few_tokens tiles derivatives curvature divergence predict registration tall)
   [[ $DRY == 1 ]] && files=()
   files=(test_random "${files[@]/#/functional/test_}")
   has transformers peft && [[ $DRY != 1 ]] && files+=(hf/test_cuda)
@@ -130,7 +130,7 @@ tests() {
 }
 
 rows() {
-  local options=(--device cuda --quick --seconds 0.3 --save) families=(adapter grouped tall predict curvature vbll)
+  local options=(--device cuda --quick --seconds 0.3 --save) families=(adapter activations grouped tall predict curvature vbll experts)
   [[ $DRY == 1 ]] && options=(--device cpu --quick --seconds 0.01) families=(curvature)
   run rows "$PYTHON" cuda_benchmarks "${families[@]}" "${options[@]}"
 }
@@ -142,7 +142,7 @@ counters() {
     return 0
   }
   run counters "$ncu" --clock-control none --csv --log-file "$OUT/counters.csv" --launch-count 120 \
-    --kernel-name 'regex:^(amax|apply|average|combine|dense|down|eigen|finish|gradient|gram|normaliser|outer|pack|prepare|refine|scaled|small|solve|sum|total|up|value)_' \
+    --kernel-name 'regex:^(amax|apply|average|combine|dense|dequantize|down|eigen|finish|gradient|gram|normaliser|outer|pack|prepare|quantize|refine|scaled|small|solve|sum|total|up|value)_' \
     --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats --section LaunchStats \
     "$PYTHON" cuda_benchmarks/smoke.py --device cuda --counters
 }

@@ -44,7 +44,18 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("adapter", "grouped", "predict", "tall", "curvature", "vbll", "end_to_end", "peers")
+FAMILIES = (
+    "adapter",
+    "activations",
+    "grouped",
+    "predict",
+    "tall",
+    "curvature",
+    "vbll",
+    "end_to_end",
+    "experts",
+    "peers",
+)
 
 Step = Callable[[], object]
 T = TypeVar("T")

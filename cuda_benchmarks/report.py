@@ -71,6 +71,10 @@ FAMILY_TEXT = {
     "PyTorch for BLoB without and with `torch.compile`; `lora` and `bayes_kernels` are ours, without and "
     "with noise. `forward` is one token, what generation under one draw of the weights pays; in "
     "`forward, new draw` the noise is drawn for each token.",
+    "activations": "`quantize` and `dequantize` are the ops by themselves, against the same in plain "
+    "PyTorch. `adapter` is one layer of BLoB, forward and backward, without the base layer's product: "
+    "`bayes_kernels` keeps its input in 8 bits for backward, `whole` keeps the input itself, `peft_lora` is "
+    "plain LoRA as PEFT computes it (fp32 adapters). Layers that share their input share the 8 bits, too.",
     "grouped": "One adapted layer under ten draws of its weights, rows of one draw after the other: "
     "`shared` is one eps with signs of each draw, `independent` an eps of its own for each, `antithetic` "
     "one for each pair; `eager` is plain PyTorch with a batched product. Noise is drawn within the "
@@ -90,6 +94,10 @@ FAMILY_TEXT = {
     "Jacobian of 64 has 33 GB), against laplace-torch with the BackPACK and curvlinops backends and a plain "
     "backward pass for each class (`published`); and a variational last layer with 128 features against "
     "the `vbll` package (`make peers`).",
+    "experts": "Adapters of rank 8 on both projections of all experts of a Qwen3-MoE with random weights "
+    "(`target_parameters`), one text, no optimiser: `blob` adds the adapter's output beside each product, "
+    "`peft_lora` is plain LoRA by stock PEFT, which makes the changed weights of all experts in each pass, "
+    "`base` the model without adapters.",
     "end_to_end": "Whole training steps and predictions of models with random weights, adapters of rank 8 on "
     "query and value projections (`cuda_benchmarks/bench_end_to_end.py`). `laplace` is a prediction of "
     "Laplace-LoRA, 1,000 draws of linearised logits, against the whole Jacobian of the batch.",
@@ -424,13 +432,14 @@ def with_status(readme: str, results: Path = RESULTS) -> str:
         "tall matrices": "tall",
         "adapter ops": "adapter",
         "grouped adapter ops": "grouped",
+        "activations in 8 bits": "activations",
     }
 
     def line(match: re.Match[str]) -> str:
         family = names.get(match[2].strip(), match[2].strip())
         return f"{match[1]} {status(family, results)} |"
 
-    parts = "noise|adapter ops|grouped adapter ops|divergence|prediction|tall matrices|curvature"
+    parts = "|".join(("noise", *names, "divergence", "curvature"))
     return re.sub(rf"^(\| ({parts}) \(.*\) \|[^|]*\|)[^|]*\|$", line, readme, flags=re.MULTILINE)
 
 

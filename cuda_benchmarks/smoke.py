@@ -35,6 +35,7 @@ from pathlib import Path
 # Beside this file; sets one thread for CPU work before torch is imported.
 import harness
 import torch
+from smoke_activations import activations
 from smoke_adapter import ADAPTER_SHAPES, adapter
 from smoke_grouped import grouped
 from smoke_parts import BF16, FP16, FP32, FP64, Case, Inputs, Tensors, double
@@ -47,12 +48,22 @@ __all__ = [
     "ADAPTER_SHAPES",
     "Case",
     "Inputs",
+    "activations",
     "adapter",
     "grouped",
 ]  # for tests, and families by name
 
 LR = 0.1  # of the steps on the Stiefel manifold
-FAMILIES = ("noise", "adapter", "grouped", "divergence", "tall", "predict", "curvature")
+FAMILIES = (
+    "noise",
+    "adapter",
+    "activations",
+    "grouped",
+    "divergence",
+    "tall",
+    "predict",
+    "curvature",
+)
 
 
 @dataclass
@@ -129,25 +140,6 @@ def noise(i: Inputs, small: bool) -> Iterator[Case]:
             lambda s=signs: {"keep": reference.dropout_mask(key, s["rows"], s["columns"], 0.3)},
             0.0,
         )
-    for dtype, columns in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16), (31, 512)
-    ):
-        x = i.normal(67, columns).to(dtype)
-
-        def bits(x: Tensor = x) -> Tensors:
-            kept = F.quantize_activations(x, key=key, stream=5, row0=1)
-            return {
-                "codes": kept.codes,
-                "scales": kept.scales,
-                "back": kept.dequantized(x.dtype),
-            }
-
-        def defined(x: Tensor = x) -> Tensors:
-            codes, scales = reference.quantize_activations(x, key, stream=5, row0=1)
-            back = reference.dequantize_activations(codes, scales, x.dtype)
-            return {"codes": codes, "scales": scales, "back": back}
-
-        yield Case("noise", f"quantize_activations 67x{columns} {dtype}", bits, defined, 0.0)
 
 
 def divergence(i: Inputs, small: bool) -> Iterator[Case]:
@@ -473,6 +465,7 @@ def run_case(case: Case, watched: bool = False) -> Outcome:
 
 # What a profiler looks at: every kernel once, at sizes that fill a GPU.
 COUNTED = (
+    "quantize_activations T2048 n4096 bfloat16",
     "gaussian_draws 10 x (8, 4096) float32",
     "sampled_lora 10 groups T640 n4096 m4096 r8 float32 counted",
     "grouped_flipout_lora 8 groups T2048 n4096 m1024 r16 bfloat16 any",
