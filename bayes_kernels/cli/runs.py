@@ -101,8 +101,8 @@ class RunOptions:
 
     def fields(self) -> dict[str, Any]:
         """Fields of a recipe that have an option of their own."""
-        names = ("rank", "alpha", "lr", "steps", "batch_size", "max_length")
-        names += ("n_samples", "draws", "draw_scope")
+        names = ["rank", "alpha", "lr", "steps", "batch_size", "max_length"]
+        names += ["n_samples", "draws", "draw_scope"]
         found = {name: getattr(self, name) for name in names}
         return {**found, "target_modules": words(self.target_modules)}
 

@@ -52,9 +52,9 @@ def difference_table(runs: Sequence[Run], summaries: Sequence[Summary] | None = 
         summaries: The rows to show, in their order; all by default.
     """
     rows: dict[str, dict[int, Row]] = {}
-    for one in runs:
-        for row in one.rows:
-            rows.setdefault(row.name, {})[one.experiment.seed] = row
+    for run in runs:
+        for row in run.rows:
+            rows.setdefault(row.name, {})[run.experiment.seed] = row
     plain = next(
         (
             own
