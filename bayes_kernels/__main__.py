@@ -8,9 +8,12 @@ import sys
 def main() -> None:
     """Diagnosis without arguments, the command line with some."""
     if len(sys.argv) == 1:
-        from .diagnosis import diagnosis
+        from .diagnosis import print_diagnosis
 
-        print(diagnosis())
+        try:
+            print_diagnosis()
+        except ImportError as error:
+            sys.exit(f"error: {error}")
     else:
         from .cli.app import main as command_line
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-import torch
+from . import __version__
 
-from . import __version__, _library
-
-OPTIONAL = (
+PACKAGES = (
+    "torch",
     "numpy",
     "transformers",
     "peft",
@@ -20,12 +19,18 @@ OPTIONAL = (
 
 
 def _gpu_name(index: int) -> str:
+    import torch
+
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
 
 
 def device_paths() -> list[tuple[str, str]]:
     """Each device that torch sees, and which path its ops take: fused kernels, or plain PyTorch and why."""
+    import torch
+
+    from . import _library
+
     cpu = ""
     if _library.problem is None:
         path = _library.build_info()["cpu_path"]
@@ -47,10 +52,31 @@ def device_paths() -> list[tuple[str, str]]:
     return found
 
 
-def diagnosis() -> str:
-    """Versions, what was compiled, and which path runs on which device, as text."""
+def packages() -> str:
+    """Versions of this package, of Python and of other packages, as text; imports none of them."""
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} missing")
+    return (
+        f"bayes_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}\n"
+        "packages: " + ", ".join(versions)
+    )
+
+
+def paths() -> str:
+    """What was compiled, and which path runs on which device, as text. Imports torch: seconds.
+
+    Raises:
+        ImportError: torch is missing, or cannot be loaded.
+    """
+    import torch
+
+    from . import _library
+
     lines = [
-        f"bayes_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__}"
         + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA"),
     ]
@@ -73,11 +99,21 @@ def diagnosis() -> str:
         if _library.find_library("libbayes_kernels_sim.so") is not None:
             lines.append("  CUDA kernels on the host emulator (tests)")
     lines += [f"  {name}: {path}" for name, path in device_paths()]
-    versions = []
-    for name in OPTIONAL:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{name} missing")
-    lines.append("packages: " + ", ".join(versions))
     return "\n".join(lines)
+
+
+def print_diagnosis() -> None:
+    """Print both: at once what needs no torch, then the rest.
+
+    Raises:
+        ImportError: torch is missing, or cannot be loaded: what was printed says which packages there are.
+    """
+    print(packages(), flush=True)
+    try:
+        found = paths()
+    except ImportError as error:
+        raise ImportError(
+            f"torch: expected a release that can be imported, got: {error}; "
+            "run: pip install 'torch>=2.11'"
+        ) from error
+    print(found)

@@ -45,7 +45,7 @@ th{{border-bottom-width:2px;white-space:nowrap}}
 td.left:first-child{{white-space:nowrap}}
 figure{{margin:0;padding:.75rem;background:var(--panel);border:1px solid var(--line);border-radius:.5rem}}
 svg{{display:block;width:100%;height:auto}}
-.grid{{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(22rem,100%),1fr))}}
+.grid{{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr))}}
 pre{{background:var(--panel);border:1px solid var(--line);border-radius:.5rem;padding:.75rem;overflow-x:auto}}
 """.replace("\n", "")
 

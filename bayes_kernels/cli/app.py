@@ -11,6 +11,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import typer
@@ -24,7 +25,7 @@ from .export import export
 from .generate import generate
 from .methods import methods
 from .options import Debug
-from .output import fail
+from .output import fail, status
 from .score import score
 from .sweep import sweep
 from .train import compare, demo, train
@@ -50,6 +51,8 @@ _GROUPS = {
 }
 # Commands that a launcher may start several times.
 _SHARED = ("train", "info", "methods")
+# Commands that begin without transformers; before others a terminal shows what it waits for: 5 s of one core.
+_LIGHT = ("info", "bench")
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 
 
@@ -70,6 +73,9 @@ class _Command(typer.core.TyperCommand):
                 f"{self.name}: expected one process, got {process.count} of a launcher; only train "
                 "shares its work among processes, start this command without torchrun or accelerate"
             )
+        if self.name not in _LIGHT and sys.stderr.isatty():
+            with status("loading torch, transformers and PEFT"):
+                import_module("bayes_kernels.hf")
         return super().invoke(ctx)
 
 
@@ -142,9 +148,9 @@ app = typer.Typer(
 
 def info(debug: Debug = False) -> None:
     """Versions, what was compiled, and which path runs on which device."""
-    from ..diagnosis import diagnosis
+    from ..diagnosis import print_diagnosis
 
-    print(diagnosis())
+    print_diagnosis()
 
 
 # By the panels of help.

@@ -43,7 +43,7 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Write a small file to try things with: 84 messages to a help desk, in three classes."""
-    from ..experiment.data.check import sample_file
+    from ..experiment.data.samples import sample_file
     from ..files import write_text
 
     if file.suffix != ".csv":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,32 @@ def test_info_is_the_diagnosis() -> None:
     assert result.stdout.startswith("bayes_kernels ") and "compiled ops" in result.stdout
 
 
+def test_a_terminal_shows_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a command that waits for it, and only there: programs read what other streams hold."""
+    happened: list[str] = []
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    @contextlib.contextmanager
+    def status(text: str) -> Iterator[None]:
+        happened.append(text)
+        yield
+        happened.append("end")
+
+    monkeypatch.setattr(app, "status", status)
+    monkeypatch.setattr(app, "import_module", happened.append)
+    app.app(["methods"], standalone_mode=False)
+    assert happened == []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    app.app(["methods"], standalone_mode=False)
+    assert happened == ["loading torch, transformers and PEFT", "bayes_kernels.hf", "end"]
+    app.app(["info"], standalone_mode=False)
+    app.app(["methods", "--help"], standalone_mode=False)
+    assert len(happened) == 3
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code = (
@@ -40,6 +69,18 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
     ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.endswith("set()\n"), ended.stdout + ended.stderr
     assert "Usage: bayes-kernels" in ended.stdout
+
+
+def test_a_sample_is_written_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from bayes_kernels.__main__ import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'numpy', 'transformers', 'peft'} & {*sys.modules})"
+    )
+    words = ["data", "sample", str(tmp_path / "messages.csv")]
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert ended.stdout.endswith("set()\n"), ended.stdout + ended.stderr
+    assert (tmp_path / "messages.csv").read_text(encoding="utf-8").startswith("text,label\n")
 
 
 @pytest.mark.parametrize(

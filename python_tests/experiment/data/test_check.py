@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bayes_kernels.experiment.data.check import describe, sample_file
+from bayes_kernels.experiment.data.check import describe
 from bayes_kernels.experiment.data.files import load_files
+from bayes_kernels.experiment.data.samples import sample_file
 
 
 def test_the_sample_is_a_task() -> None:
