@@ -57,6 +57,8 @@ class Recipe:
         draws, draw_scope: How draws of weights hang together, and what has a draw of its own: `draws` and
             `scope` of `bayes_kernels.hf.predict`.
         eval_batch_size: Examples of one batch in prediction.
+        keep_lower_layers: Bytes that outputs of the frozen layers below the first trained one may take, which
+            are then computed once for each text, see `bayes_kernels.hf.KeptLayers`; 0 keeps none.
         options: Options of the method, as `bayes_kernels.hf.method.Method.options` lists them.
         lora: More options of `peft.LoraConfig`.
 
@@ -84,6 +86,7 @@ class Recipe:
     draws: str = "antithetic"
     draw_scope: str = "example"
     eval_batch_size: int = 16
+    keep_lower_layers: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
 
@@ -150,6 +153,7 @@ _WHOLE = {
     "eval_batch_size": (1, _ANY),
     "max_length": (1, _ANY),
     "n_samples": (0, 1_000_000),
+    "keep_lower_layers": (0, 2**60),
 }
 _POSITIVE = (lambda x: x > 0, "a positive number")
 _NOT_NEGATIVE = (lambda x: x >= 0, "a number >= 0")

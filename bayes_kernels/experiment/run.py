@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
+from ..batches import to_device
 from ..hf.card import write_card
+from ..hf.kept_layers import KeptLayers, keeping
 from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder
@@ -115,12 +117,19 @@ def run(
         conversion.check_model(model, **conversion.fixed, **options)
     # Encoded here only to find what cannot be encoded before anything is written.
     encoder.dataset([examples[0] for examples in task.splits.values() if examples])
+    kept = None
+    if experiment.recipe.keep_lower_layers:
+        kept = KeptLayers(model, experiment.recipe.keep_lower_layers)
+        place = next(model.parameters()).device
+        few = encoder.collate(encoder.dataset(task.train[:2]).items)
+        kept.check(to_device(few, place))
     before_writing()
     name = f"{METHODS[experiment.method].title}, seed {experiment.seed}"
     training = train_model(
         experiment,
         model,
         encoder,
+        kept=kept,
         checkpoints=folder / CHECKPOINTS if folder is not None and checkpoints else None,
         save_every=save_every,
         resume=resume,
@@ -143,6 +152,7 @@ def run(
         temper_draws=temper_draws,
         mean=mean,
         score=score,
+        kept=kept,
         progress=progress,
     )
 
@@ -159,6 +169,7 @@ def finish(
     temper_draws: bool = False,
     mean: bool = True,
     score: bool = True,
+    kept: KeptLayers | None = None,
     progress: bool = True,
 ) -> Run:
     """What follows training: convert the adapter, look at its posterior, save and score it.
@@ -168,6 +179,7 @@ def finish(
         model, encoder: A trained adapter, plain LoRA for methods that convert it.
         training: What its training cost.
         folder, temperature, temper_draws, mean, score, progress: As `run`.
+        kept: Outputs of lower layers from training, which scores use too.
 
     Raises:
         ValueError: The conversion's options do not fit.
@@ -181,7 +193,8 @@ def finish(
         seconds = time.perf_counter() - begin
         conversion = report.to_dict()
         notes.append(str(report))
-    verdict = check_posterior(experiment, model, encoder, progress=progress)
+    with keeping(kept):
+        verdict = check_posterior(experiment, model, encoder, progress=progress)
     if verdict is not None:
         notes.append(verdict.text)
     if verdict is not None and verdict.harmful:
@@ -192,22 +205,23 @@ def finish(
         parameters = stored_numbers(folder)
     rows = []
     if score:
-        rows = evaluate_model(
-            model,
-            encoder,
-            task,
-            method=experiment.method,
-            n_samples=experiment.n_samples,
-            seed=experiment.seed,
-            draws=experiment.recipe.draws,
-            scope=experiment.recipe.draw_scope,
-            batch_size=experiment.recipe.eval_batch_size,
-            temperature=temperature,
-            temper_draws=temper_draws,
-            mean=mean,
-            progress=progress,
-            label=f"{METHODS[experiment.method].title}, seed {experiment.seed}",
-        )
+        with keeping(kept):
+            rows = evaluate_model(
+                model,
+                encoder,
+                task,
+                method=experiment.method,
+                n_samples=experiment.n_samples,
+                seed=experiment.seed,
+                draws=experiment.recipe.draws,
+                scope=experiment.recipe.draw_scope,
+                batch_size=experiment.recipe.eval_batch_size,
+                temperature=temperature,
+                temper_draws=temper_draws,
+                mean=mean,
+                progress=progress,
+                label=f"{METHODS[experiment.method].title}, seed {experiment.seed}",
+            )
         own = [row for row in rows if row.method == experiment.method and row.temperature is None]
         if folder is not None and own:
             write_card(folder, scores=own[-1].report.to_dict())

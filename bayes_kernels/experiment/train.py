@@ -23,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainingArguments as Arguments
 
 from ..hf.config import own_fields
+from ..hf.kept_layers import KeptLayers, keeping
 from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import EncodedDataset, TaskEncoder, batches_of
@@ -68,6 +69,7 @@ def train_model(
     save_every: int | None = None,
     resume: bool = False,
     snapshots: Mapping[int, Path] | None = None,
+    kept: KeptLayers | None = None,
     progress: bool = True,
     label: str = "train",
 ) -> Training:
@@ -86,6 +88,7 @@ def train_model(
         save_every: Steps between checkpoints; None for a fifth of the steps.
         resume: Go on from the last complete checkpoint where there is one.
         snapshots: Folders for the adapter after these steps.
+        kept: Where outputs of lower layers are kept, if anywhere.
         progress: Whether to show a bar when it takes longer than two seconds.
         label: Name of the bar.
 
@@ -157,7 +160,8 @@ def train_model(
         with peak_memory() as peak, stop.installed(checkpoints is not None):
             synchronise(model)
             begin = time.perf_counter()
-            _train(trainer, last, folder)
+            with keeping(kept):
+                _train(trainer, last, folder)
             if arguments.world_size > 1:
                 # What follows is one process's work, and must not wait for the others.
                 torch.distributed.barrier()

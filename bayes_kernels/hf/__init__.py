@@ -16,6 +16,7 @@ from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_draws, export_lora, import_lora  # noqa: E402
 from .config import BayesLoraConfig  # noqa: E402
 from .generate import generate, score_texts  # noqa: E402
+from .kept_layers import KeptLayers  # noqa: E402
 from .kl import (  # noqa: E402
     decoupled_kl,
     kl_divergence,
@@ -69,6 +70,7 @@ __all__ = [
     "DrawsReport",
     "Ensemble",
     "Generation",
+    "KeptLayers",
     "LabelPrediction",
     "LaplaceLoraReport",
     "LaplacePosterior",

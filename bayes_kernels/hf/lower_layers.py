@@ -61,8 +61,8 @@ class _Reached(Exception):
 class _Watch:
     """What calls of layers do in the passes of this thread: by layer, a function of its forward."""
 
-    def __init__(self, calls: Mapping[nn.Module, Callable[..., Any]]) -> None:
-        self.calls = calls
+    def __init__(self, calls: Mapping[nn.Module, Callable[..., Any]], replays: bool) -> None:
+        self.calls, self.replays = calls, replays
 
 
 _WATCH: ContextVar[_Watch | None] = ContextVar("bayes_kernels_lower_layers", default=None)
@@ -72,18 +72,27 @@ _WATCHED: dict[nn.Module, tuple[int, Any]] = {}
 
 
 @contextlib.contextmanager
-def _watching(calls: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def _watching(
+    calls: Mapping[nn.Module, Callable[..., Any]], replays: bool = False
+) -> Iterator[None]:
     """Inside, calls of these layers by this thread go to `calls[layer](forward, *args, **kwargs)`.
 
-    Other threads, which may use the same model, go on as ever.
+    Within another of these, the outer call has the inner one as its forward. Other threads, which may use the
+    same model, go on as ever.
     """
+    outer = _WATCH.get()
+    merged = {} if outer is None else dict(outer.calls)
+    for module, call in calls.items():
+        merged[module] = (
+            functools.partial(_nested, merged[module], call) if module in merged else call
+        )
     with _LOCK:
         for module in calls:
             count, own = _WATCHED.get(module, (0, vars(module).get("forward")))
             _WATCHED[module] = count + 1, own
             if count == 0:
                 vars(module)["forward"] = _watched(module, module.forward)
-    token = _WATCH.set(_Watch(calls))
+    token = _WATCH.set(_Watch(merged, replays))
     try:
         yield
     finally:
@@ -97,6 +106,32 @@ def _watching(calls: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
                     vars(module).pop("forward", None)
                 else:
                     vars(module)["forward"] = own
+
+
+def _nested(
+    outer: Callable[..., Any],
+    inner: Callable[..., Any],
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    return outer(functools.partial(inner, forward), *args, **kwargs)
+
+
+def replaying() -> bool:
+    """Whether this thread's lower layers give what was kept."""
+    watch = _WATCH.get()
+    return watch is not None and watch.replays
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside, layers run as ever in this thread, whatever watches them."""
+    token = _WATCH.set(None)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 def _watched(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -343,5 +378,6 @@ class Shared:
             last = self.last[name.rpartition(".")[0]]
             return lambda forward, *args, **kwargs: copied(name) if name == last else others[last]
 
-        with _watching({module: give(name) for name, module in self.modules.items()}):
+        calls = {module: give(name) for name, module in self.modules.items()}
+        with _watching(calls, replays=True):
             yield

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..batches import labels_of, need_whole
 from ..optim import KLSchedule
 from ._compat import loss_is_scaled
+from .kept_layers import KeptLayers, keeping
 from .kl import decoupled_kl, kl_divergence, kl_starts
 from .layers import bayes_layers, bayes_variants, warn_uncalled, without_effect
 from .logits import LabelPrediction, NumberPrediction, token_choices
@@ -97,6 +98,9 @@ class BayesTrainerMixin(_Base):
             the labels have several targets per example.
         noise_seed: seed of the training noise; None for `TrainingArguments.seed`.
         kl_schedule: replaces the schedule that the configuration asks for; kl_weight still counts.
+        keep_lower_layers: bytes that outputs of the frozen layers below the first trained one may take; they
+            are then computed once for each text, and kept over epochs and evaluations in `kept_layers`
+            (`KeptLayers`). 0 keeps nothing.
 
     Raises:
         ValueError: an option is out of range or does not go with the method, or the model has no
@@ -117,6 +121,7 @@ class BayesTrainerMixin(_Base):
         n_train: int | None = None,
         noise_seed: int | None = None,
         kl_schedule: KLSchedule | None = None,
+        keep_lower_layers: int = 0,
         **kwargs: Any,
     ) -> None:
         if kl_mode not in KL_MODES:
@@ -124,6 +129,7 @@ class BayesTrainerMixin(_Base):
         if kl_weight < 0 or not math.isfinite(kl_weight):
             raise ValueError(f"BayesTrainer: kl_weight must not be negative, got {kl_weight}")
         need_whole("BayesTrainer: eval_samples", eval_samples, 0)
+        need_whole("BayesTrainer: keep_lower_layers", keep_lower_layers, 0)
         words = (("eval_draws", eval_draws, KINDS), ("eval_scope", eval_scope, DRAW_SCOPES))
         for name, word, allowed in words:
             if word not in allowed:
@@ -138,6 +144,9 @@ class BayesTrainerMixin(_Base):
         self._n_train = n_train
         self._targets_checked = n_train is not None
         self._given_schedule = kl_schedule
+        self.kept_layers: KeptLayers | None = None
+        if keep_lower_layers:
+            self.kept_layers = KeptLayers(self.model, keep_lower_layers)  # type: ignore[attr-defined]
         self._window = (-1, 0)  # optimiser step and index of the next micro-batch in it
         self._nll = torch.zeros(())
         self._logged_step = 0
@@ -240,7 +249,7 @@ class BayesTrainerMixin(_Base):
             seed=self.args.seed if self.noise_seed is None else self.noise_seed,
         )
         stock = super().training_step
-        with self._references_still():
+        with self._references_still(), keeping(self.kept_layers):
             loss = self._hooks.training_step(
                 model, inputs, lambda inputs: stock(model, inputs, num_items_in_batch)
             )
@@ -376,6 +385,17 @@ class BayesTrainerMixin(_Base):
         **kwargs: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """Evaluation of one batch: the mean, or the mean prediction of eval_samples draws."""
+        with keeping(self.kept_layers):
+            return self._prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _prediction_step(
+        self: Any,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
         if self.eval_samples == 0 and self.choices is None:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)

@@ -35,6 +35,8 @@ def test_experiments_survive_json(tiny: Experiment) -> None:
         ({"warmup": 1.0}, "warmup must be in"),
         ({"batch_size": 8, "accumulation": 3}, "multiple of accumulation, got 8 and 3"),
         ({"n_samples": -1}, "n_samples must be an integer >= 0"),
+        ({"keep_lower_layers": -1}, "keep_lower_layers must be an integer >= 0"),
+        ({"keep_lower_layers": "1GB"}, "keep_lower_layers must be an integer >= 0"),
     ],
 )
 def test_recipes_out_of_range(fields: dict[str, Any], message: str) -> None:

@@ -56,6 +56,22 @@ def test_the_same_seed_gives_the_same_numbers(
     assert not alike(other, again)
 
 
+@pytest.mark.parametrize("method", ["mle", "blob", "tfb"])
+def test_lower_layers_that_are_kept_change_nothing(
+    method: str, tiny: Experiment, task: Task, tmp_path: Path
+) -> None:
+    """For the stock trainer, `BayesTrainer`, and a conversion after training."""
+    upper = with_recipe(tiny, lora={"layers_to_transform": [1]})
+    upper = dataclasses.replace(upper, method=method)
+    kept = ex.run(with_recipe(upper, keep_lower_layers=2**24), task)
+    for one, two in zip(kept.rows, ex.run(upper, task).rows, strict=True):
+        torch.testing.assert_close(one.log_probs, two.log_probs, rtol=1e-3, atol=1e-4)
+    both = with_recipe(tiny, keep_lower_layers=2**24)  # adapters in all layers
+    with pytest.raises(ValueError, match="keep_lower_layers: there must be whole layers below"):
+        ex.run(both, task, folder=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     tiny: Experiment, task: Task, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
