@@ -85,7 +85,7 @@ def stop_options(
         ValueError: they are out of range, have nothing to end, or are given without `stop`.
     """
     given = {"stop_rule": rule, "min_samples": min_samples}
-    found = {name: value for name, value in given.items() if value is not None}
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if stop is None:
         if found:
             name, value = next(iter(found.items()))
