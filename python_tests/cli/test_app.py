@@ -90,7 +90,10 @@ def test_a_sample_is_written_without_torch(tmp_path: Path) -> None:
         (["--method", "magic"], "method: expected one of mle, map, dropout, "),
         (["--method", "ensemble"], "made of adapters of several seeds"),
         (["--method", "dropout", "--dropout", "0"], "expected a rate above 0 for MC dropout"),
-        (["--target-modules", "word_embeddings"], "cannot carry a Bayesian adapter"),
+        (
+            ["--method", "scalabl", "--target-modules", "word_embeddings"],
+            "cannot carry a Bayesian adapter",
+        ),
         (
             ["--target-modules", "nothing"],
             "which has classifier, dense, key, query, value; got nothing",

@@ -203,10 +203,10 @@ def test_layers_of_unsupported_quantisation(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No such kernels exist for the CPU; what PEFT makes of such a layer is all that matters.
-    from bayes_kernels.hf import variants
+    from bayes_kernels.hf import attaching
 
     monkeypatch.setattr(
-        variants, "unsupported_layer", lambda layer: "PEFT handles it with AwqLoraLinear"
+        attaching, "unsupported_layer", lambda layer: "PEFT handles it with AwqLoraLinear"
     )
     error = refuse("train", data, "--model", model, "--out", tmp_path / "run")
     assert "PEFT handles it with AwqLoraLinear; target linear layers that are" in error

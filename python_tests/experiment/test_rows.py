@@ -6,6 +6,8 @@ scores of each command; and other labels of test rows change nothing but the sco
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -72,7 +74,7 @@ class Ledger:
         self.reports: list[dict[str, Any]] = []
         self.predicted: list[tuple[torch.Tensor, list[str]]] = []
         load, encode, forward = Source.load, TaskEncoder.__call__, ClassLogits.forward
-        fit, make_bayesian = scoring.fit_temperature, convert.bayesianize
+        fit, conversion_of = scoring.fit_temperature, convert._conversion
         predict, score = scoring.predict_examples, scoring._score
 
         def spy_load(source: Source, *args: Any) -> Task:
@@ -90,13 +92,22 @@ class Ledger:
                 self.note("training pass", {"input_ids": input_ids, **inputs})
             return forward(model, input_ids=input_ids, **inputs)
 
-        def spy_convert(model: Any, method: str, batches: Any, **options: Any) -> Any:
-            for name, rows in (("conversion", batches), ("prior", options.get("validation", ()))):
-                for batch in rows:
-                    self.note(name, batch)
-            report = make_bayesian(model, method, batches, **options)
-            self.reports.append(report.to_dict())
-            return report
+        def spy_conversion(experiment: Any) -> Any:
+            conversion = conversion_of(experiment)
+
+            @functools.wraps(conversion.convert)  # whose arguments are the options
+            def spy_convert(model: Any, batches: Any, **options: Any) -> Any:
+                for name, rows in (
+                    ("conversion", batches),
+                    ("prior", options.get("validation") or ()),
+                ):
+                    for batch in rows:
+                        self.note(name, batch)
+                report = conversion.convert(model, batches, **options)
+                self.reports.append(report.to_dict())
+                return report
+
+            return dataclasses.replace(conversion, convert=spy_convert)
 
         def spy_predict(model: Any, encoder: Any, examples: Any, **options: Any) -> Any:
             found, cost = predict(model, encoder, examples, **options)
@@ -122,7 +133,7 @@ class Ledger:
         patch.setattr(Source, "load", spy_load)
         patch.setattr(TaskEncoder, "__call__", spy_encode)
         patch.setattr(ClassLogits, "forward", spy_forward)
-        patch.setattr(convert, "bayesianize", spy_convert)
+        patch.setattr(convert, "_conversion", spy_conversion)
         patch.setattr(scoring, "predict_examples", spy_predict)
         patch.setattr(scoring, "fit_temperature", spy_fit)
         patch.setattr(scoring, "_score", spy_score)
@@ -242,15 +253,14 @@ def test_rows_never_meet(
     assert sum(map(len, parts)) == len(set().union(*parts)) and all((train, validation, test))
     trains = word in ("train", "compare", "demo")
     converts = method in ("tfb", "laplace", "laplace-last") or word in ("compare", "demo")
-    laplace = method.startswith("laplace") or word in ("compare", "demo")
     expected = {
         "training pass": train if trains else set(),
         "conversion": train if converts else set(),
-        "prior": validation if laplace else set(),
+        "prior": validation if converts else set(),
         "temperature": validation if word in ("train", "compare", "demo", "evaluate") else set(),
     }
     for use, ids in expected.items():
-        if use == "training pass" and trains:
+        if (use == "training pass" and trains) or (use == "prior" and converts):
             assert ledger.seen[use] and ledger.seen[use] <= ids, use
         else:
             assert ledger.seen[use] == ids, use
