@@ -214,3 +214,14 @@ def test_draws_are_compared_with_the_mean(compare: Any, count: Any) -> None:
     batch = {"input_ids": IDS, "labels": LABELS}
     with pytest.raises(ValueError, match="compare_draws: n_samples must be an integer of at least"):
         compare(MAKERS["square"]().eval(), [batch], n_samples=count, progress=False)
+
+
+def test_empty_batches_are_left_out() -> None:
+    model = MAKERS["square"]().eval()
+    (batch,) = examples(model)
+    empty = {name: value[:0] for name, value in batch.items()}
+    options: dict[str, Any] = {"n_samples": 4, "progress": False}
+    expected = compare_draws(model, [batch], **options)
+    assert compare_draws(model, [empty, batch, empty], **options) == expected
+    found = fit_scale_(model, [empty, batch], only_if_harmful=True, **options)
+    assert found.before == expected
