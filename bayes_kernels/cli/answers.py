@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import (
-    MOST_SEED,
     Data,
     Debug,
     Device,
@@ -22,6 +21,7 @@ from .options import (
     Quantization,
     Results,
     Samples,
+    Seed,
     Settings,
     Steps,
     Test,
@@ -30,7 +30,6 @@ from .options import (
     TrainSize,
     source_options,
     start,
-    whole,
     words,
 )
 from .output import command_line, describe_task, inputs_of, note, status, writing
@@ -69,7 +68,7 @@ def answers(
     max_length: MaxLength = 64,
     n_samples: Samples = None,
     settings: Settings = None,
-    seed: Annotated[int, whole("Seed of everything.", least=0, most=MOST_SEED)] = 0,
+    seed: Seed = 0,
     out: Results = Path("runs/answers"),
     overwrite: Overwrite = False,
     threads: Threads = None,

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .generate import folder_of, open_writer
-from .options import Debug, Device, DrawSeed, OtherBase, Overwrite, Samples, Threads, start
+from .options import (
+    Debug,
+    Device,
+    DrawSeed,
+    OtherBase,
+    Overwrite,
+    Samples,
+    Threads,
+    WrittenAdapter,
+    start,
+)
 from .output import status
 
 if TYPE_CHECKING:
@@ -16,9 +26,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    adapter: Annotated[
-        str, typer.Argument(help="Folder that train, or PEFT, wrote, or a folder with one in it.")
-    ],
+    adapter: WrittenAdapter,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; ADAPTER-draws or ADAPTER-mean by default.")
     ] = None,

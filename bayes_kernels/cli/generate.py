@@ -12,6 +12,7 @@ import typer
 
 from ..table import shorten
 from .options import (
+    ColorBy,
     Debug,
     Device,
     Draws,
@@ -20,6 +21,9 @@ from .options import (
     Overwrite,
     Samples,
     Threads,
+    TokenLines,
+    TokenPage,
+    WrittenAdapter,
     given,
     number,
     start,
@@ -35,9 +39,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    adapter: Annotated[
-        str, typer.Argument(help="Folder that train, or PEFT, wrote, or a folder with one in it.")
-    ],
+    adapter: WrittenAdapter,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; may be repeated.")
     ] = None,
@@ -69,21 +71,15 @@ def generate(
             "Mark texts with a token of more mutual information (without draws: entropy), nats."
         ),
     ] = None,
-    color_by: Annotated[
-        str | None, typer.Option(help="mutual_information (default with draws) or entropy.")
-    ] = None,
+    color_by: ColorBy = None,
     model: OtherBase = None,
     batch_size: Annotated[int, whole("Prompts of a batch.", least=1)] = 8,
     seed: DrawSeed = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Write each token as soon as it is chosen.")
     ] = False,
-    json_lines: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line, with all numbers of all tokens.")
-    ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write a page to look at, with coloured tokens.")
-    ] = None,
+    json_lines: TokenLines = False,
+    html: TokenPage = None,
     overwrite: Overwrite = False,
     threads: Threads = None,
     device: Device = "auto",

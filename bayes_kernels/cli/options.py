@@ -171,8 +171,21 @@ TargetModules = Annotated[str | None, typer.Option(help="Layers to adapt, divide
 Steps = Annotated[int | None, whole("Optimiser steps.")]
 StepExamples = Annotated[int | None, whole("Examples of a step.")]
 MaxLength = Annotated[int | None, whole("Largest number of tokens.")]
+ColorBy = Annotated[
+    str | None, typer.Option(help="mutual_information (default with draws) or entropy.")
+]
+TokenLines = Annotated[
+    bool, typer.Option("--json", help="One JSON object a line, with all numbers of all tokens.")
+]
+TokenPage = Annotated[
+    Path | None, typer.Option(help="Also write a page to look at, with coloured tokens.")
+]
 Plots = Annotated[bool, typer.Option("--plots", help="Also write the pictures.")]
 OtherBase = Annotated[str | None, typer.Option(help="Another base model than recorded.")]
+WrittenAdapter = Annotated[
+    str, typer.Argument(help="Folder that train, or PEFT, wrote, or a folder with one in it.")
+]
+Seed = Annotated[int, whole("Seed of everything.", least=0, most=MOST_SEED)]
 DrawSeed = Annotated[int | None, whole("Seed of the draws.", least=0, most=MOST_SEED)]
 BatchExamples = Annotated[int | None, whole("Examples of a batch.", least=1)]
 Seeds = Annotated[int, whole("Number of seeds: 0, 1, ...", least=1, most=1000)]

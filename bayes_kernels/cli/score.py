@@ -12,6 +12,7 @@ import typer
 from ..table import shorten
 from .generate import check_color, check_page, check_unicode, open_writer, read_prompts
 from .options import (
+    ColorBy,
     Debug,
     Device,
     Draws,
@@ -20,6 +21,9 @@ from .options import (
     Overwrite,
     Samples,
     Threads,
+    TokenLines,
+    TokenPage,
+    WrittenAdapter,
     start,
 )
 from .output import note, print_json
@@ -37,9 +41,7 @@ class _Given(NamedTuple):
 
 
 def score(
-    adapter: Annotated[
-        str, typer.Argument(help="Folder that train, or PEFT, wrote, or a folder with one in it.")
-    ],
+    adapter: WrittenAdapter,
     text: Annotated[list[str] | None, typer.Option(help="Text; may be repeated.")] = None,
     file: Annotated[
         Path | None,
@@ -57,17 +59,11 @@ def score(
     ] = None,
     n_samples: Samples = None,
     draws: Draws = None,
-    color_by: Annotated[
-        str | None, typer.Option(help="mutual_information (default with draws) or entropy.")
-    ] = None,
+    color_by: ColorBy = None,
     model: OtherBase = None,
     seed: DrawSeed = None,
-    json_lines: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line, with all numbers of all tokens.")
-    ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write a page to look at, with coloured tokens.")
-    ] = None,
+    json_lines: TokenLines = False,
+    html: TokenPage = None,
     overwrite: Overwrite = False,
     threads: Threads = None,
     device: Device = "auto",

@@ -13,7 +13,6 @@ import typer
 
 from ..launcher import launched
 from .options import (
-    MOST_SEED,
     MOST_THREADS,
     Alpha,
     Base,
@@ -37,6 +36,7 @@ from .options import (
     Rank,
     Results,
     Samples,
+    Seed,
     Seeds,
     Settings,
     Split,
@@ -232,7 +232,7 @@ def train(
     draws: Draws = None,
     draw_scope: DrawScope = None,
     settings: Settings = None,
-    seed: Annotated[int, whole("Seed of everything.", least=0, most=MOST_SEED)] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results; runs/TASK-METHOD-seedN by default.")
     ] = None,
