@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from ..hf.config import check_ranks_and_scales
 from ..hf.experts import unmatched_parameters
 from ..hf.method import METHODS
 from ..hf.tasks.adapters import on_device
@@ -54,6 +55,10 @@ _SET_BY_PEFT = {
 }
 
 
+# Options of LoRA that are lists of names; PEFT takes a text for a list of its letters.
+_NAMES = ("modules_to_save", "target_parameters")
+
+
 def _config_options(experiment: Experiment) -> dict[str, Any]:
     """Arguments of the method's configuration that do not depend on the model.
 
@@ -71,6 +76,9 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     for name, value in recipe.lora.items():
         if fields[name].type in (bool, "bool") and not isinstance(value, bool):
             raise ValueError(f"lora: {name} must be true or false, got {value!r}")
+        names = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+        if name in _NAMES and value is not None and not names:
+            raise ValueError(f"lora: {name} must be a list of names, got {value!r}")
     targets = recipe.target_modules
     options: dict[str, Any] = {
         "r": recipe.rank,
@@ -79,6 +87,7 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
         "target_modules": None if targets is None else list(targets),
         **recipe.lora,
     }
+    check_ranks_and_scales("lora", options)
     if METHODS[experiment.method].made == "train":
         later = experiment.training_options
         options.update({key: value for key, value in recipe.options.items() if key not in later})

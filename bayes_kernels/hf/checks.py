@@ -7,7 +7,6 @@ configuration does not name for one that is not there: a damaged file then predi
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ._compat import PEFT_TYPE_NAME
-from .config import DEFAULT_METHOD
+from .config import DEFAULT_METHOD, check_ranks_and_scales
 from .method import METHODS
 from .variants import VARIANTS, extra_names
 
@@ -84,7 +83,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
-    _check_numbers(folder / CONFIG_NAME, config)
+    check_ranks_and_scales(str(folder / CONFIG_NAME), config)
     _check_record(folder, config)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
@@ -102,22 +101,6 @@ def layer_of(key: str) -> str:
     while layer.startswith(PREFIX):
         layer = layer[len(PREFIX) :]
     return layer if mark else ""
-
-
-def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    scales = {"lora_alpha": config.get("lora_alpha", 8), **_pattern(config, "alpha_pattern")}
-    ranks = {"r": config.get("r", 8), **_pattern(config, "rank_pattern")}
-    for key, value in scales.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise ValueError(f"{path}: {key} must be a finite number, got {value!r}")
-    for key, value in ranks.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {key} must be a rank of at least 1, got {value!r}")
-
-
-def _pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {f"{name}[{key!r}]": value for key, value in (config.get(name) or {}).items()}
 
 
 def _check_record(folder: Path, config: Mapping[str, Any]) -> None:

@@ -131,6 +131,8 @@ DAMAGES: dict[str, Callable[..., str]] = {
     "infinite alpha of a layer": field("alpha_pattern", {"c_attn": float("inf")}),
     "alpha of words": field("lora_alpha", "16"),
     "rank 0": field("r", 0),
+    "ranks that are one": field("rank_pattern", 3),
+    "scales that are a list": field("alpha_pattern", [3]),
     "rank 1.5": field("rank_pattern", {"c_attn": 1.5}),
     "cut target_modules": field("target_modules", ["c_attn"]),
     "cut target expression": field("target_modules", r".*c_attn"),
