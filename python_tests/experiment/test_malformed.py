@@ -132,6 +132,8 @@ NEEDS = {
     "evaluate": ["run-blob"],
     "predict": ["run-blob", "--text", "a bright day"],
 }
+# And without which an option does nothing.
+WITH = {"--members": ["--methods", "mle,ensemble"], "--stop-rule": ["--stop", "0.1"]}
 FLAGS = ("--compat", "--overwrite", "--plots", "--json", "--resume", "--debug", "--help")
 # "The largest number of": all that there are where there are fewer.
 NO_LIMIT = ("--test-size", "--ood-size", "--save-every")
@@ -149,7 +151,7 @@ def with_option(command: str, option: str, value: str) -> Case:
         del needs[place : place + 2]
     if option == "--processes":
         del needs[needs.index("--threads") :][:2]
-    own = ["--methods", "mle,ensemble"] if option == "--members" else []
+    own = WITH.get(option, [])
     return Case((command, *needs, *own, option, value))
 
 
@@ -192,7 +194,12 @@ WORDS = {
         *("layers=query", 'layers=["foo"]', "validation=3", "progress=false", "options=3"),
         *("lora.foo=1", "lora.r=3", "lora.method=tfb", "lora.use_dora=true", "lora.bias=foo"),
         *("lora.rank_pattern=3", "lora.use_rslora=1", "lora.prior_std=3", "lora.seed=1"),
+        *('lora.rank_pattern={"query":0}', 'lora.rank_pattern={"(":2}', "lora.rank_pattern=[2]"),
+        *('lora.alpha_pattern={"query":NaN}', "lora.alpha_pattern=query", "lora.alpha_pattern=0"),
+        *("lora.target_parameters=3", "lora.target_parameters=[3]", "lora.modules_to_save=score"),
+        *("keep_lower_layers=-1", "keep_lower_layers=1GB", "activation_bits=4"),
     ],
+    "--stop-rule": ["foo", "", "Normal"],
     "--draws": ["foo", "", "pairs"],
     "--draw-scope": ["foo", "", "none"],
     "--vary": ["foo", "", "=1", "foo=1,2", "lr=", "lr=abc,1", "rank=2,2", "n_samples=-1,2"],
@@ -248,6 +255,8 @@ TRAIN = [
     "--method laplace --set mc_samples=4",
     "--method tfb --set search=grid --set rule=code",
     "--set lora.task_type=SEQ_CLS",
+    "--set activation_bits=8 --rank 65",
+    "--method mle --set activation_bits=8",
     "--method scalabl --set scope=token",
     "--method polar --set stiefel=qr --set stiefel_penalty=1",
     "--set kl_lr=0.1",
@@ -315,6 +324,10 @@ OTHERS = [
     "--threads 3",
     "predict",
     "predict run-mle --text a --n-samples 3",
+    "predict --stop 0.5",
+    "predict --stop 0.1 --n-samples 1",
+    "predict --stop-rule normal",
+    "predict --min-samples 4",
     "predict run-blob",
     "evaluate run-mle --n-samples 3 --out new",
     "evaluate run-mle --model model run-blob",
