@@ -16,17 +16,25 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny_models import ROWS, adapted, arguments, fill, llama, logits
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    Trainer,
+)
 
 from bayes_kernels.hf import (
     BayesTrainer,
     BlobConfig,
     PolarConfig,
+    PolarVbllConfig,
     ScalablConfig,
     bayesianize,
+    class_logits,
     drawn_weights,
     load_laplace,
     posterior,
+    predict,
     save_laplace,
 )
 from bayes_kernels.hf._compat import unsupported_layer
@@ -163,6 +171,43 @@ def test_round_trip(
             assert found is not None
             assert_same_but_rounding(found, draw)
             assert (draw - mean).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BASES if kind != "hqq"])
+def test_round_trip_of_a_variational_last_layer(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PoLAR-VBLL, whose last layer takes the place of a classifier's head, which is not quantised."""
+    monkeypatch.chdir(tmp_path)
+    options = options_of(kind)
+    sizes = {"num_labels": 3, "pad_token_id": 0, "initializer_range": 0.1, **SIZES}
+    llama(LlamaForSequenceClassification, **sizes).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **options)
+
+    model = adapted(base(), PolarVbllConfig, task_type="SEQ_CLS")
+    data = [{"input_ids": row, "labels": int(row[0]) % 3} for row in ROWS[:8]]
+    args = arguments("run", max_steps=2, learning_rate=0.01)
+    BayesTrainer(model=model, args=args, train_dataset=data, n_train=40).train()
+    model.eval()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == BASES[kind][3]
+    batch = {"input_ids": ROWS[:4]}
+    # Without gradients on both sides: bitsandbytes multiplies in bf16 where the input needs none.
+    with torch.no_grad():
+        found = class_logits(model, batch)
+    drawn = predict(model, batch, n_samples=100, seed=4).log_probs
+    model.save_pretrained(tmp_path / "adapter")
+    other = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    same(factors(other), factors(model))
+    with torch.no_grad():
+        loaded = class_logits(other, batch)
+    for mine, theirs in zip(found, loaded, strict=True):
+        assert_same_but_rounding(theirs, mine)
+    again = predict(other, batch, n_samples=100, seed=4).log_probs
+    assert_same_but_rounding(again, drawn)
+    assert (drawn - found[0].log_softmax(-1)).abs().max() > 1e-3
 
 
 def factors(model: nn.Module) -> dict[str, torch.Tensor]:
