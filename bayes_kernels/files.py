@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,65 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def updating_folder(path: Path, last: str, replaced: Collection[str] = ()) -> Iterator[Path]:
+    """Inside, write files into the folder that is given; at the end they go into `path`.
+
+    Other files of `path` stay, and nothing in it changes before all new ones are written. Then files
+    called `last`, without which a folder counts as empty, are taken away first and come last: a process
+    that is killed while files are renamed leaves none of them. After an exception, Ctrl-C included, the
+    old files are there again; should that fail, too, they are in ``.LAST.*.tmp/old``.
+
+    Args:
+        path: the folder, made if there is none.
+        last: name of the file, in `path` and in folders below.
+        replaced: names of files in `path` that go even if no new one takes their place.
+    """
+    existed = path.is_dir()
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / f".{last}.{secrets.token_hex(4)}.tmp"
+    new, old = temporary / "new", temporary / "old"
+    moved: list[Path] = []
+    placed: list[Path] = []
+    try:
+        new.mkdir(parents=True)
+        yield new
+        files = sorted(
+            (file.relative_to(new) for file in new.rglob("*") if file.is_file()),
+            key=lambda file: (file.name == last, file),
+        )
+        gone = {*files, *map(Path, replaced)}
+        for file in sorted(gone, key=lambda file: (file.name != last, file)):
+            if (path / file).is_file():
+                (old / file).parent.mkdir(parents=True, exist_ok=True)
+                moved.append(file)
+                os.replace(path / file, old / file)
+        for file in files:
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            placed.append(file)
+            os.replace(new / file, path / file)
+    except BaseException:
+        for file in placed:
+            if (path / file).is_file():
+                (path / file).unlink()
+        for file in reversed(moved):
+            if (old / file).exists():
+                os.replace(old / file, path / file)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not existed:
+            _remove_empty(path)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder with nothing but empty folders in it."""
+    with contextlib.suppress(OSError):
+        for inside in folder.iterdir():
+            _remove_empty(inside)
+        folder.rmdir()
 
 
 def write_json(path: Path, content: Any) -> None:

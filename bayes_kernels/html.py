@@ -38,7 +38,7 @@ p{{margin:.5rem 0;max-width:48rem}}a{{color:var(--strong)}}
 .quiet,figcaption,caption{{color:var(--quiet);font-size:.9rem}}
 .wide{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}}
-caption{{text-align:left;padding:1rem 0 .3rem}}
+caption{{text-align:left;padding:1rem 0 .3rem;max-width:calc(100vw - 2rem)}}
 th,td{{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}}
 th{{border-bottom-width:2px;white-space:nowrap}}
 .left{{text-align:left}}

@@ -1,14 +1,15 @@
 """Pictures of calibration, selective prediction and out-of-distribution detection.
 
-Each function takes results of `bayes_kernels.metrics` and returns a new `matplotlib.figure.Figure`.
-There is no pyplot, no display and no global state, so the functions are safe in servers, threads
-and notebooks. `save` writes a PNG atomically.
+Each function takes results of `bayes_kernels.metrics` and returns a new `matplotlib.figure.Figure`, which
+a notebook shows where it is the last line of a cell. There is no pyplot, no display and no global state,
+so the functions are safe in servers, threads and notebooks. `save` writes a PNG atomically.
 
 Needs matplotlib: `pip install bayes-kernels[plots]`.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,17 @@ _OVER, _UNDER = "#F2C3A0", "#9CC9E8"  # lighter than the bars they lie on
 _Curve = TypeVar("_Curve", ReliabilityBins, RiskCoverageCurve)
 
 
+class _Picture(Figure):
+    """A figure that shows itself in a notebook; without pyplot, matplotlib's own are words there."""
+
+    def _repr_png_(self) -> bytes:
+        written = io.BytesIO()
+        self.savefig(written, format="png", dpi=100)
+        return written.getvalue()
+
+
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -363,27 +373,26 @@ def auroc_intervals(panels: Mapping[str, Mapping[str, metrics.Interval]]) -> Fig
     """AUROCs with their intervals, a line for each row and a panel for each question.
 
     Args:
-        panels: for each title the results of `metrics.auroc_interval` by row; every panel has the rows of
-            the first, in its order, or some of them. The dotted line is chance.
+        panels: for each title the results of `metrics.auroc_interval` by row. A row has one line in all
+            panels, in the order of the panel with most rows, and none where a panel lacks it. The dotted
+            line is chance.
 
     Raises:
-        ValueError: there are no rows, or a panel has one that the first has not.
+        ValueError: there are no rows.
     """
-    first = list(next(iter(panels.values()), {}))
-    if not first or any(set(rows) - set(first) for rows in panels.values()):
-        raise ValueError(
-            "auroc_intervals: panels must have rows, those of the first panel, got "
-            f"{ {title: list(rows) for title, rows in panels.items()} }"
-        )
-    figure = _figure(2.2 + 2.6 * len(panels), 0.8 + 0.3 * len(first))
+    by_size = sorted(panels.values(), key=len, reverse=True)
+    names = list(dict.fromkeys(name for rows in by_size for name in rows))
+    if not names:
+        raise ValueError(f"auroc_intervals: panels must have rows, got {dict(panels)}")
+    figure = _figure(2.2 + 2.6 * len(panels), 0.8 + 0.3 * len(names))
     axes_of = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    places = {name: -i for i, name in enumerate(first)}
+    places = {name: -i for i, name in enumerate(names)}
     for axes, (title, rows) in zip(axes_of, panels.items(), strict=True):
         axes.axvline(0.5, color="0.45", linewidth=1, linestyle=":")
         for name, (value, low, high) in rows.items():
             axes.plot([low, high], [places[name]] * 2, color=_COLORS[0], linewidth=1.5)
             axes.plot([value], [places[name]], "o", color=_COLORS[0], markersize=5)
-        axes.set(title=title, xlabel="AUROC", yticks=list(places.values()), yticklabels=first)
+        axes.set(title=title, xlabel="AUROC", yticks=list(places.values()), yticklabels=names)
         axes.title.set_fontsize(10)
         _tidy(axes)
     return figure

@@ -14,6 +14,8 @@ _COLORS = 7
 _DASHES = ("", "7 3", "2 3", "8 3 2 3", "12 3", "4 2 1 2", "1 2")
 _WIDTH, _HEIGHT = 460.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 12.0, 10.0, 44.0
+_LETTER = 6.8  # width of a digit of 12 pixels, in the widest of the fonts that pages name
+_AXIS_NAME = 26.0  # left of the numbers
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Series:
         x, y: The points.
         filled: Whether the area below it is shaded.
         marked: Whether its points have dots.
+        spread: Half the length of a bar through each point, such as a standard deviation; none by default.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Series:
     y: Sequence[float]
     filled: bool = False
     marked: bool = False
+    spread: Sequence[float] = ()
 
 
 def _color(index: int) -> str:
@@ -62,7 +66,7 @@ def chart(
         xlabel, ylabel: Names of the axes.
         x, y: Their ends; by default those of the points, with 0.
         diagonal: Whether to draw x = y.
-        xticks: Words at x = 0, 1, ..., in place of numbers.
+        xticks: Words at x = 0, 1, ..., in place of numbers; of many, as many as have room.
 
     Returns:
         An ``svg`` element, as wide as its place.
@@ -72,8 +76,11 @@ def chart(
     left, right = x or _ends([a for a, _ in everything])
     low, high = y or _ends([b for _, b in everything])
 
+    down_ticks = _numbered(_ticks(low, high))
+    margin = max(_LEFT, _AXIS_NAME + _LETTER * max(len(word) for _, word in down_ticks))
+
     def place(a: float, b: float) -> str:
-        across = _LEFT + (a - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
+        across = margin + (a - left) / (right - left) * (_WIDTH - margin - _RIGHT)
         down = _HEIGHT - _BOTTOM - (b - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         return f"{across:.1f},{min(max(down, _TOP), _HEIGHT - _BOTTOM):.1f}"
 
@@ -81,21 +88,24 @@ def chart(
         f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="{escape(title)}" '
         'font-size="12" fill="var(--quiet)">'
     ]
-    across_ticks = enumerate(xticks) if xticks else ((x, f"{x:g}") for x in _ticks(left, right))
-    for tick, word in across_ticks:
+    numbered = _numbered(_ticks(left, right))
+    across_ticks: Sequence[tuple[float, str]] = list(enumerate(xticks)) if xticks else numbered
+    widest = max(len(word) for _, word in across_ticks) * _LETTER + 6
+    every = math.ceil(widest * (len(across_ticks) - 1) / (_WIDTH - margin - _RIGHT))
+    for tick, word in across_ticks[:: max(every, 1)]:
         across, down = place(tick, low).split(",")
         parts.append(f'<path d="M{across},{_TOP:.0f}V{down}" stroke="var(--line)"/>')
         parts.append(
             f'<text x="{across}" y="{float(down) + 16:.1f}" text-anchor="middle">{escape(word)}</text>'
         )
-    for tick in _ticks(low, high):
+    for tick, word in down_ticks:
         across, down = place(left, tick).split(",")
         parts.append(f'<path d="M{across},{down}H{_WIDTH - _RIGHT:.0f}" stroke="var(--line)"/>')
         parts.append(
             f'<text x="{float(across) - 6:.1f}" y="{float(down) + 4:.1f}" text-anchor="end">'
-            f"{tick:g}</text>"
+            f"{word}</text>"
         )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    middle = (margin + _WIDTH - _RIGHT) / 2
     parts.append(
         f'<text x="{middle:.0f}" y="{_HEIGHT - 8:.0f}" text-anchor="middle">{escape(xlabel)}</text>'
     )
@@ -117,6 +127,10 @@ def chart(
             parts.append(f'<path d="{area}" fill="{_color(i)}" fill-opacity="0.18"/>')
         dash = f' stroke-dasharray="{_dash(i)}"' if _dash(i) else ""
         parts.append(f'<path d="{line}" fill="none" stroke="{_color(i)}" stroke-width="2"{dash}/>')
+        for a, b, spread in zip(one.x, one.y, one.spread, strict=False):
+            if math.isfinite(b) and math.isfinite(spread) and spread > 0:
+                bar = f"M{place(a, b - spread)}L{place(a, b + spread)}"
+                parts.append(f'<path d="{bar}" stroke="{_color(i)}" stroke-width="1.2"/>')
         if one.marked:
             for a, b in found:
                 across, down = place(a, b).split(",")
@@ -143,6 +157,15 @@ def _finite(one: Series) -> list[tuple[float, float]]:
 def _ends(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
     return (low, high) if high > low else (low, low + 1.0)
+
+
+def _numbered(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Ticks with their labels, all of the same number of decimals."""
+    words = [f"{tick:g}" for tick in ticks]
+    if not any("e" in word for word in words):
+        decimals = max(len(word.partition(".")[2]) for word in words)
+        words = [f"{tick:.{decimals}f}" for tick in ticks]
+    return list(zip(ticks, words, strict=True))
 
 
 def _ticks(low: float, high: float) -> list[float]:

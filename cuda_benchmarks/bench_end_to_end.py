@@ -44,7 +44,6 @@ from typing import Any
 import bench_adapter
 import bench_predict
 import harness
-import memory_model
 import torch
 from harness import (
     Agreement,
@@ -59,7 +58,6 @@ from harness import (
     time_interleaved,
     tolerance,
 )
-from memory_model import RANK, Shape
 from published_laplace import (
     exact_covariance,
     factors_of,
@@ -67,6 +65,9 @@ from published_laplace import (
     published_last_layer,
 )
 from torch import Tensor, nn
+
+from bayes_kernels import memory
+from bayes_kernels.memory import RANK, Shape
 
 LR = 1e-4
 N_TRAIN = 5000
@@ -470,8 +471,8 @@ def run_training(case: Case, options: Options, agreement: Agreement) -> list[Row
         if row.peak_bytes is not None:
             fixed = row.figures["parameter_bytes"] + row.figures["optimizer_bytes"]
             row.figures["total_bytes"] = fixed + row.peak_bytes
-        if name in memory_model.METHODS and shape.kind == "llama":
-            predicted = memory_model.predict(shape, case.batch, case.length, name, CLASSES)
+        if name in memory.METHODS and shape.kind == "llama":
+            predicted = memory.predict(shape, case.batch, case.length, name, CLASSES)
             row.figures["predicted_bytes"] = predicted.total
         rows.append(row)
     return rows

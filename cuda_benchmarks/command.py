@@ -30,6 +30,8 @@ from harness import (
     save_rows,
 )
 
+from bayes_kernels import _library
+
 
 class _Parser(argparse.ArgumentParser):
     """Ends with the mistake in one line, as every command does."""
@@ -77,7 +79,8 @@ def _compare(parser: _Parser, before: Path, after: Path) -> int:
         try:
             rows.append({(r.op, r.case, r.mode, r.provider): r for r in read_rows(path)})
         except (OSError, ValueError, TypeError) as error:
-            parser.error(f"--compare {path}: expected rows that --json wrote, got: {error}")
+            got = getattr(error, "strerror", None) or error
+            parser.error(f"--compare {path}: expected rows that --json wrote, got: {got}")
     shared = [key for key in rows[0] if key in rows[1]]
     if not shared:
         parser.error(f"--compare: {before} and {after} have no case in common")
@@ -139,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen:
         if name not in FAMILIES:
             parser.error(f"FAMILY must be one of {', '.join(FAMILIES)}, got {name!r}")
+    if _library.problem is not None:
+        parser.error(f"compiled ops cannot be loaded: {_library.problem}; {_library.ADVICE}")
     if given.seconds is not None and not given.seconds > 0:
         parser.error(f"--seconds must be positive, got {given.seconds}")
     if given.device == "cuda" and not torch.cuda.is_available():

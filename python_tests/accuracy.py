@@ -12,14 +12,15 @@ def assert_no_worse_than_torch(
     truth: Tensor,
     *,
     factor: float = 2.0,
-    floor: float = 1.0,
+    floor: float = 2.0,
     what: str = "",
 ) -> None:
     """Compare errors against the fp64 truth, by maximum and by Frobenius norm.
 
-    The floors are what rounding an exact result costs at most: a unit in the last place of the
-    largest entry, and half of one in norm; times `floor`, where a rounding error in the middle is
-    that of many entries. They avoid 0 <= 2 * 0.
+    The floors are `floor` times what rounding an exact result costs at most: a unit in the last place of
+    the largest entry, and half of one in norm. They avoid 0 <= 2 * 0. Two, since the error of torch's
+    products depends on the BLAS: MKL's on an Intel Xeon is below a unit by luck where that on an AMD
+    EPYC is not. More where a rounding error in the middle is that of many entries.
     """
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:

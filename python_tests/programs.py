@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,18 +14,72 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_command([sys.executable, "-c", code], env={**os.environ, **environment})
+
+
+def run_command(
+    command: list[str], *, timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a command, which leaves no process behind.
+
+    Raises:
+        TimeoutExpired: it did not end in time; the message has what it said last.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes, **options) as process:
+        try:
+            found = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            end_all(process)
+            said = "\n".join(text[-4000:] for text in process.communicate())
+            raise subprocess.TimeoutExpired([*command, said], timeout) from None
+        finally:
+            end_all(process)
+    return subprocess.CompletedProcess(command, process.returncode, *found)
+
+
+def end_all(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that was started with `start_new_session`, and all that it has started.
+
+    Those in its group, even if it has ended; while it runs those below it, too, as torchrun gives its
+    workers groups of their own.
+    """
+    below = [] if process.poll() is not None else _all_below(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for one in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def _all_below(process: int) -> list[int]:
+    found = children(process)
+    return found + [one for child in found for one in _all_below(child)]
+
+
+def children(process: int) -> list[int]:
+    """Numbers of the processes that a process has started and that are there; on Linux."""
+    found = [path.name for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [int(name) for name in found if _status(name).get("PPid") == str(process)]
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and has not ended; on Linux."""
+    return not _status(str(process)).get("State", "Z").startswith("Z")
+
+
+def _status(process: str) -> dict[str, str]:
+    try:
+        lines = Path("/proc", process, "status").read_text().splitlines()
+    except OSError:
+        return {}
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
 @contextmanager
@@ -61,9 +117,8 @@ def together(
         for rank in map(str, range(count)):
             files.append(tempfile.TemporaryFile("w+"))
             env = {**os.environ, **same, **environment, "RANK": rank, "LOCAL_RANK": rank}
-            workers.append(
-                subprocess.Popen(command, env=env, stdout=files[-1], stderr=subprocess.STDOUT)
-            )
+            streams = {"stdout": files[-1], "stderr": subprocess.STDOUT}
+            workers.append(subprocess.Popen(command, env=env, start_new_session=True, **streams))
         while any(worker.poll() is None for worker in workers):
             if any(worker.poll() for worker in workers) or time.monotonic() > end:
                 time.sleep(1)  # the others may say why, too
@@ -71,7 +126,7 @@ def together(
             time.sleep(0.05)
     finally:
         for worker in workers:
-            worker.kill()
+            end_all(worker)
             worker.wait()
     texts = []
     for file in files:

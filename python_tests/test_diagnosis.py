@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from programs import python
+from programs import python, run_command
 
 import bayes_kernels as bk
 from bayes_kernels import _library
@@ -22,15 +22,11 @@ def test_broken_library_is_reported(tmp_path):
 
 
 def test_diagnosis_names_versions_and_paths():
-    run = subprocess.run(
-        [sys.executable, "-m", "bayes_kernels"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert f"bayes_kernels {bk.__version__}" in run.stdout
-    assert "torch " in run.stdout and "  cpu: fused " in run.stdout and "  cuda" in run.stdout
+    ended = run_command([sys.executable, "-m", "bayes_kernels"])
+    assert ended.returncode == 0, ended.stderr
+    assert f"bayes_kernels {bk.__version__}" in ended.stdout
+    assert "torch " in ended.stdout and "  cpu: fused " in ended.stdout
+    assert "  cuda" in ended.stdout
 
 
 def test_versions_are_shown_before_torch_is_imported():

@@ -148,7 +148,12 @@ def test_auroc_intervals(tmp_path):
     assert [list(x) for x in drawn] == [[0.6, 0.8], [0.7], [0.4, 0.55], [0.5]]
     assert second.lines[1].get_ydata()[0] == first.lines[3].get_ydata()[0]
     plots.save(figure, tmp_path / "auroc.png")
-    for bad in ({}, {"wrong": {}}, {"wrong": {"a": rows["a"]}, "far": rows}):
+    # A method that had no wrong answers has no line in the first panel.
+    figure = plots.auroc_intervals({"wrong": {"b": rows["b"]}, "far": rows})
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    assert [len(axes.lines) for axes in figure.axes] == [3, 5]
+    assert figure.axes[0].lines[1].get_ydata()[0] == figure.axes[1].lines[3].get_ydata()[0]
+    for bad in ({}, {"wrong": {}}):
         with pytest.raises(ValueError, match="auroc_intervals: panels must have rows"):
             plots.auroc_intervals(bad)
 
@@ -199,6 +204,12 @@ def test_save_is_a_whole_png_and_leaves_nothing_else(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["reliability.png"]
     plots.save(figure, path, dpi=100)
     assert path.read_bytes() == data
+
+
+def test_notebooks_show_pictures():
+    """As IPython asks for them: without pyplot nobody has told it how matplotlib's figures look."""
+    picture = plots.reliability_diagram(make_bins())
+    assert picture._repr_png_().startswith(PNG_SIGNATURE)
 
 
 def test_pictures_are_not_blank(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -56,3 +57,34 @@ def test_points_that_are_not_finite_are_left_out() -> None:
     svg = chart([curve, Series("none", [], [])], title="t", xlabel="x", ylabel="y", diagonal=True)
     assert [len(line) for line in paths(svg)] == [2] and "nan" not in svg
     assert svg.count("fill-opacity") == 1
+
+
+def test_numbers_of_an_axis_have_room_and_the_same_decimals() -> None:
+    curve = Series("a", [0, 1], [1.0925, 1.0935])
+    svg = chart([curve], title="t", xlabel="x", ylabel="y", y=(1.092, 1.094))
+    found = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([\d.]+)<', svg)
+    assert {len(word) for _, word in found} == {6} and len(found) >= 4
+    # Right of the axis' name, whose letters end at 18.
+    assert all(float(x) - 6.7 * len(word) > 18 for x, word in found)
+
+
+def test_many_words_below_an_axis_do_not_overlap() -> None:
+    words = [str(50 * i) for i in range(40)]
+    curve = Series("a", range(40), range(40))
+    svg = chart([curve], title="t", xlabel="x", ylabel="y", x=(0, 39), xticks=words)
+    places = [float(x) for x in re.findall(r'<text x="([\d.]+)" y="272.0" text-anchor="mid', svg)]
+    assert len(places) > 5
+    assert all(b - a > 4 * 6.7 for a, b in itertools.pairwise(places))
+    few = chart([curve], title="t", xlabel="x", ylabel="y", x=(0, 39), xticks=words[:5])
+    assert all(f">{word}<" in few for word in words[:5])
+
+
+def test_bars_through_points_have_their_length() -> None:
+    curve = Series("a", [0, 1, 2], [1, 2, 3], spread=[0.5, math.nan, 0.0])
+    svg = chart([curve], title="t", xlabel="x", ylabel="y", y=(0, 5))
+    ((top, bottom),) = [
+        (float(high), float(low))
+        for low, high in re.findall(r'd="M[\d.]+,([\d.]+)L[\d.]+,([\d.]+)" stroke="var\(--s', svg)
+    ]
+    (a, at), *_, (b, bt) = ticks(svg, "end").items()
+    assert bottom - top == pytest.approx((at - bt) / (b - a), abs=0.3)

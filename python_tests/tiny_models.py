@@ -5,6 +5,7 @@ Each builder seeds torch with 0: the same options give the same weights in every
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,15 @@ def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
         "seed": 5,
     }
     return TrainingArguments(str(folder), **{**defaults, **options})
+
+
+def fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Modules of a model, as objects and by their attributes, and its tensors, by their digests too."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, module in model.named_modules():
+        found[name] = id(module), module.training, sorted(vars(module))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        content = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(content).hexdigest()
+        found[f"{name} "] = id(tensor), tensor.dtype, tensor.shape, tensor.requires_grad, digest
+    return found

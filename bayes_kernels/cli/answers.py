@@ -82,6 +82,7 @@ def answers(
     of the test set (AUROC with intervals), and what is the share of wrong answers among the surest?
     """
     from ..experiment import answers as study
+    from ..experiment.build import check_experiment
     from ..experiment.recipe import Experiment, Source
     from ..experiment.settings import recipes_of
     from ..files import write_json, write_text
@@ -107,6 +108,8 @@ def answers(
         Experiment(source, model, "causal", "plain", dtype, quantization, name, recipes[name], seed)
         for name in names
     ]
+    for one in experiments:
+        check_experiment(one)
     inputs = {**inputs_of(source), "model": model, "prompts": prompts}
     files = [TABLE_FILE, REPORT_FILE, *PICTURE_FILES]
     with writing("answers", out, files, inputs, overwrite=overwrite) as place:
@@ -122,14 +125,17 @@ def answers(
             note(f"{one.title}: {one.accuracy:.1%} right{trained}")
             if one.conversion is not None:
                 note(one.conversion)
+            if one.verdict is not None and (one.verdict.harmful or one.verdict.factor != 1):
+                note(one.verdict.text)
 
         found = study.write_answers(experiments, task, others, device=device, done=done)
         table = study.answers_table(found)
         write_text(out / TABLE_FILE, table.markdown())
         content = {"command": command_line(), "answers": study.answers_report(found)}
         write_json(out / REPORT_FILE, content)
+        place.complete()
+        print(table.text())
         written = [TABLE_FILE, REPORT_FILE, *_pictures(found, out)]
-    print(table.text())
     print(f"Wrote {out}/: {', '.join(written)}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from ..launcher import launched
+from ..memory import out_of_memory
 from ..table import shorten
 from .answers import answers
 from .bench import bench
@@ -52,7 +53,7 @@ _GROUPS = {
 # Commands that a launcher may start several times.
 _SHARED = ("train", "info", "methods")
 # Commands that begin without transformers; before others a terminal shows what it waits for: 5 s of one core.
-_LIGHT = ("info", "bench")
+_LIGHT = ("info", "methods", "bench")
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 
 
@@ -99,7 +100,7 @@ class _Commands(typer.core.TyperGroup):
                 raise
             if isinstance(error, _UsageError):
                 fail(_usage(error))
-            if _is_out_of_memory(error):
+            if out_of_memory(error):
                 fail(
                     f"memory: expected enough for this model and its batches, got: {error}; use "
                     "smaller batches, a smaller --max-length, or fewer things side by side"
@@ -128,12 +129,6 @@ def _usage(error: Any) -> str:
         context = context.parent
     message = error.format_message().rstrip(".")
     return f"{message}; expected what {' '.join(command)} --help lists"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a type of its own for GPUs; for the CPU its RuntimeError has nothing but words.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, need_ops, number
+from .options import Debug, number
 from .output import fail
 
 # Benchmarks of the source tree, and their copy in a wheel.
@@ -23,7 +23,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="FAMILY",
-            help="adapter, predict, tall, curvature, vbll, end_to_end; by default all.",
+            help="adapter, activations, grouped, predict, tall, curvature, vbll, end_to_end, experts, peers; "
+            "by default all.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -78,7 +79,6 @@ def bench(
     if report:
         command = [sys.executable, str(folder / "report.py")]
     else:
-        need_ops()
         command += [*(families or []), "--device", device]
         options = {
             "--vs": vs,

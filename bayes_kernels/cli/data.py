@@ -26,7 +26,7 @@ def check(
     import os
 
     from ..experiment.data.check import describe
-    from ..experiment.recipe import Source
+    from ..experiment.data.source import Source
 
     options = source_options(test, ood, label_names, None, None, 0)
     task = Source(data=source, **options).load()

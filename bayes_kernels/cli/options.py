@@ -70,7 +70,9 @@ Threads = Annotated[
 Cores = Annotated[
     int | None,
     whole(
-        "Cores to use, all by default: runs go side by side on them.",
+        "Runs side by side, on the cores: all by default. On GPUs one on each by default; more share it.",
+        "--threads",
+        "--processes",
         least=1,
         most=MOST_THREADS,
     ),
@@ -235,18 +237,6 @@ def source_options(
     )
 
 
-def need_ops() -> None:
-    """Whether there are compiled ops.
-
-    Raises:
-        ImportError: They cannot be loaded.
-    """
-    from .. import _library
-
-    if _library.problem is not None:
-        raise ImportError(f"compiled ops cannot be loaded: {_library.problem}; {_library.ADVICE}")
-
-
 def start(threads: int | None, device: str) -> torch.device:
     """Set the number of threads, and silence messages of libraries that do not concern users.
 
@@ -271,6 +261,27 @@ def start(threads: int | None, device: str) -> torch.device:
         torch.set_num_threads(threads)
     quiet_libraries()
     return found
+
+
+def start_runs(threads: int | None, device: str) -> int:
+    """`start` for commands with several runs.
+
+    Args:
+        threads: Runs side by side, where that was given.
+        device: Name of the device.
+
+    Returns:
+        How many runs go side by side: on the CPU by default one on each core, on GPUs one on each.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    if start(None, device).type == "cuda":
+        return threads or torch.cuda.device_count()
+    torch.set_num_threads(threads or all_cores())
+    return threads or all_cores()
 
 
 def all_cores() -> int:

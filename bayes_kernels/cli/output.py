@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..experiment.output import Output
     from ..experiment.recipe import Source
     from ..experiment.scoring import Row
-    from ..hf.tasks.task import Task
+    from ..task import Task
 
 USAGE_ERROR = 2
 FIRST_SPEAKS = 60.0  # seconds, for the end of a process on a busy machine
@@ -86,7 +86,11 @@ def describe_task(task: Task) -> None:
 
 
 def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """The pictures of `save_plots`; none, and a note, where matplotlib is missing."""
+    """The pictures of `save_plots`, in place of earlier ones; none, and a note, without matplotlib."""
+    from ..experiment.output import PICTURES
+
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)
     if importlib.util.find_spec("matplotlib") is None:
         note("no pictures: matplotlib is missing; run: pip install 'bayes-kernels[plots]'")
         return []
@@ -113,7 +117,10 @@ def output_of(
 def writing(
     kind: str, folder: Path, files: Sequence[str], inputs: Mapping[str, Any], **options: bool
 ) -> Iterator[Output]:
-    """The folder of a command; Ctrl-C and SIGTERM end it with a line that says how to go on."""
+    """The folder of a command; Ctrl-C and SIGTERM end it with a line that says how to go on.
+
+    After `Output.complete` they, and errors, leave what there is.
+    """
     from ..experiment.callbacks import Interrupted
 
     output = output_of(kind, folder, files, inputs, **options)
@@ -121,13 +128,21 @@ def writing(
         with output:
             if output.starts_anew():
                 note(f"nothing to go on from in {folder}: starting from the beginning")
-            yield output
+            try:
+                yield output
+            except BaseException:
+                if output.completed:
+                    note(f"the results in {folder} are kept; what failed comes after them")
+                raise
     except Interrupted as stop:
         what = f"interrupted after step {stop.step}; checkpoint: {stop.checkpoint}"
         number = stop.signal
     except KeyboardInterrupt as stop:
+        number = getattr(stop, "signal", signal.SIGINT)
+        if output.completed:
+            raise typer.Exit(128 + number) from None
         kept = "what has ended is kept" if output.kept() else f"{folder} is as it was"
-        what, number = f"interrupted; {kept}", getattr(stop, "signal", signal.SIGINT)
+        what = f"interrupted; {kept}"
     else:
         return
     note(f"{what}\ngo on with: {output.way_on()}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Cores, Results, Seeds, all_cores, start
+from .options import Cores, Results, Seeds, start_runs
 from .output import command_line, describe_task, inputs_of, note, status, writing
 from .runs import RunOptions, with_run_options
 
@@ -46,17 +46,16 @@ def sweep(
     same command with --resume goes on, also with more values or seeds.
     """
     given.check()
-    from ..experiment import build, page, results, run, tables
+    from ..experiment import build, page, results, room, run, tables
     from ..experiment import compare as comparison
     from ..experiment import sweep as sweeps
     from ..experiment.settings import recipes_of
     from ..files import write_json, write_text
     from ..hf.method import METHODS
 
-    cores = threads or all_cores()
     run.check_trainable(method)
     wanted = sweeps.parse_sweep(vary)
-    gpu = start(cores, given.device).type == "cuda"
+    processes = start_runs(threads, given.device)
     source = given.source()
     used = sweeps.used_methods(method)
     fields, settings = given.fields(), list(given.settings or ())
@@ -86,18 +85,27 @@ def sweep(
         if given.resume:
             comparison.check_saved(pieces)
         first = pieces[0]  # whether model and data fit
-        build.build(first.experiment, first.task, device=given.device)
+        built = build.build(first.experiment, first.task, device=given.device)
+        trained = [make(name, 0, item) for name in used for item in wanted.items]
+        fit = room.check_room(processes, given.device, *built, trained)
+        del built
+        if fit is not None:
+            note(fit)
         place.add([str(piece.folder.relative_to(out)) for piece in pieces])
         place.begin()
+
+        said: set[str] = set()  # values of a prediction share what their adapter says of itself
 
         def done(piece: Piece, result: Run | Failure) -> None:
             what = f"failed: {result.error}" if isinstance(result, tables.Failure) else "done"
             note(f"{piece.word}, seed {piece.experiment.seed}: {what}")
             for text in () if isinstance(result, tables.Failure) else result.notes:
-                note(f"  {text}")
+                if text not in said:
+                    note(f"  {text}")
+                said.add(text)
 
         runs, failures = comparison.compare(
-            pieces, processes=1 if gpu else cores, device=given.device, done=done
+            pieces, processes=processes, device=given.device, done=done
         )
         if not runs:
             raise ValueError(
@@ -124,13 +132,15 @@ def sweep(
             written.append(page.REPORT_FILE)
         write_text(out / comparison.TABLE_FILE, text)
         write_json(out / comparison.RESULTS_FILE, content)
+        place.complete()
+        print(text)
+        (out / sweeps.PICTURE_FILE).unlink(missing_ok=True)  # of fewer values
         if len(curves.values) > 1 and importlib.util.find_spec("matplotlib") is not None:
             from .. import plots
 
             figure = plots.score_curves(*curves, xlabel=wanted.name)
             plots.save(figure, out / sweeps.PICTURE_FILE)
             written.append(sweeps.PICTURE_FILE)
-    print(text)
     print(f"Wrote {out}/: {', '.join(written)}")
     if failures:
         raise typer.Exit(1)

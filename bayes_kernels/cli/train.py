@@ -13,7 +13,6 @@ import typer
 
 from ..launcher import launched
 from .options import (
-    MOST_THREADS,
     Alpha,
     Base,
     Compat,
@@ -48,11 +47,10 @@ from .options import (
     TestSize,
     Threads,
     TrainSize,
-    all_cores,
-    given,
     number,
     source_options,
     start,
+    start_runs,
     whole,
     words,
 )
@@ -95,6 +93,7 @@ def demo(
         str, typer.Option(help="Bayesian method to compare with plain LoRA, see train.")
     ] = "blob",
     data: Data = "stdlib-docs",
+    settings: Settings = None,
     threads: Cores = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -105,21 +104,26 @@ def demo(
     Task: which area of Python's standard library a docstring is from. Out of distribution:
     docstrings of numpy and torch. No download.
     """
-    from ..experiment import build, output, page, results, tables
+    from ..experiment import build, output, page, results, room, tables
     from ..experiment import run as experiments
-    from ..experiment.recipe import DEMO, Experiment, Source
+    from ..experiment.recipe import Experiment, Source
+    from ..experiment.settings import recipes_of
     from ..files import write_json
     from ..hf.method import METHODS, PLAIN
 
-    cores = threads or all_cores()
     methods = (PLAIN, method)
     if method not in METHODS or method == PLAIN:
         allowed = ", ".join(name for name in METHODS if name != PLAIN)
         raise ValueError(f"method: expected one of {allowed}, got {method!r}")
-    gpu = start(cores, device).type == "cuda"
-    recipe = dataclasses.replace(DEMO, **given(steps=steps, max_length=max_length))
-    law = given(n_samples=n_samples, draws=draws, draw_scope=draw_scope)
-    recipes = {PLAIN: recipe, method: dataclasses.replace(recipe, **law)}
+    processes = start_runs(threads, device)
+    fields = {
+        "steps": steps,
+        "max_length": max_length,
+        "n_samples": n_samples,
+        "draws": draws,
+        "draw_scope": draw_scope,
+    }
+    recipes = recipes_of(fields, settings or (), methods)
     if train_size is None:
         train_size = 0 if os.path.exists(data or "") else 400
     source = Source(data=data or "", train_size=train_size, test_size=test_size, ood_size=ood_size)
@@ -151,7 +155,11 @@ def demo(
                 jobs.append(experiments.Job(one, task, folder, temperature=name == PLAIN))
         describe_task(task)
         for job in jobs[: len(methods)]:  # whether model, data and options fit
-            build.build(job.experiment, job.task, device=device)
+            built = build.build(job.experiment, job.task, device=device)
+        fit = room.check_room(processes, device, *built, [job.experiment for job in jobs])
+        del built
+        if fit is not None:
+            note(fit)
         place.begin()
 
         def done(run: Run) -> None:
@@ -163,7 +171,7 @@ def demo(
 
         # Longest first, so that all cores are busy to the end.
         jobs.sort(key=lambda job: job.experiment.method == PLAIN)
-        runs = experiments.run_many(jobs, processes=1 if gpu else cores, device=device, done=done)
+        runs = experiments.run_many(jobs, processes=processes, device=device, done=done)
         order = {name: place for place, name in enumerate(methods)}
         runs.sort(key=lambda run: (run.experiment.seed, order[run.experiment.method]))
         content = results.report(runs, task, command=command_line())
@@ -171,13 +179,14 @@ def demo(
         rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
         verdict = results.verdict(summaries, rows[0].name, rows[-1].name)
         content["verdict"] = verdict
-        pictures = draw_pictures(rows, out)
         title = f"{task.name}: {len(task.train)} training texts, {model}"
         page.write_page(
             out, summaries, rows, task, title=title, verdict=verdict, command=command_line()
         )
         write_json(out / results.METRICS_FILE, content)
-    print(tables.run_tables(summaries, title), verdict, sep="\n")
+        place.complete()
+        print(tables.run_tables(summaries, title), verdict, sep="\n")
+        pictures = draw_pictures(rows, out)
     names = ", ".join(path.name for path in pictures)
     print(
         f"Wrote {out}/: {results.METRICS_FILE}, {names + ' (seed 0), ' if names else ''}adapters "
@@ -320,8 +329,6 @@ def train(
             folders.check_resumable(folder, one)
         describe_task(task)
         run = call(before_writing=place.begin)
-        if plots:
-            draw_pictures(run.rows, folder)
         content = results.report([run], task, command=command_line())
         title = f"{task.name}, {model}, seed {seed}"
         summaries = results.summarise([run])
@@ -335,8 +342,11 @@ def train(
             command=command_line(),
         )
         write_json(folder / results.METRICS_FILE, content)
-    where = f"Wrote {folder}/, look at {folder / page.REPORT_FILE}"
-    print(tables.run_tables(summaries, title), *run.notes, where, sep="\n")
+        place.complete()
+        print(tables.run_tables(summaries, title), *run.notes, sep="\n")
+        if plots:
+            draw_pictures(run.rows, folder)
+    print(f"Wrote {folder}/, look at {folder / page.REPORT_FILE}")
 
 
 @with_run_options
@@ -355,16 +365,7 @@ def compare(
         int | None, whole("Members of an ensemble; 3 by default.", least=2, most=1000)
     ] = None,
     out: Results = Path("runs/compare"),
-    threads: Annotated[
-        int | None,
-        whole(
-            "Cores to use, all by default: runs go side by side on them.",
-            "--threads",
-            "--processes",
-            least=1,
-            most=MOST_THREADS,
-        ),
-    ] = None,
+    threads: Cores = None,
     given: RunOptions,
 ) -> None:
     """Compare methods and baselines on one task, over seeds: one table, one picture of each kind.
@@ -375,16 +376,15 @@ def compare(
     with more methods or seeds.
     """
     given.check()
-    from ..experiment import build, differences, output, page, results, tables
+    from ..experiment import build, differences, output, page, results, room, tables
     from ..experiment import compare as comparison
     from ..experiment.recipe import Recipe
     from ..experiment.settings import recipes_of
     from ..files import write_json, write_text
     from ..hf.method import METHODS, PLAIN
 
-    cores = threads or all_cores()
     names = comparison.check_methods(words(methods) or ())
-    gpu = start(cores, given.device).type == "cuda"
+    processes = start_runs(threads, given.device)
     source = given.source()
     used = comparison.used_methods(names)
     joins = [name for name, row in METHODS.items() if row.made == "join"]
@@ -420,19 +420,22 @@ def compare(
         if given.resume:
             comparison.check_saved(pieces)
         first = pieces[0]  # whether model and data fit
-        build.build(make(PLAIN, 0), first.task, device=given.device)
+        built = build.build(make(PLAIN, 0), first.task, device=given.device)
+        fit = room.check_room(processes, given.device, *built, [make(name, 0) for name in used])
+        del built
+        if fit is not None:
+            note(fit)
         place.add([str(piece.folder.relative_to(out)) for piece in pieces])
         place.begin()
 
         def done(piece: comparison.Piece, result: Run | Failure) -> None:
-            one = piece.experiment
             what = f"failed: {result.error}" if isinstance(result, tables.Failure) else "done"
-            note(f"{piece.word}, seed {one.seed}: {what}")
+            note(f"{piece.label}: {what}")
             for text in () if isinstance(result, tables.Failure) else result.notes:
                 note(f"  {text}")
 
         runs, failures = comparison.compare(
-            pieces, processes=1 if gpu else cores, device=given.device, done=done
+            pieces, processes=processes, device=given.device, done=done
         )
         if not runs:
             raise ValueError(
@@ -442,27 +445,31 @@ def compare(
         shifted = tables.shift_table(shown) if shown else None
         text = tables.comparison_table(shown, failures, seeds).markdown()
         text += "" if shifted is None else "\n" + shifted.markdown()
+        apart = []
         if shown and len(shown) > 1 and PLAIN in names:
-            text += "\n" + differences.difference_table(runs, shown).markdown()
+            apart = [differences.difference_table(runs, shown)]
+            text += "\n" + apart[0].markdown()
         content = results.report(runs, tasks[0], command=command_line())
         content["failures"] = [dataclasses.asdict(one) for one in failures]
         rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
         drawn = comparison.main_rows(rows, names)
-        pictures = draw_pictures(drawn, out) if drawn else []
         if drawn:
             page.write_page(
                 out,
                 shown,
                 drawn,
                 tasks[0],
-                title=f"{tasks[0].name}, {given.model}: {len(shown)} methods",
+                title=f"{tasks[0].name}, {given.model}: {len(names)} methods",
                 note="Pictures and texts are those of seed 0.",
+                more=apart,
                 command=command_line(),
             )
         write_text(out / comparison.TABLE_FILE, text)
         write_json(out / comparison.RESULTS_FILE, content)
-    # Wide tables would be cut at the width of a terminal: Markdown is read as it is.
-    print(text)
+        place.complete()
+        # Wide tables would be cut at the width of a terminal: Markdown is read as it is.
+        print(text)
+        pictures = draw_pictures(drawn, out) if drawn else []
     written = ", ".join([page.REPORT_FILE, comparison.RESULTS_FILE, comparison.TABLE_FILE])
     drawings = ", ".join(path.name for path in pictures)
     note(f"Wrote {out}/: {written}{f', {drawings} (seed 0)' if drawings else ''}, adapters")

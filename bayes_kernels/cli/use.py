@@ -53,7 +53,7 @@ from .output import (
 if TYPE_CHECKING:
     from ..experiment.folders import Saved
     from ..experiment.recipe import Experiment, Source
-    from ..hf.tasks.task import Example, Task
+    from ..task import Example, Task
 
 
 def bayesianize(
@@ -78,8 +78,8 @@ def bayesianize(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="An option of the method, see `bayes-kernels methods METHOD`. Values are JSON where "
-            "they can be, else text. May be repeated.",
+            help="An option of the method, see `bayes-kernels methods METHOD`, or scale=keep or scale=fit. "
+            "Values are JSON where they can be, else text. May be repeated.",
         ),
     ] = None,
     n_samples: Samples = None,
@@ -117,10 +117,12 @@ def bayesianize(
     source = dataclasses.replace(_source_of(one, saved, data), **changes)
     # Not the seed of the experiment: that chose the training examples and the parts that were new.
     chosen = {} if seed is None else {"seed": seed}
+    own = method_options(options or (), method)
+    scale = own.pop("scale", None)
     recipe = dataclasses.replace(
         one.recipe,
-        options={**chosen, **method_options(options or (), method)},
-        **given(n_samples=n_samples, draws=draws, draw_scope=draw_scope),
+        options={**chosen, **own},
+        **given(n_samples=n_samples, draws=draws, draw_scope=draw_scope, scale=scale),
     )
     METHODS[method].check_draws(recipe.draws, recipe.draw_scope)
     before = one.method
@@ -160,8 +162,6 @@ def bayesianize(
         rows = [*(row for row in rows if row.name != after.name), after]
         place.begin()
         folders.save_adapter(loaded, one, task, encoder, folder)
-        if plots:
-            draw_pictures(rows, folder)
         run = Run(one, None, rows)
         content = results.report([run], task, command=command_line())
         content["conversion"] = report.to_dict()
@@ -177,9 +177,12 @@ def bayesianize(
             command=command_line(),
         )
         write_json(folder / results.METRICS_FILE, content)
-    print(Table(*report.table(), left=0).text(), end="")
-    print(tables.run_tables(summaries, title))
-    print(report, f"Wrote {folder}/, look at {folder / page.REPORT_FILE}", sep="\n")
+        place.complete()
+        print(Table(*report.table(), left=0).text(), end="")
+        print(tables.run_tables(summaries, title), report, sep="\n")
+        if plots:
+            draw_pictures(rows, folder)
+    print(f"Wrote {folder}/, look at {folder / page.REPORT_FILE}")
 
 
 def evaluate(
@@ -257,14 +260,15 @@ def evaluate(
         if harm is not None:
             note(harm)
         place.begin()
-        if plots:
-            draw_pictures(rows, folder)
         content = results.report([run], task, command=command_line())
         title, summaries = f"{task.name}, {adapter}", results.summarise([run])
         page.write_page(folder, summaries, rows, task, title=title, command=command_line())
         write_json(folder / results.METRICS_FILE, content)
-    where = f"Wrote {folder}/, look at {folder / page.REPORT_FILE}"
-    print(tables.run_tables(summaries, title), where, sep="\n")
+        place.complete()
+        print(tables.run_tables(summaries, title))
+        if plots:
+            draw_pictures(rows, folder)
+    print(f"Wrote {folder}/, look at {folder / page.REPORT_FILE}")
 
 
 def predict(
@@ -396,7 +400,7 @@ def _examples(texts: Sequence[str], data: Path | None) -> list[Example]:
     """What to predict, from the command line and a file."""
     from ..experiment.data.rows import SUFFIXES, is_unicode, read_examples
     from ..files import lines_of
-    from ..hf.tasks.task import Example
+    from ..task import Example
 
     found = []
     for number, text in enumerate(texts, start=1):

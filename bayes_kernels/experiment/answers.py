@@ -8,24 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from bayes_kernels import metrics
 
-from ..hf.bayesianize import bayesianize
 from ..hf.generate import generate
 from ..hf.method import METHODS
 from ..hf.tasks.adapters import on_device
-from ..hf.tasks.encoder import TaskEncoder, batches_of
+from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.prompts import make_prompt
-from ..hf.tasks.task import Example, Task
 from ..hf.texts import Generation
 from ..hf.tokens import IGNORED, common_beginning
 from ..table import Table
+from ..task import Example, Task
 from .build import adapter_config
-from .convert import conversion_options
-from .data.splits import choose_subset
+from .convert import convert_model
+from .held_out import Verdict, check_posterior
 from .recipe import Experiment
 from .train import train_model
 
@@ -39,8 +38,6 @@ MEASURES = {
 }
 # The baseline, which methods that convert a trained adapter start from as well.
 BASELINE = "map"
-# Examples that a conversion looks at where its options do not say.
-_ANCHORS = 100
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,7 @@ def first_tokens(encoder: AnswerEncoder) -> list[int]:
         ValueError: Two answers begin with the same token.
     """
     found: list[int] = []
-    for label in range(encoder.task.n_classes):
-        token = encoder.answer_tokens(label)[0]
+    for label, token in enumerate(_first_tokens(encoder)):
         if token in found:
             raise ValueError(
                 f"answers {encoder.answer(found.index(token))!r} and {encoder.answer(label)!r}: expected "
@@ -122,6 +118,10 @@ def first_tokens(encoder: AnswerEncoder) -> list[int]:
             )
         found.append(token)
     return found
+
+
+def _first_tokens(encoder: AnswerEncoder) -> list[int]:
+    return [encoder.answer_tokens(label)[0] for label in range(encoder.task.n_classes)]
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ class Answers:
         right: (n,) bool, whether the answer to each test prompt is the one of its class.
         texts: By set, "test" and those out of distribution: what was written, with its scores.
         conversion: Line of the conversion's report; None for methods that train.
+        verdict: What validation examples said of draws and mean before it wrote; None where nothing was
+            compared.
         seconds: Of the training; None where another row's adapter was taken.
     """
 
@@ -142,6 +144,7 @@ class Answers:
     right: Tensor
     texts: Mapping[str, Sequence[Generation]]
     conversion: str | None = None
+    verdict: Verdict | None = None
     seconds: float | None = None
 
     @property
@@ -187,6 +190,7 @@ class Answers:
             "n_samples": self.n_samples,
             "accuracy": self.accuracy,
             "conversion": self.conversion,
+            "scale": None if self.verdict is None else self.verdict.report,
             "training_seconds": self.seconds,
             "texts": sets,
         }
@@ -207,7 +211,9 @@ def write_answers(
     ``Answer:``, with the loss of the answer's tokens alone. It then answers the test prompts, the task's
     out-of-distribution examples and other prompts, by the likeliest token of its draws' mean. A method
     that converts a trained adapter takes the first experiment's; it looks at the first token of the
-    answer, among the first tokens of all answers.
+    answer, among the first tokens of all answers. So does `check_posterior`, which compares draws with
+    the mean on validation examples before an adapter writes, and may rescale its posterior; answers that
+    begin with the same token are not compared.
 
     Args:
         experiments: The first is the baseline, without draws; of causal models, with one task and seed.
@@ -219,7 +225,7 @@ def write_answers(
 
     Returns:
         For each experiment its answers. Cost: a training for each method that trains, and texts of
-        `n_samples` draws for each prompt.
+        `n_samples` draws for each prompt; 1 + n_samples passes over at most 200 validation examples.
 
     Raises:
         ValueError: Model, data and options do not fit.
@@ -246,7 +252,13 @@ def write_answers(
             state = state or get_peft_model_state_dict(model)
         else:
             set_peft_model_state_dict(model, state)
-            line = _converted(one, model, encoder, progress)
+            tokens = first_tokens(encoder)
+            classes = _of_classes(encoder, tokens)
+            line = str(convert_model(one, model, classes, choices=tokens, progress=progress))
+        verdict, choices = None, _first_tokens(encoder)
+        if len({*choices}) == len(choices):
+            classes = _of_classes(encoder, choices)
+            verdict = check_posterior(one, model, classes, choices=choices, progress=progress)
         count = one.n_samples if row.bayesian else 0
         if row.text_samples is not None:
             count = min(count, row.text_samples)
@@ -276,32 +288,15 @@ def write_answers(
                 if example.label is not None
             ]
         )
-        found.append(Answers(one.method, count, right, texts, line, seconds))
+        found.append(Answers(one.method, count, right, texts, line, verdict, seconds))
         done(found[-1])
     return found
 
 
-def _converted(one: Experiment, model: PeftModel, encoder: AnswerEncoder, progress: bool) -> str:
-    """Convert an adapter by the first tokens of its answers; the report's line."""
-    conversion = METHODS[one.method].conversion
-    assert conversion is not None
-    choices = first_tokens(encoder)
-    classes = TaskEncoder(
-        encoder.tokenizer,
-        encoder.task,
-        "causal",
-        encoder.prompt,
-        tuple(choices),
-        encoder.max_length,
-    )
-    options = conversion_options(one)
-    size = options.pop("anchors", min(conversion.examples or len(encoder.task.train), _ANCHORS))
-    batch_size = options.pop("batch_size", one.recipe.eval_batch_size)
-    examples = encoder.task.train
-    chosen = choose_subset(examples, min(size or len(examples), len(examples)))
-    options.setdefault("progress", progress)
-    batches = list(batches_of(classes.dataset(chosen), classes, batch_size))
-    return str(bayesianize(model, one.method, batches, choices=choices, **options))
+def _of_classes(encoder: AnswerEncoder, choices: Sequence[int]) -> TaskEncoder:
+    """The encoder whose labels are classes, told apart by a token."""
+    task, prompt, longest = encoder.task, encoder.prompt, encoder.max_length
+    return TaskEncoder(encoder.tokenizer, task, "causal", prompt, tuple(choices), longest)
 
 
 def answers_table(found: Iterable[Answers]) -> Table:

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from ..hf.config import check_ranks_and_scales
 from ..hf.experts import unmatched_parameters
+from ..hf.lora_options import check_lora_options, check_on_model
 from ..hf.method import METHODS
 from ..hf.tasks.adapters import on_device
 from ..hf.tasks.encoder import TaskEncoder
-from ..hf.tasks.task import Task
+from ..task import Task
 from .convert import conversion_options
 from .recipe import TARGETS, Experiment, trained_method
 
@@ -55,8 +55,18 @@ _SET_BY_PEFT = {
 }
 
 
-# Options of LoRA that are lists of names; PEFT takes a text for a list of its letters.
-_NAMES = ("modules_to_save", "target_parameters")
+# First values that PEFT makes of examples, in calls beside `get_peft_model` that commands do not have. It
+# takes its usual ones for two of them without a word.
+_OF_DATA = ("corda", "eva", "lora_ga")
+
+# Options of LoRA that do nothing without a value of another one.
+_NEEDS = {
+    "corda_config": ("init_lora_weights", "corda"),
+    "eva_config": ("init_lora_weights", "eva"),
+    "lora_ga_config": ("init_lora_weights", "lora_ga"),
+    "loftq_config": ("init_lora_weights", "loftq"),
+    "qalora_group_size": ("use_qalora", True),
+}
 
 
 def _config_options(experiment: Experiment) -> dict[str, Any]:
@@ -76,9 +86,17 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
     for name, value in recipe.lora.items():
         if fields[name].type in (bool, "bool") and not isinstance(value, bool):
             raise ValueError(f"lora: {name} must be true or false, got {value!r}")
-        names = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
-        if name in _NAMES and value is not None and not names:
-            raise ValueError(f"lora: {name} must be a list of names, got {value!r}")
+        other, needed = _NEEDS.get(name, ("", None))
+        if other and recipe.lora.get(other, False) != needed:
+            alone = f"without {other}={needed!r}, where it does nothing"
+            why = "as no command initialises from examples" if needed in _OF_DATA else alone
+            raise ValueError(f"lora: {name} must be left out {why}, got {value!r}")
+    first = recipe.lora.get("init_lora_weights")
+    if first in _OF_DATA:
+        raise ValueError(
+            f"lora: init_lora_weights must be one that needs no examples, got {first!r}, which PEFT computes "
+            "in calls of their own; use true, 'gaussian', 'orthogonal', 'olora' or 'pissa'"
+        )
     targets = recipe.target_modules
     options: dict[str, Any] = {
         "r": recipe.rank,
@@ -87,7 +105,7 @@ def _config_options(experiment: Experiment) -> dict[str, Any]:
         "target_modules": None if targets is None else list(targets),
         **recipe.lora,
     }
-    check_ranks_and_scales("lora", options)
+    check_lora_options("lora", options)
     if METHODS[experiment.method].made == "train":
         later = experiment.training_options
         options.update({key: value for key, value in recipe.options.items() if key not in later})
@@ -132,6 +150,7 @@ def build(
                 module.p = recipe.base_dropout
     _check_targets(experiment, base, encoder.kind)
     config = adapter_config(experiment, base, encoder.kind)
+    check_on_model("lora", vars(config), base)
     # Plain LoRA and Bayesian adapters draw the same factors from the same seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)

@@ -4,18 +4,23 @@
 a folder ``METHOD/seed-N`` with its adapter and ``result.json``, which appears as a whole: a comparison
 that was interrupted, or that gets more methods or seeds, goes on from what is there.
 
+Rows that look at an adapter again, with draws of another number or kind, are scored together: the adapter is
+loaded once, and one loop over the examples serves all of them. Each still has its own folder, and its own
+failure.
+
 Plain LoRA is trained once for a seed. Its adapter is what temperature scaling and conversions use, and
 the first member of an ensemble.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +31,18 @@ from bayes_kernels import metrics
 from ..files import write_json
 from ..hf.checks import read_json
 from ..hf.method import METHODS, PLAIN
+from ..hf.noise import DRAW_SCOPES, KINDS
 from ..hf.tasks.record import FORMAT, write_members
-from ..hf.tasks.task import Task
+from ..memory import out_of_memory
+from ..task import Task
 from .folders import changed_settings, load_adapter, stored_numbers
+from .machine import gpus
 from .output import unfinished
-from .processes import side_by_side
+from .processes import portable, side_by_side
 from .recipe import Experiment
 from .results import Summary
 from .run import SNAPSHOTS, Run, finish, run
-from .scoring import Row, evaluate_model
+from .scoring import Row, Wanted, evaluate_model, evaluate_wanted
 from .tables import TEMPERATURE, TEMPERED_DRAWS, Failure
 from .train import Training
 from .variants import CHECKPOINTS, VARIANTS, method_of, snapshot_steps, source_of, title_of, varied
@@ -191,6 +199,41 @@ class Piece(NamedTuple):
         """What `compare --methods` calls the row."""
         return self.variant or self.experiment.method
 
+    @property
+    def label(self) -> str:
+        """What a command calls it, by its folder: "blob, seed 0", "ensemble, seed 0, member 1"."""
+        place = self.folder.name.replace("-member-", ", member ").replace("seed-", "seed ")
+        return f"{self.folder.parent.name}, {place}"
+
+
+def run_pieces(
+    pieces: Sequence[Piece], device: str | None, *, progress: bool
+) -> list[Exception | None]:
+    """Run a piece; or several that score one adapter again, together.
+
+    Args:
+        pieces: An element of `together`.
+        device: "cpu", "cuda" or "auto".
+        progress: Whether to show bars.
+
+    Returns:
+        For each piece what it failed with. What fails for all of them is raised.
+    """
+    if len(pieces) == 1:
+        run_piece(pieces[0], device, progress=progress)
+        return [None]
+    errors: list[Exception | None] = []
+    for piece, result in zip(pieces, _score_again(pieces, device, progress), strict=True):
+        try:
+            if isinstance(result, Exception):
+                raise result
+            with _result_folder(piece) as folder:
+                save_run(_renamed(piece, result), folder / RESULT_FILE)
+            errors.append(None)
+        except Exception as error:
+            errors.append(portable(error))
+    return errors
+
 
 def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
     """Train, convert or join one (method, seed), score it and write its result.
@@ -198,15 +241,22 @@ def run_piece(piece: Piece, device: str | None, *, progress: bool) -> None:
     All that it writes is in a folder beside its own until it has ended.
     """
     saved = _saved(piece.folder)
-    if saved is not None:
-        _run_piece(piece, saved, piece.folder, device, progress)
+    with _result_folder(piece) as folder:
+        _run_piece(piece, saved, folder, device, progress)
+
+
+@contextlib.contextmanager
+def _result_folder(piece: Piece) -> Iterator[Path]:
+    """A folder to write into, which is the piece's at the end; its own where it has one."""
+    if _saved(piece.folder) is not None:
+        yield piece.folder
         return
     piece.folder.parent.mkdir(parents=True, exist_ok=True)
     name = unfinished(piece.folder.name).replace("*", secrets.token_hex(4))
     half = piece.folder.with_name(name)
     half.mkdir()
     try:
-        _run_piece(piece, None, half, device, progress)
+        yield half
         os.rename(half, piece.folder)
     finally:
         shutil.rmtree(half, ignore_errors=True)
@@ -238,7 +288,9 @@ def _run_piece(
             notes=saved.notes,
         )
     elif piece.plain and _plain(piece.plain[0]).experiment.method == one.method:
-        result = _score_again(piece, device, progress)
+        (found,) = _score_again([piece], device, progress)
+        assert isinstance(found, Run)  # a single one raises
+        result = found
     elif made == "train":
         result = run(
             one,
@@ -280,40 +332,79 @@ def _run_piece(
             once = sources[-1:] if piece.word == CHECKPOINTS else sources  # trained in one go
             training = _together([source.training for source in once])
             result = Run(one, training, rows, parameters=parameters)
-    if piece.variant:
-        rows = [
-            dataclasses.replace(
-                row, name=row.name.replace(method.title, piece.title), method=piece.word
-            )
-            for row in result.rows
-        ]
-        result = dataclasses.replace(result, rows=rows)
-    save_run(result, folder / RESULT_FILE)
+    save_run(_renamed(piece, result), folder / RESULT_FILE)
 
 
-def _score_again(piece: Piece, device: str | None, progress: bool) -> Run:
-    """An adapter that is there, scored with the draws of another experiment."""
-    one, (path,) = piece.experiment, piece.plain
-    source, recipe = _plain(path), one.recipe
-    task = one.seen(piece.task)
+def _renamed(piece: Piece, result: Run) -> Run:
+    """The run with the names that the piece gives its rows."""
+    if not piece.variant:
+        return result
+    title = METHODS[piece.experiment.method].title
+    rows = [
+        dataclasses.replace(row, name=row.name.replace(title, piece.title), method=piece.word)
+        for row in result.rows
+    ]
+    return dataclasses.replace(result, rows=rows)
+
+
+def _score_again(
+    pieces: Sequence[Piece], device: str | None, progress: bool
+) -> list[Run | Exception]:
+    """An adapter that is there, scored with the draws of other experiments."""
+    one, (path,) = pieces[0].experiment, pieces[0].plain
+    source = _plain(path)
+    task = one.seen(pieces[0].task)
     model, encoder = load_adapter(path, source.experiment, task, device=device)
-    rows = evaluate_model(
+    wanted = [
+        Wanted(
+            piece.experiment.n_samples,
+            piece.experiment.recipe.draws,
+            piece.experiment.recipe.draw_scope,
+            mean=piece.mean,
+            temperature=False,
+            temper_draws=piece.temper_draws,
+        )
+        for piece in pieces
+    ]
+    title = METHODS[one.method].title if len(pieces) > 1 else pieces[0].title
+    found = evaluate_wanted(
         model,
         encoder,
         task,
+        wanted,
         method=one.method,
-        n_samples=one.n_samples,
         seed=one.seed,
-        draws=recipe.draws,
-        scope=recipe.draw_scope,
-        batch_size=recipe.eval_batch_size,
-        temperature=False,
-        temper_draws=piece.temper_draws,
-        mean=piece.mean,
+        batch_size=one.recipe.eval_batch_size,
         progress=progress,
-        label=f"{piece.title or METHODS[one.method].title}, seed {one.seed}",
+        label=f"{title or METHODS[one.method].title}, seed {one.seed}",
     )
-    return dataclasses.replace(source, experiment=one, rows=rows)
+    return [
+        rows
+        if isinstance(rows, Exception)
+        else dataclasses.replace(source, experiment=piece.experiment, rows=rows)
+        for piece, rows in zip(pieces, found, strict=True)
+    ]
+
+
+def together(pieces: Sequence[Piece], left: Sequence[Piece]) -> list[tuple[Piece, ...]]:
+    """What is left to run, with pieces that score one adapter again in one tuple.
+
+    Args:
+        pieces: All of them, from `plan`.
+        left: Those that have no result yet.
+    """
+    method_in = {piece.folder: piece.experiment.method for piece in pieces}
+    groups: dict[Any, list[Piece]] = {}
+    for piece in left:
+        one, key = piece.experiment, (piece.folder, "")
+        if len(piece.plain) == 1 and method_in.get(_home(piece.plain[0])) == one.method:
+            # Draws are all that may differ; a key, since options of a recipe are no hashable values.
+            same = dataclasses.replace(
+                one.recipe, n_samples=None, draws=KINDS[0], draw_scope=DRAW_SCOPES[0]
+            )
+            key = piece.plain[0], repr(dataclasses.replace(one, recipe=same))
+        groups.setdefault(key, []).append(piece)
+    return [tuple(group) for group in groups.values()]
 
 
 def _saved(folder: Path) -> Run | None:
@@ -323,16 +414,20 @@ def _saved(folder: Path) -> Run | None:
 
 def _plain(folder: Path) -> Run:
     """The run of an adapter, also of one that was saved on its way."""
-    if folder.parent.name == SNAPSHOTS:
-        if not folder.is_dir():
-            raise ValueError(
-                f"needs {folder}, which was not saved when the adapter was trained; use another folder"
-            )
-        folder = folder.parent.parent
-    saved = _saved(folder)
+    home = _home(folder)
+    if home != folder and not folder.is_dir():
+        raise ValueError(
+            f"needs {folder}, which was not saved when the adapter was trained; use another folder"
+        )
+    saved = _saved(home)
     if saved is None:
-        raise ValueError(f"needs the adapter in {folder}, whose training failed")
+        raise ValueError(f"needs the adapter in {home}, whose training failed")
     return saved
+
+
+def _home(folder: Path) -> Path:
+    """The folder of the run that an adapter is from, also of one that was saved on its way."""
+    return folder.parent.parent if folder.parent.name == SNAPSHOTS else folder
 
 
 def _together(trainings: Sequence[Training | None]) -> Training | None:
@@ -480,30 +575,43 @@ def compare(
                 "choose another folder"
             )
     left = [piece for piece in pieces if not _is_done(piece)]
+    calls = together(pieces, left)
     failed: dict[Path, Failure] = {}
-    numbers = {piece.folder: i for i, piece in enumerate(left)}
+    numbers = {piece.folder: i for i, call in enumerate(calls) for piece in call}
+
+    def ended_with(piece: Piece, error: BaseException | None) -> None:
+        if error is None:
+            done(piece, load_run(piece.folder / RESULT_FILE))
+            return
+        text = " ".join(str(error).split()) or type(error).__name__
+        if out_of_memory(error):
+            text = (
+                f"memory: expected enough for this run, got: {text}; use smaller batches, a smaller "
+                "--max-length, or fewer --processes"
+            )
+        elif not isinstance(error, ValueError):
+            text = f"{type(error).__name__}: {text}"
+        failed[piece.folder] = Failure(piece.word, piece.experiment.seed, text)
+        done(piece, failed[piece.folder])
 
     def finished(index: int, result: Any) -> None:
-        piece = left[index]
-        if isinstance(result, BaseException):
-            text = " ".join(str(result).split()) or type(result).__name__
-            one = piece.experiment
-            error = text if isinstance(result, ValueError) else f"{type(result).__name__}: {text}"
-            failed[piece.folder] = Failure(piece.word, one.seed, error)
-            done(piece, failed[piece.folder])
-        else:
-            done(piece, load_run(piece.folder / RESULT_FILE))
+        call = calls[index]
+        errors = [result] * len(call) if isinstance(result, BaseException) else result
+        for piece, error in zip(call, errors, strict=True):
+            ended_with(piece, error)
 
     for piece in left:  # what a killed run left half written
         for half in piece.folder.parent.glob(unfinished(piece.folder.name)):
             shutil.rmtree(half)
     if left:
+        needed = [{_home(path) for piece in call for path in piece.plain} for call in calls]
         side_by_side(
-            run_piece,
-            [(piece, device) for piece in left],
+            run_pieces,
+            [(call, device) for call in calls],
             finished,
-            after=[[numbers[p] for p in piece.plain if p in numbers] for piece in left],
+            after=[{numbers[path] for path in paths if path in numbers} for paths in needed],
             processes=processes,
+            gpus=gpus(device),
             steps=sum(_steps(piece) for piece in left),
             progress=progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -46,7 +47,12 @@ def conversion_options(experiment: Experiment) -> dict[str, Any]:
 
 
 def convert_model(
-    experiment: Experiment, model: PeftModel, encoder: TaskEncoder, *, progress: bool = True
+    experiment: Experiment,
+    model: PeftModel,
+    encoder: TaskEncoder,
+    *,
+    choices: Sequence[int] | None = None,
+    progress: bool = True,
 ) -> ConversionReport:
     """Make a trained plain adapter Bayesian, in place, with the experiment's method.
 
@@ -54,6 +60,7 @@ def convert_model(
     among them. ``anchors`` is the number of training examples that it looks at, the same ones for
     every seed; by default what the method says, at most all. A method that chooses the width of its
     posterior on validation examples gets those of `held_out`, unless an option names another way.
+    ``choices`` are the tokens that stand for classes, of a language model without a head for them.
 
     Raises:
         ValueError: An option is out of range, or there are no training examples.
@@ -67,6 +74,8 @@ def convert_model(
     batch_size = options.pop("batch_size", recipe.eval_batch_size)
     data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
     options.setdefault("progress", progress)
+    if choices is not None:
+        options["choices"] = list(choices)
     batches = list(batches_of(data, encoder, batch_size))
     examples = held_out(experiment, encoder.task).choosing if chooses(experiment) else []
     if examples:

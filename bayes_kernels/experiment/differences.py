@@ -16,7 +16,7 @@ from .compare import RESULT_FILE, known_methods, load_run
 from .results import Summary, summarise
 from .run import Run
 from .scoring import Row
-from .tables import SCORES, spread
+from .tables import SCORES, bare, spread
 
 # Scores with a column for the difference, in the order of the table.
 _COMPARED = ("accuracy", "nll", "brier", "ece")
@@ -110,4 +110,4 @@ def _interval(found: metrics.Difference | None) -> str:
     if found is None:
         return ""
     text = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return text.replace("-", "−").replace("0.", ".")
+    return bare(text.replace("-", "−"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +13,16 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
-from ..files import write_json
+from ..files import updating_folder, write_json
 from ..hf.card import write_card
-from ..hf.checks import RECORD_NAME
+from ..hf.checkpoint_folders import last_checkpoint
+from ..hf.checks import CONFIG_NAME, RECORD_NAME
 from ..hf.method import METHODS
 from ..hf.tasks import adapters
 from ..hf.tasks.encoder import TaskEncoder
 from ..hf.tasks.record import FORMAT, Record, readable, task_fields
 from ..hf.tasks.record import read_record as record_of
-from ..hf.tasks.task import Task
-from ..hf.trainer import last_checkpoint
+from ..task import Task
 from .machine import versions
 from .output import method_files, stopped_run
 from .recipe import Experiment
@@ -36,26 +34,17 @@ CHECKPOINTS = "checkpoints"
 def save_adapter(
     model: PeftModel, experiment: Experiment, task: Task, encoder: TaskEncoder, folder: Path
 ) -> None:
-    """Write the adapter and its `experiment.json` into a folder, each file whole or not at all.
+    """Write the adapter and its `experiment.json` into a folder, all files or none.
 
     `PeftModel.from_pretrained` and `load_adapter` read it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder))
-    try:
+    # Files of methods are of what was there before, unless they are written again.
+    with updating_folder(folder, CONFIG_NAME, method_files()) as temporary:
         with named_errors(folder, "the adapter"):
             model.save_pretrained(str(temporary), save_embedding_layers=False)
         METHODS[experiment.method].save(model, temporary)
-        for name in method_files():  # of what was there before
-            if not (temporary / name).is_file():
-                (folder / name).unlink(missing_ok=True)
         write_record(temporary, experiment, task, encoder, place=folder)
         write_card(temporary, place=folder)
-        files = sorted(temporary.iterdir(), key=lambda path: path.name == "adapter_config.json")
-        for path in files:  # the configuration last: without it there is no adapter
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

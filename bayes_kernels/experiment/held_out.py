@@ -12,13 +12,16 @@ from ..hf.method import METHODS
 from ..hf.predict import predictor_of
 from ..hf.scale import can_rescale, compare_draws, fit_scale_, report_draws
 from ..hf.tasks.encoder import TaskEncoder, batches_of
-from ..hf.tasks.task import Example, Task
+from ..task import Example, Task
 from .data.splits import choose_subset
 from .recipe import Experiment
 from .scoring import Row
 
 # Most validation examples that mean and draws are compared on: every trial takes all draws of them.
 _EXAMPLES = 200
+# Fewest by which a posterior is changed unasked. Draws help where the mean is wrong, and where it is wrong
+# in none of n answers, it may be in up to 3 / n of all (95 %): a tenth for 30.
+_LEAST = 30
 # Most that a conversion chooses on.
 _CHOOSING = 500
 
@@ -94,13 +97,21 @@ def encoded(
 
 
 def check_posterior(
-    experiment: Experiment, model: PeftModel, encoder: TaskEncoder, *, progress: bool = True
+    experiment: Experiment,
+    model: PeftModel,
+    encoder: TaskEncoder,
+    *,
+    choices: Sequence[int] | None = None,
+    progress: bool = True,
 ) -> Verdict | None:
     """Compare draws with the mean on validation examples, and choose the scale as the recipe says.
+
+    Scale "guard" changes nothing where fewer than 30 examples check the posterior.
 
     Args:
         experiment: method, draws, and what to do: `Experiment.scale`.
         model, encoder: an adapter with its posterior, which may be rescaled in place.
+        choices: ids of the answer tokens, for a causal model that writes them; see `predict`.
         progress: whether to show bars.
 
     Returns:
@@ -119,16 +130,29 @@ def check_posterior(
         "seed": experiment.seed,
         "draws": recipe.draws,
         "scope": recipe.draw_scope,
+        "choices": choices,
         "progress": progress,
     }
     name = f"{row.title}, seed {experiment.seed}"
-    if can_rescale(model):
-        found = fit_scale_(model, batches, only_if_harmful=experiment.scale == "guard", **options)
+    guarded = experiment.scale == "guard"
+    if can_rescale(model) and not (guarded and len(examples) < _LEAST):
+        found = fit_scale_(model, batches, only_if_harmful=guarded, **options)
         before, factor, text = found.before, found.factor, f"{name}: {found}"
+        if guarded and factor != 1:
+            text += "; --set scale=keep leaves them as they are"
         report: dict[str, Any] = dataclasses.asdict(found)
         report["trials"] = [list(trial) for trial in found.trials]
     else:
         before, factor = compare_draws(model, batches, **options), 1.0
-        text = f"{name}: {before}; predict with n_samples=0, which is the mean"
+        text = f"{name}: {before}"
+        if before.harmful and can_rescale(model):
+            text += (
+                f"; fewer than {_LEAST} examples, deviations left as they are "
+                "(--set scale=fit fits them)"
+            )
+        elif before.harmful:
+            text += "; predict with n_samples=0, which is the mean"
+        elif can_rescale(model):
+            text += "; deviations left as they are"
         report = {"factor": 1.0, "before": dataclasses.asdict(before)}
     return Verdict(text, before.harmful, factor, report)

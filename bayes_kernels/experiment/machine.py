@@ -18,9 +18,11 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from ..hf.tasks.adapters import pick_device
 
 
 def versions() -> dict[str, str]:
@@ -47,6 +49,39 @@ def machine() -> dict[str, Any]:
     }
 
 
+# --- GPUs ----------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """A GPU that runs may use.
+
+    Attributes:
+        name: As CUDA_VISIBLE_DEVICES has it.
+        free, total: Bytes of its memory.
+    """
+
+    name: str
+    free: int
+    total: int
+
+
+def gpus(device: str | None) -> list[Gpu]:
+    """The GPUs of a device's name; none for the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if pick_device(device).type != "cuda":
+        return []
+    gc.collect()
+    torch.cuda.empty_cache()  # of this process, which only looks on
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    names = names[:count] if len(names) >= count else [str(i) for i in range(count)]
+    return [Gpu(name, *torch.cuda.mem_get_info(i)) for i, name in enumerate(names)]
+
+
 # --- Peak memory ---------------------------------------------------------------------------------
 
 
@@ -63,8 +98,9 @@ class _PeakMemory:
 
     mib = math.nan
 
-    def __init__(self) -> None:
-        gc.collect()
+    def __init__(self, collect: bool) -> None:
+        if collect:
+            gc.collect()
         if memory_measure() == "cuda allocated":
             torch.cuda.reset_peak_memory_stats()
         elif memory_measure() == "resident, reset":
@@ -87,8 +123,13 @@ class _PeakMemory:
 
 
 @contextlib.contextmanager
-def peak_memory() -> Iterator[_PeakMemory]:
-    peak = _PeakMemory()
+def peak_memory(collect: bool = True) -> Iterator[_PeakMemory]:
+    """Measures what is done inside; `mib` of what it gives has the result afterwards.
+
+    Args:
+        collect: Whether to collect garbage before, which takes a tenth of a second and more.
+    """
+    peak = _PeakMemory(collect)
     try:
         yield peak
     finally:

@@ -27,14 +27,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..files import write_json
+from ..hf.checkpoint_folders import is_checkpoint, is_whole_checkpoint
+from ..hf.checks import CONFIG_NAME
 from ..hf.method import METHODS
 from ..hf.tasks.record import FORMAT
-from ..hf.trainer import is_checkpoint, is_whole_checkpoint
 
 PRIVATE = ".bayes_kernels"
 # Scores of an adapter go below it by default, which is why `evaluate` may write there.
@@ -51,9 +52,9 @@ def method_files() -> list[str]:
 
 
 def adapter_files() -> list[str]:
-    """What `save_adapter` writes: README.md is PEFT's card, .adapter.* what a killed run left of it."""
-    peft = ["adapter_config.json", "adapter_model.safetensors"]
-    return [*peft, "experiment.json", *method_files(), "README.md", ".adapter.*"]
+    """What `save_adapter` writes, README.md being PEFT's card, and what a killed run left of it."""
+    peft = [CONFIG_NAME, "adapter_model.safetensors"]
+    return [*peft, "experiment.json", *method_files(), "README.md", unfinished(CONFIG_NAME)]
 
 
 def unfinished(name: str) -> str:
@@ -75,7 +76,7 @@ class _Record:
         kind: The command.
         command, cwd: Its words, and where it was called.
         files: Names or patterns of its files, relative to the folder; folders stand for all in them.
-            Of a run that has ended: every file by its name.
+            Of a run that has ended: every file by its name, unless it was killed after `complete`.
         ended: Whether it has.
     """
 
@@ -148,8 +149,8 @@ def stopped_run(folder: str | os.PathLike[str]) -> str:
 class Output:
     """The folder of one run: a context that holds it from `begin` to its end.
 
-    When the context ends without an exception, the run has ended. With one, what the run wrote goes
-    and what it replaced comes back; runs of `train` and `compare` that have something to go on from
+    When the context ends without an exception, or after `complete`, the run has ended. With one, what the run
+    wrote goes and what it replaced comes back; runs of `train` and `compare` with something to go on from
     (a checkpoint, a finished part) stay as they are. Between `begin` and the end SIGTERM raises
     `Stopped`, so that all this happens then too.
 
@@ -181,6 +182,7 @@ class Output:
         self._made: list[Path] = []
         self._handler: Any = None
         self._begun = False
+        self.completed = False
 
     def add(self, files: Sequence[str]) -> None:
         """More files that the run writes, with what `write_text` and `compare` make of them first."""
@@ -305,6 +307,18 @@ class Output:
         _write(folder / PRIVATE, record)
         self._begun = True
 
+    def complete(self) -> None:
+        """From now on what there is stays, whatever happens: only pictures, say, are left to write.
+
+        What was replaced is thrown away. A process that is killed later leaves a run that has ended.
+        """
+        private = self.folder / PRIVATE
+        record = _read(private)
+        if self._begun and record is not None:
+            _write(private, replace(record, ended=True))
+            _throw_away(private)
+            self.completed = True
+
     def __enter__(self) -> Output:
         self.check()
         return self
@@ -314,7 +328,7 @@ class Output:
             return
         try:
             record = _read(self.folder / PRIVATE)
-            if kind is None and self._begun and record is not None:
+            if (kind is None or self.completed) and self._begun and record is not None:
                 self._end(record)
             else:
                 _recover(self.folder)

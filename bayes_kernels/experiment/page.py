@@ -14,8 +14,9 @@ from bayes_kernels import metrics
 from .. import html, svg
 from ..files import write_text
 from ..hf.tasks.answers import answer
-from ..hf.tasks.task import Example, Task
 from ..svg import Series
+from ..table import Table
+from ..task import Example, Task
 from .results import Summary
 from .scoring import Row
 from .tables import cost_table, legend, score_table, shift_table
@@ -40,6 +41,12 @@ align-items:center;font-size:.88rem}
 """
 
 
+_COLUMNS = (
+    "by chance: the ECE that a perfectly calibrated model would have on as many texts; over-confidence: mean "
+    "confidence less accuracy"
+)
+
+
 def write_page(
     folder: Path,
     summaries: Sequence[Summary],
@@ -50,6 +57,7 @@ def write_page(
     verdict: str = "",
     note: str = "",
     figures: Sequence[str] = (),
+    more: Sequence[Table] = (),
     command: Sequence[str] = (),
 ) -> Path:
     """Write `report.html`: scores, reliability, risk and coverage, entropies, telling texts.
@@ -66,19 +74,19 @@ def write_page(
         verdict: What was found, in a sentence.
         note: What else there is to say about the runs.
         figures: Pictures that come first, such as `score_figures`.
+        more: Tables after those of the scores.
         command: The command line.
 
     Returns:
         The file.
     """
     shown = rows[-1]
-    tables = [score_table(summaries), shift_table(summaries), cost_table(summaries)]
+    tables = [score_table(summaries), shift_table(summaries), *more, cost_table(summaries)]
     body = [f"<p>{html.escape(_about(task))}</p>"]
     body += [f'<p class="verdict">{html.escape(verdict)}</p>'] if verdict else []
     body += ["<h2>Scores</h2>", *(one.html() for one in tables if one is not None)]
-    body += [
-        f'<p class="quiet">{html.escape(text)}</p>' for text in (legend(summaries), note) if text
-    ]
+    quiet = (legend(summaries), _COLUMNS, note)
+    body += [f'<p class="quiet">{html.escape(text)}</p>' for text in quiet if text]
     body += ["<h2>Pictures</h2>", '<div class="grid">', *figures, *_pictures(rows, shown)]
     body.append("</div>")
     body += _texts(shown, task)
@@ -98,10 +106,10 @@ def _about(task: Task) -> str:
 
 
 def _figure(chart: str, names: Sequence[str], caption: str) -> str:
-    return (
-        f"<figure>\n{chart}\n{svg.legend(names)}\n"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    """A picture with its caption, and with a legend where there are names."""
+    parts = [chart, *([svg.legend(names)] if names else ())]
+    parts.append(f"<figcaption>{html.escape(caption)}</figcaption>")
+    return "<figure>\n" + "\n".join(parts) + "</figure>"
 
 
 def _pictures(rows: Sequence[Row], shown: Row) -> list[str]:
@@ -171,11 +179,17 @@ def score_figures(
     """A picture of each score against the values of a setting, with the arguments of `plots.score_curves`."""
     found = []
     for heading, curves in scores.items():
-        lines = [
-            Series(name or heading, range(len(values)), [mean for mean, _ in points], marked=True)
-            for name, points in curves.items()
+        lines = []
+        for name, points in curves.items():
+            y, spread = ([point[i] for point in points] for i in (0, 1))
+            lines.append(Series(name, range(len(values)), y, marked=True, spread=spread))
+        ends = [
+            y + bar
+            for one in lines
+            for y, spread in zip(one.y, one.spread, strict=True)
+            for bar in (0.0, -spread, spread)
         ]
-        known = [y for line in lines for y in line.y if math.isfinite(y)] or [0.0]
+        known = [y for y in ends if math.isfinite(y)] or [0.0]
         room = max(0.1 * (max(known) - min(known)), 1e-3)
         chart = svg.chart(
             lines,
@@ -186,7 +200,10 @@ def score_figures(
             y=(min(known) - room, max(known) + room),
             xticks=values,
         )
-        found.append(_figure(chart, [line.name for line in lines], f"{heading} against {xlabel}."))
+        bars = any(spread > 0 for one in lines for spread in one.spread)  # NaN for a single seed
+        end = "; bars: standard deviation over seeds." if bars else "."
+        names = [one.name for one in lines if one.name]
+        found.append(_figure(chart, names, f"{heading} against {xlabel}{end}"))
     return found
 
 
@@ -228,7 +245,10 @@ def _texts(row: Row, task: Task) -> list[str]:
         ("Least certain", lambda i: True, False),
         ("Wrong with most confidence", lambda i: not right[i], True),
     ]
-    parts = [f"<h2>Texts, as {html.escape(row.name)} sees them</h2>"]
+    parts = [
+        f"<h2>Texts, as {html.escape(row.name)} sees them</h2>",
+        '<p class="quiet">✓ is the right answer.</p>',
+    ]
     for heading, wanted, falling in groups:
         order = rising[::-1] if falling else rising
         chosen = [i for i in order if wanted(i)][:_TEXTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,6 +20,24 @@ import transformers
 
 from ..progress import progress_bar
 from .callbacks import count_steps_in
+from .machine import Gpu
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+# The part of a GPU's free memory that is shared out: contexts and libraries of the processes need the rest.
+_SHARED_OUT = 0.9
+
+
+def shares(gpus: Sequence[Gpu], processes: int) -> list[tuple[Gpu, int]]:
+    """The GPU of each process, and the bytes that it may take there: an equal share of what is free.
+
+    Args:
+        gpus: At least one; processes are dealt out to them in turn.
+        processes: How many there are.
+    """
+    places = [number % len(gpus) for number in range(processes)]
+    return [
+        (gpus[place], int(_SHARED_OUT * gpus[place].free / places.count(place))) for place in places
+    ]
 
 
 def side_by_side(
@@ -28,6 +47,7 @@ def side_by_side(
     *,
     after: Sequence[Collection[int]] | None = None,
     processes: int = 1,
+    gpus: Sequence[Gpu] = (),
     steps: int = 0,
     progress: bool = True,
 ) -> None:
@@ -44,7 +64,10 @@ def side_by_side(
         finished: Called with the number of the call and its result, or its exception, as they come.
             Where it raises, all that runs is stopped.
         after: For every call the numbers of those that must have finished before.
-        processes: How many at a time; 1 makes the calls one after the other in this process.
+        processes: How many at a time; 1 makes the calls one after the other, in this process unless it
+            sees several GPUs.
+        gpus: GPUs that the processes are dealt out to in turn. Each sees its own one only, and may take its
+            share of the memory: one that needs more fails, and the others go on.
         steps: Optimiser steps of all calls together, for the bar.
         progress: Whether to show bars.
     """
@@ -58,8 +81,10 @@ def side_by_side(
             left.remove(found)
         return found
 
+    if not arguments:
+        return
     processes = min(processes, len(arguments))
-    if processes <= 1:
+    if processes <= 1 and len(gpus) <= 1:  # of several this process would see all
         while (index := next_call()) is not None:
             try:
                 result = function(*arguments[index], progress=progress)
@@ -67,50 +92,60 @@ def side_by_side(
                 result = error
             over.add(index)
             finished(index, result)
+            del result  # the frames of an exception hold its model
         return
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     share = max(1, torch.get_num_threads() // processes)
 
-    def start_process() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            1, mp_context=context, initializer=_start_worker, initargs=(share, counter)
-        )
+    places = shares(gpus, processes) if gpus else [None] * processes
 
-    free = [start_process() for _ in range(processes)]
-    running: dict[Future[bytes], tuple[int, ProcessPoolExecutor]] = {}
+    def start_process(number: int) -> ProcessPoolExecutor:
+        place = places[number]
+        part = None if place is None else place[1] / place[0].total
+        pool = ProcessPoolExecutor(
+            1, mp_context=context, initializer=_start_worker, initargs=(share, counter, part)
+        )
+        if place is not None:
+            with _seeing(place[0]):  # before the process begins: CUDA looks once
+                pool.submit(os.getpid)
+        return pool
+
+    pools = [start_process(number) for number in range(processes)]
+    free = list(range(processes))
+    running: dict[Future[bytes], tuple[int, int]] = {}
     bar = progress_bar(progress, total=steps, desc=f"{len(arguments)} runs, {processes} at a time")
     try:
         while left or running:
             while free and (index := next_call()) is not None:
-                process = free.pop()
+                number = free.pop()
                 try:
-                    future = process.submit(_call_pickled, function, arguments[index])
+                    future = pools[number].submit(_call_pickled, function, arguments[index])
                 except BrokenProcessPool:  # killed while it waited for a call
-                    process.shutdown(wait=False)
-                    process = start_process()
-                    future = process.submit(_call_pickled, function, arguments[index])
-                running[future] = index, process
+                    pools[number].shutdown(wait=False)
+                    pools[number] = start_process(number)
+                    future = pools[number].submit(_call_pickled, function, arguments[index])
+                running[future] = index, number
             if not running:
                 raise ValueError(f"side_by_side: calls {left} wait for calls that never come")
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(counter.value - bar.n)
             for future in ended:
-                index, process = running.pop(future)
+                index, number = running.pop(future)
                 try:
                     # Pickled by hand: torch would pass tensors in shared memory, which containers
                     # limit.
                     result = pickle.loads(future.result())
                 except BrokenProcessPool:
                     result = RuntimeError(
-                        "a run was killed from outside, perhaps for lack of memory; use fewer "
-                        "threads, so that fewer processes run side by side"
+                        "a run was killed from outside, perhaps for lack of memory, or could not begin; "
+                        "use fewer --processes, or --threads where there are none"
                     )
-                    process.shutdown(wait=False)
-                    process = start_process()
+                    pools[number].shutdown(wait=False)
+                    pools[number] = start_process(number)
                 except Exception as error:
                     result = error
-                free.append(process)
+                free.append(number)
                 over.add(index)
                 finished(index, result)
     except BaseException:
@@ -119,16 +154,39 @@ def side_by_side(
         raise
     finally:
         bar.close()
-        for process in [*free, *(process for _, process in running.values())]:
-            process.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(threads: int, counter: Any) -> None:
+@contextlib.contextmanager
+def _seeing(gpu: Gpu) -> Iterator[None]:
+    """Inside, processes that begin see this GPU only."""
+    before = os.environ.get(_VISIBLE)
+    os.environ[_VISIBLE] = gpu.name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VISIBLE]
+        else:
+            os.environ[_VISIBLE] = before
+
+
+def _start_worker(threads: int, counter: Any, part: float | None) -> None:
+    take_share(part)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_end_with_parent, daemon=True).start()
     count_steps_in(counter)
     torch.set_num_threads(threads)
     quiet_libraries()
+    # What a run warns of is among its notes, which the parent has.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"bayes_kernels\.experiment\.")
+
+
+def take_share(part: float | None) -> None:
+    """Let torch take no more than this part of the GPU; None for no limit."""
+    if part is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(part)
 
 
 def _end_with_parent() -> None:
@@ -143,11 +201,18 @@ def _call_pickled(function: Callable[..., Any], arguments: tuple[Any, ...]) -> b
     try:
         return pickle.dumps(function(*arguments, progress=False))
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # would arrive as a process that was killed
-            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        if (other := portable(error)) is not error:
+            raise other from None
         raise
+
+
+def portable(error: Exception) -> Exception:
+    """An exception that another process can read: one that it could not would look like a killed process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def quiet_libraries() -> None:

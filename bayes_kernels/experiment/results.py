@@ -13,7 +13,7 @@ import torch
 from bayes_kernels import metrics
 
 from ..hf.tasks.record import FORMAT
-from ..hf.tasks.task import Task
+from ..task import Task
 from .machine import machine, versions
 from .run import Run
 from .scoring import Row

@@ -22,12 +22,13 @@ from ..hf.kept_layers import KeptLayers, keeping
 from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import TaskEncoder
-from ..hf.tasks.task import Task
 from ..launcher import launched
+from ..task import Task
 from .build import build
 from .convert import conversion_options, convert_model
 from .folders import CHECKPOINTS, save_adapter, stored_numbers
 from .held_out import check_posterior
+from .machine import gpus
 from .processes import side_by_side
 from .recipe import Experiment
 from .scoring import Row, evaluate_model, known_labels
@@ -316,6 +317,7 @@ def run_many(
         [(job, device) for job in jobs],
         finished,
         processes=processes,
+        gpus=gpus(device),
         steps=sum(job.experiment.recipe.steps for job in jobs),
         progress=progress,
     )

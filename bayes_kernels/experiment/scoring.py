@@ -1,28 +1,34 @@
 """Predictions of adapters, and their scores.
 
+All rows of one adapter are computed in one loop over the batches of each set: what several of them need
+is computed once, and counts for each of them (`bayes_kernels.hf.predict_several`).
+
 The cost of a prediction is milliseconds per example, each batch timed by itself (after
 synchronising the GPU), batches visited in an order independent of their length, the first five (at
-most half) discarded. Peak memory is as `bayes_kernels.experiment.machine` measures it.
+most half) discarded. Peak memory is as `bayes_kernels.experiment.machine` measures it, step by step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayes_kernels import metrics
 
+from ..hf.draws import Sampling
 from ..hf.logits import Prediction
 from ..hf.method import METHODS, PLAIN
-from ..hf.tasks.answers import predict_examples
+from ..hf.tasks.answers import Sampled, sample_examples
 from ..hf.tasks.encoder import TaskEncoder
-from ..hf.tasks.task import Example, Task
+from ..task import Example, Task
 from .machine import peak_memory
 
 
@@ -97,6 +103,24 @@ def known_labels(examples: Sequence[Example]) -> Tensor | None:
     return None if None in labels or not labels else torch.tensor(labels)
 
 
+class Wanted(NamedTuple):
+    """Rows that are made of one adapter.
+
+    Attributes:
+        n_samples, draws, scope: Of the row with draws, as `bayes_kernels.hf.predict` takes them.
+        mean: Whether methods with draws have a row for the mean, too.
+        temperature: Whether the single set of weights has a row with a temperature, too.
+        temper_draws: Whether the draws have one.
+    """
+
+    n_samples: int = 10
+    draws: str = "antithetic"
+    scope: str = "example"
+    mean: bool = True
+    temperature: bool = True
+    temper_draws: bool = False
+
+
 def evaluate_model(
     model: nn.Module,
     encoder: TaskEncoder,
@@ -126,59 +150,130 @@ def evaluate_model(
     Raises:
         ValueError: There are no labelled test examples.
     """
-    labels = known_labels(task.test)
-    if labels is None:
+    wanted = Wanted(n_samples, draws, scope, mean, temperature, temper_draws)
+    (rows,) = evaluate_wanted(
+        model,
+        encoder,
+        task,
+        [wanted],
+        method=method,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+        label=label,
+    )
+    assert not isinstance(rows, Exception)
+    return rows
+
+
+def evaluate_wanted(
+    model: nn.Module,
+    encoder: TaskEncoder,
+    task: Task,
+    wanted: Sequence[Wanted],
+    *,
+    method: str,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+    label: str = "",
+) -> list[list[Row] | Exception]:
+    """`evaluate_model` for several numbers or kinds of draws, in one loop over the examples.
+
+    Args:
+        model, encoder, task, method, seed, batch_size, progress, label: As in `evaluate_model`.
+        wanted: What each list of rows is made of.
+
+    Returns:
+        For each of `wanted` its rows. Where it fails its exception, if there are others; a single one raises.
+
+    Raises:
+        ValueError: There are no labelled test examples.
+    """
+    if known_labels(task.test) is None:
         raise ValueError(f"task {task.name!r}: expected labelled test examples, got none")
     row = METHODS[method]
     # The checkpoints of a run that converts plain LoRA have no posterior yet.
     own = row.predictor(model)
     bayesian = own is not None and own.draws
     name = (row if bayesian or row.made == "train" else METHODS[PLAIN]).title
-    rows = []
-    counts = [0] if not bayesian or n_samples == 0 else [0, n_samples]
-    if n_samples and bayesian and (row.made == "join" or not mean):
-        counts = [n_samples]
-    for count in counts:
-        options: dict[str, Any] = {
-            "n_samples": count,
-            "seed": seed,
-            "draws": draws,
-            "scope": scope,
-            "batch_size": batch_size,
-            "progress": progress,
-        }
-        with peak_memory() as peak:
-            what = f"{label or name} N={count}" if bayesian else label or name
-            test, cost = predict_examples(
-                model, encoder, task.test, label=f"{what}: test", **options
-            )
-            ood = {
-                key: predict_examples(model, encoder, part, label=f"{what}: {key}", **options)[0]
-                for key, part in task.ood.items()
-                if part
-            }
-        row_name = f"{name} N={count}" if count else f"{name} mean" if bayesian else name
-        rows.append(_score(row_name, method, None, test, ood, task, cost, peak.mib))
-        held_out = known_labels(task.validation)
-        if (temper_draws if count else temperature) and held_out is not None:
-            validation, _ = predict_examples(
-                model, encoder, task.validation, label=f"{what}: validation", **options
-            )
-            t = fit_temperature(validation.log_probs, held_out)
-            short = row_name.removesuffix(" (MLE)")
-            rows.append(
-                _score(
-                    f"{short} + temperature",
-                    method,
-                    t,
-                    _tempered(test, t),
-                    {key: _tempered(part, t) for key, part in ood.items()},
-                    task,
-                    cost,
-                    peak.mib,
-                )
-            )
-    return rows
+    held_out = known_labels(task.validation)
+
+    def counts(one: Wanted) -> list[int]:
+        if one.n_samples and bayesian and (row.made == "join" or not one.mean):
+            return [one.n_samples]
+        return [0] if not bayesian or one.n_samples == 0 else [0, one.n_samples]
+
+    def sampling(one: Wanted, count: int) -> Sampling:
+        return Sampling(count, one.draws, one.scope) if count else Sampling(0)
+
+    def tempered(one: Wanted, count: int) -> bool:
+        return held_out is not None and (one.temper_draws if count else one.temperature)
+
+    # In their order, each once.
+    asked = [(one, count) for one in wanted for count in counts(one)]
+    scored = list(dict.fromkeys(sampling(*pair) for pair in asked))
+    fitted = list(dict.fromkeys(sampling(*pair) for pair in asked if tempered(*pair)))
+    sets = {"test": (task.test, scored)}
+    sets.update({f"ood {key}": (part, scored) for key, part in task.ood.items() if part})
+    if fitted:
+        sets["validation"] = (task.validation, fitted)
+    gc.collect()  # else what is left of training would count as memory
+    found: dict[str, dict[Sampling, Sampled]] = {}
+    failed: dict[Sampling, Exception] = {}
+    # On validation rows, which not all that is wanted needs.
+    unfitted: dict[Sampling, Exception] = {}
+    for key, (examples, samplings) in sets.items():
+        left = [one for one in samplings if one not in failed]
+        if not left:
+            continue
+        watched = {} if key == "validation" else {"watch": functools.partial(peak_memory, False)}
+        results = sample_examples(
+            model,
+            encoder,
+            examples,
+            left,
+            seed=seed,
+            batch_size=batch_size,
+            apart=len(wanted) > 1,
+            progress=progress,
+            label=f"{label or name}: {key.removeprefix('ood ')}",
+            **watched,
+        )
+        for one, given in zip(left, results, strict=True):
+            if isinstance(given, Exception):
+                (unfitted if key == "validation" else failed)[one] = given
+            else:
+                found.setdefault(key, {})[one] = given
+
+    def rows_of(one: Wanted) -> list[Row]:
+        rows = []
+        for count in counts(one):
+            key = sampling(one, count)
+            test = found["test"][key]
+            ood = {far: found[f"ood {far}"][key] for far, part in task.ood.items() if part}
+            memory = max(part.peak for part in (test, *ood.values()))
+            outside = {far: part.prediction for far, part in ood.items()}
+            costs = task, test.milliseconds, memory
+            row_name = f"{name} N={count}" if count else f"{name} mean" if bayesian else name
+            rows.append(_score(row_name, method, None, test.prediction, outside, *costs))
+            if tempered(one, count):
+                assert held_out is not None
+                t = fit_temperature(found["validation"][key].prediction.log_probs, held_out)
+                cooled = {far: _tempered(part, t) for far, part in outside.items()}
+                short = f"{row_name.removesuffix(' (MLE)')} + temperature"
+                rows.append(_score(short, method, t, _tempered(test.prediction, t), cooled, *costs))
+        return rows
+
+    def result(one: Wanted) -> list[Row] | Exception:
+        for count in counts(one):
+            key = sampling(one, count)
+            error = failed.get(key) or (unfitted.get(key) if tempered(one, count) else None)
+            if error is not None:
+                return error
+        return rows_of(one)
+
+    return [result(one) for one in wanted]
 
 
 def _tempered(prediction: Prediction, temperature: float) -> Prediction:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..hf.method import METHODS, PLAIN
-from ..hf.tasks.task import Task
+from ..task import Task
 from .compare import Piece
 from .recipe import Experiment
 from .results import Summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,5 +144,9 @@ def legend(summaries: Sequence[Summary]) -> str:
 
 def spread(key: str, mean: Mapping[str, float], std: Mapping[str, float]) -> str:
     """A score as mean ± standard deviation, without the 0 before the point."""
-    text = f"{mean[key]:.3f}" + (f"±{std[key]:.3f}" if key in std else "")
-    return text.replace("0.", ".") if mean[key] < 1 else text.replace("±0.", "±.")
+    return bare(f"{mean[key]:.3f}" + (f"±{std[key]:.3f}" if key in std else ""))
+
+
+def bare(text: str) -> str:
+    """Numbers without the 0 before the point."""
+    return re.sub(r"(?<!\d)0\.", ".", text)

@@ -7,6 +7,7 @@ Training cost is the wall-clock time of the training loop, and peak memory as
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import tempfile
 import time
@@ -22,13 +23,14 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers import TrainingArguments as Arguments
 
+from ..hf.checkpoint_folders import last_checkpoint
 from ..hf.config import own_fields
 from ..hf.kept_layers import KeptLayers, keeping
 from ..hf.method import METHODS
 from ..hf.tasks.answers import synchronise
 from ..hf.tasks.encoder import EncodedDataset, TaskEncoder, batches_of
 from ..hf.tokens import IGNORED
-from ..hf.trainer import BayesTrainer, last_checkpoint
+from ..hf.trainer import BayesTrainer
 from ..launcher import launched
 from ..progress import progress_bar
 from .callbacks import Interrupted, RecordBesideCheckpoint, Snapshots, StopOnSignal, TrainingBar
@@ -164,8 +166,7 @@ def train_model(
                 _train(trainer, last, folder)
             if arguments.world_size > 1:
                 # What follows is one process's work, and must not wait for the others.
-                torch.distributed.barrier()
-                torch.distributed.destroy_process_group()
+                _end_process_group(trainer)
             finished = trainer.state.global_step >= recipe.steps
             if finished:
                 size = recipe.eval_batch_size
@@ -185,6 +186,22 @@ def train_model(
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
     return Training(seconds, done - start, peak.mib, log, _resolved(model))
+
+
+def _end_process_group(trainer: Any) -> None:
+    """Wait for all processes, then end their group and its threads.
+
+    Threads of gloo take Python's lock to free tensors. DDP's reducer, as the last to hold the group,
+    would wait for them while it has that lock: on a busy machine such a process never ended (torch
+    2.13). So the reducer goes first, and the group here, which gives up the lock meanwhile.
+    """
+    group = torch.distributed.group.WORLD
+    torch.distributed.barrier()
+    trainer.accelerator.free_memory()  # of DeepSpeed, too, whose engine asks the group
+    trainer.model_wrapped = trainer.model
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    del group
 
 
 def _resolved(model: PeftModel) -> dict[str, Any]:

@@ -67,6 +67,10 @@ def quantize_activations(
     Keeps n + n / 32 bytes for each token. Adapters that share x can share these: the gradients with
     respect to x and b do not use them, those of each first factor stay unbiased.
 
+    Only the kernels take them. For ranks above 64, on devices without kernels and under torch.func adapters
+    check `kept` and leave it alone: PyTorch's operations keep x, widened to fp32, gradients are the
+    exact ones, and what was made here is memory and time without a use.
+
     Args:
         x: (..., n). Under autocast it is taken in the autocast dtype, as adapters take it. Not
             differentiated.

@@ -53,7 +53,7 @@ def lora(
         stream: the layer's noise stream.
         row0: index of the first token of x, for batches that are split.
         kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
-            the same gradients up to rounding without bias.
+            the same gradients up to rounding without bias. Ranks above 64 keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -129,7 +129,7 @@ def flipout_lora(
             coherent posterior samples folded into the batch: rows of one sample.
         dropout: probability of dropping an element of x (one mask for both paths).
         kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
-            the same gradients up to rounding without bias.
+            the same gradients up to rounding without bias. Ranks above 64 keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -185,7 +185,7 @@ def scaled_lora(
         scaling: constant factor.
         groups: int64 (...,) in [0, G), needed when d has two dimensions.
         kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
-            the same gradients up to rounding without bias.
+            the same gradients up to rounding without bias. Ranks above 64 keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -233,7 +233,7 @@ def core_lora(
         base: (..., m) or None.
         scaling: constant factor.
         kept: x in 8 bits (`quantize_activations`), which backward takes in place of x: less memory, and
-            the same gradients up to rounding without bias.
+            the same gradients up to rounding without bias. Ranks above 64 keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.

@@ -62,7 +62,8 @@ def lora_group(
         key: noise key; needed with dropout.
         streams: the adapters' noise streams: each has a mask of its own. None: one mask for all.
         row0: index of the first token of x, for batches that are split.
-        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x, for all adapters.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x, for all adapters
+            but those of ranks above 64, which keep x.
 
     Returns:
         (..., m_i) for each adapter.
@@ -125,7 +126,8 @@ def flipout_lora_group(
         row0: number of the first group.
         rows_per_group: successive rows of a group.
         dropout: probability of dropping an element of x, with a mask for each adapter.
-        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x, for all adapters.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x, for all adapters
+            but those of ranks above 64, which keep x.
 
     Returns:
         (..., m_i) for each adapter.

@@ -131,7 +131,8 @@ def grouped_lora(
             Rows with another number raise an error on the CPU, and have NaN as their result on a GPU.
         rows_per_group: row t (in the flattened batch) has group t // rows_per_group.
         scaling: constant factor.
-        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x. Ranks above 64
+            keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -181,7 +182,8 @@ def sampled_lora(
         std: "square" (rho^2), "softplus" or "direct".
         antithetic: draws come in pairs, see `gaussian_draws`.
         scaling: constant factor.
-        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x. Ranks above 64
+            keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.
@@ -240,7 +242,8 @@ def grouped_flipout_lora(
             of its place in the batch. Give the token's number where rows were sorted by expert.
         std: "square" (rho^2), "softplus" or "direct".
         row0: sign row of the first row, for batches that are split.
-        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x.
+        kept: x in 8 bits (`quantize_activations`), which backward takes in place of x. Ranks above 64
+            keep x.
 
     Returns:
         (..., m) in the dtype of base, or of x.

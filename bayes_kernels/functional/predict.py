@@ -57,11 +57,20 @@ class McPrediction(NamedTuple):
     @property
     def mutual_information(self) -> Tensor:
         """(B,) entropy - expected_entropy in nats; rounding may put it slightly below zero."""
-        if self.expected_entropy is None:
-            raise ValueError(
-                "mutual_information: method 'probit' gives no expected entropy; use 'mc' or 'bridge'"
-            )
-        return self.entropy - self.expected_entropy
+        return entropy_apart(self.entropy, self.expected_entropy)
+
+
+def entropy_apart(entropy: Tensor, expected_entropy: Tensor | None) -> Tensor:
+    """Mutual information of class and weights: entropy - expected_entropy.
+
+    Raises:
+        ValueError: there is no expected entropy.
+    """
+    if expected_entropy is None:
+        raise ValueError(
+            "mutual_information: method 'probit' gives no expected entropy; use 'mc' or 'bridge'"
+        )
+    return entropy - expected_entropy
 
 
 def mc_predict(

@@ -15,6 +15,7 @@ from . import beside  # noqa: E402, F401
 from .bayesianize import ConversionReport, bayesianize  # noqa: E402
 from .checkpoints import export_draws, export_lora, import_lora  # noqa: E402
 from .config import BayesLoraConfig  # noqa: E402
+from .draws import Sampling  # noqa: E402
 from .generate import generate, score_texts  # noqa: E402
 from .kept_layers import KeptLayers  # noqa: E402
 from .kl import (  # noqa: E402
@@ -44,10 +45,16 @@ from .methods.polar_vbll import (  # noqa: E402
     laplace_refine,
 )
 from .methods.scalabl import ScalablConfig  # noqa: E402
-from .methods.tfb import TfbConfig, TfbReport  # noqa: E402
+from .methods.tfb import TfbConfig  # noqa: E402
+from .methods.tfb_report import TfbReport  # noqa: E402
 from .model import BayesLoraModel  # noqa: E402
 from .posterior import checkpoint_noise, posterior, refresh_noise  # noqa: E402
-from .predict import predict, predict_batches, predict_dataset  # noqa: E402
+from .predict import (  # noqa: E402
+    predict,
+    predict_batches,
+    predict_dataset,
+    predict_several,
+)
 from .scale import DrawsReport, ScaleReport, compare_draws, fit_scale_, rescale_  # noqa: E402
 from .sharding import save_sharded  # noqa: E402
 from .tasks.answers import Answer, Answers  # noqa: E402
@@ -78,6 +85,7 @@ __all__ = [
     "PolarConfig",
     "PolarVbllConfig",
     "Prediction",
+    "Sampling",
     "SavedAdapter",
     "SavedWriter",
     "ScalablConfig",
@@ -117,6 +125,7 @@ __all__ = [
     "predict",
     "predict_batches",
     "predict_dataset",
+    "predict_several",
     "predict_tokens",
     "refresh_noise",
     "rescale_",

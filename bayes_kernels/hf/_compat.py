@@ -33,6 +33,10 @@ _LAYERS_WITH_VARIANTS = frozenset(
 LAYERS_WITHOUT_HOOK = frozenset({"AwqLoraLinear", "AqlmLoraLinear", "EetqLoraLinear"})
 
 
+# PEFT 0.20 loads an adapter without the biases that were trained with it.
+KEEPS_BIASES = Version(Version(peft.__version__).base_version) >= Version("0.21")
+
+
 def check_versions() -> None:
     """Raise ImportError, in one line, where an installed version is outside the tested range."""
     for package, (low, high) in ((peft, PEFT_RANGE), (transformers, TRANSFORMERS_RANGE)):

@@ -6,13 +6,18 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..batches import as_batches, labels_of
+from ..batches import as_batches, batch_size, is_empty, labels_of, select
 from .layers import check_whole
 from .method import METHODS, ConversionReport
 from .scale import compare_draws
+
+# Examples that are kept back to compare mean and draws on, at most; and of how many some are.
+_CHECKING = 200
+_FEW = 40
 
 
 def bayesianize(
@@ -31,10 +36,12 @@ def bayesianize(
             training examples ("laplace").
         options: options of the method, as `bayes_kernels.hf.methods.tfb.tfb_` and
             `bayes_kernels.hf.methods.laplace.laplace_` take them. With `validation`, held-out examples
-            with class labels, mean and draws are compared on them in the end (`compare_draws`: 1 +
-            n_samples passes, of a Laplace posterior one), and a warning says where the draws raise the
-            NLL by more than chance. Both methods also choose the width of the posterior on them unless
-            told otherwise; the comparison is then too kind, and others than these would be better.
+            with class labels, mean and draws are compared in the end (`compare_draws`: 1 + n_samples
+            passes, of a Laplace posterior one), and a warning says where the draws raise the NLL by
+            more than chance. Where the method chooses the width of the posterior on these examples,
+            as both do unless told otherwise, at most 200 of them, every second or k-th one, are kept
+            back for the comparison: what has chosen cannot check. Of fewer than 40 all choose and all
+            check, which is too kind, and the warning says so.
 
     Returns:
         The method's report, whose `str` is one line: `TfbReport` or `LaplaceLoraReport`.
@@ -72,16 +79,42 @@ def bayesianize(
     if validation is None:
         return found.convert(model, data, **found.fixed, **options)
     batches = list(as_batches(validation, options.get("batch_size", 16), options.get("collate_fn")))
-    report = found.convert(model, data, **found.fixed, **{**options, "validation": batches})
-    labels = [labels_of(batch) for batch in batches]
-    if not all(isinstance(one, Tensor) and one.dim() == 1 for one in labels):
+    of_classes = all(isinstance(one, Tensor) and one.dim() == 1 for one in map(labels_of, batches))
+    choosing, checking = batches, batches
+    if of_classes and found.chooses(options):
+        choosing, checking = _parts(batches)
+    report = found.convert(model, data, **found.fixed, **{**options, "validation": choosing})
+    if not of_classes:
         return report  # tokens, which `compare_draws` does not take
     names = ("n_samples", "seed", "draws", "scope", "choices", "progress")
     law = {name: options[name] for name in names if name in options}
-    said = compare_draws(model, batches, **{"n_samples": METHODS[method].n_samples, **law})
+    said = compare_draws(model, checking, **{"n_samples": METHODS[method].n_samples, **law})
     if said.harmful:
+        same = found.chooses(options) and checking is choosing
+        kind = ", and these chose the posterior's width" if same else ""
         warnings.warn(
-            f"bayesianize: {said}; predict with n_samples=0, which is the mean, or see fit_scale_",
+            f"bayesianize: {said}{kind}; predict with n_samples=0, which is the mean, or see fit_scale_",
             stacklevel=2,
         )
     return report
+
+
+def _parts(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Examples that choose, and others that check; all of them twice where there are few.
+
+    They take turns, as files may be sorted by class.
+    """
+    sizes = [0 if is_empty(batch) else batch_size(batch) for batch in batches]
+    apart = max(2, -(-sum(sizes) // _CHECKING))
+    choosing: list[Any] = []
+    checking: list[Any] = []
+    start = 0
+    for batch, size in zip(batches, sizes, strict=True):
+        checks = torch.arange(start, start + size) % apart == apart - 1
+        start += size
+        for part, rows in ((choosing, ~checks), (checking, checks)):
+            if rows.any():
+                part.append(select(batch, rows.nonzero()[:, 0]))
+    if sum(sizes) < _FEW or any(batch is None for batch in (*choosing, *checking)):
+        return batches, batches
+    return choosing, checking

@@ -30,17 +30,23 @@ _SCORES = (("accuracy", "accuracy"), ("ece", "ECE"), ("nll", "NLL"), ("brier", "
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Names of a classifier's classes from its configuration; none where they are LABEL_0, ..."""
+    """Names of a classifier's classes from its configuration, LABEL_0, ... where nobody gave any."""
     config: Any = getattr(model, "config", None)
     named = getattr(config, "id2label", None) or {}
-    names = [str(named[key]) for key in sorted(named)]
-    return [] if all(name.startswith("LABEL_") for name in names) else names
+    return [str(named[key]) for key in sorted(named)]
+
+
+def problem_type(model: nn.Module) -> str | None:
+    """ "regression" or "multi_label_classification", where a classifier's configuration says so."""
+    found = getattr(getattr(model, "config", None), "problem_type", None)
+    return found if found in ("regression", "multi_label_classification") else None
 
 
 def write_card(
     folder: str | os.PathLike[str],
     *,
     classes: Sequence[str] = (),
+    problem: str | None = None,
     scores: Mapping[str, float] | None = None,
     place: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -51,6 +57,7 @@ def write_card(
     Args:
         folder: with adapter_config.json, and experiment.json where a command wrote it.
         classes: names of the classes, where the record does not say.
+        problem: from `problem_type`.
         scores: metrics of test examples by name (accuracy, ece, nll, brier), where they are known.
         place: where the folder will be, if it moves: paths are as seen from there.
 
@@ -69,7 +76,7 @@ def write_card(
     # Commands know the base by a word ("minilm") that transformers does not.
     source = _near(place, config.get("base_model_name_or_path"))
     base = _near(place, record.get("experiment", {}).get("model")) or source
-    write_text(path, _text(folder, config, record, base, source, classes, scores or {}))
+    write_text(path, _text(folder, config, record, base, source, classes, problem, scores or {}))
     return path
 
 
@@ -80,6 +87,7 @@ def _text(
     base: str,
     source: str,
     classes: Sequence[str],
+    problem: str | None,
     scores: Mapping[str, float],
 ) -> str:
     bayesian = config.get("peft_type") == PEFT_TYPE_NAME
@@ -92,7 +100,7 @@ def _text(
         ("Method", f"{method.title} (`{method.name}`)"),
         ("Base model", f"`{base}`" if base else "not recorded"),
         ("Task", record.get("task", {}).get("name") or config.get("task_type")),
-        ("Classes", ", ".join(names)),
+        ("Classes", "" if all(name.startswith("LABEL_") for name in names) else ", ".join(names)),
         (
             "LoRA",
             f"r = {config.get('r')}, alpha = {config.get('lora_alpha')}, on {_layers(config)}",
@@ -128,7 +136,8 @@ def _text(
             "With PEFT alone:",
             "",
         ]
-    lines += ["```python", *_loading(folder, config, method, source or base), "```"]
+    program = _loading(folder, config, method, source or base, names, problem, bool(record))
+    lines += ["```python", *program, "```"]
     if bayesian:
         lines += [
             "",
@@ -189,24 +198,53 @@ def _advice(method: Method) -> str:
     )
 
 
-def _loading(folder: Path, config: Mapping[str, Any], method: Method, base: str) -> list[str]:
-    auto = _CLASSES.get(str(config.get("task_type")), "AutoModel")
+def _loading(
+    folder: Path,
+    config: Mapping[str, Any],
+    method: Method,
+    base: str,
+    classes: Sequence[str],
+    problem: str | None,
+    recorded: bool,
+) -> list[str]:
+    """A program that loads the adapter in its folder, and asks it where the kind of model says how."""
+    task, name = config.get("task_type"), base or "BASE MODEL"
+    auto = _CLASSES.get(str(task), "AutoModel")
+    head = ""
+    if task in ("SEQ_CLS", "TOKEN_CLS") and classes:
+        # The base may have no head, or one of another size: PEFT's file has the adapter's.
+        head += f", num_labels={len(classes)}, ignore_mismatched_sizes=True"
+        head += f', problem_type="{problem}"' if problem else ""
+    unsure = "" if task in _CLASSES else "  # of the class that was adapted, which is not recorded"
     draws = f", n_samples={method.n_samples}" if method.bayesian else ""
-    names, more = ["predict"], []
+    asked: list[str] = []
+    names: list[str] = []
+    if task == "SEQ_CLS":
+        names = ["predict"]
+        asked = [
+            'batch = tokenizer(["..."], return_tensors="pt")',
+            f"print(predict(model, batch{draws}))",
+        ]
+    elif task == "CAUSAL_LM" and not recorded:  # a recorded one answers in the words of its task
+        names = ["generate"]
+        asked = [f'print(generate(model, tokenizer, ["..."]{draws or ", n_samples=0"}))']
+    more = []
     if any((folder / name).is_file() for name in method.files):
         load = method.load.__name__
         names, more = sorted([load, *names]), [f'{load}(model, ".")']
+    tokenizer = [f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] if asked else []
     return [
         "import bayes_kernels.hf  # first: it registers the adapter's type",
-        f"from bayes_kernels.hf import {', '.join(names)}",
+        *([f"from bayes_kernels.hf import {', '.join(names)}"] if names else []),
         "from peft import PeftModel",
-        f"from transformers import {auto}",
+        f"from transformers import {', '.join([auto, *(['AutoTokenizer'] if asked else [])])}",
         "",
-        f'base = {auto}.from_pretrained("{base or "BASE MODEL"}")',
+        *tokenizer,
+        f'base = {auto}.from_pretrained("{name}"{head}){unsure}',
         'model = PeftModel.from_pretrained(base, ".").eval()',
         *more,
-        f"print(predict(model, batch{draws}))",
+        *asked,
     ]
 
 
-__all__ = ["CARD_NAME", "class_names", "write_card"]
+__all__ = ["CARD_NAME", "class_names", "problem_type", "write_card"]

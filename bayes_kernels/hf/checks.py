@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ._compat import PEFT_TYPE_NAME
-from .config import DEFAULT_METHOD, check_ranks_and_scales
+from .config import DEFAULT_METHOD
+from .lora_options import check_ranks_and_scales
 from .method import METHODS
 from .variants import VARIANTS, extra_names
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +16,7 @@ from peft import LoraConfig, PeftConfig
 from .._library import MAX_FUSED_RANK
 from ..optim import KINDS
 from ._compat import BAYES_LORA
+from .lora_options import check_lora_options
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -148,9 +148,12 @@ class BayesLoraConfig(LoraConfig):
         return super().__new__(made)
 
     def __post_init__(self) -> None:
+        kind = type(self).__name__
+        check_lora_options(kind, vars(self))
+        if isinstance(self.modules_to_save, (tuple, set)):  # PEFT adds heads to it
+            self.modules_to_save = sorted(self.modules_to_save)
         super().__post_init__()
         self.peft_type = BAYES_LORA
-        kind = type(self).__name__
         self.method = self.method or self._method
         if self.method != self._method:
             raise ValueError(f"{kind}: method must be {self._method!r}, got {self.method!r}")
@@ -166,15 +169,12 @@ class BayesLoraConfig(LoraConfig):
             raise ValueError(
                 f"{kind}: init_lora_weights='mica' freezes a factor; use True or 'gaussian'"
             )
-        check_ranks_and_scales(kind, vars(self))
         ranks = [self.r, *(self.rank_pattern or {}).values()]
         if self.activation_bits is not None and max(ranks) > MAX_FUSED_RANK:
             raise ValueError(
                 f"{kind}: activation_bits needs ranks of at most {MAX_FUSED_RANK}, whose kernels keep 8 "
                 f"bits, got {max(ranks)}; leave it out, or lower the rank"
             )
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"{kind}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.target_parameters:
             self._check_parameters(kind)
 
@@ -226,50 +226,6 @@ class VariationalConfig(BayesLoraConfig):
         above=0,
         needs={"kl_schedule": ("published", "constant")},
     )
-
-
-def check_ranks_and_scales(where: str, options: Mapping[str, Any]) -> None:
-    """Whether ranks and scales of LoRA, for all layers and for some, are ones; PEFT does not check.
-
-    Args:
-        where: what a message starts with.
-        options: those of `peft.LoraConfig`, by name; what is left out has PEFT's default.
-
-    Raises:
-        ValueError: a pattern is no mapping of names or expressions, a rank is no integer of at least 1,
-            or a scale no finite number.
-    """
-    scales = {
-        "lora_alpha": options.get("lora_alpha", 8),
-        **_pattern(where, options, "alpha_pattern"),
-    }
-    for name, value in scales.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise ValueError(f"{where}: {name} must be a finite number, got {value!r}")
-    ranks = {"r": options.get("r", 8), **_pattern(where, options, "rank_pattern")}
-    for name, value in ranks.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: {name} must be a rank of at least 1, got {value!r}")
-
-
-def _pattern(where: str, options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What some layers have instead, by what a message calls it."""
-    found = options.get(name)
-    found = {} if found is None else found
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        what = "ranks" if name == "rank_pattern" else "scales"
-        raise ValueError(
-            f"{where}: {name} must be a mapping of names of layers to {what}, got {found!r}"
-        )
-    for key in found:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(
-                f"{where}: {name} must have names of layers or regular expressions, got {key!r} ({error})"
-            ) from None
-    return {f"{name}[{key!r}]": value for key, value in found.items()}
 
 
 def own_fields(config: type[PeftConfig]) -> list[Field[Any]]:

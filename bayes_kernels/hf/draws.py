@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -36,8 +36,35 @@ from .layers import (
 from .logits import GATHERED, AnyPrediction, LogitRows, target_kind
 from .lower_layers import Shared, find_lower_layers
 from .posterior import posterior
-from .prefixes import split_prefix
+from .prefixes import SharedPrefix, split_prefix
 from .stopping import Settling
+
+
+class Sampling(NamedTuple):
+    """What a prediction averages over.
+
+    Attributes:
+        n_samples: number of draws; 0 for the posterior mean.
+        draws, scope: as in `bayes_kernels.hf.predict`.
+    """
+
+    n_samples: int = 10
+    draws: str = "antithetic"
+    scope: str = "example"
+
+
+class Step(NamedTuple):
+    """A part of the work of several predictions of a batch.
+
+    Attributes:
+        number: place of the sampling whose prediction is ready; None for work that those after it share.
+        prediction: its prediction.
+        after: place of the sampling whose draws it goes on from; None where it begins with its own.
+    """
+
+    number: int | None
+    prediction: AnyPrediction | None = None
+    after: int | None = None
 
 
 class Predictor(Protocol):
@@ -70,6 +97,23 @@ class Predictor(Protocol):
         share_prefix: bool = False,
     ) -> AnyPrediction:
         """The prediction of a batch; arguments as in `bayes_kernels.hf.predict`."""
+
+    def several(
+        self,
+        batch: Mapping[str, Any],
+        samplings: Sequence[Sampling],
+        *,
+        seed: int,
+        choices: Sequence[int] | None,
+        samples_per_pass: int | None,
+        memory_budget: int | None,
+        return_samples: bool,
+        share_layers: bool,
+    ) -> Iterator[Step]:
+        """The predictions of a batch by `samplings`, as they are ready, with what they share computed once.
+
+        Arguments as in `bayes_kernels.hf.predict_several`.
+        """
 
 
 class WeightDraws:
@@ -180,22 +224,10 @@ class WeightDraws:
         Raises:
             ValueError: as `bayes_kernels.hf.predict`.
         """
+        self._check(n_samples)
         model = self.model
-        if n_samples and not self.draws:
-            raise ValueError(
-                f"predict: n_samples must be 0 for adapters without a posterior, got {n_samples}; pass "
-                "n_samples=0, or make the adapter Bayesian with bayesianize"
-            )
-        if n_samples and (why := without_effect(model)) is not None:
-            raise ValueError(
-                f"predict: draws need adapters that take part in the pass, got adapters that are {why}, "
-                "or pass n_samples=0"
-            )
-        device = next(model.parameters()).device
-        labels, inputs = labels_of(batch), to_device(inputs_of(batch), device)
+        labels, inputs, rows = self._prepared(batch, choices)
         size = batch_size(inputs)
-        rows = LogitRows(model, batch, choices)  # from the mask on the host: no wait for the GPU
-        inputs.update(rows.options)
         total = max(n_samples, 1)
         at_once, per_pass = plan(
             model,
@@ -236,7 +268,7 @@ class WeightDraws:
                     "predict: share_prefix must be False where draws go by the place in the batch (MC "
                     "dropout, scope='token') or are members of an ensemble; leave it out"
                 )
-            prefix = split_prefix(model, to_device(inputs_of(batch), device))
+            prefix = split_prefix(model, self._on_device(batch))
         if prefix is not None:
             rows = LogitRows(model, prefix.rest, choices)
             inputs, share_layers = {**prefix.rest, **rows.options}, False
@@ -253,29 +285,21 @@ class WeightDraws:
                 rule=stop_rule,
             )
         law: dict[str, Any] = {"kind": draws, "scope": scope}
-        labels = None if labels is None else labels.cpu()
         with eval_mode(model), without_padding(model, inputs):
-            shared = self._shared(inputs, choices, law) if share_layers and total > 1 else None
+            shared = self._shared(inputs, choices) if share_layers and total > 1 else None
             below = 0 if shared is None else len(shared.found.names)
             first, kept = 0, torch.arange(size)
             while first < total and (settling is None or len(settling.open)):
                 count = min(per_pass, total - first)
                 if settling is not None:
                     count = settling.next_pass(per_pass)
-                folded = fold_samples(inputs, count)
                 which: dict[str, Any] = {"n_samples": count, "seed": seed, "first_sample": first}
-                again = contextlib.nullcontext() if shared is None else shared.replayed(count)
-                with self.weights(n_samples > 0, **which, **law), again:
-                    if prefix is not None:
-                        run = functools.partial(self.outputs, first=first, count=count)
-                        folded.update(prefix.filled(run, count, len(kept)))
-                    logits = rows.of(self.outputs(folded, first, count), count)
+                weights = self.weights(n_samples > 0, **which, **law)
+                logits = self._logits(
+                    inputs, rows, weights, first, count, shared=shared, prefix=prefix
+                )
                 first += count
-                kind = "classes"
-                if choices is None:
-                    kind = target_kind(model, logits.shape[1], labels)
-                accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
-                logits = logits.to(accumulate).unflatten(0, (count, -1))
+                kind = self._kind(logits, choices, labels)
                 if settling is None:
                     gathered = gathered or GATHERED[kind](return_samples, dependent)
                     gathered.add(logits)
@@ -301,16 +325,149 @@ class WeightDraws:
             result = settling.result(labels)
         return dataclasses.replace(result, shared_layers=below)
 
-    def _shared(
-        self, inputs: Mapping[str, Any], choices: Sequence[int] | None, law: Mapping[str, Any]
-    ) -> Shared | None:
+    def several(
+        self,
+        batch: Mapping[str, Any],
+        samplings: Sequence[Sampling],
+        *,
+        seed: int,
+        choices: Sequence[int] | None,
+        samples_per_pass: int | None,
+        memory_budget: int | None,
+        return_samples: bool,
+        share_layers: bool,
+    ) -> Iterator[Step]:
+        """As `Predictor.several`: numbers of the same draws are prefixes of one run of them.
+
+        Raises:
+            ValueError: as `bayes_kernels.hf.predict`.
+        """
+        model, most = self.model, max(one.n_samples for one in samplings)
+        self._check(most)
+        labels, inputs, rows = self._prepared(batch, choices)
+        at_once, per_pass = plan(
+            model,
+            inputs,
+            1 if self.one_per_pass else max(most, 1),
+            samples_per_pass=samples_per_pass,
+            memory_budget=memory_budget,
+        )
+        if at_once < batch_size(inputs) and self.divisible:  # parts of it, each by itself
+            for i, one in enumerate(samplings):
+                found = self.predict(
+                    batch,
+                    n_samples=one.n_samples,
+                    seed=seed,
+                    choices=choices,
+                    samples_per_pass=samples_per_pass,
+                    memory_budget=memory_budget,
+                    return_samples=return_samples,
+                    draws=one.draws,
+                    scope=one.scope,
+                    share_layers=share_layers,
+                )
+                yield Step(i, found)
+            return
+        groups: dict[Any, list[int]] = {}
+        for i, one in enumerate(samplings):
+            groups.setdefault(one[1:] if one.n_samples else None, []).append(i)
+        with eval_mode(model), without_padding(model, inputs):
+            shared, below = None, 0
+            if share_layers and (most > 1 or len(groups) > 1):
+                shared = self._shared(inputs, choices)
+                below = 0 if shared is None else len(shared.found.names)
+                yield Step(None)
+            for chosen, members in groups.items():
+                kind, scope = chosen or Sampling()[1:]
+                gathered: Any = None
+                first, before = 0, None
+                for i in sorted(members, key=lambda i: samplings[i].n_samples):
+                    number = samplings[i].n_samples
+                    while first < max(number, 1):
+                        count = min(per_pass, max(number, 1) - first)
+                        which: dict[str, Any] = {"n_samples": count, "seed": seed}
+                        which.update(first_sample=first, kind=kind, scope=scope)
+                        weights = self.weights(number > 0, **which)
+                        logits = self._logits(inputs, rows, weights, first, count, shared=shared)
+                        first += count
+                        if gathered is None:
+                            sums = GATHERED[self._kind(logits, choices, labels)]
+                            gathered = sums(return_samples, self.dependent(kind, scope))
+                        gathered.add(logits)
+                    result = gathered.result(number, labels)
+                    yield Step(i, dataclasses.replace(result, shared_layers=below), before)
+                    before = i
+
+    def _check(self, n_samples: int) -> None:
+        """Whether there are so many draws.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if n_samples and not self.draws:
+            raise ValueError(
+                "predict: n_samples must be 0 for adapters without a posterior, got "
+                f"{n_samples}; pass n_samples=0, or make the adapter Bayesian with bayesianize"
+            )
+        if n_samples and (why := without_effect(self.model)) is not None:
+            raise ValueError(
+                f"predict: draws need adapters that take part in the pass, got adapters that are {why}, "
+                "or pass n_samples=0"
+            )
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a batch where the model is."""
+        return to_device(inputs_of(batch), next(self.model.parameters()).device)
+
+    def _prepared(
+        self, batch: Mapping[str, Any], choices: Sequence[int] | None
+    ) -> tuple[torch.Tensor | None, dict[str, Any], LogitRows]:
+        """Labels of a batch, on the CPU; its inputs, on the model's device; what takes its logits."""
+        labels, inputs = labels_of(batch), self._on_device(batch)
+        # From the mask on the host: no wait for the GPU.
+        rows = LogitRows(self.model, batch, choices)
+        inputs.update(rows.options)
+        return None if labels is None else labels.cpu(), inputs, rows
+
+    def _logits(
+        self,
+        inputs: Mapping[str, Any],
+        rows: LogitRows,
+        weights: AbstractContextManager[Any],
+        first: int,
+        count: int,
+        *,
+        shared: Shared | None,
+        prefix: SharedPrefix | None = None,
+    ) -> torch.Tensor:
+        """Logits (count, B, C) of a pass with these weights: those of draws from number `first`."""
+        examples = batch_size(inputs)
+        folded = fold_samples(inputs, count)
+        again = contextlib.nullcontext() if shared is None else shared.replayed(count)
+        with weights, again:
+            if prefix is not None:
+                run = functools.partial(self.outputs, first=first, count=count)
+                folded.update(prefix.filled(run, count, examples))
+            logits = rows.of(self.outputs(folded, first, count), count)
+        accumulate = torch.float64 if logits.device.type != "mps" else torch.float32
+        return logits.to(accumulate).unflatten(0, (count, -1))
+
+    def _kind(
+        self, logits: torch.Tensor, choices: Sequence[int] | None, labels: torch.Tensor | None
+    ) -> str:
+        """What the logits stand for, see `target_kind`."""
+        if choices is not None:
+            return "classes"
+        return target_kind(self.model, logits.shape[-1], labels)
+
+    def _shared(self, inputs: Mapping[str, Any], choices: Sequence[int] | None) -> Shared | None:
         """What the layers below the first drawn one give for a batch; None where there are none."""
         drawn = self.drawn_modules()
         if not drawn:
             return None
 
         def mean() -> AbstractContextManager[Any]:
-            return self.weights(False, n_samples=1, seed=0, first_sample=0, **law)
+            return self.weights(False, n_samples=1, seed=0, first_sample=0)
 
         def logits(batch: Mapping[str, Any]) -> torch.Tensor:
             rows = LogitRows(self.model, batch, choices)
@@ -356,6 +513,13 @@ class NoiseDraws(WeightDraws):
         """As `WeightDraws.predict`; the first time with a warning about layers that no pass calls."""
         with _unused_noticed(self.model):
             return super().predict(batch, **options)
+
+    def several(
+        self, batch: Mapping[str, Any], samplings: Sequence[Sampling], **options: Any
+    ) -> Iterator[Step]:
+        """As `WeightDraws.several`, with the same warning."""
+        with _unused_noticed(self.model):
+            yield from super().several(batch, samplings, **options)
 
 
 def noise_predictor(model: nn.Module) -> NoiseDraws | None:

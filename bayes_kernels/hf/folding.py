@@ -87,9 +87,12 @@ def _even_parts(n_samples: int, most: int) -> int:
 def _budget(device: torch.device) -> int:
     if device.type != "cuda":
         return _CPU_BUDGET
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(_FREE_SHARE * (free + cached))
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    # Where several processes share the GPU, each may have a part of it.
+    own = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    cached = reserved - torch.cuda.memory_allocated(device)
+    return int(_FREE_SHARE * (max(0, min(free, own)) + cached))
 
 
 def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int]:

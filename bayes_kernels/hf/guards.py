@@ -19,7 +19,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from .card import class_names, write_card
+from .card import class_names, problem_type, write_card
 from .checks import CONFIG_NAME, check_folder, is_bayesian_folder
 from .config import BayesLoraConfig
 from .layers import active_layers, bayes_variants, check_whole
@@ -117,7 +117,7 @@ def _write_cards(
     for name in self.peft_config if selected_adapters is None else selected_adapters:
         if isinstance(self.peft_config[name], BayesLoraConfig):
             folder = Path(save_directory) / ("" if name == "default" else name)
-            write_card(folder, classes=class_names(self))
+            write_card(folder, classes=class_names(self), problem=problem_type(self))
 
 
 def _complete(result: Any, self: Any, adapter_name: str | None = None, **given: Any) -> None:

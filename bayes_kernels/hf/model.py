@@ -18,6 +18,7 @@ from .config import BayesLoraConfig
 from .experts import restore, unmatched_parameters
 from .guards import install as install_guards
 from .layers import cast_where_plain, key_devices, lora_layers
+from .lora_options import check_on_model
 from .noise import NoiseState
 from .posterior import advance_before_forward, generate_with_one_draw, watch_training_in_eval
 from .undo import as_before_if_stopped
@@ -59,8 +60,10 @@ class BayesLoraModel(LoraModel):
 
         Only weights that `init_lora_weights` changes in place (PiSSA, OLoRA, ...) do not come back.
         """
-        _keep_factors(model)
         config: Any = self.peft_config[adapter_name]
+        if not config.inference_mode:
+            check_on_model(type(config).__name__, vars(config), model)
+        _keep_factors(model)
         named = config.target_modules  # PEFT makes a list of words of it, or a shorter one
         with as_before_if_stopped(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -73,7 +76,13 @@ class BayesLoraModel(LoraModel):
         _warn_unmatched_parameters(model, config.target_parameters or ())
 
     def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        super()._prepare_model(peft_config, model)
+        try:
+            super()._prepare_model(peft_config, model)
+        except IndexError as error:
+            raise ValueError(
+                f"{type(peft_config).__name__}: layer_replication must have layers of the model, got "
+                f"{peft_config.layer_replication} ({error})"
+            ) from error
         if isinstance(peft_config, BayesLoraConfig):
             VARIANTS[peft_config.method].install(model, peft_config)
 

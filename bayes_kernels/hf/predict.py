@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..batches import as_batches, need_whole
 from ..progress import progress_bar
-from .draws import NoiseDraws, Predictor, WeightDraws
+from .draws import NoiseDraws, Predictor, Sampling, Step, WeightDraws
 from .gathering import gather_tensors, text_of, text_tensors
 from .layers import bayes_variants, without_effect
 from .logits import AnyPrediction, LabelPrediction, NumberPrediction, Prediction
@@ -117,19 +117,7 @@ def predict(
         ValueError: counts or words are out of range, the batch or the logits do not fit, the model has no
             adapter, or draws are asked for and the adapter has none or is disabled or merged.
     """
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"predict: batch must be a mapping of input tensors, got {type(batch).__name__}; for "
-            "texts pass tokenizer(texts, padding=True, return_tensors='pt')"
-        )
-    need_whole("predict: n_samples", n_samples, 0)
-    if samples_per_pass is not None:
-        need_whole("predict: samples_per_pass", samples_per_pass, 1)
-    for name, word, words in (("draws", draws, KINDS), ("scope", scope, DRAW_SCOPES)):
-        if word not in words:
-            raise ValueError(f"predict: {name} must be one of {words}, got {word!r}; choose one")
-    if isinstance(model, nn.DataParallel):
-        model = model.module  # it would cut the copies of the batch, and its threads know no draws
+    model = _checked("predict", model, batch, [Sampling(n_samples, draws, scope)], samples_per_pass)
     check_stop(stop, stop_rule, min_samples, return_samples)
     predictor = predictor_of(model)
     if stop is not None and not isinstance(predictor, WeightDraws):
@@ -161,6 +149,112 @@ def predict(
         min_samples=min_samples,
         share_prefix=share_prefix,
     )
+
+
+def predict_several(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    samplings: Sequence[Sampling],
+    *,
+    seed: int = 0,
+    choices: Sequence[int] | None = None,
+    samples_per_pass: int | None = None,
+    memory_budget: int | None = None,
+    return_samples: bool = False,
+    share_layers: bool = True,
+) -> list[AnyPrediction]:
+    """Predictions of one batch with several numbers or kinds of draws, which share what they can.
+
+    Each is that of `predict` with the same seed: the same bits where passes hold as many rows, else the same
+    up to rounding. What they have in common is computed once:
+
+    * Numbers of the same draws: the first N of them give the prediction of N, and go on to the next number.
+    * Layers below the first one in which draws differ, for the posterior mean and all kinds of draws.
+    * The one pass of a variational last layer; the covariances of logits of a Laplace posterior, for all
+      numbers of draws above 0.
+
+    Args:
+        model, batch, seed, choices, samples_per_pass, memory_budget, return_samples, share_layers: as in
+            `predict`.
+        samplings: at least one number and kind of draws.
+
+    Returns:
+        The predictions, in the order of `samplings`. Cost for draws of weights: as many passes as the
+        largest number of draws of each kind, and one for the mean. A batch that does not fit the memory
+        budget shares nothing.
+
+    Raises:
+        ValueError: as `predict`, or there are no samplings.
+
+    Example:
+        mean, few, many = predict_several(model, batch, [Sampling(0), Sampling(4), Sampling(32)])
+    """
+    options: dict[str, Any] = {"samples_per_pass": samples_per_pass, "memory_budget": memory_budget}
+    options.update(return_samples=return_samples, share_layers=share_layers)
+    steps = prediction_steps(model, batch, samplings, seed=seed, choices=choices, **options)
+    found = {step.number: step.prediction for step in steps}
+    return [found[i] for i in range(len(samplings))]  # type: ignore[misc]
+
+
+@torch.no_grad()
+def prediction_steps(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    samplings: Sequence[Sampling],
+    *,
+    seed: int = 0,
+    choices: Sequence[int] | None = None,
+    samples_per_pass: int | None = None,
+    memory_budget: int | None = None,
+    return_samples: bool = False,
+    share_layers: bool = True,
+) -> Iterator[Step]:
+    """The work of `predict_several` step by step, for those who measure what each of them costs."""
+    samplings = [Sampling(*one) for one in samplings]
+    model = _checked("predict_several", model, batch, samplings, samples_per_pass)
+    yield from predictor_of(model).several(
+        batch,
+        samplings,
+        seed=seed,
+        choices=choices,
+        samples_per_pass=samples_per_pass,
+        memory_budget=memory_budget,
+        return_samples=return_samples,
+        share_layers=share_layers,
+    )
+
+
+def _checked(
+    op: str,
+    model: nn.Module,
+    batch: object,
+    samplings: Sequence[Sampling],
+    samples_per_pass: int | None,
+) -> nn.Module:
+    """The model whose passes are made.
+
+    Raises:
+        ValueError: batch, counts or words are none; the message begins with `op`.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"{op}: batch must be a mapping of input tensors, got {type(batch).__name__}; for "
+            "texts pass tokenizer(texts, padding=True, return_tensors='pt')"
+        )
+    if not samplings:
+        raise ValueError(f"{op}: samplings must be at least one, got none")
+    if samples_per_pass is not None:
+        need_whole(f"{op}: samples_per_pass", samples_per_pass, 1)
+    for one in samplings:
+        need_whole(f"{op}: n_samples", one.n_samples, 0)
+        for name, word, words in (
+            ("draws", one.draws, KINDS),
+            ("scope", one.scope, DRAW_SCOPES),
+        ):
+            if word not in words:
+                raise ValueError(f"{op}: {name} must be one of {words}, got {word!r}; choose one")
+    # DataParallel would cut the copies of the batch, and its threads know no draws.
+    return model.module if isinstance(model, nn.DataParallel) else model
 
 
 def predictor_of(model: nn.Module) -> Predictor:
@@ -293,7 +387,8 @@ def predict_dataset(
     parts: list[Any] = []
     error: Exception | None = None
     try:
-        own = itertools.islice(batches, rank, None, world)
+        # All of them as they are: a part has no length, and a bar without one no time left.
+        own = batches if world == 1 else itertools.islice(batches, rank, None, world)
         parts += predict_batches(model, own, progress=progress and rank == 0, **options)
     except Exception as caught:  # the others wait for this process
         if not distributed:

@@ -55,6 +55,11 @@ class DrawsReport:
         return self.low > 0 and self.nll - self.mean_nll > _NO_HARM
 
     def __str__(self) -> str:
+        if max(abs(self.low), abs(self.high), abs(self.nll - self.mean_nll)) < _NO_HARM / 2:
+            return (
+                f"{self.n_samples} draws leave the NLL of {self.examples} examples at "
+                f"{self.mean_nll:.3f}, that of the posterior mean"
+            )
         change = "raise" if self.nll > self.mean_nll else "lower"
         return (
             f"{self.n_samples} draws {change} the NLL of {self.examples} examples from "
@@ -82,7 +87,8 @@ class ScaleReport:
     def __str__(self) -> str:
         if self.factor == 1:
             return f"{self.before}; deviations left as they are"
-        return f"{self.before}; deviations times {self.factor:.3g}: NLL {self.nll:.3f}"
+        end = ", and draws all but the mean" if self.factor < _GRID[-1] / 4 else ""
+        return f"{self.before}; deviations times {self.factor:.3g}: NLL {self.nll:.3f}{end}"
 
 
 def compare_draws(

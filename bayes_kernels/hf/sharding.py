@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor, nn
 
+from ..files import updating_folder
+from .card import CARD_NAME, class_names, problem_type, write_card
+from .checks import CONFIG_NAME
+from .config import BayesLoraConfig
 from .gathering import gather_texts
 from .layers import find_peft_model
 
@@ -19,11 +26,13 @@ def save_sharded(model: nn.Module, directory: str | os.PathLike[str], **options:
 
     The folder is that of one process. Load it there with `PeftModel.from_pretrained` to convert it
     (`bayesianize`) or to write plain LoRA (`export_lora`, `export_draws`). Whole models are saved as well,
-    without processes too.
+    without processes too. Files that are not the adapter's stay. All new ones are written before the
+    first takes its place; `adapter_config.json`, without which there is no adapter, comes last. So a
+    call that fails or is killed leaves the old adapter or none.
 
     Args:
         model: a PeftModel with adapters of any kind, or a module that has one.
-        directory: the folder to write.
+        directory: the folder to write, made if there is none.
         options: of `save_pretrained`.
 
     Returns:
@@ -61,7 +70,7 @@ def save_sharded(model: nn.Module, directory: str | os.PathLike[str], **options:
     problem: str | None = None
     try:
         if first:
-            peft_model.save_pretrained(str(directory), state_dict=state, **options)
+            _save(peft_model, Path(directory), state, options)
     except BaseException as error:
         problem = f"{type(error).__name__}: {error}"
         raise
@@ -71,6 +80,31 @@ def save_sharded(model: nn.Module, directory: str | os.PathLike[str], **options:
     if problem is not None:
         raise RuntimeError(f"save_sharded: the first process could not write: {problem}")
     return Path(directory)
+
+
+def _save(
+    model: Any, directory: Path, state: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> None:
+    names = options.get("selected_adapters") or list(model.peft_config)
+    places = {name: "" if name == "default" else name for name in names}
+    # Of the two formats of weights PEFT loads the first, which may be there from before.
+    formats = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    replaced = [os.path.join(place, weights) for place in places.values() for weights in formats]
+    with updating_folder(directory, CONFIG_NAME, replaced) as folder:
+        for place in {"", *places.values()}:  # PEFT changes a card that it finds
+            card = Path(place, CARD_NAME)
+            if (directory / card).is_file():
+                (folder / place).mkdir(exist_ok=True)
+                shutil.copyfile(directory / card, folder / card)
+        model.save_pretrained(str(folder), state_dict=state, **options)
+        for name, place in places.items():
+            if isinstance(model.peft_config[name], BayesLoraConfig):  # paths as seen from there
+                write_card(
+                    folder / place,
+                    classes=class_names(model),
+                    problem=problem_type(model),
+                    place=directory / place,
+                )
 
 
 __all__ = ["save_sharded"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import functional, random
+from ..functional.predict import entropy_apart
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class Prediction:
     @property
     def mutual_information(self) -> Tensor:
         """(B,) entropy - expected_entropy in nats: what is due to uncertainty about the weights."""
-        if self.expected_entropy is None:
-            raise ValueError(
-                "mutual_information: method 'probit' gives no expected entropy; use 'mc' or 'bridge'"
-            )
-        return self.entropy - self.expected_entropy
+        return entropy_apart(self.entropy, self.expected_entropy)
 
 
 def from_logits(

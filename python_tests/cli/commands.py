@@ -37,3 +37,8 @@ def objects(text: str) -> list[dict[str, Any]]:
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
+
+
+def fail_to_draw(*args: object, **options: object) -> None:
+    """In place of `bayes_kernels.plots.save`."""
+    raise ValueError("no picture today")

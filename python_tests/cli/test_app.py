@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -49,38 +50,59 @@ def test_a_terminal_shows_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(app, "status", status)
     monkeypatch.setattr(app, "import_module", happened.append)
-    app.app(["methods"], standalone_mode=False)
+    heavy = ["predict", "nowhere", "--text", "x"]
+    app.app(heavy, standalone_mode=False)
     assert happened == []
     monkeypatch.setattr(sys, "stderr", Terminal())
-    app.app(["methods"], standalone_mode=False)
+    app.app(heavy, standalone_mode=False)
     assert happened == ["loading torch, transformers and PEFT", "bayes_kernels.hf", "end"]
-    app.app(["info"], standalone_mode=False)
-    app.app(["methods", "--help"], standalone_mode=False)
+    for light in (["info"], ["methods"], ["predict", "--help"]):
+        app.app(light, standalone_mode=False)
     assert len(happened) == 3
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
-def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
-    code = (
-        "import sys; from bayes_kernels.__main__ import main; sys.argv[1:] = sys.argv[1:] + ['--help']\n"
-        "try: main()\n"
-        "finally: print({'torch', 'numpy', 'transformers', 'peft'} & {*sys.modules})"
-    )
-    ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.endswith("set()\n"), ended.stdout + ended.stderr
-    assert "Usage: bayes-kernels" in ended.stdout
-
-
-def test_a_sample_is_written_without_torch(tmp_path: Path) -> None:
+def alone(*words: object) -> tuple[int, str, str]:
+    """A command in a process of its own, which may import no heavy package: code, output and errors."""
     code = (
         "import sys; from bayes_kernels.__main__ import main\n"
         "try: main()\n"
         "finally: print({'torch', 'numpy', 'transformers', 'peft'} & {*sys.modules})"
     )
-    words = ["data", "sample", str(tmp_path / "messages.csv")]
-    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.stdout.endswith("set()\n"), ended.stdout + ended.stderr
-    assert (tmp_path / "messages.csv").read_text(encoding="utf-8").startswith("text,label\n")
+    return ended.returncode, ended.stdout.removesuffix("set()\n"), ended.stderr
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
+    code, text, _ = alone(*command, "--help")
+    assert code == 0 and "Usage: bayes-kernels" in text
+
+
+def test_data_are_written_and_checked_without_torch(tmp_path: Path) -> None:
+    file = tmp_path / "messages.csv"
+    alone("data", "sample", file)
+    assert file.read_text(encoding="utf-8").startswith("text,label\n")
+    assert alone("data", "check", file) == (0, call("data", "check", file).stdout, "")
+    code, _, error = alone("data", "check", tmp_path / "nothing.csv")
+    assert code == 2 and error.startswith("error: data: expected stdlib-docs, one of ")
+
+
+def test_methods_are_listed_without_torch() -> None:
+    """From a file with the table's own words: see `test_methods.py` for what they are."""
+    for words in ([], ["blob"], ["laplace"]):
+        assert alone("methods", *words) == (0, call("methods", *words).stdout, "")
+    code, text, error = alone("methods", "magic")
+    assert (code, text) == (2, "") and error.startswith("error: method: expected one of mle, map, ")
+
+
+@pytest.mark.parametrize(
+    "words", [["trian"], ["train", "x", "--threds", "3"], ["bench", "--seconds", "fast"]]
+)
+def test_words_that_no_command_knows_are_refused_without_torch(words: list[str]) -> None:
+    code, text, error = alone(*words)
+    assert (code, text) == (2, "") and error.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -183,12 +205,19 @@ def test_extras_that_are_missing(
     assert "pip install 'bayes-kernels[hf]'" in ended.stderr
 
 
-def test_compiled_ops_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_ops_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks need them; other commands go on with plain PyTorch and say so, or refuse if asked to."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "bayes_kernels", "bench", "predict", "--quick"],
+        env={**os.environ, "BAYES_KERNELS_LIBRARY": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith(
+        "error: compiled ops cannot be loaded: libbayes_kernels.so was not found"
+    )
     monkeypatch.setattr(_library, "problem", "libbayes_kernels.so was not found")
     monkeypatch.setattr(_library, "_told", set())
-    error = refuse("bench", "predict", "--quick")
-    assert "compiled ops cannot be loaded: libbayes_kernels.so was not found; " in error
     with pytest.warns(UserWarning, match=r"libbayes_kernels.so was not found; reinstall"):
         error = refuse("predict", "nowhere", "--text", "x")
     assert "nowhere" in error

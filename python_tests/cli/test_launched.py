@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import run_command
 from safetensors.torch import load_file
 
 from bayes_kernels.cli import output
@@ -23,13 +24,8 @@ _STEPS = ["--steps", "3", "--save-every", "2", "--lr", "0.005", "--rank", "4", "
 
 def _launch(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
     free = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "bayes_kernels", *map(str, arguments)],
-        env={**os.environ, **free},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [sys.executable, "-m", *launcher, "-m", "bayes_kernels", *map(str, arguments)]
+    return run_command(command, env={**os.environ, **free}, timeout=240)
 
 
 _TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

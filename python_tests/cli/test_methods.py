@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from bayes_kernels.cli import app
+from bayes_kernels.cli.methods import LISTING, listing
 from bayes_kernels.experiment.recipe import Experiment, Recipe
 from bayes_kernels.hf.method import METHODS
 
@@ -24,6 +25,13 @@ def call(*words: str) -> Any:
     result = CliRunner().invoke(app.app, ["methods", *words])
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_what_is_shown_without_torch_is_the_table() -> None:
+    stored = json.loads(LISTING.read_text(encoding="utf-8"))
+    again = json.loads(json.dumps(listing()))
+    assert stored == again, "run: python -m bayes_kernels.cli.methods"
+    assert list(stored) == list(again)
 
 
 def test_all_methods_are_listed() -> None:

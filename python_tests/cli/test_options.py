@@ -6,7 +6,10 @@ import ast
 import itertools
 from pathlib import Path
 
-from bayes_kernels.cli import app
+import pytest
+import torch
+
+from bayes_kernels.cli import app, options
 
 
 def test_options_that_commands_share_are_written_once() -> None:
@@ -20,3 +23,16 @@ def test_options_that_commands_share_are_written_once() -> None:
                 places.setdefault(annotation, []).append(f"{command.name} {argument.arg}")
     assert len(places) > 20  # what only one command has
     assert not [found for found in places.values() if len(found) > 1]
+
+
+def test_runs_go_one_on_each_gpu_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert options.start_runs(1, "cpu") == 1 and torch.get_num_threads() == 1
+        assert options.start_runs(None, "cpu") == options.all_cores() == torch.get_num_threads()
+        monkeypatch.setattr(options, "start", lambda threads, device: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert options.start_runs(None, "cuda") == 2
+        assert options.start_runs(1, "auto") == 1 and options.start_runs(5, "auto") == 5
+    finally:
+        torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.commands import call
+from cli.commands import call, fail_to_draw
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -47,3 +47,56 @@ def test_output_where_the_terminal_has_few_characters(data: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip() == "[a] \\u2191" and "ACC \\u2191" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "compare", "sweep", "evaluate", "bayesianize"]
+)
+def test_scores_stay_where_a_picture_fails(
+    command: str, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "out", "report.html"
+    kept = {"metrics.json", page}
+    words = [command, "--data", data, "--model", model, "--steps", 1, "--threads", 1]
+    if command == "train":
+        words = ["train", data, "--model", model, "--steps", 1, "--method", "mle", "--plots"]
+    if command in ("compare", "sweep"):
+        kept = {"results.json", "table.md", page}
+    if command == "sweep":
+        words += ["--vary", "n_samples=2,4"]
+    if command == "compare":
+        words += ["--methods", "mle"]
+    if command in ("evaluate", "bayesianize"):
+        adapter = tmp_path / "adapter"
+        settings = ["--model", model, "--method", "mle", "--steps", 4, "--out", adapter]
+        assert call("train", data, *settings).exit_code == 0
+        words = [command, adapter, "--plots"]
+    if command == "bayesianize":
+        words += ["--method", "tfb", "--set", "anchors=8"]
+        kept |= {"adapter_model.safetensors"}
+    with monkeypatch.context() as patch:
+        patch.setattr("bayes_kernels.plots.save", fail_to_draw)
+        result = call(*words, "--out", out)
+    assert result.exit_code == 2, result.output
+    assert "error: no picture today" in result.stderr
+    assert f"the results in {out} are kept; what failed comes after them" in result.stderr
+    assert kept <= {path.name for path in out.iterdir()}
+    assert "accuracy" in result.stdout
+    assert [path.name for path in (out / ".bayes_kernels").iterdir()] == ["run.json"]
+    result = call(*words, "--out", out, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert kept < {path.name for path in out.iterdir()}
+    if command in ("compare", "sweep"):  # no picture of before stays beside a new table
+        with monkeypatch.context() as patch:
+            patch.setattr("bayes_kernels.plots.save", fail_to_draw)
+            assert call(*words, "--out", out, "--resume").exit_code == 2
+        assert not list(out.glob("*.png")) and kept <= {path.name for path in out.iterdir()}
+
+    # Nor is anything lost where the table cannot be printed.
+    def closed(*args: object, **options: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", lambda *a, file=None, **o: None if file else closed())
+        call(*words, "--out", out, "--overwrite")
+    assert kept <= {path.name for path in out.iterdir()}

@@ -61,7 +61,9 @@ def test_draws_of_one_adapter(
     assert table(out) == ["BLoB n_samples=0 mean", *names]
     assert (out / "sweep.png").is_file() and "sweep.png" in result.stdout
     page = (out / "report.html").read_text()
-    assert "NLL ↓ against n_samples" in page and "BLoB n_samples=4 N=4" in page
+    assert "NLL ↓ against n_samples.<" in page and "BLoB n_samples=4 N=4" in page
+    notes = [line for line in result.stderr.splitlines() if line.startswith("  BLoB, seed 0: ")]
+    assert len(notes) == 1
     content = json.loads((out / "results.json").read_text())
     assert content["experiments"]["n_samples=4"]["recipe"]["n_samples"] == 4
     more = call(*common, "--vary", "n_samples=0,2,4,6", "--resume")

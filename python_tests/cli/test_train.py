@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import tiny_task
 from peft import PeftModel
+from programs import end_all
 
 from bayes_kernels.experiment import folders, run
 from bayes_kernels.experiment.results import COSTS
+from bayes_kernels.hf.checkpoint_folders import last_checkpoint
 from bayes_kernels.hf.tasks.models import load_model
-from bayes_kernels.hf.trainer import last_checkpoint
 from cli.commands import SETTINGS, call, refuse, results
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -104,11 +105,15 @@ def test_training_a_method_that_converts(data: Path, model: Path, tmp_path: Path
 def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     small = ["--train-size", 40, "--test-size", 20, "--n-samples", 2, "--threads", 1]
+    small += ["--set", "kl_time=0.03", "--set", "lr=2e-3", "--set", "mle.lr=3e-3"]
     result = call(
         "demo", "--data", data, "--model", model, "--seeds", 2, "--steps", 2, *small, "--out", out
     )
     assert result.exit_code == 0, result.output
     found = results(out)
+    recipes = {name: one["recipe"] for name, one in found["experiments"].items()}
+    assert recipes["blob"]["options"] == {"kl_time": 0.03} and recipes["blob"]["lr"] == 2e-3
+    assert recipes["mle"]["lr"] == 3e-3 and recipes["mle"]["max_length"] == 32
     assert [m["name"] for m in found["methods"]] == [
         "LoRA (MLE)",
         "LoRA + temperature",
@@ -246,6 +251,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, model: Path, tmp_p
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     try:
         first = out / "checkpoints" / "checkpoint-5" / "trainer_state.json"
@@ -255,7 +261,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(data: Path, model: Path, tmp_p
         started.send_signal(signal.SIGINT)
         output, errors = started.communicate(timeout=60)
     finally:
-        started.kill()
+        end_all(started)
     assert started.returncode == 130, errors
     assert output == "" and "Traceback" not in errors
     assert "interrupted after step" in errors and "--resume" in errors

@@ -98,6 +98,12 @@ def test_a_trained_adapter_is_made_bayesian(trained: Path, tmp_path: Path) -> No
     assert "got structure, an option of laplace, laplace-last" in error
     assert not (tmp_path / "x").exists()
     assert "expected one of tfb" in refuse("bayesianize", trained, "--method", "blob")
+    error = refuse("bayesianize", trained, "--out", tmp_path / "x", "--set", "scale=wide")
+    assert "scale must be one of" in error and not (tmp_path / "x").exists()
+    kept = tmp_path / "kept"
+    result = call("bayesianize", trained, *options, "--set", "scale=keep", "--out", kept)
+    assert result.exit_code == 0, result.output
+    assert results(kept)["scale"] is None
     result = call("bayesianize", trained, *options, "--n-samples", 0, "--out", tmp_path / "mean")
     assert result.exit_code == 0, result.output
     found = results(tmp_path / "mean")["methods"]

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import run_command
 
 from bayes_kernels import _library, functional, random
 from csrc import traffic
@@ -33,12 +34,9 @@ HEADROOM = 1.10
 
 def count(program: Path, case: str, out: Path) -> int:
     """Instructions of one case."""
-    result = subprocess.run(
+    result = run_command(
         ["valgrind", "--tool=callgrind", "--toggle-collect=counted*",
          f"--callgrind-out-file={out}", str(program), case],
-        capture_output=True,
-        text=True,
-        timeout=120,
         env={**os.environ, "BAYES_KERNELS_CPU": "avx2"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -287,9 +285,7 @@ def moved() -> dict[str, dict[str, Any]]:
     """All cases of traffic.py, counted in a process of its own."""
     if _library.find_library(traffic.LIBRARY) is None:
         pytest.skip(f"{traffic.LIBRARY} is not built; build with BAYES_KERNELS_TESTS=ON")
-    result = subprocess.run(
-        [sys.executable, traffic.__file__, "--json"], capture_output=True, text=True, timeout=300
-    )
+    result = run_command([sys.executable, traffic.__file__, "--json"], timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -14,11 +14,15 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from programs import run_command
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+_run = partial(run_command, timeout=300)
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
@@ -30,14 +34,10 @@ def torch_include() -> Path:
     return Path(spec.origin).parent / "include"
 
 
-def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-
 def compile_all(commands: list[list[str]]) -> None:
     """Run independent compiler commands two at a time; the first failure is shown in full."""
     with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(run, commands):
+        for result in pool.map(_run, commands):
             assert result.returncode == 0, " ".join(result.args) + "\n" + result.stderr
 
 
@@ -95,7 +95,7 @@ def run_case(program: Path, case: str, **environment: str) -> subprocess.Complet
     # Sanitizer run times must not inherit a preloaded library or someone else's options.
     for name in ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS"):
         clean.pop(name, None)
-    return run([str(program), case], env=clean | environment)
+    return _run([str(program), case], env=clean | environment)
 
 
 RIGHT = [
@@ -265,6 +265,7 @@ def test_nvcc_compiles_the_same_kernels(tmp_path: Path) -> None:
     # -O0 concerns the host only; ptxas does without optimisation too.
     flags = ["-std=c++17", "-Xptxas=-O0", "-Werror=all-warnings", "-isystem", str(torch_include())]
     source = str(CSRC / "testing" / "simt_kernels.cu")
-    result = run([nvcc, *architectures, *flags, "-c", source, "-o", str(target)])
+    command = [nvcc, *architectures, *flags, "-c", source, "-o", str(target)]
+    result = _run(command)
     assert result.returncode == 0, result.stderr
     assert target.stat().st_size > 0

@@ -8,7 +8,7 @@ import pytest
 
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import Experiment, Source
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 from experiment.tiny_runs import SHORT
 
 

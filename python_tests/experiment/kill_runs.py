@@ -1,6 +1,6 @@
 """Kill whole commands with SIGKILL at random moments, and see that nothing is lost and one way leads on.
 
-    cd python_tests && python -m run.kill_runs --kills 30 --seed 0
+    cd python_tests && python -m experiment.kill_runs --kills 30 --seed 0
 
 Half of the kills come at a random time, half before a random operation on files, where most can go wrong.
 After each: input and files of others are as they were; of results that were to be replaced, either all are
@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from programs import children, is_running
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink"}
 FOREIGN = ("thesis.tex", "checkpoints/notes.txt", "map/notes.txt", "mine.png")
@@ -212,31 +214,14 @@ def kill_with_workers(inputs: Path, base: Path) -> None:
         early = os.waitpid(parent, os.WNOHANG)[0] or time.monotonic() > deadline
         check(not early, "no workers", (base / "log").read_text())
         time.sleep(0.1)
-    workers = _children(parent)
+    workers = children(parent)
     check(len(workers) >= 2, "workers not found", workers)
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     deadline = time.monotonic() + 60
-    while left := [worker for worker in workers if _runs(worker)]:
+    while left := [worker for worker in workers if is_running(worker)]:
         check(time.monotonic() < deadline, "workers go on", left)
         time.sleep(0.1)
-
-
-def _status(process: int) -> dict[str, str]:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-
-
-def _children(parent: int) -> list[int]:
-    numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [number for number in numbers if _status(number).get("PPid") == str(parent)]
-
-
-def _runs(process: int) -> bool:
-    return not _status(process).get("State", "Z").startswith("Z")
 
 
 def main() -> None:

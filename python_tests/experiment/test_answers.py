@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cli.commands import call, refuse
+from cli.commands import call, fail_to_draw, refuse
 from tiny_models import llama
-from tiny_task import BAD, GOOD, OTHER
+from tiny_task import BAD, GOOD, OTHER, write_rows
 
 from bayes_kernels.experiment import answers as study
-from bayes_kernels.hf.tasks.task import Example, Task
 from bayes_kernels.hf.texts import Generation
+from bayes_kernels.task import Example, Task
 
 pytestmark = pytest.mark.cpu_only
 SMALL = "--steps 30 --lr 0.02 --n-samples 4 --test-size 12 --ood-size 6 --max-length 16 --threads 1"
@@ -40,7 +40,6 @@ def out(model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     (home / "elsewhere.txt").write_text("stone stone stone\n\nzzz zzz\nroad\n")
     words = ["answers", "--data", tiny_data, "--model", model, "--ood", tiny_data / "ood.jsonl"]
     words += ["--label-names", "bad mood,fine", "--prompts", home / "elsewhere.txt"]
-    words += ["--set", "tfb.anchors=16", "--set", "laplace.prior=mackay"]
     result = call(*words, *settings(), "--out", home / "out")
     assert result.exit_code == 0, result.output
     assert "% right, trained in" in result.stderr
@@ -144,12 +143,53 @@ def test_command_asks_all_methods(out: Path, tiny_data: Path) -> None:
         given = [text["right"] for text in row["texts"]["test"]]
         assert given == [t["text"].strip() == answers[t["prompt"]] for t in row["texts"]["test"]]
         assert row["accuracy"] == sum(given) / 12
-    assert "sigma_q" in tfb["conversion"] and "Laplace" in laplace["conversion"]
+    # Widths are chosen on validation rows, as by other commands, and the curvature is of all training rows.
+    assert "of 6 validation examples" in tfb["conversion"]
+    assert "69 examples; prior precision" in laplace["conversion"]
     draws = [text["max_mutual_information"] for text in tfb["texts"]["test"]]
     assert max(draws) > 0 and plain["texts"]["test"][0]["max_mutual_information"] is None
     table = (out / "answers.md").read_text()
     assert table.count("mutual information, largest") == 3 and "elsewhere: AUROC" in table
     assert (out / "risk_coverage.png").is_file() and (out / "outside.png").is_file()
+
+
+def test_results_stay_where_a_picture_fails(
+    model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["answers", "--data", tiny_data, "--model", model, "--methods", "blob", *settings()]
+    words[words.index("30")] = "1"
+    words += ["--label-names", "bad mood,fine", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("bayes_kernels.plots.save", fail_to_draw)
+        result = call(*words)
+    assert result.exit_code == 2 and "error: no picture today" in result.stderr
+    assert "out are kept; what failed comes after them" in result.stderr
+    assert "LoRA (MAP)" in result.stdout
+    assert {"answers.md", "answers.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "use --overwrite" in refuse(*words)
+
+
+def test_draws_that_do_harm_are_said_and_mended(model: Path, tmp_path: Path) -> None:
+    """Noise that anchors allow in any amount, of an adapter that is right on validation examples."""
+    texts = [(f"{word} {other}", int(word in GOOD)) for word in GOOD + BAD for other in OTHER]
+    rows = [{"id": str(i), "question": q, "label": label} for i, (q, label) in enumerate(texts)]
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "test.jsonl", rows[::5])
+    write_rows(tmp_path / "data" / "train.jsonl", [row for row in rows if row not in rows[::5]])
+    words = ["answers", "--data", tmp_path / "data", "--model", model, "--methods", "tfb"]
+    words += ["--label-names", "bad mood,fine", *settings(), "--set", "tfb.anchors=8"]
+    words[words.index("30")] = "100"
+    words += ["--set", "tfb.tolerance=1.0", "--set", "tfb.low=0.5", "--set", "tfb.high=1"]
+    # Fitted, as asked for: the validation examples are too few for it to be done unasked.
+    result = call(*words, "--set", "scale=fit", "--out", tmp_path / "fit")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"TFB, seed 0: 4 draws raise the NLL of \d+ examples from", result.stderr)
+    plain, tfb = json.loads((tmp_path / "fit" / "answers.json").read_text())["answers"]
+    assert plain["scale"] is None and tfb["scale"]["factor"] < 0.5
+    result = call(*words, "--set", "scale=keep", "--out", tmp_path / "keep")
+    assert result.exit_code == 0 and "draws raise the NLL" not in result.stderr
+    kept = json.loads((tmp_path / "keep" / "answers.json").read_text())["answers"][1]
+    assert kept["scale"] is None and kept["accuracy"] < tfb["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +200,9 @@ def test_command_asks_all_methods(out: Path, tiny_data: Path) -> None:
         ("--methods blob,blob", "methods: expected each method once, got 'blob,blob'"),
         ("--prompts nothing.txt", "expected a file that exists, found none"),
         ("--set speed=3", "speed"),
+        ("--set tfb.search=bisect", "search must be one of"),
+        ("--set laplace.prior=wide", "prior must be one of"),
+        ("--set blob.kl_lr=0.1", "kl_lr: expected kl_schedule"),
         ("--model minilm --methods blob --dtype float8", "dtype: expected one of"),
         ("--device tpu", "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ("--seed -1", "--seed: expected an integer from 0"),

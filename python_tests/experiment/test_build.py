@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bayes_kernels.experiment import build
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import Experiment, Recipe
 from bayes_kernels.hf.methods.blob import BlobConfig
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 from experiment.tiny_runs import with_recipe
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
@@ -118,3 +119,26 @@ def test_prompts_of_the_published_code(models_dir: Path, tiny: Experiment, task:
     _, encoder = build.build(causal, boolean)
     assert encoder.prompt is not None and encoder.prompt.answers == ("True", "False")
     assert Experiment.from_dict(causal.to_dict()) == causal
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"init_lora_weights": "eva"}, "must be one that needs no examples, got 'eva'"),
+        ({"init_lora_weights": "lora_ga"}, "must be one that needs no examples, got 'lora_ga'"),
+        (
+            {"eva_config": {"rho": 2.0}},
+            "eva_config must be left out as no command initialises from examples, got",
+        ),
+        ({"loftq_config": {"loftq_bits": 4}}, "must be left out without init_lora_weights='loftq'"),
+        ({"qalora_group_size": 4}, "qalora_group_size must be left out without use_qalora"),
+        ({"exclude_modules": "("}, "exclude_modules must be a regular expression"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices must be a list of token"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["mle", "blob", "laplace"])
+def test_commands_refuse_before_they_read(method: str, given: dict[str, Any], said: str) -> None:
+    experiment = Experiment(method=method, recipe=Recipe(lora=given))
+    with pytest.raises(ValueError, match=f"lora: .*{said}"):
+        build.check_experiment(experiment)

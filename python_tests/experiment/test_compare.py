@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 from pathlib import Path
@@ -15,12 +16,13 @@ from typer.testing import CliRunner
 from bayes_kernels import metrics
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import compare as co
-from bayes_kernels.experiment import folders, machine, results, scoring, tables, train
+from bayes_kernels.experiment import folders, machine, results, scoring, sweep, tables, train
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import Experiment, Recipe, Source
 from bayes_kernels.experiment.variants import VARIANTS
 from bayes_kernels.hf import load
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.hf.tasks import answers
+from bayes_kernels.task import Task
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -105,7 +107,7 @@ def test_a_comparison_goes_on_after_a_failure(
     alone, encoder = folders.load_adapter(
         tmp_path / "ensemble" / "seed-0-member-1", member.experiment, tasks[0]
     )
-    second, _ = scoring.predict_examples(alone, encoder, tasks[0].test)
+    second, _ = answers.predict_examples(alone, encoder, tasks[0].test)
     mean = (plain.rows[0].log_probs.exp() + second.probs) / 2
     torch.testing.assert_close(joined.rows[0].log_probs.exp(), mean, rtol=0, atol=1e-6)
 
@@ -152,6 +154,45 @@ def test_what_needs_a_plain_adapter_that_failed_says_so(
     assert failures[0].error == "bad luck" and "whose training failed" in failures[1].error
 
 
+def test_saved_checkpoints_wait_for_the_training_that_saves_them(
+    make: Any, tasks: dict[int, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    waits: list[Any] = []
+    places = [machine.Gpu("0", 1, 2)]
+
+    def stop(*given: Any, after: Any, processes: int, gpus: Any, **options: Any) -> None:
+        waits.extend(after)
+        assert (processes, gpus) == (2, places)
+        raise Stopped
+
+    monkeypatch.setattr(co, "side_by_side", stop)
+    monkeypatch.setattr(co, "gpus", lambda device: places)
+    steps = sweep.Sweep(sweep.CHECKPOINT, (1, 2))
+    one = lambda method, seed, item: make(method, seed)  # noqa: E731
+    pieces = sweep.plan_sweep("blob", steps, one, tasks, tmp_path, seeds=2)
+    with pytest.raises(Stopped):
+        co.compare(pieces, processes=2, progress=False)
+    assert waits == [set(), {0}, {0}, set(), {3}, {3}]
+
+
+def test_a_run_without_memory_is_one_line(
+    make: Any, tasks: dict[int, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(experiment: Experiment, *args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(ex, "train_model", train)
+    pieces = co.plan(("blob",), make, tasks, tmp_path, seeds=1)
+    _, (failure,) = co.compare(pieces, progress=False)
+    assert failure.error == (
+        "memory: expected enough for this run, got: CUDA out of memory. Tried to allocate 2.00 GiB; use "
+        "smaller batches, a smaller --max-length, or fewer --processes"
+    )
+
+
 def test_results_survive_json(tmp_path: Path) -> None:
     log_probs = torch.tensor([[0.0, -math.inf], [math.log(0.25), math.log(0.75)]]).double()
     labels = torch.tensor([0, 1])
@@ -191,6 +232,10 @@ def test_methods_and_plans_are_checked(make: Any, tasks: dict[int, Task], tmp_pa
     assert [piece.experiment.method for piece in pieces] == ["blob", "blob"]
     pieces = co.plan(("tfb",), make, tasks, tmp_path, seeds=1)
     assert [(p.experiment.method, p.score) for p in pieces] == [("mle", False), ("tfb", True)]
+    pieces = co.plan(("ensemble",), make, tasks, tmp_path, seeds=2)
+    labels = [piece.label for piece in pieces]
+    assert labels[:2] == ["mle, seed 0", "mle, seed 1"] and labels[-1] == "ensemble, seed 1"
+    assert "ensemble, seed 0, member 1" in labels
     with pytest.raises(ValueError, match="made of adapters of several seeds"):
         ex.run(make("ensemble", 0), tasks[0])
     with pytest.raises(ValueError, match="at least 2 for Ensemble, got 1"):
@@ -235,6 +280,55 @@ def test_variants(make: Any, tasks: dict[int, Task], tmp_path: Path) -> None:
     assert report["experiments"]["laplace-sum"]["recipe"]["options"]["tokens"] == "sum"
 
 
+def test_rows_of_one_adapter_are_scored_together(
+    make: Any, tasks: dict[int, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load_adapter, evaluate = co.load_adapter, co.evaluate_wanted
+    broken = True
+
+    def counted(path: Path, *args: Any, **options: Any) -> Any:
+        loaded.append(path)
+        return load_adapter(path, *args, **options)
+
+    def failing(model: Any, encoder: Any, task: Task, wanted: Any, **options: Any) -> Any:
+        found = evaluate(model, encoder, task, wanted, **options)
+        errors = [broken and one.scope == "token" for one in wanted]
+        return [RuntimeError("no room") if e else f for e, f in zip(errors, found, strict=True)]
+
+    monkeypatch.setattr(co, "load_adapter", counted)
+    monkeypatch.setattr(co, "evaluate_wanted", failing)
+    words = ("blob", "blob-token", "blob-independent")
+    pieces = co.plan(words, make, tasks, tmp_path, seeds=1)
+    assert [len(call) for call in co.together(pieces, pieces)] == [1, 2]
+    ended: list[tuple[str, bool]] = []
+    runs, failures = co.compare(
+        pieces,
+        progress=False,
+        done=lambda piece, result: ended.append((piece.word, isinstance(result, ex.Run))),
+    )
+    source = tmp_path / "blob" / "seed-0"
+    assert loaded == [source]
+    assert ended == [("blob", True), ("blob-token", False), ("blob-independent", True)]
+    assert failures == [tables.Failure("blob-token", 0, "RuntimeError: no room")]
+    assert [row.name for row in runs[1].rows] == ["BLoB, independent draws N=2"]
+    assert runs[1].rows[0].method == "blob-independent"
+    # Nothing is left of what failed.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blob", "blob-independent"]
+
+    broken = False  # only what is missing runs
+    again, failures = co.compare(pieces, progress=False)
+    assert loaded == [source] * 2 and not failures
+    assert [row.name for row in again[1].rows] == ["BLoB, token scope N=2"]
+    # Adapters of other seeds, or with other settings, are others.
+    two = co.plan(words, make, tasks, tmp_path, seeds=2)
+    assert [len(call) for call in co.together(two, two)] == [1, 1, 2, 2]
+    odd = pieces[1].experiment
+    odd = dataclasses.replace(odd, recipe=dataclasses.replace(odd.recipe, eval_batch_size=3))
+    mixed = [pieces[0], pieces[1]._replace(experiment=odd), pieces[2]]
+    assert [len(call) for call in co.together(mixed, mixed)] == [1, 1, 1]
+
+
 # --- The command ---------------------------------------------------------------------------------
 
 
@@ -260,6 +354,8 @@ def test_the_command(
         *("LoRA (MLE)", "LoRA + temperature", "BLoB mean", "BLoB N=2")
     ]
     assert "less MLE's" in beside and "[" in beside.splitlines()[-1]
+    page = html.unescape((out / "report.html").read_text())
+    assert "less MLE's" in page and ": 4 methods" in page
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scores.splitlines()]
     width = len(lines[0])
     assert all(len(line) == width for line in lines)

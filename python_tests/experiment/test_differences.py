@@ -9,7 +9,7 @@ import torch
 
 from bayes_kernels import metrics
 from bayes_kernels.experiment import compare as co
-from bayes_kernels.experiment.differences import difference_table, markdown, runs_in
+from bayes_kernels.experiment.differences import _interval, difference_table, markdown, runs_in
 from bayes_kernels.experiment.recipe import Experiment
 from bayes_kernels.experiment.run import Run
 from bayes_kernels.experiment.scoring import Row
@@ -59,6 +59,8 @@ def test_differences_are_those_of_the_paired_bootstrap() -> None:
         found = metrics.paired_bootstrap(*pairs, LABELS)[key]
         words = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
         assert blob[place] == words.replace("-", "−").replace("0.", ".")
+    large = metrics.Difference(-10.5, -20.25, 0.125)
+    assert _interval(large) == "−10.500 [−20.250, +.125]"
     assert blob[2] == "+.000 [+.000, +.000]"  # the same classes
     nll = [one.rows[0].report.nll for one in runs()[1::2]]
     assert blob[3] == f"{sum(nll) / 2:.3f}±{abs(nll[0] - nll[1]) / 2**0.5:.3f}".replace("0.", ".")

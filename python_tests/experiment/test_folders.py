@@ -16,7 +16,7 @@ from bayes_kernels.experiment.folders import EXPERIMENT_FILE
 from bayes_kernels.experiment.recipe import METHODS, Experiment
 from bayes_kernels.files import write_json
 from bayes_kernels.hf.tasks.models import load_model
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 from experiment.tiny_runs import alike
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.

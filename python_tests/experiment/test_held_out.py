@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import compare as co
+from bayes_kernels.experiment import held_out as module
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.folders import read_record
 from bayes_kernels.experiment.held_out import harm_in, held_out
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 from bayes_kernels.experiment.settings import recipes_of
-from bayes_kernels.hf.tasks.task import Example, Task
+from bayes_kernels.hf import DrawsReport, ScaleReport
+from bayes_kernels.task import Example, Task
 from experiment.tiny_runs import with_recipe
 
 # TFB may change every prediction: no draw is anything like the mean.
@@ -66,6 +68,48 @@ def test_a_harmful_posterior_is_said_and_mended(
         )
     co.save_run(one, tmp_path / "result.json")
     assert co.load_run(tmp_path / "result.json").scale == one.scale
+
+
+def test_few_examples_change_nothing_unasked(tiny: Experiment, task: Task) -> None:
+    few = dataclasses.replace(task, validation=task.validation[:25])
+    with pytest.warns(UserWarning, match=r"raise the NLL of \d\d examples.*scale=fit fits them\)"):
+        guarded = ex.run(wide(tiny, scale="guard"), few, progress=False)
+    assert guarded.scale is not None and guarded.scale["factor"] == 1
+    assert "trials" not in guarded.scale
+    with pytest.warns(UserWarning, match="4 draws raise the NLL"):
+        fitted = ex.run(wide(tiny, scale="fit"), few, progress=False)
+    assert fitted.scale is not None and len(fitted.scale["trials"]) >= 5
+
+
+@pytest.mark.parametrize("count", [29, 30])
+def test_thirty_examples_are_enough_to_change_a_posterior(
+    tiny: Experiment, task: Task, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    before, fitted = DrawsReport(count, 4, 0.5, 0.6, 0.05, 0.15), []
+    monkeypatch.setattr(module, "compare_draws", lambda *_, **__: before)
+    monkeypatch.setattr(
+        module,
+        "fit_scale_",
+        lambda *_, **__: fitted.append(count) or ScaleReport(1.0, before, 0.6, ()),
+    )
+    few = dataclasses.replace(task, validation=task.validation[:count])
+    assert len(held_out(tiny, few).checking) == count
+    with pytest.warns(UserWarning, match="draws raise the NLL"):
+        ex.run(with_recipe(tiny, n_samples=4), few, progress=False)
+    assert bool(fitted) == (count == 30)
+
+
+def test_what_cannot_be_rescaled_is_advised_against_where_it_harms(
+    tiny: Experiment, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = with_recipe(dataclasses.replace(tiny, method="dropout"), n_samples=4)
+    for low, advised in ((0.01, True), (-0.01, False)):
+        report = DrawsReport(20, 4, 0.5, 0.52, low, 0.03)
+        monkeypatch.setattr(module, "compare_draws", lambda *_, report=report, **__: report)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            notes = ex.run(one, task, progress=False).notes
+        assert ("predict with n_samples=0" in notes[-1]) == advised
 
 
 def test_a_scale_is_fitted_where_that_is_asked_for(tiny: Experiment, task: Task) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import re
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import torch
 from page_parser import check_self_contained
 
 from bayes_kernels.experiment import run as ex
-from bayes_kernels.experiment.page import REPORT_FILE, write_page
+from bayes_kernels.experiment.page import REPORT_FILE, score_figures, write_page
 from bayes_kernels.experiment.results import summarise
 from bayes_kernels.experiment.tables import score_table
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.table import Table
+from bayes_kernels.task import Task
 
 # Where a run takes place depends on the machine; what it finds is compared with the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -33,6 +35,7 @@ def test_the_page_has_scores_pictures_and_texts(
         task,
         title="A <b>",
         verdict="Better & better.",
+        more=[Table("apart", ["method", "less"], [["BLoB", "−.1 < 0"]])],
         command=["x"],
     )
     assert path == tmp_path / REPORT_FILE
@@ -41,7 +44,10 @@ def test_the_page_has_scores_pictures_and_texts(
     words = [text.strip() for text in parsed.text]
     for row in score_table(summaries).rows:
         assert set(row) <= set(words), row
-    assert "Better & better." in words and "A <b>" in words
+    assert (
+        any(text.startswith("by chance: ") for text in words) and "✓ is the right answer." in words
+    )
+    assert "Better & better." in words and "A <b>" in words and "−.1 < 0" in words
     # Reliability, risk and coverage, right and wrong answers, foreign texts.
     assert parsed.tags.count("figure") == 4
     # The most certain text is first, with its probabilities.
@@ -71,3 +77,13 @@ def test_a_page_without_wrong_answers_or_foreign_texts(
     page = (tmp_path / REPORT_FILE).read_text(encoding="utf-8")
     assert check_self_contained(page).tags.count("figure") == 2
     assert "Wrong with most confidence" not in page and "nan" not in page
+
+
+def test_a_picture_without_names_has_no_legend() -> None:
+    curves = (
+        {"": [(0.5, 0.1), (0.6, math.nan)]},
+        {"mean": [(0.5, 0.0)] * 2, "N=2": [(0.4, 0.0)] * 2},
+    )
+    alone, several = (score_figures(["1", "2"], {"NLL": one}, xlabel="lr")[0] for one in curves)
+    assert 'class="legend"' not in alone and "bars: standard deviation over seeds." in alone
+    assert 'class="legend"' in several and "bars" not in several

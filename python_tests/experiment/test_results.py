@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from bayes_kernels.experiment import results
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 from experiment.tiny_runs import fake_run
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.

@@ -29,7 +29,7 @@ from bayes_kernels.experiment import convert, scoring
 from bayes_kernels.experiment.recipe import Source
 from bayes_kernels.hf.heads import ClassLogits
 from bayes_kernels.hf.tasks.encoder import TaskEncoder
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 
 pytestmark = pytest.mark.cpu_only
 
@@ -75,7 +75,7 @@ class Ledger:
         self.predicted: list[tuple[torch.Tensor, list[str]]] = []
         load, encode, forward = Source.load, TaskEncoder.__call__, ClassLogits.forward
         fit, conversion_of = scoring.fit_temperature, convert._conversion
-        predict, score = scoring.predict_examples, scoring._score
+        sample, score = scoring.sample_examples, scoring._score
 
         def spy_load(source: Source, *args: Any) -> Task:
             self.task = load(source, *args)
@@ -109,10 +109,11 @@ class Ledger:
 
             return dataclasses.replace(conversion, convert=spy_convert)
 
-        def spy_predict(model: Any, encoder: Any, examples: Any, **options: Any) -> Any:
-            found, cost = predict(model, encoder, examples, **options)
-            self.predicted.append((found.log_probs, [example.id for example in examples]))
-            return found, cost
+        def spy_sample(model: Any, encoder: Any, examples: Any, *given: Any, **options: Any) -> Any:
+            found = sample(model, encoder, examples, *given, **options)
+            ids = [example.id for example in examples]
+            self.predicted += [(one.prediction.log_probs, ids) for one in found]
+            return found
 
         def spy_fit(log_probs: torch.Tensor, labels: torch.Tensor) -> float:
             for known, ids in self.predicted:
@@ -134,7 +135,7 @@ class Ledger:
         patch.setattr(TaskEncoder, "__call__", spy_encode)
         patch.setattr(ClassLogits, "forward", spy_forward)
         patch.setattr(convert, "_conversion", spy_conversion)
-        patch.setattr(scoring, "predict_examples", spy_predict)
+        patch.setattr(scoring, "sample_examples", spy_sample)
         patch.setattr(scoring, "fit_temperature", spy_fit)
         patch.setattr(scoring, "_score", spy_score)
 

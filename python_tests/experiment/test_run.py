@@ -15,7 +15,7 @@ from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.callbacks import Interrupted
 from bayes_kernels.experiment.folders import CHECKPOINTS
 from bayes_kernels.experiment.recipe import Experiment
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 from experiment.tiny_runs import SHORT, TRAINED, alike, with_recipe
 
 # Commands choose the GPU where there is one; what they find is compared with the CPU.

@@ -1,15 +1,20 @@
-"""The loss and the weights of training are finite, or it stops."""
+"""The loss and the weights of training are finite, or it stops; the process group ends with training."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import together
 
-from bayes_kernels.experiment import train
+from bayes_kernels.experiment import run, train
+from bayes_kernels.experiment.recipe import Experiment, Source
+from experiment.tiny_runs import SHORT
 
 
 def test_what_was_trained_is_finite() -> None:
@@ -63,3 +68,47 @@ def test_a_loss_is_looked_at_whenever_the_trainer_logs(tmp_path: Path) -> None:
     fine.training_step(None, torch.tensor(1.0))
     fine.log({})
     assert fine.logged == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+@pytest.mark.parametrize("method", ["mle", "blob"])
+def test_threads_of_the_process_group_end_before_the_process_goes_on(
+    method: str, tiny_data: Path, tiny_model: Path
+) -> None:
+    """They want Python's lock, which whoever waits for them later may hold."""
+    for said in together("experiment.test_train", method, tiny_data, tiny_model):
+        assert said.splitlines()[-3:] == ["during: True", "freed in it: True", "after: False"]
+
+
+def _gloo_runs() -> bool:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return any("gloo" in name for name in names)
+
+
+def _train_with_others(method: str, data: str, model: str) -> None:
+    found = {}
+    end = train._end_process_group
+
+    def watched(trainer: Any) -> None:
+        found["during"] = _gloo_runs()
+        free = trainer.accelerator.free_memory
+
+        def freed() -> None:  # DeepSpeed's engine asks the group for its rank
+            found["freed in it"] = torch.distributed.is_initialized()
+            free()
+
+        trainer.accelerator.free_memory = freed
+        end(trainer)
+        found["after"] = _gloo_runs()
+
+    train._end_process_group = watched
+    source = Source(data=data)
+    short = dataclasses.replace(SHORT, steps=2)
+    run.run(
+        Experiment(source, model=model, method=method, recipe=short), source.load(0), progress=False
+    )
+    print(*(f"{when}: {there}" for when, there in found.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    _train_with_others(*sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import pytest
@@ -51,3 +52,8 @@ def fake_run(method: str, seed: int, ece: float, nll: float, accuracy: float = 0
     ]
     cost = Training(10.0 + seed, 5, 200.0, [], {})
     return ex.Run(Experiment(method=method, seed=seed), cost, rows)
+
+
+def seen_gpu(number: int, *, progress: bool) -> str:
+    """What CUDA of this process looks at: a call for `side_by_side`."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all")

@@ -47,11 +47,12 @@ def gradients(y, parts, names):
     return torch.autograd.grad(y, [parts[k] for k in names], parts["dy"].to(y.dtype))
 
 
-def compare(device, dtype, ours, run_reference, parts, names, what, factor=2.0):
+def compare(device, dtype, ours, run_reference, parts, names, what, factor=2.0, floor=2.0):
     """Value and gradients by the accuracy rule; run_reference(parts) in the dtype and in fp64."""
     same_parts, truth_parts = clone_as(parts, dtype), clone_as(parts, torch.float64)
     same, truth = run_reference(same_parts), run_reference(truth_parts)
-    assert_no_worse_than_torch(ours, same, truth, factor=factor, what=f"{what} value")
+    bounds = {"factor": factor, "floor": floor}
+    assert_no_worse_than_torch(ours, same, truth, **bounds, what=f"{what} value")
     for name, a, b, t in zip(
         names,
         gradients(ours, parts, names),
@@ -60,7 +61,7 @@ def compare(device, dtype, ours, run_reference, parts, names, what, factor=2.0):
         strict=True,
     ):
         assert a.dtype == parts[name].dtype
-        assert_no_worse_than_torch(a, b, t, factor=factor, what=f"{what} d{name}")
+        assert_no_worse_than_torch(a, b, t, **bounds, what=f"{what} d{name}")
 
 
 def dense_noise(device, key, *sizes, **options):

@@ -229,6 +229,34 @@ def test_bytes_kept(form):
     assert plain == eight
 
 
+@pytest.mark.parametrize("rank", [64, 65])
+def test_where_nothing_is_kept_in_8_bits(device, rank):
+    """Ranks above 64 and torch.func: gradients are the exact ones, as the docstrings say."""
+    parts = make(device, (6, 40, 7, rank), torch.float32)
+    x, mean, rho, b, base = (parts[k] for k in ("x", "mean", "rho", "b", "base"))
+    key = random.key(0, device.torch)
+    kept = F.quantize_activations(x, key=key)
+    draws = torch.zeros(1, dtype=torch.int64, device=device.torch)
+    rows = {"rows_per_group": 6}
+
+    def outputs(kept):
+        found = {name: call(x, base) for name, call in forms(parts, key, kept).items()}
+        found["group"] = F.lora_group(x, [mean, mean[:2]], [b, b[:, :2]], kept=kept)[0]
+        found["grouped"] = F.grouped_lora(x, mean[None], b, **rows, kept=kept)
+        found["sampled"] = F.sampled_lora(x, mean, rho, b, draws=draws, key=key, **rows, kept=kept)
+        return found
+
+    plain = outputs(None)
+    for name, y in outputs(kept).items():
+        exact, found = (torch.autograd.grad(one.sum(), mean)[0] for one in (plain[name], y))
+        assert torch.equal(found, exact) == (rank > 64), name
+    exact, found = (
+        torch.func.grad(lambda a, k=k: F.lora(x.detach(), a, b.detach(), kept=k).sum())(mean)
+        for k in (None, kept)
+    )
+    assert torch.equal(found, exact)
+
+
 def test_grouped_adapters(device):
     """Draws and experts: exact gradients but for the first factor's, which are those of the rounded x."""
     parts = make(device, (12, 40, 7, 3), torch.float32)

@@ -76,7 +76,9 @@ def test_gram_matrices_are_symmetric_to_the_bit(device, r: int, dtype):
     grams = F.gram([x, x[: r + 1]])
     for g in grams:
         assert torch.equal(g, g.mT) and g.dtype == dtype
-    scale = 4 * torch.finfo(dtype).eps * float(grams[0].diagonal().max())
+    # Above rank 64 it is torch's product, whose rounding errors may add up as a walk of its terms.
+    units = 4 if r <= 64 else len(x) ** 0.5
+    scale = units * torch.finfo(dtype).eps * float(grams[0].diagonal().max())
     torch.testing.assert_close(grams[0].double(), reference.gram(x.double()), rtol=0, atol=scale)
 
 

@@ -232,7 +232,9 @@ def check_gradients(device, dtype: torch.dtype, shape, kind: list[str]) -> None:
                 *(q[k] for k in names), scaling=2.0, noise=noise, std=std, dropout=dropout
             )
 
-    compare(device, dtype, y, on_cpu(run), p, names, f"{' '.join(kind)} {dtype}", factor=3.0)
+    # Two products in a row, over up to 150 terms: some BLAS hit the truth by luck, MKL's to a unit here.
+    bounds = {"factor": 3.0, "floor": 4.0}
+    compare(device, dtype, y, on_cpu(run), p, names, f"{' '.join(kind)} {dtype}", **bounds)
 
 
 def on_cpu(run):

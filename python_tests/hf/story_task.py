@@ -8,7 +8,7 @@ from typing import Any
 
 from bayes_kernels.hf.tasks.encoder import TaskEncoder
 from bayes_kernels.hf.tasks.models import load_model
-from bayes_kernels.hf.tasks.task import Example, Task
+from bayes_kernels.task import Example, Task
 
 
 def tiny_task(template: Any = None, **fields: Any) -> Task:

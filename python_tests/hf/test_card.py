@@ -7,11 +7,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+import transformers
 from peft import get_peft_model
-from tiny_models import gpt2
+from tiny_models import gpt2, llama
+from tiny_task import write_model
+from transformers import AutoModelForSequenceClassification
 
 from bayes_kernels.hf import BlobConfig, PolarVbllConfig
-from bayes_kernels.hf.card import write_card
+from bayes_kernels.hf.card import _CLASSES, write_card
 from hf.peft_adapters import CONFIGS
 
 
@@ -37,6 +40,76 @@ def test_saved_folders_explain_themselves(tmp_path: Path, method: str) -> None:
     assert ('export_draws(model, "draws", 10)' in text) == drawn
     assert ("0 is the posterior mean" in text) == (method not in ("polar", "polar-diagonal"))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BAYES_LORA"
+
+
+LABELS = ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "problem", "own_head", "answer"),
+    [
+        (["red", "green", "blue"], None, False, "Prediction("),
+        (LABELS, None, True, "Prediction("),
+        (LABELS, "multi_label_classification", False, "LabelPrediction("),
+        (LABELS, "regression", False, "NumberPrediction("),
+        (LABELS[:1], None, True, "NumberPrediction("),
+    ],
+)
+def test_the_program_of_a_classifiers_card_runs_in_its_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    names: list[str],
+    problem: str | None,
+    own_head: bool,
+    answer: str,
+) -> None:
+    place, auto = tmp_path / "base", AutoModelForSequenceClassification
+    write_model(place)
+    if own_head:
+        auto.from_pretrained(place, num_labels=7).save_pretrained(place)
+    base = auto.from_pretrained(
+        place, num_labels=len(names), problem_type=problem, ignore_mismatched_sizes=True
+    )
+    base.config.id2label = dict(enumerate(names))
+    config = BlobConfig(target_modules=["query"], task_type="SEQ_CLS", r=2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert ("Classes: red, green, blue" in text) == (names[0] == "red") and "Classes: L" not in text
+    assert run_program(text, tmp_path / "adapter", monkeypatch, capsys).startswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"), [("CAUSAL_LM", "[Generation("), ("TOKEN_CLS", ""), ("QUESTION_ANS", "")]
+)
+def test_the_program_of_a_card_ends_where_the_task_does_not_say_how_to_ask(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    answer: str,
+) -> None:
+    write_model(tmp_path / "base")
+    if task == "CAUSAL_LM":
+        llama(max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    more = {"num_labels": 5} if task == "TOKEN_CLS" else {}
+    base = getattr(transformers, _CLASSES[task]).from_pretrained(tmp_path / "base", **more)
+    layer = "q_proj" if task == "CAUSAL_LM" else "query"
+    config = BlobConfig(target_modules=[layer], task_type=task, r=2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    said = run_program(text, tmp_path / "adapter", monkeypatch, capsys)
+    assert said.startswith(answer) and bool(said) == bool(answer)
+
+
+def run_program(
+    card: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What the first program of a card prints in its folder."""
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(card.partition("```python\n")[2].partition("```")[0], {})
+    return capsys.readouterr().out
 
 
 def test_a_card_of_ones_own_stays(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import bert, gpt2
+from tiny_models import bert, fingerprint, gpt2
 from torch import nn
 
 from bayes_kernels.hf import (
@@ -178,7 +178,7 @@ PAIRS = [
 @pytest.mark.parametrize(("reader", "method"), PAIRS)
 def test_readers_refuse(saved: dict[str, Path], tmp_path: Path, method: str, reader: str) -> None:
     model = base()
-    modules = {name: id(module) for name, module in model.named_modules()}
+    before = fingerprint(model)
     for i, (damage, key) in enumerate(
         (("no lora_A", "lora_A"), ("inf in the posterior", "infinity"), ("NaN alpha", "lora_alpha"))
     ):
@@ -186,7 +186,25 @@ def test_readers_refuse(saved: dict[str, Path], tmp_path: Path, method: str, rea
         with pytest.raises(ValueError, match=key) as caught:
             READERS[reader](model, tmp_path / str(i))
         assert str(tmp_path / str(i)) in str(caught.value)
-        assert {name: id(module) for name, module in model.named_modules()} == modules
+        assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("change", ["tensor", "gradient", "module", "attribute"])
+def test_a_fingerprint_sees_changes(change: str) -> None:
+    model = base()
+    before, head = fingerprint(model), model.score
+    assert fingerprint(model) == before
+    if change == "tensor":
+        with torch.no_grad():
+            head.weight[0, 0] += 1e-6
+    elif change == "gradient":
+        head.weight.requires_grad_(False)
+    elif change == "module":
+        model.score = nn.Linear(16, head.out_features, bias=False)
+        model.score.weight = head.weight
+    else:
+        head.scaling = {}
+    assert fingerprint(model) != before
 
 
 @pytest.mark.parametrize(("reader", "method"), PAIRS)
@@ -233,10 +251,10 @@ def test_files_that_are_none(
 @pytest.mark.parametrize("method", ["lora", "blob", "tfb", "polar"])
 def test_another_architecture(saved: dict[str, Path], method: str) -> None:
     model = bert()
-    before = list(dict(model.named_modules()))
+    before = fingerprint(model)
     with pytest.raises(ValueError, match=r"base model with the layer .*c_attn, got BertForSeq"):
         read_lora(model, saved[method])
-    assert list(dict(model.named_modules())) == before
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize(

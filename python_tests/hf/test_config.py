@@ -128,7 +128,7 @@ def test_each_option_says_what_it_is_and_refuses_another_type(method: str, field
         ({"init_rho": float("nan")}, "init_rho must be a positive number"),
         ({"seed": 1.5}, "seed must be an int"),
         ({"kl_schedule": "cosine"}, "kl_schedule must be one of"),
-        ({"lora_dropout": 1.0}, "lora_dropout must be in"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be a number in"),
     ],
 )
 def test_rejected_options(options: dict[str, Any], message: str) -> None:

@@ -40,6 +40,7 @@ from bayes_kernels.hf import (
     decoding,
     experts,
 )
+from bayes_kernels.hf.evaluation import PosteriorEvaluation
 from bayes_kernels.hf.variants import BayesVariant
 
 pytestmark = pytest.mark.cpu_only
@@ -473,10 +474,11 @@ def test_where_a_missing_pad_token_is_looked_up(make: Callable[[], Any]) -> None
 
 def test_methods_of_the_trainer() -> None:
     by = "hf/trainer.py"
-    own = [name for name, value in vars(BayesTrainerMixin).items() if inspect.isfunction(value)]
+    ours = vars(BayesTrainerMixin) | vars(PosteriorEvaluation)
+    own = [name for name, value in ours.items() if inspect.isfunction(value)]
     overridden = (
         "train get_decay_parameter_names training_step create_optimizer compute_loss log "
-        "prediction_step"
+        "prediction_step evaluation_loop"
     )
     assert set(overridden.split()) <= set(own)
     need(transformers, "Trainer", Trainer, overridden, by)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from bayes_kernels.experiment import build, convert, folders, train
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
-from bayes_kernels.experiment.scoring import predict_examples
 from bayes_kernels.hf import generate
 from bayes_kernels.hf.layers import noise_state
 from bayes_kernels.hf.methods.laplace import laplace_posterior
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.hf.tasks.answers import predict_examples
+from bayes_kernels.task import Task
 from hf.letters import letters
 
 # Those with an adapter of their own; an ensemble is several of plain LoRA.

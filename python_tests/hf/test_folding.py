@@ -31,6 +31,23 @@ def rows_of_passes(model: Any, head: str, batch: dict[str, Any], **options: Any)
     return rows
 
 
+def test_the_budget_of_a_gpu_is_half_of_what_this_process_may_still_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = iter((1.0, 0.3, 0.05))
+    numbers: dict[str, Any] = {
+        "mem_get_info": lambda device: (60, 100),
+        "memory_reserved": lambda device: 10,
+        "memory_allocated": lambda device: 4,
+        "get_per_process_memory_fraction": lambda device: next(limits),
+    }
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    gpu = torch.device("cuda", 0)
+    # Free, of which a limit leaves 20 or nothing, and 6 in the cache.
+    assert [folding._budget(gpu) for _ in range(3)] == [33, 13, 3]
+
+
 def test_draws_fill_a_pass_up_to_the_tokens_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert()
     assert rows_of_passes(model, "classifier", BATCH, n_samples=4) == [20]

@@ -263,8 +263,13 @@ def test_new_draws_do_not_compile_again(make: Any, how: str) -> None:
 
     for options, expected in zip(passes(), eager, strict=True):
         torch.testing.assert_close(found(options), expected, rtol=1e-4, atol=1e-5)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         for out, expected in zip(pool.map(found, passes()), eager, strict=True):
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == (1 if how == "whole" else 2)
+    # Side by side, only the values: torch moves the code that it found to the front of its list, and a
+    # thread that walks the list at that moment may miss its own and compile again.
+    with ThreadPoolExecutor(2) as pool:
+        for out, expected in zip(pool.map(found, passes()), eager, strict=True):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 import sys
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayes_kernels import metrics, random
-from bayes_kernels.hf import Prediction, posterior, predict, predict_batches, predict_dataset
+from bayes_kernels.hf import (
+    Prediction,
+    Sampling,
+    posterior,
+    predict,
+    predict_batches,
+    predict_dataset,
+    predict_several,
+)
 from bayes_kernels.hf.layers import bayes_layers, noise_state
 from bayes_kernels.hf.noise import KINDS, using
 
@@ -60,6 +69,81 @@ def test_matches_one_pass_for_each_draw() -> None:
     assert torch.equal(result.classes, mean.argmax(-1))
 
 
+SEVERAL = [
+    Sampling(6),
+    Sampling(0),
+    Sampling(3, "independent"),
+    Sampling(2),
+    Sampling(3, scope="token"),
+    Sampling(6),
+]
+
+
+def layer_rows(layer: nn.Module, run: Any) -> list[int]:
+    """Rows of each call of a layer in `run`."""
+    seen: list[int] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    run()
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("upper", [False, True], ids=["all layers", "upper layer"])
+def test_several_predictions_share_what_they_can(upper: bool) -> None:
+    base = tiny_models.bert(num_labels=4, initializer_range=0.3, vocab_size=128)
+    model = fill(adapted(base, **({"layers_to_transform": [1]} if upper else {})), 0.6, 0.5)
+    batch = {"input_ids": IDS, "labels": torch.arange(5) % 4}
+    options: dict[str, Any] = {"seed": 4, "samples_per_pass": 1}
+    expected = [predict(model, batch, **one._asdict(), **options) for one in SEVERAL]
+    found = predict_several(model, batch, SEVERAL, **options)
+    for one, two in zip(expected, found, strict=True):
+        assert one.n_samples == two.n_samples and torch.equal(one.labels, two.labels)
+        for name in ("log_probs", "entropy", "expected_entropy"):  # the same bits
+            assert torch.equal(getattr(one, name), getattr(two, name))
+        assert (one.entropy_bias is None) == (two.entropy_bias is None)
+    assert [one.shared_layers for one in found] == [int(upper)] * len(SEVERAL)
+    lower, top = model.base_model.model.bert.encoder.layer
+
+    def run(**more: Any) -> Any:
+        return lambda: predict_several(model, batch, SEVERAL, seed=4, **more)
+
+    passes = 1 + 6 + 3 + 3
+    assert layer_rows(top.intermediate.dense, run(samples_per_pass=1)) == [5] * passes
+    assert layer_rows(lower.intermediate.dense, run()) == ([5] if upper else [10, 20, 5, 15, 15])
+    assert sum(layer_rows(top.intermediate.dense, run())) == 5 * passes
+    # Each with passes of its own size: up to rounding.
+    for one, two in zip(expected, predict_several(model, batch, SEVERAL, seed=4), strict=True):
+        torch.testing.assert_close(one.log_probs, two.log_probs, rtol=1e-4, atol=1e-6)
+    # A batch that does not fit comes in parts, with those of the token scope whole.
+    parts = predict_several(model, batch, SEVERAL, seed=4, memory_budget=1)
+    for one, two in zip(expected, parts, strict=True):
+        torch.testing.assert_close(one.log_probs, two.log_probs, rtol=1e-4, atol=1e-6)
+
+
+def test_several_predictions_of_a_causal_model() -> None:
+    model = llama()
+    options: dict[str, Any] = {"choices": CHOICES, "samples_per_pass": 1, "return_samples": True}
+    found = predict_several(model, {"input_ids": IDS}, [Sampling(2), Sampling(3)], **options)
+    for count, one in zip((2, 3), found, strict=True):
+        same = predict(model, {"input_ids": IDS}, n_samples=count, **options)
+        assert torch.equal(one.sample_log_probs, same.sample_log_probs)
+        assert torch.equal(one.log_probs, same.log_probs)
+
+
+@pytest.mark.parametrize(
+    ("samplings", "message"),
+    [
+        ([], "predict_several: samplings must be at least one, got none"),
+        ([Sampling(-1)], "predict_several: n_samples must be an integer of at least 0, got -1"),
+        ([Sampling(2), Sampling(2, "odd")], "predict_several: draws must be one of .* got 'odd'"),
+        ([Sampling(2, scope="all")], "predict_several: scope must be one of .* got 'all'"),
+    ],
+)
+def test_samplings_are_checked(samplings: list[Sampling], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict_several(bert(), {"input_ids": IDS}, samplings)
+
+
 @pytest.mark.parametrize("per_pass", [1, 3, 4, 50])
 def test_chunks_of_draws_change_nothing(per_pass: int) -> None:
     model = bert()
@@ -88,6 +172,21 @@ def test_batches_change_nothing() -> None:
         )
     other = predict(model, {"input_ids": IDS}, n_samples=4, seed=2)
     assert (other.log_probs - whole.log_probs).abs().max() > 1e-3
+
+
+def test_a_bar_knows_how_many_batches_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they have a number: without one a bar has no time left."""
+    lengths = []
+
+    def bar(enabled: bool, items: Any, **_: Any) -> Any:
+        lengths.append(len(items))
+        return items
+
+    monkeypatch.setattr(importlib.import_module("bayes_kernels.hf.predict"), "progress_bar", bar)
+    examples = [{"input_ids": row} for row in IDS]
+    predict_dataset(bert(), examples, batch_size=2, n_samples=2)
+    predict_dataset(bert(), [{"input_ids": IDS}], n_samples=2)
+    assert lengths == [3, 1]
 
 
 def test_batches_are_read_as_predictions_are_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -22,7 +23,15 @@ from bayes_kernels.hf import (
 from bayes_kernels.hf.last_layer import need_head
 from bayes_kernels.hf.layers import bayes_layers
 from bayes_kernels.hf.logits import Prediction
-from bayes_kernels.hf.scale import can_rescale, compare_draws, fit_scale_, report_draws, rescale_
+from bayes_kernels.hf.scale import (
+    DrawsReport,
+    ScaleReport,
+    can_rescale,
+    compare_draws,
+    fit_scale_,
+    report_draws,
+    rescale_,
+)
 
 MAKERS: dict[str, Any] = {
     "square": lambda: fill(adapted(BASES["bert"](), BlobConfig)),
@@ -225,3 +234,13 @@ def test_empty_batches_are_left_out() -> None:
     assert compare_draws(model, [empty, batch, empty], **options) == expected
     found = fit_scale_(model, [empty, batch], only_if_harmful=True, **options)
     assert found.before == expected
+
+
+def test_reports_say_when_draws_change_nothing() -> None:
+    same = DrawsReport(13, 10, 1.0972, 1.0971, -2e-4, 1e-4)
+    assert str(same) == "10 draws leave the NLL of 13 examples at 1.097, that of the posterior mean"
+    worse = dataclasses.replace(same, nll=1.2, low=0.05, high=0.2)
+    assert "10 draws raise the NLL of 13 examples from 1.097" in str(worse)
+    few, all_but = (str(ScaleReport(factor, worse, 1.0, ())) for factor in (0.5, 1e-3))
+    assert few.endswith("deviations times 0.5: NLL 1.000")
+    assert all_but.endswith("deviations times 0.001: NLL 1.000, and draws all but the mean")

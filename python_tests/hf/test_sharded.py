@@ -18,7 +18,7 @@ from programs import joined, together
 from safetensors.torch import load_file
 from tiny_models import BATCHES, CLASSES, IDS, LABELS, adapted, arguments, bert, fill, llama
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bayes_kernels.hf import (
     BayesTrainer,
@@ -312,6 +312,37 @@ def test_embeddings_are_saved_as_peft_saves_them(tmp_path: Path) -> None:
     assert any("embed_tokens.base_layer" in name for name in expected)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_save_that_fails_leaves_the_adapter_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.*")}
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    bert(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    folder, model = tmp_path / "adapter", adapted(base, BlobConfig)
+    save_sharded(model, folder)
+    (folder / "notes.txt").write_text("mine")
+    assert "`../base`" in (folder / "README.md").read_text()
+    before = files()
+    fill(model)
+    for peft_writes in ("config.PeftConfigMixin.save_pretrained", "peft_model.safe_save_file"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+            patch.setattr(f"peft.{peft_writes}", no_room)
+            save_sharded(model, folder)
+        assert files() == before
+    (folder / "README.md").write_text("mine")
+    save_sharded(model, folder, safe_serialization=False)
+    after, formats = files(), {f"adapter/adapter_model.{kind}" for kind in ("bin", "safetensors")}
+    assert after.keys() == before.keys() ^ formats
+    changed = {name for name in after.keys() & before.keys() if after[name] != before[name]}
+    assert changed == {"adapter/README.md"}
+    assert "mine" in (folder / "README.md").read_text()
 
 
 def test_divergence_has_one_scale_for_all_ways_to_take_a_step(two: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import gpt2, llama, logits
+from tiny_models import fingerprint, gpt2, llama, logits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -452,10 +452,10 @@ def test_tfb_keeps_the_mean_and_finds_noise(target: str) -> None:
 )
 def test_what_cannot_be_is_refused(config: Any, target: str, options: Any, said: str) -> None:
     base = Net(**options)
-    before = {name: type(module) for name, module in base.named_modules()}
+    before = fingerprint(base)
     with pytest.raises(ValueError, match=f"target {target} .* cannot carry .*{said}"):
         get_peft_model(base, config(target_modules=["head", target], r=2))
-    assert {name: type(module) for name, module in base.named_modules()} == before
+    assert fingerprint(base) == before
 
 
 def test_embeddings_that_rescale_themselves_are_refused() -> None:

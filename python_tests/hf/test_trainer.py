@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from accuracy import assert_same_but_rounding
+from programs import joined, together
 from tiny_models import CLASSES, ROWS, adapted, arguments
 from torch import Tensor
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
@@ -31,8 +29,8 @@ from bayes_kernels.hf import (
     kl_divergence,
     predict_dataset,
 )
+from bayes_kernels.hf.checkpoint_folders import last_checkpoint
 from bayes_kernels.hf.layers import bayes_layers, noise_state
-from bayes_kernels.hf.trainer import last_checkpoint
 from bayes_kernels.optim import KLSchedule, flow_time, kl_cycle_length, kl_step_
 
 N_TRAIN = len(CLASSES)
@@ -525,9 +523,8 @@ def test_active_adapters_of_two_methods(tmp_path: Path) -> None:
 # --- two processes -------------------------------------------------------------------------------
 
 
-def _worker(folder: str) -> None:
+def _worker(folder: str, rank: int) -> None:
     """One of two processes: scale of the divergence, noise, parameters after training."""
-    rank = int(os.environ["RANK"])
     report: dict[str, Any] = {}
     report["bert"] = kl_gradient_error(bert, CLASSES, folder, gradient_accumulation_steps=2)
     report["llama"] = kl_gradient_error(llama, TOKENS, folder, gradient_accumulation_steps=2)
@@ -545,32 +542,7 @@ def _worker(folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    workers = []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        }
-        command = [sys.executable, "-m", "hf.test_trainer", str(tmp_path)]
-        workers.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    try:
-        outputs = [worker.communicate(timeout=300)[0].decode() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+    together("hf.test_trainer", tmp_path, timeout=300)
     zero, one = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
     for report in (zero, one):
         assert report["bert"] < 1e-5 and report["llama"] < 1e-5
@@ -580,4 +552,5 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1])
+    with joined() as number:
+        _worker(sys.argv[1], number)

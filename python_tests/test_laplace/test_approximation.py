@@ -29,6 +29,9 @@ def test_predictions_of_all_methods():
     for method in ("mc_independent", "probit", "bridge"):
         other = la.predict((x,), method=method, n_samples=500)
         torch.testing.assert_close(other.probs.sum(1), torch.ones(9, dtype=D))
+        if method == "probit":
+            with pytest.raises(ValueError, match="mutual_information: method 'probit' gives no"):
+                _ = other.mutual_information
     # Draws belong to examples, not to batches.
     parts = [la.predict((x[i:j],), seed=3, row0=i).probs for i, j in ((0, 4), (4, 9))]
     whole = la.predict((x,), seed=3).probs

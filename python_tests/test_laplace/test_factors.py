@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from programs import joined, together
 from torch import nn
 
 from bayes_kernels import random, reference
@@ -204,36 +202,24 @@ def test_monte_carlo_fisher_has_the_ggn_as_its_mean():
     )
 
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_laplace.networks import sequences, adapters, kronecker
-from bayes_kernels.laplace import Laplace
-rank, world, path = int(sys.argv[1]), 2, sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method="file://" + path + "/store",
-                                     rank=rank, world_size=world)
-model, x, y = sequences(n=70, examples=8)
-results = {{}}
-for name, options in {{"dense": dict(rank=None), "low": dict(rank=60), "mc": dict(rank=None, fisher="mc"),
-                      "truncated": dict(rank=2)}}.items():
-    la = Laplace(model, adapters(model), dense_below=64, tokens="reduce", **options)
-    la.fit([(x[rank::2], y[rank::2])])
-    results.update({{f"{{name}}.{{i}}": k for i, k in enumerate(kronecker(la))}})
-    results[name + ".ll"] = torch.tensor([la.log_likelihood, la.n_examples])
-torch.save(results, f"{{path}}/{{rank}}.pt")
-"""
+def _fit(folder: str, rank: int) -> None:
+    model, x, y = sequences(n=70, examples=8)
+    results = {}
+    for name, options in {
+        "dense": {"rank": None},
+        "low": {"rank": 60},
+        "mc": {"rank": None, "fisher": "mc"},
+        "truncated": {"rank": 2},
+    }.items():
+        la = Laplace(model, adapters(model), dense_below=64, tokens="reduce", **options)
+        la.fit([(x[rank::2], y[rank::2])])
+        results.update({f"{name}.{i}": k for i, k in enumerate(kronecker(la))})
+        results[name + ".ll"] = torch.tensor([la.log_likelihood, la.n_examples])
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
 def test_two_processes_equal_one(tmp_path):
-    code = WORKER.format(tests=str(Path(__file__).resolve().parent.parent))
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    together("test_laplace.test_factors", tmp_path)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
     model, x, y = sequences(n=70, examples=8)
@@ -325,3 +311,8 @@ def test_a_saturated_softmax_is_named(fisher: str, rank: int | None):
     with torch.no_grad():
         model[2].weight.mul_(1e-5)
     Laplace(model, **options).fit([(x, (y + 1) % 3)], verbose=False)
+
+
+if __name__ == "__main__":
+    with joined() as number:
+        _fit(sys.argv[1], number)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from bayes_kernels import memory
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "cuda_benchmarks"
 
@@ -516,8 +518,8 @@ def test_memory_model(
     """Within 5 % of what torch's allocator counts, in sum and for what is kept for backward."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    bench, harness, model = load("bench_end_to_end"), load("harness"), load("memory_model")
-    shape = model.Shape("s", "llama", hidden, layers, heads, kv_heads, intermediate, 500, dtype)
+    bench, harness = load("bench_end_to_end"), load("harness")
+    shape = memory.Shape("s", "llama", hidden, layers, heads, kv_heads, intermediate, 500, dtype)
     monkeypatch.setitem(bench.SHAPES, "s", shape)
     base = bench.build_base(shape, "cpu")
     data = bench.make_batch(bench.Case("s", batch, length), "cpu")
@@ -529,7 +531,7 @@ def test_memory_model(
         if peak is None:
             pytest.skip("this torch does not report allocations")
         saved = harness.saved_bytes(run.loss, [*run.model.parameters(), *run.model.buffers()])
-        predicted = model.predict(shape, batch, length, method, bench.CLASSES)
+        predicted = memory.predict(shape, batch, length, method, bench.CLASSES)
         total = found["parameter_bytes"] + found["optimizer_bytes"] + peak
         assert predicted.parameters == pytest.approx(found["parameter_bytes"], rel=0.01)
         assert predicted.gradients == pytest.approx(found["gradient_bytes"], rel=0.01)
@@ -552,8 +554,8 @@ def test_memory_model_of_options(
     """
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    bench, harness, model = load("bench_end_to_end"), load("harness"), load("memory_model")
-    shape = model.Shape("s", "llama", 128, 4, 4, 2, 352, 500, dtype)
+    bench, harness = load("bench_end_to_end"), load("harness")
+    shape = memory.Shape("s", "llama", 128, 4, 4, 2, 352, 500, dtype)
     monkeypatch.setitem(bench.SHAPES, "s", shape)
     base = bench.build_base(shape, "cpu")
     data = bench.make_batch(bench.Case("s", 4, 64), "cpu")
@@ -568,7 +570,7 @@ def test_memory_model_of_options(
         if peak is None:
             pytest.skip("this torch does not report allocations")
         saved = harness.saved_bytes(run.loss, [*run.model.parameters(), *run.model.buffers()])
-        predicted = model.predict(
+        predicted = memory.predict(
             shape, 4, 64, method, bench.CLASSES, checkpointing=checkpointing, activation_bits=bits
         )
         assert predicted.saved == pytest.approx(saved, rel=0.05), method
@@ -576,15 +578,15 @@ def test_memory_model_of_options(
 
 
 def test_memory_model_refuses_what_it_does_not_know() -> None:
-    model, bench = load("memory_model"), load("bench_end_to_end")
+    bench = load("bench_end_to_end")
     with pytest.raises(ValueError, match="method must be one of"):
-        model.predict(bench.SHAPES["10M"], 1, 1, "nothing", 2)
+        memory.predict(bench.SHAPES["10M"], 1, 1, "nothing", 2)
     with pytest.raises(ValueError, match="the shape a llama"):
-        model.predict(bench.SHAPES["22M BERT"], 1, 1, "blob", 2)
+        memory.predict(bench.SHAPES["22M BERT"], 1, 1, "blob", 2)
     with pytest.raises(ValueError, match="base must be one of"):
-        model.predict(bench.SHAPES["10M"], 1, 1, "blob", 2, base="2bit")
+        memory.predict(bench.SHAPES["10M"], 1, 1, "blob", 2, base="2bit")
     with pytest.raises(ValueError, match="activation_bits must be None"):
-        model.predict(bench.SHAPES["10M"], 1, 1, "peft_lora", 2, activation_bits=8)
+        memory.predict(bench.SHAPES["10M"], 1, 1, "peft_lora", 2, activation_bits=8)
 
 
 # --- command line ----------------------------------------------------------------------------------
@@ -612,6 +614,16 @@ def test_bench_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert command[:2] == [sys.executable, str(FOLDER)]
     assert command[2:] == ["tall", "--device", "cpu", "--quick", "--vs", "svd,qr", "--case", "16 x"]
     assert options["env"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_bench_command_names_all_families() -> None:
+    typer = pytest.importorskip("typer")
+
+    from bayes_kernels.cli import app
+
+    families, *_ = typer.main.get_command(app.app).commands["bench"].params
+    named = families.help.partition(";")[0].split(", ")
+    assert named == list(load("harness").FAMILIES)
 
 
 def test_bench_command_without_a_source_tree(

@@ -6,8 +6,8 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from ...hf.tasks.task import Example, Task
 from ...table import Table
+from ...task import Example, Task
 from .splits import has_made_id
 
 # Fewer labelled rows than these say little about a model's calibration.
@@ -70,8 +70,8 @@ def _notes(task: Task, has_test: bool) -> Iterator[str]:
     if any(has_made_id(example) for example in inside):
         yield "no id: ids are made of the texts, which also decide their split"
     if not has_test:
-        yield "no test data: a fifth of the rows is kept for testing, whatever the seed"
-    yield "validation: a tenth of the training rows, for temperatures, priors and early choices"
+        yield "no test data: about a fifth of the rows is kept for testing, whatever the seed"
+    yield "validation: about a tenth of the training rows, for temperatures, priors and early choices"
     if not task.ood:
         yield "no out-of-distribution data: name a file with --ood to see whether foreign texts are found"
     if not any(example.context for example in inside):

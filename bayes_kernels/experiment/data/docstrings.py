@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...hf.tasks.task import Example, Task
+from ...task import Example, Task
 from .splits import choose_subset, fraction_of, hash_of
 
 # Modules and packages of each area, all of them optional: what an interpreter lacks (modules

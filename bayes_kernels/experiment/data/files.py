@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...hf.tasks.task import LETTERS, Example, Kind, Task, Template
+from ...task import LETTERS, Example, Kind, Task, Template
 from .rows import SUFFIXES, Problems, Row, is_unicode, read_rows, rows_of, shown
 from .splits import choose_subset, has_made_id, split_by_hash
 
@@ -33,8 +33,8 @@ def _one_file(folder: Path, words: tuple[str, ...], required: bool) -> Path | No
         )
     if not files and required:
         raise ValueError(
-            f"load_files: expected {words[0]} with one of the endings {', '.join(SUFFIXES)}, plain or "
-            f".gz (or a name that ends in _{words[0]}), in {folder}, got none"
+            f"{folder}: expected a file {' or '.join(words[0] + end for end in SUFFIXES)} (plain or .gz, "
+            f"or a name that ends in _{words[0]}) in this folder, got none"
         )
     return files[0] if files else None
 

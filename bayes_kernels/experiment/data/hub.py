@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...hf.tasks.task import LETTERS, Example, Task, Template
+from ...task import LETTERS, Example, Task, Template
 from .splits import choose_subset, hash_of, split_by_hash
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...hf.tasks.task import Task
+from ...task import Task
 from .docstrings import stdlib_docs
 from .files import load_files
 from .hub import HUB_DATASETS, load_hub

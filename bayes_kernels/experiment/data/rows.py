@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ...hf.tasks.task import LETTERS, Example
+from ...task import LETTERS, Example
 from .splits import content_id
 
 _MAX_PROBLEMS = 10
 # How columns of tables are divided, by the end of the file's name.
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_TAB = "\t"
+SEPARATORS = {".csv": ",", ".tsv": _TAB}
 LINES = ".jsonl"
 SUFFIXES = (LINES, *SEPARATORS)
 # Other names of the columns, those of most public data sets among them.
@@ -155,8 +156,8 @@ def _one(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, Any]
 # --- From files to rows --------------------------------------------------------------------------
 
 
-def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, object | _Bad]]:
-    """(number, decoded JSON) of every line."""
+def _lines(stream: io.BufferedReader, hint: str) -> Iterator[tuple[int, object | _Bad]]:
+    """(number, decoded JSON) of every line; the hint ends what is said of a first line that is none."""
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -171,10 +172,14 @@ def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, object | _Bad]]:
             found = _Bad(f"expected JSON that can be read, got: {error}")
         except RecursionError:
             found = _Bad("expected a flat JSON object, got lists or objects nested too deep")
+        if isinstance(found, _Bad) and number == 1:
+            found = _Bad(f"{found}{hint}")
         yield number, found
 
 
-def _columns(stream: io.BufferedReader, separator: str) -> Iterator[tuple[int, object | _Bad]]:
+def _columns(
+    stream: io.BufferedReader, separator: str, need_label: bool
+) -> Iterator[tuple[int, object | _Bad]]:
     """(number of the last line, cells by column) of every row of a table; its first row names them."""
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -185,14 +190,25 @@ def _columns(stream: io.BufferedReader, separator: str) -> Iterator[tuple[int, o
             twice = next(name for name, count in Counter(head).items() if count > 1)
             yield 1, _Bad(f"expected a name for each column, got {shown(twice)} twice")
             return
-        if head and not (set(head) & set(_TEXT)):
-            yield 1, _Bad(f"expected columns text and label in the first line, got {shown(head)}")
+        wanted = (_TEXT, _LABEL) if need_label else (_TEXT,)
+        if head and not all(set(head) & set(names) for names in wanted):
+            divided = ""
+            if len(head) == 1:
+                divided = f", divided by {'tabs' if separator == _TAB else 'commas'}"
+            yield (
+                1,
+                _Bad(
+                    f"expected columns text and label in the first line{divided}, got {shown(head)}"
+                ),
+            )
             return
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(head):
-                yield reader.line_num, _Bad(f"expected {len(head)} columns, got {len(cells)}")
+                open_mark = any("\n" in cell for cell in cells)
+                hint = "; a quotation mark above may lack its end" if open_mark else ""
+                yield reader.line_num, _Bad(f"expected {len(head)} columns, got {len(cells)}{hint}")
                 continue
             # An empty cell is a missing one.
             yield (
@@ -200,15 +216,34 @@ def _columns(stream: io.BufferedReader, separator: str) -> Iterator[tuple[int, o
                 {k: v if v.strip() else None for k, v in zip(head, cells, strict=True)},
             )
     except UnicodeDecodeError as error:
-        yield reader.line_num + 1, _Bad(f"expected UTF-8, got {error.reason}")
+        # It decodes many lines at once.
+        stream.seek(0)
+        lines = enumerate(stream, start=1)
+        number = next((i for i, line in lines if not _is_utf8(line)), reader.line_num + 1)
+        yield number, _Bad(f"expected UTF-8, got {error.reason}; save the file as UTF-8")
     except csv.Error as error:
         yield reader.line_num, _Bad(f"expected a table that can be read, got: {error}")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def kind_of(path: Path) -> str:
     """The ending that says what a file is: one of `SUFFIXES`; anything else is JSON lines."""
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     return suffix if suffix in SEPARATORS else LINES
+
+
+def _ending_hint(path: Path) -> str:
+    """What to say of a file whose name says nothing of what it is, and which is no JSON."""
+    if Path(path.name.removesuffix(".gz")).suffix.lower() in (LINES, ".json"):
+        return ""
+    return "; a file is read as JSON lines unless its name ends in .csv or .tsv"
 
 
 def read_rows(path: Path, problems: Problems, need_label: bool = True) -> list[Row]:
@@ -223,7 +258,11 @@ def read_rows(path: Path, problems: Problems, need_label: bool = True) -> list[R
         opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rb") as stream:
             separator = SEPARATORS.get(kind)
-            decoded = _lines(stream) if separator is None else _columns(stream, separator)
+            decoded = (
+                _lines(stream, _ending_hint(path))
+                if separator is None
+                else _columns(stream, separator, need_label)
+            )
             rows = rows_of(decoded, str(path), problems, need_label)
     except (OSError, EOFError, zlib.error) as error:
         problems.add(str(path), f"expected a file that can be read, got: {error}")

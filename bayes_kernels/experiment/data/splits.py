@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
-from ...hf.tasks.task import Example
+from ...task import Example
 
 
 def hash_of(text: str) -> int:

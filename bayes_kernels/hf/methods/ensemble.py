@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ..config import BayesLoraConfig
-from ..draws import WeightDraws
+from ..draws import Sampling, Step, WeightDraws
 from ..logits import AnyPrediction
 from ..method import Method
 
@@ -140,6 +140,13 @@ class MemberDraws(WeightDraws):
     def predict(self, batch: Mapping[str, Any], **options: Any) -> AnyPrediction:
         """As `WeightDraws.predict`, with a draw for each member."""
         return super().predict(batch, **{**options, "n_samples": len(self.model)})
+
+    def several(
+        self, batch: Mapping[str, Any], samplings: Sequence[Sampling], **options: Any
+    ) -> Iterator[Step]:
+        """As `WeightDraws.several`, with a draw for each member."""
+        all_of_them = [one._replace(n_samples=len(self.model)) for one in samplings]
+        return super().several(batch, all_of_them, **options)
 
 
 def ensemble_predictor(model: nn.Module) -> MemberDraws | None:

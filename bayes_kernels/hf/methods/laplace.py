@@ -16,19 +16,19 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...batches import as_batches, inputs_of, labels_of
 from ...laplace import FISHERS, METHODS, TOKENS
 from ...laplace.tokens import RULES
 from ...progress import progress_bar
-from ..draws import WeightDraws
+from ..draws import Sampling, Step, WeightDraws
 from ..logits import (
     Prediction,
     gaussian_prediction,
@@ -430,7 +430,61 @@ class LaplacePredictor:
             ValueError: the head has no classes, the choices are not the posterior's, or draws
                 are to be returned where there are none.
         """
-        found, method = self.posterior.laplace, self.posterior.prediction
+        self._check(n_samples, choices, return_samples)
+        found = self.posterior.laplace
+        labels, inputs = labels_of(batch), inputs_of(batch)
+        labels = None if labels is None else labels.cpu()
+        if n_samples == 0:
+            return mean_prediction(found.mean_logits(inputs), labels, keep=return_samples)
+        if self.posterior.prediction == "weights":
+            drawn: Any = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
+            return Prediction(
+                log_probs=drawn.log_probs.double().cpu(),
+                entropy=drawn.entropy.double().cpu(),
+                expected_entropy=drawn.expected_entropy.double().cpu(),
+                n_samples=n_samples,
+                labels=labels,
+            )
+        return self._drawn(found.logits(inputs), labels, n_samples, seed, return_samples)
+
+    def several(
+        self,
+        batch: Mapping[str, Any],
+        samplings: Sequence[Sampling],
+        *,
+        seed: int,
+        choices: Sequence[int] | None,
+        return_samples: bool,
+        **others: Any,
+    ) -> Iterator[Step]:
+        """As `Predictor.several`: covariances of logits once for all numbers of draws.
+
+        Raises:
+            ValueError: as `predict`.
+        """
+        options: dict[str, Any] = {"seed": seed, "choices": choices}
+        options["return_samples"] = return_samples
+        for one in samplings:
+            self._check(one.n_samples, choices, return_samples)
+        numbers = list(enumerate(one.n_samples for one in samplings))
+        of_logits = [item for item in numbers if item[1]]
+        if self.posterior.prediction == "weights" or len(of_logits) < 2:
+            of_logits = []
+        for i, number in numbers:
+            if (i, number) not in of_logits:
+                yield Step(i, self.predict(batch, n_samples=number, **options))
+        if not of_logits:
+            return
+        labels = labels_of(batch)
+        labels = None if labels is None else labels.cpu()
+        logits = self.posterior.laplace.logits(inputs_of(batch))
+        yield Step(None)
+        for i, number in of_logits:
+            yield Step(i, self._drawn(logits, labels, number, seed, return_samples))
+
+    def _check(self, n_samples: int, choices: Sequence[int] | None, return_samples: bool) -> None:
+        """Raises ValueError as `predict` says."""
+        method = self.posterior.prediction
         if self.posterior.of_tokens:
             raise ValueError(
                 "predict: a Laplace posterior must be of classes, got one of labels of tokens; use "
@@ -443,25 +497,22 @@ class LaplacePredictor:
                 "predict: choices must be those of the Laplace posterior, "
                 f"{self.posterior.choices}, or None, got {list(choices)}"
             )
-        labels, inputs = labels_of(batch), inputs_of(batch)
-        labels = None if labels is None else labels.cpu()
         if return_samples and n_samples and method not in ("mc", "mc_independent"):
             raise ValueError(
                 f"predict: return_samples must be False where prediction is {method!r}, which has no "
                 "draws of logits; use prediction='mc'"
             )
-        if n_samples == 0:
-            return mean_prediction(found.mean_logits(inputs), labels, keep=return_samples)
-        if method == "weights":
-            drawn: Any = found.predict(inputs, method="weights", n_samples=n_samples, seed=seed)
-            return Prediction(
-                log_probs=drawn.log_probs.double().cpu(),
-                entropy=drawn.entropy.double().cpu(),
-                expected_entropy=drawn.expected_entropy.double().cpu(),
-                n_samples=n_samples,
-                labels=labels,
-            )
-        mean, cov = found.logits(inputs)
+
+    def _drawn(
+        self,
+        logits: tuple[Tensor, Tensor],
+        labels: Tensor | None,
+        n_samples: int,
+        seed: int,
+        return_samples: bool,
+    ) -> Prediction:
+        """The prediction of Gaussian logits: mean (B, C) and covariance (B, C, C)."""
+        (mean, cov), method = logits, self.posterior.prediction
         if method == "mc_independent":
             method, cov = "mc", cov.diagonal(dim1=1, dim2=2).contiguous()
         return gaussian_prediction(

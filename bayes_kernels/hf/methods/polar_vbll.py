@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...batches import eval_mode, inputs_of, labels_of, to_device
 from ...vbll import COVARIANCES, LaplaceReport, VBLLClassification
 from ..config import option
+from ..draws import Sampling, Step
 from ..last_layer import (
     class_features,
     class_logits,
@@ -562,6 +563,28 @@ class LastLayerDraws:
         Raises:
             ValueError: there are choices, which the last layer already has, or as `class_features`.
         """
+        (step,) = self._steps(
+            batch, [Sampling(n_samples)], seed=seed, choices=choices, return_samples=return_samples
+        )
+        assert isinstance(step.prediction, Prediction)
+        return step.prediction
+
+    def several(
+        self, batch: Mapping[str, Any], samplings: Sequence[Sampling], **options: Any
+    ) -> Iterator[Step]:
+        """As `Predictor.several`: one pass for all of them."""
+        return self._steps(batch, samplings, **options)
+
+    def _steps(
+        self,
+        batch: Mapping[str, Any],
+        samplings: Sequence[Sampling],
+        *,
+        seed: int,
+        choices: Sequence[int] | None,
+        return_samples: bool,
+        **others: Any,
+    ) -> Iterator[Step]:
         labels = labels_of(batch)
         if choices is not None:
             raise ValueError(
@@ -572,11 +595,21 @@ class LastLayerDraws:
         with eval_mode(self.model):
             mean, variance = class_logits(self.model, inputs)
         labels = None if labels is None else labels.cpu()
-        if n_samples == 0:
-            return mean_prediction(mean, labels, keep=return_samples)
-        return gaussian_prediction(
-            mean, variance, labels, n_samples=n_samples, seed=seed, keep=return_samples
-        )
+        if len(samplings) > 1:
+            yield Step(None)
+        for i, one in enumerate(samplings):
+            if one.n_samples == 0:
+                yield Step(i, mean_prediction(mean, labels, keep=return_samples))
+                continue
+            found = gaussian_prediction(
+                mean,
+                variance,
+                labels,
+                n_samples=one.n_samples,
+                seed=seed,
+                keep=return_samples,
+            )
+            yield Step(i, found)
 
 
 def last_layer_predictor(model: nn.Module) -> LastLayerDraws | None:

@@ -14,7 +14,6 @@ Bayesianization for Low-Rank Adapters of Large Language Models", arXiv 2412.0572
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 import time
@@ -44,6 +43,8 @@ from ..tokens import TokenPrediction, label_shift, predict_tokens
 from ..undo import as_before_if_stopped
 from ..variants import BayesLayer
 from .blob import GaussianFactor
+from .tfb_report import TfbReport, Trial
+from .tfb_search import Score, bisect, count_bisections, grid, least_nll, loss_of, truth_of
 
 SIGMA = "lora_A_sigma"
 
@@ -108,102 +109,6 @@ class TfbVariant(GaussianFactor, method="tfb"):
         """As everywhere; the mean in layers without noise."""
         mode = super().mode_of(module)
         return mode if self.noisy else "mean"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluation of the anchors.
-
-    Attributes:
-        sigma: deviation sigma_q.
-        change: the metric's change, which the tolerance bounds.
-        feasible: whether it is within it.
-        nll, accuracy: against the labels of the search, nats and share.
-        flips: share of anchors whose class differs from the mean's.
-    """
-
-    sigma: float
-    change: float
-    feasible: bool
-    nll: float
-    accuracy: float
-    flips: float
-
-
-@dataclass(frozen=True)
-class TfbReport:
-    """What a search found.
-
-    Attributes:
-        sigma: the deviation sigma_q that the adapter has now; 0 where none was feasible.
-        layers: number of layers with noise.
-        metric, tolerance, rule, search, labels: as asked for; search not "auto", labels "true" or "pseudo".
-            With search "validation" the metric is "nll", a change is NLL(sigma_q) - NLL(mean), and the
-            tolerance 0.
-        anchors: number of anchors; of validation examples with search "validation".
-        n_samples: draws of an evaluation.
-        passes: evaluations of the anchors, the one of the mean included.
-        before: the mean's; `before.change` is 0.
-        after: the evaluation at `sigma`; None where it was interpolated or was not evaluated.
-        trace: all evaluations with noise, in their order.
-        at_range_end: whether the search ended at the upper end of its range: more may be feasible.
-        seconds: wall-clock time.
-    """
-
-    sigma: float
-    layers: int
-    metric: str
-    tolerance: float
-    rule: str
-    search: str
-    labels: str
-    anchors: int
-    n_samples: int
-    passes: int
-    before: Trial
-    after: Trial | None
-    trace: tuple[Trial, ...]
-    at_range_end: bool
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, words, lists and dictionaries; without the time, which differs by run."""
-        content = dataclasses.asdict(self)
-        del content["seconds"]
-        return {**content, "trace": list(content["trace"])}
-
-    def table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-        """Title, headings and rows of the search, for people."""
-        rows: list[tuple[str, ...]] = [
-            (
-                f"{trial.sigma:.5f}",
-                f"{trial.change:.5f}",
-                "yes" if trial.feasible else "no",
-                f"{trial.nll:.4f}",
-                f"{trial.accuracy:.4f}",
-                f"{trial.flips:.4f}",
-            )
-            for trial in (self.before, *self.trace)
-        ]
-        title = f"{len(rows)} evaluations of {self._examples}, {self.labels} labels"
-        return title, ("sigma_q", f"change ({self.metric})", "within", "NLL", "ACC", "flips"), rows
-
-    @property
-    def _examples(self) -> str:
-        held_out = self.search == "validation"
-        return f"{self.anchors} {'validation examples' if held_out else 'anchors'}"
-
-    def __str__(self) -> str:
-        text = (
-            f"TFB: {self.layers} layers, sigma_q={self.sigma:.6g} after {self.passes} passes over "
-            f"{self._examples} ({self.seconds:.0f} s)"
-        )
-        if self.after is not None:
-            text += (
-                f"; {self.labels}-label NLL {self.before.nll:.4f} -> {self.after.nll:.4f}, "
-                f"argmax flips {self.after.flips:.1%}"
-            )
-        return text + ("; the end of the range: raise high" if self.at_range_end else "")
 
 
 def tfb_(
@@ -271,8 +176,9 @@ def tfb_(
             published code, the last midpoint that was not, or high where all were.
         search: "bisection"; "grid": max_trials points in geometric progression from low to high, and the
             first crossing of the tolerance by piecewise-linear interpolation; "validation": the least
-            NLL of held-out examples, of max_trials - 2 points in geometric progression and the two
-            between the best and its neighbours; "auto": "validation" where there are such examples, else
+            NLL of held-out examples, of at most max_trials - 2 points in geometric progression and the two
+            between the best and its neighbours; a point ends early where it must be worse than another
+            whatever the rest of the examples say; "auto": "validation" where there are such examples, else
             "bisection".
         validation: held-out examples with class labels.
         per_anchor: divide the change by the number of anchors, as the published "nll" code does;
@@ -289,7 +195,7 @@ def tfb_(
         progress: show a bar where it takes longer than two seconds.
 
     Returns:
-        `TfbReport`. Cost: passes * n_samples forward passes of the anchors, or of `validation`.
+        `TfbReport`. Cost: passes * n_samples forward passes of the anchors, or at most of `validation`.
 
     Raises:
         ValueError: an option is out of range, the adapter is not trained or cannot carry noise,
@@ -341,39 +247,47 @@ def tfb_(
     }
     with as_before_if_stopped(model):
         noisy, weights = _convert(model, layers)
-        halvings = _bisections(low, high, max_trials, resolution)
+        halvings = count_bisections(low, high, max_trials, resolution)
         evaluations = 1 + (halvings if search == "bisection" else max_trials)
         bar = progress_bar(progress, total=evaluations * len(batches), desc="TFB", unit="batch")
 
-        def evaluate(sigma: float) -> Prediction | TokenPrediction:
+        def evaluate(sigma: float, limit: float = math.inf) -> Prediction | TokenPrediction:
+            """Of all batches, or of those with which the sum of the losses is above a limit."""
             _set_sigma(noisy, weights, sigma)
             bar.set_postfix_str(f"sigma_q {sigma:.4g}", refresh=False)
             count = n_samples if sigma else 0
-            if of_tokens:
-                found = []
-                for batch in batches:
-                    found.append(
-                        predict_tokens(model, batch, n_samples=count, seed=seed, draws=draws)
+            found: list[Any] = []
+            loss = 0.0
+            for left, batch in enumerate(batches, start=1 - len(batches)):
+                if of_tokens:
+                    part: Any = predict_tokens(
+                        model, batch, n_samples=count, seed=seed, draws=draws
                     )
-                    bar.update()
-                return TokenPrediction.concatenate(found)
-            parts = []
-            for batch in batches:
-                part = predict(model, batch, n_samples=n_samples if sigma else 0, **options)
-                assert isinstance(part, Prediction), type(part)  # by `need_classes`, or choices
-                parts.append(part)
+                else:
+                    part = predict(model, batch, n_samples=count, **options)
+                    assert isinstance(part, Prediction), type(part)  # by `need_classes`, or choices
+                found.append(part)
                 bar.update()
-            return Prediction.concatenate(parts)
+                loss += loss_of(part) if limit < math.inf else 0.0
+                if loss > limit:
+                    bar.update(-left)
+                    break
+            return type(found[0]).concatenate(found)
 
         with bar:
             mean = evaluate(0.0)
-            kind, truth = _truth(mean, labels, "validation" if held_out else "anchors")
-            score = _Score("held_out" if held_out else metric, bound, truth, mean, per_anchor)
-            trial = lambda sigma: score.trial(sigma, evaluate(sigma))  # noqa: E731
+            kind, truth = truth_of(mean, labels, "validation" if held_out else "anchors")
+            score = Score("held_out" if held_out else metric, bound, truth, mean, per_anchor)
+
+            def trial(sigma: float, limit: float = math.inf) -> Trial:
+                """`limit` of the NLL, with room for rounding; losses are not negative."""
+                return score.trial(sigma, evaluate(sigma, limit * len(mean) * (1 + 1e-9)))
+
             if held_out:
-                sigma, trace = _least_nll(trial, low, high, max_trials)
+                nll = score.trial(0.0, mean).nll
+                sigma, trace = least_nll(trial, low, high, max_trials, nll)
             elif search == "grid":
-                sigma, trace = _grid(trial, low, high, max_trials, bound)
+                sigma, trace = grid(trial, low, high, max_trials, bound)
             else:
                 sigma, trace = bisect(trial, low, high, max_trials, resolution, rule)
         _set_sigma(noisy, weights, sigma)
@@ -463,12 +377,13 @@ def check_layers(model: PeftModel, layers: Sequence[str] | None) -> None:
 
 
 def check_model(model: PeftModel, layers: Sequence[str] | None = None, **others: Any) -> None:
-    """Whether `tfb_` finds the layers in a PEFT model, trained or not.
+    """Whether `tfb_` can convert the adapter of a PEFT model, trained or not.
 
     Raises:
-        ValueError: as `check_layers`.
+        ValueError: as `check_layers`, a layer cannot carry noise, or LoRA has an option that does not go
+            with a posterior.
     """
-    check_layers(model, layers)
+    _new_config(*the_adapter("tfb_", model), layers)
 
 
 def regroup(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -490,149 +405,6 @@ def regroup(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, upper = torch.linalg.qr(wide)
     left, d, right = torch.linalg.svd(upper)
     return d[..., None] * (right @ a.double()), (q @ left)[..., :m, :], d
-
-
-def bisect(
-    trial: Callable[[float], Trial],
-    low: float,
-    high: float,
-    max_trials: int,
-    resolution: float,
-    rule: str = "feasible",
-) -> tuple[float, list[Trial]]:
-    """Search for the largest feasible sigma by halving [low, high].
-
-    Args:
-        trial: evaluates a sigma.
-        low, high, max_trials, resolution, rule: as in `tfb_`.
-
-    Returns:
-        The sigma of the rule, and all evaluations in their order.
-    """
-    trace: list[Trial] = []
-    feasible: float | None = None
-    while len(trace) < max_trials and high - low >= resolution:
-        middle = (low + high) / 2
-        found = trial(middle)
-        trace.append(found)
-        if found.feasible:
-            low = feasible = middle
-        else:
-            high = middle
-    if rule == "code":
-        return high, trace
-    if feasible is None:
-        trace.append(trial(low))
-        return (low if trace[-1].feasible else 0.0), trace
-    return feasible, trace
-
-
-def _least_nll(
-    trial: Callable[[float], Trial], low: float, high: float, max_trials: int
-) -> tuple[float, list[Trial]]:
-    """The sigma of least NLL of a grid from high to low, refined once; the smaller one of equals.
-
-    All points are tried: far above the best one the NLL hardly depends on sigma, and a descent would stop.
-    """
-    points = max(max_trials - 2, 1)
-    ratio = (low / high) ** (1 / max(points - 1, 1))
-    trace = [trial(high * ratio**i) for i in range(points)]
-
-    def best() -> float:
-        return min(trace, key=lambda found: (found.nll, found.sigma)).sigma
-
-    middle = best()
-    for between in (middle * ratio**0.5, middle / ratio**0.5):
-        if len(trace) < max_trials and low < between < high:
-            trace.append(trial(between))
-    return best(), trace
-
-
-def _bisections(low: float, high: float, max_trials: int, resolution: float) -> int:
-    steps = 0
-    while steps < max_trials and high - low >= resolution:
-        high, steps = (low + high) / 2, steps + 1
-    return steps
-
-
-def _grid(
-    trial: Callable[[float], Trial], low: float, high: float, points: int, bound: float
-) -> tuple[float, list[Trial]]:
-    """First crossing of the bound along a grid, between the points by a straight line."""
-    ratio = (high / low) ** (1 / max(points - 1, 1))
-    trace = [trial(low * ratio**i if i < points - 1 else high) for i in range(points)]
-    before, change = 0.0, 0.0
-    for found in trace:
-        if not found.feasible:
-            rise = found.change - change
-            share = (bound - change) / rise if math.isfinite(rise) else 0.0
-            return before + share * (found.sigma - before), trace
-        before, change = found.sigma, found.change
-    return high, trace
-
-
-def _truth(mean: Prediction | TokenPrediction, labels: str, where: str) -> tuple[str, Tensor]:
-    """Which labels the search has, "true" or "pseudo", and those of classes.
-
-    Raises:
-        ValueError: there are none, or they are no classes.
-    """
-    if isinstance(mean, TokenPrediction):
-        if not len(mean):
-            raise ValueError(f"tfb_: {where} must have labels of tokens that count, got none")
-        return "true", mean.predicted
-    if labels == "true" and mean.labels is None:
-        raise ValueError(f"tfb_: {where} must have labels for labels='true', got none")
-    kind = "pseudo" if labels == "pseudo" or mean.labels is None else "true"
-    truth = mean.classes if kind == "pseudo" or mean.labels is None else mean.labels
-    classes = mean.log_probs.shape[1]
-    if bool(((truth < 0) | (truth >= classes)).any()):
-        raise ValueError(
-            f"tfb_: labels must be in [0, {classes}), got {int(truth.min())} to "
-            f"{int(truth.max())}; pass labels='pseudo'"
-        )
-    return kind, truth
-
-
-def _classes(prediction: Prediction | TokenPrediction) -> Tensor:
-    tokens = isinstance(prediction, TokenPrediction)
-    return prediction.predicted if tokens else prediction.classes  # type: ignore[union-attr]
-
-
-class _Score:
-    """Turns predictions of the anchors into trials."""
-
-    def __init__(
-        self,
-        metric: str,
-        bound: float,
-        labels: Tensor,
-        mean: Prediction | TokenPrediction,
-        per_anchor: bool,
-    ) -> None:
-        self.metric, self.bound, self.labels = metric, bound, labels
-        self.classes = _classes(mean)
-        self.divisor = len(mean) if per_anchor else 1
-        self.nll, self.accuracy = self._scores(mean)
-
-    def _scores(self, prediction: Prediction | TokenPrediction) -> tuple[float, float]:
-        if isinstance(prediction, TokenPrediction):
-            return prediction.nll, prediction.accuracy
-        chosen = prediction.log_probs.gather(1, self.labels[:, None])
-        right = (prediction.classes == self.labels).double().mean()
-        return -float(chosen.mean()), float(right)
-
-    def trial(self, sigma: float, prediction: Prediction | TokenPrediction) -> Trial:
-        nll, accuracy = self._scores(prediction)
-        flips = float((_classes(prediction) != self.classes).double().mean())
-        change = {
-            # An NLL of 0 leaves no room for any change.
-            "nll": abs(nll - self.nll) / max(self.nll, 1e-300),
-            "accuracy": abs(accuracy - self.accuracy),
-            "flips": flips,
-            "held_out": nll - self.nll,
-        }[self.metric] / self.divisor
-        return Trial(sigma, change, change <= self.bound, nll, accuracy, flips)
 
 
 def _batches(
@@ -677,6 +449,21 @@ def _set_sigma(layers: Sequence[BayesLayer], weights: Sequence[Tensor], sigma: f
 # --- conversion ----------------------------------------------------------------------------------
 
 
+def _new_config(peft_model: PeftModel, name: str, chosen: Sequence[str] | None) -> TfbConfig:
+    """The configuration of the converted adapter; raises ValueError where it cannot be converted."""
+    old: Any = peft_model.peft_config[name]
+    fields = {f: getattr(old, f) for f in ("seed", "sample_at_inference") if hasattr(old, f)}
+    config = TfbConfig(
+        noise_layers=None if chosen is None else sorted(chosen), **lora_options(old), **fields
+    )
+    check_layers(peft_model, chosen)
+    for key, layer in adapted_layers(peft_model, name):
+        reason = unsupported_layer(layer) or unsupported_target(layer, TfbVariant.targets)
+        if reason is not None:
+            raise ValueError(f"tfb_: layer {key} cannot carry noise: {reason}")
+    return config
+
+
 def _convert(
     model: nn.Module, chosen: Sequence[str] | None
 ) -> tuple[list[BayesLayer], list[Tensor]]:
@@ -688,16 +475,8 @@ def _convert(
     peft_model, name = the_adapter("tfb_", model)
     old: Any = peft_model.peft_config[name]
     again = isinstance(old, TfbConfig)
-    fields = {f: getattr(old, f) for f in ("seed", "sample_at_inference") if hasattr(old, f)}
-    config = TfbConfig(
-        noise_layers=None if chosen is None else sorted(chosen), **lora_options(old), **fields
-    )
+    config = _new_config(peft_model, name, chosen)
     found = adapted_layers(peft_model, name)
-    check_layers(peft_model, chosen)
-    for key, layer in found:
-        reason = unsupported_layer(layer) or unsupported_target(layer, TfbVariant.targets)
-        if reason is not None:
-            raise ValueError(f"tfb_: layer {key} cannot carry noise: {reason}")
     plain = [
         by_expert(layer, *pair) if adapts_parameter(layer) else pair
         for _, layer in found

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 
 from ...quantization import QUANTIZATIONS, quantization_config
+from ...task import Task
 from ..checkpoints import read_lora
 from ..method import METHODS
 from .encoder import TaskEncoder
 from .models import load_language_model, load_model
-from .task import Task
 
 _ALLOWED: dict[str, tuple[str | None, ...]] = {
     "kind": ("auto", "causal", "classifier", "multiple_choice"),

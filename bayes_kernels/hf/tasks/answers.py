@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...progress import progress_bar
 from ...table import Table, shorten
+from ...task import Example, Task
+from ..draws import Sampling
 from ..logits import Prediction
-from ..predict import predict
+from ..predict import predict, prediction_steps
 from .encoder import TaskEncoder
-from .task import Example, Task
 
 
 def synchronise(model: nn.Module) -> None:
@@ -175,16 +180,10 @@ def predict_examples(
     Raises:
         ValueError: No examples, draws from an adapter that has no posterior, or logits that are nan.
     """
-    if not examples:
-        raise ValueError(f"{label}: expected at least one example, got none")
-    items = encoder.dataset(examples).items
-    order = sorted(range(len(items)), key=lambda i: _length(items[i]))
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    shuffle = torch.Generator().manual_seed(0)
-    chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=shuffle).tolist()]
-    parts, times = [], []
-    for chunk in progress_bar(progress, chunks, desc=label, unit="batch"):
-        batch = encoder.collate([items[i] for i in chunk])
+    batches = _Batches(encoder, examples, batch_size, label)
+    parts: list[Prediction] = []
+    times: list[float] = []
+    for batch in progress_bar(progress, batches, desc=label, unit="batch"):
         synchronise(model)
         begin = time.perf_counter()
         part = predict(
@@ -193,26 +192,190 @@ def predict_examples(
         synchronise(model)
         times.append(time.perf_counter() - begin)
         assert isinstance(part, Prediction), type(part)  # tasks have classes
-        parts.append(dataclasses.replace(part, labels=None))
-    discarded = min(5, len(chunks) // 2)
-    kept = sum(len(chunk) for chunk in chunks[discarded:])
-    milliseconds = 1000 * sum(times[discarded:]) / kept
-    joined = Prediction.concatenate(parts)
-    if bad := int(joined.log_probs.isnan().any(-1).sum()):
-        raise ValueError(
-            f"{label}: expected finite logits, got nan for {bad} of {len(items)} examples; weights of "
-            "the adapter or of its base are damaged, or training diverged"
+        parts.append(part)
+    return batches.joined(parts), batches.milliseconds(times)
+
+
+class Sampled(NamedTuple):
+    """What one sampling of several gives for examples.
+
+    Attributes:
+        prediction: Of all examples, in their order.
+        milliseconds: Per example, as if it had been computed by itself.
+        peak: The largest memory of its steps, as `watch` measured it; nan without.
+    """
+
+    prediction: Prediction
+    milliseconds: float
+    peak: float
+
+
+class _Watched(Protocol):
+    """What measures the memory of a step, see `bayes_kernels.experiment.machine.peak_memory`."""
+
+    mib: float
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[_Watched]:
+    yield SimpleNamespace(mib=math.nan)
+
+
+def sample_examples(
+    model: nn.Module,
+    encoder: TaskEncoder,
+    examples: Sequence[Example],
+    samplings: Sequence[Sampling],
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    apart: bool = False,
+    watch: Callable[[], AbstractContextManager[_Watched]] = _unwatched,
+    progress: bool = True,
+    label: str = "predict",
+) -> list[Sampled | Exception]:
+    """`predict_examples` for several samplings in one loop over the batches.
+
+    Predictions and costs are those of each sampling by itself; what they share
+    (`bayes_kernels.hf.predict_several`) is computed once, and counts for each of them.
+
+    Args:
+        model, encoder, examples, seed, batch_size, progress, label: As in `predict_examples`.
+        samplings: Numbers and kinds of draws.
+        apart: Whether the others go on where a sampling fails, with its exception in its place; else it
+            is raised at once.
+        watch: Measures the memory of a step.
+
+    Raises:
+        ValueError: As `predict_examples`.
+    """
+    batches = _Batches(encoder, examples, batch_size, label)
+    parts: list[list[Prediction]] = [[] for _ in samplings]
+    times: list[list[float]] = [[] for _ in samplings]
+    peaks = [math.nan] * len(samplings)
+    failed: dict[int, Exception] = {}
+
+    def run(numbers: Sequence[int], batch: Mapping[str, Any]) -> Exception | None:
+        try:
+            found = _measured(model, batch, [samplings[i] for i in numbers], seed, watch)
+        except Exception as error:
+            if not apart:
+                raise
+            return error.with_traceback(None)  # whose frames hold the tensors of the pass
+        for i, (part, seconds, peak) in zip(numbers, found, strict=True):
+            parts[i].append(part)
+            times[i].append(seconds)
+            peaks[i] = peak if math.isnan(peaks[i]) else max(peaks[i], peak)
+        return None
+
+    for batch in progress_bar(progress, batches, desc=label, unit="batch"):
+        left = [i for i in range(len(samplings)) if i not in failed]
+        if not left:
+            break
+        if run(left, batch) is not None:  # which of them it is
+            alone = {i: run([i], batch) for i in left}
+            failed.update({i: error for i, error in alone.items() if error is not None})
+
+    def result(i: int) -> Sampled | Exception:
+        if i in failed:
+            return failed[i]
+        try:
+            joined = batches.joined(parts[i])
+        except ValueError as error:
+            if not apart:
+                raise
+            return error
+        return Sampled(joined, batches.milliseconds(times[i]), peaks[i])
+
+    return [result(i) for i in range(len(samplings))]
+
+
+def _measured(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    samplings: Sequence[Sampling],
+    seed: int,
+    watch: Callable[[], AbstractContextManager[_Watched]],
+) -> list[tuple[Prediction, float, float]]:
+    """Predictions of a batch, the seconds that each takes by itself, and its peak memory."""
+    found: dict[int, tuple[Prediction, float, float]] = {}
+    common = 0.0, math.nan
+    steps = prediction_steps(model, batch, samplings, seed=seed)
+    while True:
+        with watch() as memory:
+            synchronise(model)
+            begin = time.perf_counter()
+            step = next(steps, None)
+            synchronise(model)
+            seconds = time.perf_counter() - begin
+        if step is None:
+            return [found[i] for i in range(len(samplings))]
+        seconds, peak = seconds + common[0], memory.mib
+        if not math.isnan(common[1]):
+            peak = max(peak, common[1])
+        if step.number is None:
+            common = seconds, peak
+            continue
+        if step.after is not None:  # the draws that it went on from are its own too
+            _, others, before = found[step.after]
+            seconds, peak = seconds + others - common[0], max(peak, before)
+        assert isinstance(step.prediction, Prediction), type(step.prediction)
+        found[step.number] = step.prediction, seconds, peak
+
+
+class _Batches:
+    """Batches of texts of similar length, so that little padding is computed, in an order of their own.
+
+    Raises:
+        ValueError: There are no examples.
+    """
+
+    def __init__(
+        self, encoder: TaskEncoder, examples: Sequence[Example], batch_size: int, label: str
+    ) -> None:
+        if not examples:
+            raise ValueError(f"{label}: expected at least one example, got none")
+        self.encoder, self.label = encoder, label
+        self.items = encoder.dataset(examples).items
+        order = sorted(range(len(self.items)), key=lambda i: _length(self.items[i]))
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        shuffle = torch.Generator().manual_seed(0)
+        self.chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=shuffle).tolist()]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for chunk in self.chunks:
+            yield self.encoder.collate([self.items[i] for i in chunk])
+
+    def milliseconds(self, times: Sequence[float]) -> float:
+        """Per example, from seconds of all batches, without the first five (at most half)."""
+        discarded = min(5, len(self.chunks) // 2)
+        kept = sum(len(chunk) for chunk in self.chunks[discarded:])
+        return 1000 * sum(times[discarded:]) / kept
+
+    def joined(self, parts: Sequence[Prediction]) -> Prediction:
+        """Predictions of all batches as one, in the order of the examples.
+
+        Raises:
+            ValueError: Logits are nan.
+        """
+        joined = Prediction.concatenate([dataclasses.replace(part, labels=None) for part in parts])
+        if bad := int(joined.log_probs.isnan().any(-1).sum()):
+            raise ValueError(
+                f"{self.label}: expected finite logits, got nan for {bad} of {len(self.items)} examples; "
+                "weights of the adapter or of its base are damaged, or training diverged"
+            )
+        back = torch.tensor([i for chunk in self.chunks for i in chunk]).argsort()
+        return dataclasses.replace(
+            joined,
+            log_probs=joined.log_probs[back],
+            entropy=joined.entropy[back],
+            expected_entropy=joined.expected_entropy[back],
+            entropy_bias=None if joined.entropy_bias is None else joined.entropy_bias[back],
+            draws_used=None if joined.draws_used is None else joined.draws_used[back],
         )
-    back = torch.tensor([i for chunk in chunks for i in chunk]).argsort()
-    prediction = dataclasses.replace(
-        joined,
-        log_probs=joined.log_probs[back],
-        entropy=joined.entropy[back],
-        expected_entropy=joined.expected_entropy[back],
-        entropy_bias=None if joined.entropy_bias is None else joined.entropy_bias[back],
-        draws_used=None if joined.draws_used is None else joined.draws_used[back],
-    )
-    return prediction, milliseconds
 
 
 def _length(item: dict[str, Any]) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...task import Example, Task
 from .prompts import Prompt
-from .task import Example, Task
 
 ModelKind = Literal["causal", "classifier", "multiple_choice"]
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from ...batches import need_whole
+from ...task import Example, Task
 from ..checks import RECORD_NAME
 from ..method import METHODS, Method
 from ..noise import DRAW_SCOPES, KINDS
@@ -21,7 +22,6 @@ from .adapters import Base, load_adapter, pick_device
 from .answers import Answers, predict_examples
 from .encoder import TaskEncoder
 from .record import Record, read_members, read_record, readable
-from .task import Example, Task
 
 
 def load(

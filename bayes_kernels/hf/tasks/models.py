@@ -31,11 +31,11 @@ from typing import Any, Literal
 
 import torch
 
+from ...task import Task
 from ..heads import ClassLogits, mix_in, trim_head
 from .encoder import ModelKind, TaskEncoder
 from .packaged import PACKAGED
 from .prompts import Style, answer_token_ids, make_prompt
-from .task import Task
 
 _WORDS = " or ".join(map(repr, PACKAGED))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .task import LETTERS, Example, Task
+from ...task import LETTERS, Example, Task
 
 Style = Literal["blob", "laplace", "plain"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ...files import write_json
+from ...task import Task
 from ..checks import CONFIG_NAME, RECORD_NAME, read_json
-from .task import Task
 
 # Version of every file of settings and results: experiment.json, metrics.json and others.
 FORMAT = 2

@@ -9,7 +9,7 @@ import pytest
 
 from bayes_kernels.experiment.data import docstrings, files
 from bayes_kernels.experiment.data.docstrings import stdlib_docs
-from bayes_kernels.hf.tasks.task import Task
+from bayes_kernels.task import Task
 
 MODULES_BEFORE: set[str] = set()
 

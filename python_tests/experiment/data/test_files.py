@@ -17,7 +17,7 @@ from bayes_kernels.experiment.data import rows as readers
 from bayes_kernels.experiment.data.files import load_files
 from bayes_kernels.experiment.data.load import load_task
 from bayes_kernels.experiment.data.splits import choose_subset, split_by_hash
-from bayes_kernels.hf.tasks.task import Example
+from bayes_kernels.task import Example
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -382,6 +382,9 @@ def test_choices_are_answered_by_letter_text_or_number(tmp_path: Path) -> None:
 
 TABLES = {
     "name,mark\na,0\n": "1: expected columns text and label in the first line, got ['name', 'mark']",
+    "text,mark\na,0\n": "1: expected columns text and label in the first line, got ['text', 'mark']",
+    "text;label\na;0\n": "first line, divided by commas, got ['text;label']",
+    'text,label\n"a,0\nb,1\n': "3: expected 2 columns, got 1; a quotation mark above may lack its end",
     "text,text,label\na,b,0\n": "1: expected a name for each column, got 'text' twice",
     "text,label\na,0\nb\n": "3: expected 2 columns, got 1",
     "text,label\na,0\nb,1,2\n": "3: expected 2 columns, got 3",
@@ -391,7 +394,7 @@ TABLES = {
     "text,label\n": " expected a row for each text, got an empty file",
     "": " expected a row for each text, got an empty file",
     'text,label\n"a,0\n': "2: expected 2 columns, got 1",
-    "text,label\na\0b,0\ncaf\xe9,1\n": ": expected UTF-8, got",
+    "text,label\na\0b,0\ncaf\xe9,1\n": "3: expected UTF-8, got invalid continuation byte; save the",
 }
 
 
@@ -403,6 +406,16 @@ def test_tables_that_no_task_can_have(tmp_path: Path, content: str) -> None:
         load_files(file)
     message = str(caught.value).splitlines()[-1]
     assert message.startswith(f"{file}:") and TABLES[content] in message
+
+
+def test_files_whose_names_say_nothing_are_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "rows.xlsx"
+    file.write_text("text,label\na,0\n")
+    with pytest.raises(ValueError) as caught:
+        load_files(file)
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("; a file is read as JSON lines unless its name ends in .csv or .tsv")
+    assert ":2: expected JSON, got" in second and "unless" not in second
 
 
 class FakeDataset(list[dict[str, Any]]):

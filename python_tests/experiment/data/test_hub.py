@@ -10,7 +10,7 @@ import pytest
 
 from bayes_kernels.experiment.data import hub
 from bayes_kernels.experiment.data.load import load_task
-from bayes_kernels.hf.tasks.task import Example
+from bayes_kernels.task import Example
 
 LETTERED = {"text": ["a dog", "a cat", "a cow"], "label": ["A", "B", "C"]}
 HUB_ROWS: dict[str, tuple[dict[str, Any], Example]] = {

@@ -10,11 +10,12 @@ import tiny_models
 import tiny_task
 import torch
 
-from bayes_kernels.experiment import build, folders, scoring
+from bayes_kernels.experiment import build, folders
 from bayes_kernels.experiment.recipe import Experiment, Recipe
 from bayes_kernels.hf import predict
 from bayes_kernels.hf.methods.ensemble import Ensemble, join_adapters
-from bayes_kernels.hf.tasks.task import Example, Task
+from bayes_kernels.hf.tasks import answers
+from bayes_kernels.task import Example, Task
 from hf.methods.plain_adapters import BATCH, llama, plain_lora
 
 
@@ -84,5 +85,5 @@ def test_ensembles_of_berts_in_one_pass(kind: str, tiny_model: Path, tmp_path: P
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     ensemble = join_adapters(models, places)
     assert ensemble.folded
-    found, _ = scoring.predict_examples(ensemble, encoder, examples, n_samples=2, batch_size=2)
+    found, _ = answers.predict_examples(ensemble, encoder, examples, n_samples=2, batch_size=2)
     torch.testing.assert_close(found.probs, torch.stack(alone).mean(0), rtol=0, atol=1e-6)

@@ -20,12 +20,14 @@ from torch.utils.data import IterableDataset
 from bayes_kernels import laplace
 from bayes_kernels.hf import (
     BlobConfig,
+    Sampling,
     bayesianize,
     laplace_posterior,
     load_laplace,
     posterior,
     predict,
     predict_dataset,
+    predict_several,
     save_laplace,
 )
 from bayes_kernels.hf.logits import forward_logits
@@ -107,6 +109,29 @@ def test_train_and_eval_mode_with_draws_and_without(kind: str) -> None:
     torch.testing.assert_close(
         kept.sample_log_probs.exp().mean(0), first.probs, rtol=1e-5, atol=1e-6
     )
+
+
+def test_numbers_of_draws_share_the_covariance_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained("bert")
+    fit(model, "bert")
+    numbers = (50, 0, 7)
+    expected = [predict(model, BATCH, n_samples=n, seed=3) for n in numbers]
+    posterior = laplace_posterior(model)
+    assert posterior is not None
+    calls = []
+    logits = posterior.laplace.logits
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return logits(*given)
+
+    monkeypatch.setattr(posterior.laplace, "logits", counted)
+    found = predict_several(model, BATCH, [Sampling(n) for n in numbers], seed=3)
+    assert len(calls) == 1
+    for one, two in zip(expected, found, strict=True):
+        assert torch.equal(one.log_probs, two.log_probs) and one.n_samples == two.n_samples
+    with pytest.raises(ValueError, match="choices must be those of the Laplace posterior"):
+        predict_several(model, BATCH, [Sampling(0), Sampling(7)], choices=[1, 2])
 
 
 def test_pairs_of_draws_keep_the_likelier_of_two_classes() -> None:

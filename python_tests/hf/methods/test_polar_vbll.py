@@ -22,6 +22,7 @@ from bayes_kernels.hf import (
     BayesTrainer,
     BlobConfig,
     PolarVbllConfig,
+    Sampling,
     calibrate_head,
     class_features,
     class_logits,
@@ -31,6 +32,7 @@ from bayes_kernels.hf import (
     parameter_groups,
     predict,
     predict_dataset,
+    predict_several,
     variational_loss,
 )
 from bayes_kernels.hf.last_layer import find_head
@@ -203,6 +205,21 @@ def test_one_pass_serves_any_number_of_draws() -> None:
     assert torch.equal(mean.entropy, mean.expected_entropy)
     with pytest.raises(ValueError, match="choices must be None"):
         predict(model, BATCH, choices=[1, 2])
+
+
+def test_one_pass_serves_the_mean_and_several_numbers_of_draws() -> None:
+    model = fill(adapted(bert(), PolarVbllConfig, head_init_variance=0.05))
+    numbers = (1000, 0, 37)
+    expected = [predict(model, BATCH, n_samples=n, seed=3) for n in numbers]
+    calls = []
+    model.base_model.model.bert.register_forward_hook(lambda *_: calls.append(1))
+    found = predict_several(model, BATCH, [Sampling(n) for n in numbers], seed=3)
+    assert len(calls) == 1
+    for one, two in zip(expected, found, strict=True):
+        assert torch.equal(one.log_probs, two.log_probs) and one.n_samples == two.n_samples
+        assert torch.equal(one.labels, two.labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="choices must be None"):
+        predict_several(model, BATCH, [Sampling(0)], choices=[1, 2])
 
 
 def test_calibration(tmp_path: Path) -> None:

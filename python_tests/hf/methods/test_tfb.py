@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -45,7 +47,12 @@ from bayes_kernels.hf import (
     rescale_,
 )
 from bayes_kernels.hf.layers import bayes_layers
-from bayes_kernels.hf.methods.tfb import Trial, bisect, regroup
+from bayes_kernels.hf.method import METHODS
+from bayes_kernels.hf.methods import tfb as tfb_module
+from bayes_kernels.hf.methods.tfb import regroup, tfb_
+from bayes_kernels.hf.methods.tfb_report import Trial
+from bayes_kernels.hf.methods.tfb_search import bisect, least_nll
+from bayes_kernels.hf.scale import DrawsReport
 
 QUICK: dict[str, Any] = {"metric": "nll", "n_samples": 3, "max_trials": 4, "progress": False}
 
@@ -98,8 +105,9 @@ def test_validation_examples_choose_the_least_nll(kind: str) -> None:
     model = trained(kind)
     report = convert(model, kind, validation=BATCHES, n_samples=4, high=3.2, low=0.01, max_trials=9)
     assert report.search == "validation" and report.labels == "true" and report.anchors == len(IDS)
-    assert len(report.trace) == 9 and report.passes == 10
+    assert 3 <= len(report.trace) <= 9 and report.passes == 1 + len(report.trace)
     assert report.sigma == min(report.trace, key=lambda trial: trial.nll).sigma
+    assert all(trial.complete for trial in report.trace)  # of 4 examples
     assert report.after is not None and not report.at_range_end
     law = {"n_samples": 4, "progress": False, **choices(kind)}
     said = compare_draws(model, BATCHES, **law)
@@ -146,6 +154,47 @@ def test_draws_that_do_harm_are_said() -> None:
         convert(trained(), validation=held_out)
 
 
+@pytest.mark.parametrize("sizes", [(40,), (7, 0, 26, 1, 16), (250, 251), (39,)])
+@pytest.mark.parametrize("search", ["auto", "bisection"])
+def test_what_has_chosen_does_not_check(
+    sizes: tuple[int, ...], search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example has its number as its first token; of few examples all choose and check."""
+    module = importlib.import_module("bayes_kernels.hf.bayesianize")
+    rows = torch.arange(sum(sizes))
+    held_out = [
+        {"input_ids": part[:, None].expand(-1, 3), "labels": part * 0, "use_cache": False}
+        for part in rows.split(sizes)
+    ]
+    found: dict[str, list[int]] = {}
+    report = DrawsReport(9, 3, 1.0, 2.0, 0.9, 1.1)
+
+    def note(kind: str, batches: Any, result: Any) -> Any:
+        found[kind] = [int(row[0]) for batch in batches for row in batch["input_ids"]]
+        return result
+
+    conversion = dataclasses.replace(
+        METHODS["tfb"].conversion,
+        convert=lambda _, __, validation, **___: note("chose", validation, 1),
+    )
+    methods = {"tfb": dataclasses.replace(METHODS["tfb"], conversion=conversion)}
+    monkeypatch.setattr(module, "METHODS", methods)
+    monkeypatch.setattr(
+        module, "compare_draws", lambda _, data, **__: note("checked", data, report)
+    )
+    with pytest.warns(UserWarning) as said:
+        bayesianize(trained(), "tfb", BATCHES, validation=held_out, search=search)
+    same = search == "bisection" or sum(sizes) < 40
+    assert sorted({*found["chose"], *found["checked"]}) == rows.tolist()
+    assert bool({*found["chose"]} & {*found["checked"]}) == same
+    if not same:
+        assert min(len(rows) // 3, 150) <= len(found["checked"]) <= 200
+        assert len(found["checked"]) <= len(found["chose"])
+    (warning,) = (str(w.message) for w in said if "bayesianize: " in str(w.message))
+    few = "and these chose the posterior's width" in warning
+    assert few == (same and search == "auto")
+
+
 def threshold(largest: float) -> tuple[Callable[[float], Trial], list[float]]:
     seen: list[float] = []
 
@@ -178,6 +227,80 @@ def test_bisection_of_the_published_range(
     sigma, trace = bisect(trial, 0.001, 0.015, 4, 5e-4, "code")
     assert seen == pytest.approx(order) and sigma == pytest.approx(code)
     assert [t.sigma for t in trace] == seen
+
+
+def of_nll(nll: Callable[[float], float]) -> tuple[Callable[[float, float], Trial], list[float]]:
+    """Trials that end early where the NLL is above the limit; what they saw is better than the rest."""
+    seen: list[float] = []
+
+    def trial(sigma: float, limit: float) -> Trial:
+        seen.append(sigma)
+        early = nll(sigma) > limit
+        found = nll(sigma) - 10 if early else nll(sigma)
+        return Trial(sigma, found - 1.0, True, found, 0.5, 0.0, not early)
+
+    return trial, seen
+
+
+@pytest.mark.parametrize("best", [0.0004, 0.001, 0.003, 0.01, 0.02, 0.05, 0.2, 0.5])
+@pytest.mark.parametrize("points", [1, 2, 3, 4, 7, 10])
+@pytest.mark.parametrize("far", [2.0, 0.9])
+def test_the_least_nll_is_that_of_the_whole_grid(best: float, points: int, far: float) -> None:
+    """1 without noise, a dip, and beyond it a plateau with small dips, above or below the 1."""
+
+    def nll(sigma: float) -> float:
+        share = min(1.0, max(0.0, math.log(sigma / best) / 1.5))
+        dip = math.exp(-(math.log(sigma / best) ** 2))
+        return 1 - 0.3 * dip + (far - 1) * share + 0.01 * math.cos(9 * sigma / best) * share
+
+    trial, seen = of_nll(nll)
+    sigma, trace = least_nll(trial, 0.001, 0.2, points, 1.0)
+    assert [found.sigma for found in trace] == seen and len(seen) <= points
+    grid = [0.2 * (0.001 / 0.2) ** (i / max(points - 3, 1)) for i in range(max(points - 2, 1))]
+    assert nll(sigma) <= min(map(nll, grid)) + 1e-12
+    assert nll(sigma) == min(map(nll, seen))
+    assert [found.complete for found in trace if found.sigma == sigma] == [True]
+    if points == 10 and 0.02 <= best < 0.5:
+        assert min(seen) > 0.001 and len(seen) < 9  # nor do all points below a dip help
+
+
+def test_a_search_without_a_dip_goes_to_the_least_noise() -> None:
+    trial, seen = of_nll(lambda sigma: 1 + sigma)
+    assert least_nll(trial, 0.001, 0.2, 10, 1.0)[0] == pytest.approx(0.001)
+    assert min(seen) == pytest.approx(0.001) and len(seen) == 9
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_trials_that_end_early_change_nothing(
+    tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overconfident adapter, right but for the last examples: the sigma_q of complete trials."""
+    ids = torch.randint(3, 60, (48, 5), generator=torch.Generator().manual_seed(1))
+    base = llama(initializer_range=0.2) if tokens else None
+    plain = trained() if base is None else fill(adapted(base, LoraConfig), rho=None, scale=1.0)
+    plain.eval()
+    with torch.no_grad():
+        found = logits(plain, ids)
+    labels = found.argmax(-1)
+    labels[42:] = found[42:].argmin(-1)
+    labels = labels.roll(1, 1) if tokens else labels
+    held_out = [{"input_ids": ids[i : i + 8], "labels": labels[i : i + 8]} for i in range(0, 48, 8)]
+    options = {"validation": held_out, "low": 0.01, "high": 20.0, "n_samples": 2, "max_trials": 7}
+    options.update(search="validation", progress=False)
+    model = copy.deepcopy(plain)
+    early = tfb_(model, held_out, **options)
+    ended = [trial for trial in early.trace if not trial.complete]
+    assert ended and early.after is not None and early.after.complete
+    monkeypatch.setattr(tfb_module, "loss_of", lambda part: 0.0)
+    whole = tfb_(copy.deepcopy(plain), held_out, **options)
+    assert whole.sigma == early.sigma and all(trial.complete for trial in whole.trace)
+    assert [trial.sigma for trial in whole.trace] == [trial.sigma for trial in early.trace]
+    same = {trial.sigma: trial for trial in whole.trace}
+    for trial in early.trace:
+        assert trial == same[trial.sigma] or same[trial.sigma].nll > early.after.nll
+    _, _, rows = early.table()
+    assert sum("worse" in row for row in rows) == len(ended)
+    assert all(len(row) == 6 for row in rows)
 
 
 @pytest.mark.parametrize("published", [0.005375, 0.00625, 0.0045, 0.00975])

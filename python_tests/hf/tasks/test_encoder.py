@@ -12,7 +12,7 @@ import transformers
 from bayes_kernels.hf.tasks.encoder import TaskEncoder
 from bayes_kernels.hf.tasks.models import load_model
 from bayes_kernels.hf.tasks.prompts import make_prompt
-from bayes_kernels.hf.tasks.task import Example, Task
+from bayes_kernels.task import Example, Task
 from hf.story_task import load_story_model, tiny_task
 
 

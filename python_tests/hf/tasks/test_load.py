@@ -17,7 +17,7 @@ from experiment.tiny_runs import TRAINED
 from bayes_kernels.experiment import run as ex
 from bayes_kernels.experiment.recipe import METHODS, Experiment, Recipe, Source
 from bayes_kernels.hf import load
-from bayes_kernels.hf.tasks.task import Example
+from bayes_kernels.task import Example
 
 # Where a run takes place depends on the machine; what it finds is compared with the CPU.
 pytestmark = pytest.mark.cpu_only

@@ -16,7 +16,7 @@ import transformers
 
 from bayes_kernels.hf.heads import MASKED_LOGIT
 from bayes_kernels.hf.tasks.models import load_model
-from bayes_kernels.hf.tasks.task import Example, Task
+from bayes_kernels.task import Example, Task
 from hf.story_task import choice_task, tiny_task
 
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from bayes_kernels.hf.tasks.prompts import answer_token_ids, make_prompt
-from bayes_kernels.hf.tasks.task import Example
+from bayes_kernels.task import Example
 from hf.story_task import tiny_task
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of a Llama with adapters, from sizes alone.
+"""Peak memory of a training step of a Llama with adapters, from sizes alone; errors that say there is none.
 
 docs/memory.md has the formula and what it leaves out; python_tests/tools/test_benchmarks.py compares it with
 what torch's allocator counts.
@@ -7,8 +7,10 @@ what torch's allocator counts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 RANK = 8
 METHODS = ("peft_lora", "published_blob", "blob", "scalabl", "polar_vbll")
@@ -175,3 +177,10 @@ def predict(
         saved=saved,
         transient=max(in_mlp, in_norm),
     )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left, of a GPU or of the machine."""
+    # torch has a type of its own for GPUs; for the CPU its RuntimeError has nothing but words.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
