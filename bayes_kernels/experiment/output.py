@@ -493,17 +493,19 @@ def _matches(folder: Path, pattern: str) -> list[Path]:
     return [Path(name) for name in glob.glob(os.path.join(glob.escape(str(folder)), pattern))]
 
 
-def _owned(folder: Path, patterns: Sequence[str]) -> set[Path]:
-    """The files of a run."""
+def _own(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """What patterns stand for in the folder of a run; a link on the way leads to files of others."""
     real = os.path.realpath(folder)
-    found: set[Path] = set()
     for pattern in patterns:
         for match in _matches(folder, pattern):
-            # A part of the way that is a link leads to files of others.
             relative = match.parent.relative_to(folder)
             if os.path.realpath(match.parent) == os.path.normpath(os.path.join(real, relative)):
-                found.update(_files_in(match))
-    return found
+                yield match
+
+
+def _owned(folder: Path, patterns: Sequence[str]) -> set[Path]:
+    """The files of a run."""
+    return {path for match in _own(folder, patterns) for path in _files_in(match)}
 
 
 def _scores(folder: Path, record: _Record) -> set[Path]:
@@ -555,8 +557,12 @@ def _remove(folder: Path, files: set[Path], patterns: Sequence[str]) -> None:
 
 def _remove_empty(folder: Path, files: set[Path], patterns: Sequence[str]) -> None:
     ours = {folder / Path(pattern).parent for pattern in patterns}
-    ours |= {match for pattern in patterns for match in _matches(folder, pattern)}
     ours |= {path.parent for path in files}
+    for match in _own(
+        folder, patterns
+    ):  # folders in them, too: a killed run may have left nothing else
+        if not match.is_symlink():
+            ours |= {Path(above) for above, _, _ in os.walk(match)}
     places = {place for path in ours for place in (path, *path.parents) if folder in place.parents}
     for place in sorted(places, key=lambda path: len(path.parts), reverse=True):
         plain = place.is_dir() and not place.is_symlink()

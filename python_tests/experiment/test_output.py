@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from bayes_kernels.cli import app
 from bayes_kernels.experiment import output, run
 from bayes_kernels.experiment.output import EVALUATION, PRIVATE, Output, Stopped
-from bayes_kernels.files import write_text
+from bayes_kernels.files import updating_folder, write_text
 from experiment import kill_runs
 
 pytestmark = pytest.mark.cpu_only
@@ -158,13 +158,13 @@ def put(path: Path, text: str) -> None:
 
 def write_run(folder: Path, text: str, parts: int = 4) -> None:
     """What a run would write, its last parts left out."""
-    put(folder / ".half.x" / "adapter.bin", text)
     put(folder / "checkpoints" / "checkpoint-5" / "model.bin", text)
     if parts > 1:
         put(folder / "checkpoints" / "checkpoint-5" / "trainer_state.json", '{"global_step": 5}')
     if parts > 2:
         put(folder / "mle" / "seed-0" / "result.json", text)
-        os.rename(folder / ".half.x" / "adapter.bin", folder / "adapter.bin")
+        with updating_folder(folder, "adapter.bin") as unfinished:
+            put(unfinished / "adapter.bin", text)
     if parts > 3:
         write_text(folder / "metrics.json", text)
 
@@ -195,7 +195,7 @@ def test_only_own_files_are_replaced(tmp_path: Path) -> None:
         first.begin()
         write_run(out, "1")
         put(out / ".half.y" / "left", "1")
-    assert not (out / ".half.x").exists() and not (out / ".half.y").exists()
+    assert not (out / ".half.y").exists()
     with Output(
         out / EVALUATION, ["metrics.json"], kind="evaluate", command=[], inputs={"adapter": out}
     ) as scores:
@@ -599,6 +599,7 @@ def _kill_at_every_moment(kind: str, start: str, tmp_path: Path) -> None:
             write_run(out, "3")
         assert set(own().values()) == {b"3", b'{"global_step": 5}'}
         assert [path.name for path in (out / PRIVATE).iterdir()] == ["run.json"]
+        assert [path.name for path in out.rglob(".*")] == [PRIVATE]
     assert number > 15
     expected: set[Any] = {("ended", b"2")}
     expected |= {("nothing", None)} if start == "new" else {("ended", b"1")}
