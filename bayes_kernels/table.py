@@ -26,25 +26,31 @@ class Table(NamedTuple):
 
     def text(self) -> str:
         """Aligned columns below the title."""
-        columns: list[list[str]] = []
-        for column in zip_longest(self.headings, *self.rows, fillvalue=""):
-            width, words = max(map(len, column)), len(columns) < self.left
-            columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
-        lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+        lines = [
+            "  ".join(row).rstrip() for row in _aligned([self.headings, *self.rows], self.left)
+        ]
         return "\n".join([*([self.title] if self.title else ()), *lines]) + "\n"
 
     def markdown(self) -> str:
-        """The table in Markdown, without its title."""
-        width = len(self.headings)
-        rows = [[*row, *[""] * (width - len(row))] for row in self.rows]
-        return "".join(
-            f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n"
-            for row in (self.headings, ["---"] * width, *rows)
-        )
+        """The table in Markdown, without its title; columns are aligned, so that terminals can show it."""
+        rows = [[cell.replace("|", "/") for cell in row] for row in (self.headings, *self.rows)]
+        heading, *rest = _aligned(rows, self.left, 3)  # fewer dashes are no rule
+        rule = [("-" * len(cell))[:-1] + "-:"[at >= self.left] for at, cell in enumerate(heading)]
+        return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *rest))
 
     def html(self) -> str:
         """The table in HTML, its title above it."""
         return html.table(self.headings, self.rows, left=self.left, caption=self.title)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int, least: int = 0) -> list[tuple[str, ...]]:
+    """Rows with cells of equal width in each column: words to the left, numbers to the right."""
+    columns: list[list[str]] = []
+    for column in zip_longest(*rows, fillvalue=""):
+        width = max(least, *map(len, column))
+        words = len(columns) < left
+        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
+    return list(zip(*columns, strict=True))
 
 
 def shorten(text: str, length: int = 60) -> str:

@@ -1,4 +1,4 @@
-"""Bars are for people: on a terminal, in a notebook, nowhere else."""
+"""Bars are for terminals and notebooks; logs get a line now and then."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import types
 
 import pytest
 
+from bayes_kernels import progress
 from bayes_kernels.progress import progress_bar
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("notebook", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_bars_are_shown_to_people_only(
+def test_where_bars_are_shown(
     terminal: bool, notebook: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
@@ -21,5 +22,30 @@ def test_bars_are_shown_to_people_only(
     if notebook:
         monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     bar = progress_bar(wanted, [1, 2], desc="x")
-    assert bar.disable == (not (wanted and (terminal or notebook)))
+    assert bar.disable == (not wanted)
+    assert isinstance(bar, progress._Lines) == (wanted and not (terminal or notebook))
     assert list(bar) == [1, 2]
+
+
+def test_lines_for_logs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of a short loop; of a long one what is done and left, where it went on from earlier steps too."""
+    assert list(progress_bar(True, range(9), desc="short")) == list(range(9))
+    assert capsys.readouterr().err == ""
+    now = [0.0]
+    bar = progress_bar(True, total=100, initial=40, desc="blob", unit="step")
+    bar._time, bar.start_t, bar.last_print_t = (lambda: now[0]), 0.0, 0.0
+    bar.set_postfix_str("loss 0.123", refresh=False)
+    for step in range(60):
+        now[0] += 2
+        bar.update()
+        if step == 30:
+            bar.refresh()
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert "blob: 71 of 100, 01:02 so far, 00:58 left, loss 0.123" in lines
+    assert 3 <= len(lines) <= 5 and not any("\r" in line for line in lines)
+    unknown = progress_bar(True, iter([1]), desc="predict")
+    unknown.refresh()
+    assert capsys.readouterr().err == "predict: 0 of ?, 00:00 so far, ? left\n"

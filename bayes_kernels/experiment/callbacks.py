@@ -54,8 +54,13 @@ class TrainingBar(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = progress_bar(self.enabled, total=state.max_steps, desc=self.label, unit="step")
-        self.bar.update(state.global_step)
+        self.bar = progress_bar(
+            self.enabled,
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
