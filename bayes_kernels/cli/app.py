@@ -67,6 +67,13 @@ class _Command(typer.core.TyperCommand):
             if group is not None and isinstance(parameter, typer.core.TyperOption):
                 parameter.rich_help_panel = group
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            error.ctx = error.ctx or ctx  # the parser of options does not say whose they are
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         process = launched()
         if process.count > 1 and self.name not in _SHARED:

@@ -155,6 +155,8 @@ def test_what_cannot_work_is_one_line(
         (["trian"], "expected what bayes-kernels --help lists"),
         (["predict"], "expected what bayes-kernels predict --help lists"),
         (["train", "x", "--threds", "3"], "; expected what bayes-kernels train --help lists"),
+        (["predict", "x", "--text"], "; expected what bayes-kernels predict --help lists"),
+        (["predict", "x", "--json=3"], "; expected what bayes-kernels predict --help lists"),
         (["train", "x", "--steps"], "Option '--steps' requires an argument; expected what"),
         (["train", "x", "y"], "expected what bayes-kernels train --help lists"),
         (["train", "x", "--steps", "1.5"], "--steps: expected an integer, got '1.5'"),
