@@ -109,5 +109,4 @@ def _differences(own: Mapping[int, Row], plain: Mapping[int, Row]) -> dict[str, 
 def _interval(found: metrics.Difference | None) -> str:
     if found is None:
         return ""
-    text = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return bare(text.replace("-", "−"))
+    return bare(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")

@@ -148,5 +148,5 @@ def spread(key: str, mean: Mapping[str, float], std: Mapping[str, float]) -> str
 
 
 def bare(text: str) -> str:
-    """Numbers without the 0 before the point."""
-    return re.sub(r"(?<!\d)0\.", ".", text)
+    """Numbers without the 0 before the point, and with a minus that is as wide as the plus."""
+    return re.sub(r"(?<!\d)0\.", ".", text.replace("-", "−"))

@@ -41,7 +41,7 @@ def test_chance_and_the_side_of_the_error_stand_beside_the_ece() -> None:
     new = Summary("new", (0,), newer, {}, {}, {})
     table = tables.score_table([new])
     assert list(table.headings) == ["method", "ECE ↓", "by chance", "over-confidence"]
-    assert table.rows == [["new", ".062", ".042", "-.061"]]
+    assert table.rows == [["new", ".062", ".042", "−.061"]]
     # Results of before have neither.
     old = Summary("old", (0,), {"ece": 0.0625}, {}, {}, {})
     for rows in ([old, new], [new, old]):
