@@ -74,6 +74,26 @@ def alone(*words: object) -> tuple[int, str, str]:
     return ended.returncode, ended.stdout.removesuffix("set()\n"), ended.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
+@pytest.mark.parametrize(
+    ("own", "turns"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_waiting_threads_leave_their_cores_to_others(own: dict[str, str], turns: str) -> None:
+    """Soon, unless the user has said otherwise: libgomp itself prints what it was told."""
+    given = {key: text for key, text in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    ended = subprocess.run(
+        [sys.executable, "-m", "bayes_kernels", "info"],
+        env={**given, **own, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    if "GOMP_" not in ended.stderr:
+        pytest.skip("this torch has another OpenMP than libgomp")
+    assert f"GOMP_SPINCOUNT = '{turns}'" in ended.stderr
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code, text, _ = alone(*command, "--help")
