@@ -558,16 +558,18 @@ def _remove(folder: Path, files: set[Path], patterns: Sequence[str]) -> None:
 def _remove_empty(folder: Path, files: set[Path], patterns: Sequence[str]) -> None:
     ours = {folder / Path(pattern).parent for pattern in patterns}
     ours |= {path.parent for path in files}
-    for match in _own(
-        folder, patterns
-    ):  # folders in them, too: a killed run may have left nothing else
+    below: set[Path] = set()  # a killed run may have left nothing but folders
+    for match in _own(folder, patterns):
+        ours.add(match)
         if not match.is_symlink():
-            ours |= {Path(above) for above, _, _ in os.walk(match)}
+            below |= {Path(above) for above, *_ in os.walk(match)}
+    below = {place for place in below if PRIVATE not in place.relative_to(folder).parts}
     places = {place for path in ours for place in (path, *path.parents) if folder in place.parents}
-    for place in sorted(places, key=lambda path: len(path.parts), reverse=True):
-        plain = place.is_dir() and not place.is_symlink()
-        if plain and {path.name for path in place.iterdir()} <= {PRIVATE}:
-            shutil.rmtree(place)
+    for place in sorted(places | below, key=lambda path: len(path.parts), reverse=True):
+        if place.is_dir() and not place.is_symlink():
+            left = {path.name for path in place.iterdir()}
+            if not left or (left == {PRIVATE} and place in places):
+                shutil.rmtree(place)
 
 
 def _put_away(folder: Path, earlier: _Record) -> None:

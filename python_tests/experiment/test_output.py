@@ -242,6 +242,24 @@ def test_only_own_files_are_replaced(tmp_path: Path) -> None:
     assert [path.name for path in (out / PRIVATE).iterdir()] == ["run.json"]
 
 
+def test_what_another_run_holds_below_stays(tmp_path: Path) -> None:
+    """Scores of an adapter may be under way, with nothing to show yet, when a killed run is replaced."""
+    out = tmp_path / "out"
+    killed = place(out)
+    killed.__enter__()
+    killed.begin()
+    write_run(out, "1")
+    (out / "mle" / "seed-0" / "empty").mkdir()
+    killed._release()
+    scores = out / "mle" / "seed-0" / EVALUATION
+    evaluation = Output(scores, ["metrics.json"], kind="evaluate", command=[], inputs={})
+    with evaluation, place(out, overwrite=True) as second:
+        evaluation.hold()
+        second.begin()
+        assert (scores / PRIVATE / "lock").is_file()
+        assert [path.name for path in (out / "mle" / "seed-0").iterdir()] == [EVALUATION]
+
+
 def test_what_is_complete_stays(tmp_path: Path) -> None:
     """Whatever comes after it; what it replaced does not come back, and the next run may replace it."""
     out = tmp_path / "out"
