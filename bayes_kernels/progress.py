@@ -24,7 +24,7 @@ class _Lines(terminal_bar):  # type: ignore[type-arg]
             delay=wait,
             mininterval=wait,
             maxinterval=wait,
-            miniters=1,
+            miniters=0,  # also where nothing was done meanwhile
             leave=False,
             **options,
         )

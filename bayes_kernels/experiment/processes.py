@@ -114,7 +114,8 @@ def side_by_side(
     pools = [start_process(number) for number in range(processes)]
     free = list(range(processes))
     running: dict[Future[bytes], tuple[int, int]] = {}
-    bar = progress_bar(progress, total=steps, desc=f"{len(arguments)} runs, {processes} at a time")
+    desc = f"{len(arguments)} runs, {processes} at a time, training steps"
+    bar = progress_bar(progress, total=steps, desc=desc)
     try:
         while left or running:
             while free and (index := next_call()) is not None:
