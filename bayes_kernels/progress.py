@@ -31,7 +31,9 @@ class _Lines(terminal_bar):  # type: ignore[type-arg]
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if msg is None:  # tqdm clears a bar with an empty one
-            print(self, file=sys.stderr, flush=True)
+            at_end = self.total and self.n >= self.total  # of what is counted: more may follow
+            text = str(self).replace(", 00:00 left", "") if at_end else str(self)
+            print(text, file=sys.stderr, flush=True)
         return True
 
 

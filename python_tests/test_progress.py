@@ -47,7 +47,7 @@ def test_lines_for_logs(
     bar.close()
     lines = capsys.readouterr().err.splitlines()
     assert "blob: 71 of 100, 01:02 so far, 00:58 left, loss 0.123" in lines
-    assert lines[-1] == "blob: 100 of 100, 03:40 so far, 00:00 left, loss 0.123"
+    assert lines[-1] == "blob: 100 of 100, 03:40 so far, loss 0.123"
     assert 4 <= len(lines) <= 6 and not any("\r" in line for line in lines)
     unknown = progress_bar(True, iter([1]), desc="predict")
     unknown.refresh()

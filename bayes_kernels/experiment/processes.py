@@ -130,6 +130,8 @@ def side_by_side(
             if not running:
                 raise ValueError(f"side_by_side: calls {left} wait for calls that never come")
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            if counter.value >= steps:
+                bar.set_postfix_str("converting and scoring", refresh=False)
             bar.update(counter.value - bar.n)
             for future in ended:
                 index, number = running.pop(future)

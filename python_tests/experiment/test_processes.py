@@ -31,11 +31,15 @@ def test_runs_side_by_side_give_the_same_numbers(
 ) -> None:
     class Bar:
         def __init__(self, enabled: bool, total: int, desc: str) -> None:
-            self.n, self.total = 0, total
+            self.n, self.total, self.said = 0, total, ""
             bars.append(self)
 
         def update(self, steps: int) -> None:
             self.n += steps
+
+        def set_postfix_str(self, text: str, refresh: bool) -> None:
+            assert self.n < self.total or text == self.said
+            self.said = text
 
         def close(self) -> None:
             pass
@@ -49,6 +53,7 @@ def test_runs_side_by_side_give_the_same_numbers(
     runs = ex.run_many(jobs, processes=2, done=lambda run: seen.append(run.experiment.method))
     assert seen == ["mle", "blob"]
     assert [(bar.n, bar.total) for bar in bars] == [(2 * SHORT.steps, 2 * SHORT.steps)]
+    assert bars[0].said == "converting and scoring"
     assert [row.name for row in runs[0].rows] == ["LoRA (MLE)"]
     if threads == 1:  # each process has half of the threads, which changes roundings
         assert alike(runs[1], finished[0])
