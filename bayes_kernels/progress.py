@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from typing import Any
 
@@ -20,7 +21,6 @@ class _Lines(terminal_bar):  # type: ignore[type-arg]
         super().__init__(
             items,
             file=io.StringIO(),  # for the characters that erase a bar
-            bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}",
             delay=wait,
             mininterval=wait,
             maxinterval=wait,
@@ -29,11 +29,23 @@ class _Lines(terminal_bar):  # type: ignore[type-arg]
             **options,
         )
 
+    def __str__(self) -> str:
+        facts = self.format_dict
+        done, total, seconds = facts["n"], facts["total"], facts["elapsed"]
+        parts = [f"{done} of {total}"] if total else [f"{done}"] * bool(done)
+        parts.append(f"{self.format_interval(seconds)} so far")
+        now = done - facts["initial"]
+        if total and now > 0 and done < total:
+            # By the mean since the beginning, which counts the time in which nothing was done.
+            parts.append(f"{self.format_interval(seconds * (total - done) / now)} left")
+        return f"{self.desc or 'progress'}: {', '.join([*parts, *filter(None, [self.postfix])])}"
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if msg is None:  # tqdm clears a bar with an empty one
-            at_end = self.total and self.n >= self.total  # of what is counted: more may follow
-            text = str(self).replace(", 00:00 left", "") if at_end else str(self)
-            print(text, file=sys.stderr, flush=True)
+            try:
+                print(self, file=sys.stderr, flush=True)
+            except (OSError, ValueError):  # nobody reads them: no reason to end what is computed
+                self.miniters = math.inf
         return True
 
 
@@ -46,6 +58,7 @@ def progress_bar(enabled: bool, items: Any = None, **options: Any) -> Any:
         options: Those of ``tqdm``.
     """
     # A notebook's kernel has no terminal, and a bar of its own.
+    enabled = enabled and sys.stderr is not None
     if not enabled or "ipykernel" in sys.modules or sys.stderr.isatty():
         return tqdm(items, delay=2, leave=False, dynamic_ncols=True, disable=not enabled, **options)
     return _Lines(items, **options)

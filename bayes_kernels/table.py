@@ -46,10 +46,11 @@ class Table(NamedTuple):
 def _aligned(rows: Sequence[Sequence[str]], left: int, least: int = 0) -> list[tuple[str, ...]]:
     """Rows with cells of equal width in each column: words to the left, numbers to the right."""
     columns: list[list[str]] = []
-    for column in zip_longest(*rows, fillvalue=""):
-        width = max(least, *map(len, column))
-        words = len(columns) < left
-        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
+    for at, column in enumerate(zip_longest(*rows, fillvalue="")):
+        # The last cell of a short row, a message, may stand out.
+        message = {row for row, cells in enumerate(rows) if at + 1 == len(cells) < len(rows[0])}
+        width = max(least, *(len(cell) for row, cell in enumerate(column) if row not in message))
+        columns.append([cell.ljust(width) if at < left else cell.rjust(width) for cell in column])
     return list(zip(*columns, strict=True))
 
 

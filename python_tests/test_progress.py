@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import threading
 import types
+from typing import Any
 
 import pytest
 
@@ -49,6 +52,46 @@ def test_lines_for_logs(
     assert "blob: 71 of 100, 01:02 so far, 00:58 left, loss 0.123" in lines
     assert lines[-1] == "blob: 100 of 100, 03:40 so far, loss 0.123"
     assert 4 <= len(lines) <= 6 and not any("\r" in line for line in lines)
-    unknown = progress_bar(True, iter([1]), desc="predict")
-    unknown.refresh()
-    assert capsys.readouterr().err == "predict: 0 of ?, 00:00 so far, ? left\n"
+
+
+def test_lines_say_only_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(count: int, **options: Any) -> str:
+        bar = progress_bar(True, desc="x", **options)
+        bar.n += count
+        bar._time, bar.start_t = (lambda: 60.0), 0.0
+        bar.refresh()
+        return capsys.readouterr().err
+
+    assert line(0, total=4) == "x: 0 of 4, 01:00 so far\n"
+    assert line(3, total=4) == "x: 3 of 4, 01:00 so far, 00:20 left\n"
+    assert line(4, total=4) == "x: 4 of 4, 01:00 so far\n"
+    assert line(0, total=4, initial=4) == "x: 4 of 4, 01:00 so far\n"
+    assert line(1, total=4, initial=2) == "x: 3 of 4, 01:00 so far, 01:00 left\n"
+    assert line(6) == "x: 6, 01:00 so far\n"
+    assert line(0, total=0) == "x: 01:00 so far\n"
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(28, "No space left"), ValueError("closed")]
+)
+def test_a_reader_that_is_gone_ends_nothing(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert list(progress_bar(True, range(3))) == [0, 1, 2]
+    bar = progress_bar(True, total=3)
+    bar.update(3)
+    bar.close()
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress_bar(True, range(3))) == [0, 1, 2]
+    # tqdm's lock is free: another thread has its bars.
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.extend(progress_bar(False, [1])), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [1]

@@ -8,7 +8,7 @@ A folder that a command writes to has a folder ``.bayes_kernels`` (`PRIVATE`) wi
 * ``old/``: while a run replaces an earlier one, the files of the earlier one. They come back if the new run
   ends without anything to keep, also after a kill; they go when it has ended.
 
-Nothing that ``run.json`` does not list is ever removed or replaced.
+No file that ``run.json`` does not list is ever removed or replaced; empty folders in those of a run are.
 """
 
 from __future__ import annotations
@@ -230,6 +230,8 @@ class Output:
                     f"{where}: expected a new or empty folder, got {_some(foreign)}; choose another "
                     "folder"
                 )
+        if self.overwrite:
+            self._check_unused(records)
         if earlier is None or self.overwrite:
             return
         if self.resume:
@@ -260,6 +262,16 @@ class Output:
             for file in _files_in(path):
                 if file not in known:
                     self._refuse_foreign(file)
+
+    def _check_unused(self, records: Sequence[_Record | None]) -> None:
+        """No process scores an adapter that is to be replaced."""
+        for record in records:
+            for scores in _score_folders(self.folder, record) if record else ():
+                if (holder := _holder(scores)) is not None:
+                    raise ValueError(
+                        f"out {str(self.folder)!r}: expected results that nothing uses, got {holder}, "
+                        f"which writes to {scores}; wait for its end or choose another folder"
+                    )
 
     def _refuse_foreign(self, path: Path) -> NoReturn:
         raise ValueError(
@@ -508,14 +520,22 @@ def _owned(folder: Path, patterns: Sequence[str]) -> set[Path]:
     return {path for match in _own(folder, patterns) for path in _files_in(match)}
 
 
+def _score_folders(folder: Path, record: _Record) -> Iterator[Path]:
+    """Where `evaluate` writes by default below the adapters of a run."""
+    for place in {folder, *(path.parent for path in _owned(folder, record.files))}:
+        scores = place / EVALUATION
+        if not scores.is_symlink() and (scores / PRIVATE).is_dir():
+            yield scores
+
+
 def _scores(folder: Path, record: _Record) -> set[Path]:
     """What `evaluate` put below the adapters of a run; it goes with them."""
     found: set[Path] = set()
-    for place in {folder, *(path.parent for path in _owned(folder, record.files))}:
-        scores = place / EVALUATION
-        own = None if scores.is_symlink() else _read(scores / PRIVATE)
+    for scores in _score_folders(folder, record):
+        own = _read(scores / PRIVATE)
         if own is not None:
-            found |= {scores / PRIVATE / _RECORD, *_owned(scores, own.files)}
+            found |= _owned(scores, own.files)
+        found |= set(_files_in(scores / PRIVATE, private=True)) - {scores / PRIVATE / _LOCK}
     return found
 
 
@@ -566,10 +586,16 @@ def _remove_empty(folder: Path, files: set[Path], patterns: Sequence[str]) -> No
     below = {place for place in below if PRIVATE not in place.relative_to(folder).parts}
     places = {place for path in ours for place in (path, *path.parents) if folder in place.parents}
     for place in sorted(places | below, key=lambda path: len(path.parts), reverse=True):
-        if place.is_dir() and not place.is_symlink():
-            left = {path.name for path in place.iterdir()}
-            if not left or (left == {PRIVATE} and place in places):
-                shutil.rmtree(place)
+        if not place.is_dir() or place.is_symlink():
+            continue
+        left = {path.name for path in place.iterdir()}
+        files = set(_files_in(place / PRIVATE, private=True)) if left == {PRIVATE} else {place}
+        known = {place / PRIVATE / name for name in (_LOCK, _RECORD)}
+        if files <= known and _holder(place) is None:
+            shutil.rmtree(place)  # of an evaluation that was killed, or whose scores are gone
+        elif not left:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def _put_away(folder: Path, earlier: _Record) -> None:

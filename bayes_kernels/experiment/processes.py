@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,6 +26,8 @@ from .machine import Gpu
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # The part of a GPU's free memory that is shared out: contexts and libraries of the processes need the rest.
 _SHARED_OUT = 0.9
+# Seconds without a step of any training after which something else is being done.
+_NO_STEP = 10.0
 
 
 def shares(gpus: Sequence[Gpu], processes: int) -> list[tuple[Gpu, int]]:
@@ -116,6 +119,7 @@ def side_by_side(
     running: dict[Future[bytes], tuple[int, int]] = {}
     desc = f"{len(arguments)} runs, {processes} at a time, training steps"
     bar = progress_bar(progress, total=steps, desc=desc)
+    trained = time.monotonic()
     try:
         while left or running:
             while free and (index := next_call()) is not None:
@@ -130,8 +134,12 @@ def side_by_side(
             if not running:
                 raise ValueError(f"side_by_side: calls {left} wait for calls that never come")
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            if counter.value >= steps:
-                bar.set_postfix_str("converting and scoring", refresh=False)
+            if counter.value > bar.n:
+                trained = time.monotonic()
+            bar.set_postfix_str(
+                "" if time.monotonic() - trained < _NO_STEP else "converting and scoring",
+                refresh=False,
+            )
             bar.update(counter.value - bar.n)
             for future in ended:
                 index, number = running.pop(future)

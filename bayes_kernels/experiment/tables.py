@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..hf.method import PLAIN
-from ..table import Table
+from ..table import Table, shorten
 from .machine import memory_measure
 from .results import COSTS, Summary
 from .variants import title_of
@@ -117,7 +117,7 @@ def comparison_table(
         rows = [[*a, *b[1:]] for a, b in zip(scores.rows, costs.rows, strict=True)]
     for failure in failures:
         title = f"{title_of(failure.method)}, seed {failure.seed}"
-        rows.append([title, f"failed: {failure.error}"])
+        rows.append([title, f"failed: {shorten(failure.error, 200)}"])
     return Table("", headings, rows)
 
 

@@ -242,22 +242,64 @@ def test_only_own_files_are_replaced(tmp_path: Path) -> None:
     assert [path.name for path in (out / PRIVATE).iterdir()] == ["run.json"]
 
 
-def test_what_another_run_holds_below_stays(tmp_path: Path) -> None:
-    """Scores of an adapter may be under way, with nothing to show yet, when a killed run is replaced."""
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("alive", [False, True])
+def test_an_adapter_is_not_replaced_while_it_is_scored(
+    ended: bool, begun: bool, alive: bool, tmp_path: Path
+) -> None:
+    """Of scoring that was killed nothing is in the way of a new folder, and what it replaced comes back."""
     out = tmp_path / "out"
-    killed = place(out)
-    killed.__enter__()
-    killed.begin()
+    first = place(out)
+    first.__enter__()
+    first.begin()
     write_run(out, "1")
     (out / "mle" / "seed-0" / "empty").mkdir()
-    killed._release()
+    if ended:
+        first.__exit__(None, None, None)
+    else:
+        first._release()
     scores = out / "mle" / "seed-0" / EVALUATION
-    evaluation = Output(scores, ["metrics.json"], kind="evaluate", command=[], inputs={})
-    with evaluation, place(out, overwrite=True) as second:
+
+    def scoring(**options: Any) -> Output:
+        files = ["metrics.json"]
+        return Output(scores, files, kind="evaluate", command=[], inputs={}, **options)
+
+    if begun:
+        with scoring() as earlier:
+            earlier.begin()
+            put(scores / "metrics.json", "scores of 1")
+    evaluation = scoring(overwrite=True)
+    evaluation.__enter__()
+    if begun:
+        evaluation.begin()
+        assert not (scores / "metrics.json").exists()
+    else:
         evaluation.hold()
+    before = sorted(map(str, out.rglob("*")))
+    if alive:
+        with pytest.raises(
+            ValueError, match=r"which writes to .*seed-0/evaluation; wait for its end"
+        ):
+            place(out, overwrite=True).check()
+        assert sorted(map(str, out.rglob("*"))) == before
+        evaluation._release()
+        return
+    assert evaluation._lock is not None
+    os.close(evaluation._lock)  # killed: the lock's file stays
+    signal.signal(signal.SIGTERM, evaluation._handler)
+    with pytest.raises(RuntimeError), place(out, overwrite=True) as second:
         second.begin()
-        assert (scores / PRIVATE / "lock").is_file()
-        assert [path.name for path in (out / "mle" / "seed-0").iterdir()] == [EVALUATION]
+        raise RuntimeError
+    if begun and ended:
+        output._recover(scores)
+        assert (scores / "metrics.json").read_text() == "scores of 1"
+    with place(out, overwrite=True) as third:
+        third.begin()
+        (out / "mle").mkdir(exist_ok=True)
+        put(out / ".half.x" / "result.json", "3")
+        os.rename(out / ".half.x", out / "mle" / "seed-0")
+    assert contents(out) == {"mle/seed-0/result.json": b"3"}
 
 
 def test_what_is_complete_stays(tmp_path: Path) -> None:

@@ -38,7 +38,6 @@ def test_runs_side_by_side_give_the_same_numbers(
             self.n += steps
 
         def set_postfix_str(self, text: str, refresh: bool) -> None:
-            assert self.n < self.total or text == self.said
             self.said = text
 
         def close(self) -> None:
@@ -46,6 +45,7 @@ def test_runs_side_by_side_give_the_same_numbers(
 
     bars: list[Bar] = []
     monkeypatch.setattr(processes, "progress_bar", Bar)
+    monkeypatch.setattr(processes, "_NO_STEP", 0.0)
     plain = dataclasses.replace(tiny, method="mle")
     jobs = [ex.Job(plain, task, temperature=False), ex.Job(tiny, task, tmp_path / "blob")]
     seen: list[str] = []

@@ -67,7 +67,7 @@ def test_costs_are_those_that_are_known_of_some_method() -> None:
 
 
 def test_a_comparison_has_scores_costs_and_failures() -> None:
-    failed = [tables.Failure("polar", 1, "no | room")]
+    failed = [tables.Failure("polar", 1, "no | room\n  left")]
     table = tables.comparison_table([PLAIN], failed, seeds=2)
     lines = table.markdown().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -75,9 +75,12 @@ def test_a_comparison_has_scores_costs_and_failures() -> None:
     assert set(cells[1][0]) == {"-"} and all(set(cell[:-1]) == {"-"} for cell in cells[1][1:])
     assert all(cell[-1] == ":" and len(cell) >= 3 for cell in cells[1][1:])  # numbers to the right
     assert cells[2][-3:] == [".625", "12", "0"]
-    assert cells[3][:2] == ["PoLAR, seed 1", "failed: no / room"]
+    assert cells[3][:2] == ["PoLAR, seed 1", "failed: no / room left"]
     # As wide in each line: a terminal shows what was written.
-    assert len({tuple(map(len, line.split("|"))) for line in lines}) == 1
+    assert len({tuple(map(len, line.split("|"))) for line in lines[:3]}) == 1
+    # The message of a failure makes no column of the others wider.
+    alone = tables.comparison_table([PLAIN], [], seeds=2).markdown().splitlines()
+    assert [line.split("|")[2:] for line in lines[:3]] == [line.split("|")[2:] for line in alone]
     assert tables.comparison_table([], failed, seeds=2).rows == table.rows[1:]
 
 
