@@ -26,7 +26,7 @@ from .machine import Gpu
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # The part of a GPU's free memory that is shared out: contexts and libraries of the processes need the rest.
 _SHARED_OUT = 0.9
-# Seconds without a step of any training after which something else is being done.
+# Seconds without a step of any training after which the bar says so: it may stand for long.
 _NO_STEP = 10.0
 
 
@@ -136,10 +136,13 @@ def side_by_side(
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             if counter.value > bar.n:
                 trained = time.monotonic()
-            bar.set_postfix_str(
-                "" if time.monotonic() - trained < _NO_STEP else "converting and scoring",
-                refresh=False,
+            idle = time.monotonic() - trained
+            said = (
+                f"no step for {idle:.0f} s (loading, converting, scoring)"
+                if idle >= _NO_STEP
+                else ""
             )
+            bar.set_postfix_str(said, refresh=False)
             bar.update(counter.value - bar.n)
             for future in ended:
                 index, number = running.pop(future)
