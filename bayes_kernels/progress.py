@@ -49,6 +49,12 @@ class _Lines(terminal_bar):  # type: ignore[type-arg]
         return True
 
 
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, not merely one that has imported ipykernel."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return getattr(get_shell and get_shell(), "kernel", None) is not None
+
+
 def progress_bar(enabled: bool, items: Any = None, **options: Any) -> Any:
     """A bar with the time left, after two seconds; where there is no terminal, a line every 30 seconds.
 
@@ -57,8 +63,9 @@ def progress_bar(enabled: bool, items: Any = None, **options: Any) -> Any:
         items: What the loop goes through, or None where `update` counts.
         options: Those of ``tqdm``.
     """
-    # A notebook's kernel has no terminal, and a bar of its own.
     enabled = enabled and sys.stderr is not None
-    if not enabled or "ipykernel" in sys.modules or sys.stderr.isatty():
-        return tqdm(items, delay=2, leave=False, dynamic_ncols=True, disable=not enabled, **options)
-    return _Lines(items, **options)
+    notebook = _in_notebook()  # which has no terminal, and a bar of its own
+    if enabled and not notebook and not sys.stderr.isatty():
+        return _Lines(items, **options)
+    bar = tqdm if notebook else terminal_bar
+    return bar(items, delay=2, leave=False, dynamic_ncols=True, disable=not enabled, **options)

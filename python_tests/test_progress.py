@@ -21,13 +21,41 @@ def test_where_bars_are_shown(
     terminal: bool, notebook: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    if notebook:
-        monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    # Only the shell of a kernel has one. A test may have imported either package, as any script may.
+    shell = types.SimpleNamespace(**({"kernel": object()} if notebook else {}))
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     bar = progress_bar(wanted, [1, 2], desc="x")
     assert bar.disable == (not wanted)
     assert isinstance(bar, progress._Lines) == (wanted and not (terminal or notebook))
     assert list(bar) == [1, 2]
+
+
+def test_a_kernel_has_its_own_bar() -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    cell = nbformat.v4.new_code_cell(
+        "from bayes_kernels import progress\n"
+        "type(progress.progress_bar(True, [1])) is progress.tqdm"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    shown = [one.data["text/plain"] for one in cell.outputs if one.output_type == "execute_result"]
+    assert shown == ["True"]
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("IPython")])
+def test_lines_without_a_shell(
+    module: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where IPython is not imported, is half imported, or has no shell."""
+    monkeypatch.setitem(sys.modules, "IPython", module)  # type: ignore[arg-type]
+    assert isinstance(progress_bar(True, [1]), progress._Lines)
+    if module is not None:
+        monkeypatch.setattr(module, "get_ipython", lambda: None, raising=False)
+        assert isinstance(progress_bar(True, [1]), progress._Lines)
 
 
 def test_lines_for_logs(
