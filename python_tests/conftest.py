@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     wanted = os.environ.get("BAYES_KERNELS_CPU")
     if wanted and _library.problem is None and bk.build_info()["cpu_path"] != wanted:
         raise pytest.UsageError(
