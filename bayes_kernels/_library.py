@@ -11,15 +11,15 @@ import contextlib
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .library_file import CURE, EMULATOR, LIBRARY, find_library, not_found
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,40 +27,16 @@ MAX_FUSED_RANK = 64
 MAX_FUSED_CLASSES = 32  # with a full covariance; variances alone have no limit
 
 # The emulator that tests load; python_tests/csrc/traffic.py takes the one that counts bytes.
-simulator_library = "libbayes_kernels_sim.so"
+simulator_library = EMULATOR
 
-ADVICE = (
-    "reinstall with `pip install --no-build-isolation .` in the source tree, or set "
-    "BAYES_KERNELS_LIBRARY to the folder that holds libbayes_kernels.so; "
-    "`python -m bayes_kernels` prints a diagnosis"
-)
-
-
-def _folders() -> list[Path]:
-    """Where libraries are looked for: a named folder, else every folder of this package.
-
-    In editable installs the Python files and the built library lie in different folders, both of
-    which are in the package's `__path__`.
-    """
-    named = os.environ.get("BAYES_KERNELS_LIBRARY")
-    if named:
-        return [Path(named)]
-    return [Path(p) for p in sys.modules[__name__.partition(".")[0]].__path__]
-
-
-def find_library(name: str) -> Path | None:
-    """The path of `name` (a file name) in the searched folders, or None."""
-    for folder in _folders():
-        if (folder / name).is_file():
-            return folder / name
-    return None
+ADVICE = f"{CURE}; `python -m bayes_kernels` prints a diagnosis"
 
 
 def _load(name: str) -> str | None:
     """Load one library; the text of the problem, or None when it is loaded."""
     path = find_library(name)
     if path is None:
-        return f"{name} was not found in {', '.join(str(f) for f in _folders())}"
+        return not_found(name)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -80,7 +56,7 @@ class _Missing:
         )
 
 
-problem = _load("libbayes_kernels.so")
+problem = _load(LIBRARY)
 ops: Any = torch.ops.bayes_kernels if problem is None else _Missing(problem)
 
 _fakes: dict[str, Callable[..., Any]] = {}

@@ -35,17 +35,24 @@ void* current_stream(const Tensor& t) {
 #define BK_CUDA_VERSION ""
 #endif
 
-static std::string build_info() {
-  std::ostringstream out;
-  out << "{\"version\": \"" << BK_VERSION << "\", \"torch_target\": \"2.11\", \"compiler\": \""
+#define BK_QUOTED_(x) #x
+#define BK_QUOTED(x) BK_QUOTED_(x)
 #if defined(__clang__)
-      << "clang " << __clang_major__ << "." << __clang_minor__
+#define BK_COMPILER "clang " BK_QUOTED(__clang_major__) "." BK_QUOTED(__clang_minor__)
 #else
-      << "gcc " << __GNUC__ << "." << __GNUC_MINOR__
+#define BK_COMPILER "gcc " BK_QUOTED(__GNUC__) "." BK_QUOTED(__GNUC_MINOR__)
 #endif
-      << "\", \"cuda\": \"" << BK_CUDA_VERSION << "\", \"cuda_architectures\": \""
-      << BK_CUDA_ARCHITECTURES << "\", \"cpu_path\": \"" << cpu_path_name() << "\"}";
-  return out.str();
+
+// One array that stays whole in the file: bayes_kernels/library_file.py reads it there, without
+// loading the library. Nothing else says what was compiled.
+[[gnu::used]] static const char compiled[] =
+    "{\"version\": \"" BK_VERSION "\", \"torch_target\": \"2.11\", \"compiler\": \"" BK_COMPILER
+    "\", \"cuda\": \"" BK_CUDA_VERSION "\", \"cuda_architectures\": \"" BK_CUDA_ARCHITECTURES "\"}";
+
+// The same object, and what only the machine knows.
+static std::string build_info() {
+  const std::string fields(compiled, sizeof(compiled) - 2);  // without the brace and the final zero
+  return fields + ", \"cpu_path\": \"" + cpu_path_name() + "\"}";
 }
 
 }  // namespace bayes_kernels

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ from .bench import bench
 from .data import data
 from .export import export
 from .generate import generate
-from .methods import methods
+from .methods import methods, print_options
 from .options import Debug
 from .output import fail, status
 from .score import score
@@ -55,6 +55,15 @@ _GROUPS = {
 _SHARED = ("train", "info", "methods")
 # Commands that begin without transformers; before others a terminal shows what it waits for: 5 s of one core.
 _LIGHT = ("info", "methods", "bench")
+# Commands that take options of methods: how these come about, and how an option is written.
+_METHODS = {
+    "train": (("train", "convert"), "--method {method}: --set NAME=VALUE"),
+    "sweep": (("train", "convert"), "--method {method}: --set NAME=VALUE"),
+    "compare": (("train", "convert", "join"), "--set {method}.NAME=VALUE"),
+    "demo": (("train", "convert", "join"), "--set {method}.NAME=VALUE"),
+    "answers": (("train", "convert", "join"), "--set {method}.NAME=VALUE"),
+    "bayesianize": (("convert",), "--method {method}: --set NAME=VALUE"),
+}
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 
 
@@ -67,6 +76,11 @@ class _Command(typer.core.TyperCommand):
             group = _GROUP_OF.get(parameter.name or "")
             if group is not None and isinstance(parameter, typer.core.TyperOption):
                 parameter.rich_help_panel = group
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        if self.name in _METHODS:
+            print_options(*_METHODS[self.name])
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -92,11 +106,10 @@ class _Commands(typer.core.TyperGroup):
     """Turns expected exceptions into one line and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        asks_for_help = not args  # taken from the list as they are read
         try:
             return super().parse_args(ctx, args)
         except _UsageError as error:
-            if asks_for_help:
+            if _is_help(error):
                 raise
             fail(_usage(error))
 
@@ -107,6 +120,8 @@ class _Commands(typer.core.TyperGroup):
             if ctx.meta.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             if isinstance(error, _UsageError):
+                if _is_help(error):
+                    raise
                 fail(_usage(error))
             if out_of_memory(error):
                 fail(
@@ -124,6 +139,14 @@ class _Commands(typer.core.TyperGroup):
             if isinstance(error, _EXPECTED):
                 fail(str(error) or type(error).__name__)
             raise
+
+
+def _is_help(error: Exception) -> bool:
+    """Whether a group was named without a command: then its help is printed already, and nothing else to say.
+
+    Told by its name, as typer does: no public module has the class.
+    """
+    return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def _usage(error: Any) -> str:
@@ -149,11 +172,22 @@ app = typer.Typer(
 )
 
 
-def info(debug: Debug = False) -> None:
-    """Versions, what was compiled, and which path runs on which device."""
-    from ..diagnosis import print_diagnosis
+def info(
+    devices: Annotated[
+        bool,
+        typer.Option(
+            "--devices", help="Load torch and the ops, and say which path each device takes."
+        ),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Versions and what was compiled, at once; with --devices which path runs on which device."""
+    from ..diagnosis import print_diagnosis, print_summary
 
-    print_diagnosis()
+    if devices:
+        print_diagnosis()
+    else:
+        print_summary()
 
 
 # By the panels of help.

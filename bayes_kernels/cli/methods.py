@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,30 @@ def _known() -> dict[str, dict[str, Any]]:
     if "bayes_kernels.hf" in sys.modules:
         return listing()
     return json.loads(LISTING.read_text(encoding="utf-8"))
+
+
+def print_options(made: Sequence[str], form: str) -> None:
+    """A panel for each method that has options, with their names and defaults: a part of a command's help.
+
+    Args:
+        made: How the methods come about that the command takes, see `Method.made`.
+        form: How the command takes an option of `{method}`.
+    """
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console()
+    for name, row in _known().items():
+        if row["made"] in made and row["options"]:
+            listed = [
+                f"{option}={json.dumps(one['default'])}" for option, one in row["options"].items()
+            ]
+            title = f"{row['title']}, {form.format(method=name)}"
+            text = Text("  ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in listed))
+            console.print(Panel(text, title=title, title_align="left", border_style="dim"))
+    where = " What they mean: bayes-kernels methods METHOD. Which method: docs/choosing.md."
+    console.print(where, highlight=False)
 
 
 def _draws(row: dict[str, Any], none: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ import typer
 
 from bayes_kernels import _library
 from bayes_kernels.cli import app
+from bayes_kernels.cli.methods import LISTING
 from bayes_kernels.hf.tasks import adapters
 from cli.commands import call, refuse
 
@@ -29,9 +31,10 @@ COMMANDS = list(typer.main.get_command(app.app).commands)
 
 
 def test_info_is_the_diagnosis() -> None:
-    result = call("info")
+    result = call("info", "--devices")
     assert result.exit_code == 0
     assert result.stdout.startswith("bayes_kernels ") and "compiled ops" in result.stdout
+    assert "\n  cpu: fused " in result.stdout
 
 
 def test_a_terminal_shows_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +86,7 @@ def test_waiting_threads_leave_their_cores_to_others(own: dict[str, str], turns:
     """Soon, unless the user has said otherwise: libgomp itself prints what it was told."""
     given = {key: text for key, text in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     ended = subprocess.run(
-        [sys.executable, "-m", "bayes_kernels", "info"],
+        [sys.executable, "-m", "bayes_kernels", "info", "--devices"],
         env={**given, **own, "OMP_DISPLAY_ENV": "VERBOSE"},
         capture_output=True,
         text=True,
@@ -115,6 +118,22 @@ def test_methods_are_listed_without_torch() -> None:
         assert alone("methods", *words) == (0, call("methods", *words).stdout, "")
     code, text, error = alone("methods", "magic")
     assert (code, text) == (2, "") and error.startswith("error: method: expected one of mle, map, ")
+
+
+def test_what_is_installed_is_said_without_torch() -> None:
+    code, text, error = alone("info")
+    assert (code, text, error) == (0, call("info").stdout, "")
+    lines = call("info", "--devices").stdout.splitlines()
+    *own, last = text.splitlines()
+    assert "`bayes-kernels info --devices`" in last and "compiled ops: " in text
+    assert [line for line in lines if line in own] == own and "  cpu: " not in text
+
+
+@pytest.mark.parametrize("words", [[], ["data"]], ids=" ".join)
+def test_a_group_without_a_command_ends_with_its_help(words: list[str]) -> None:
+    result = call(*words)
+    assert (result.exit_code, result.stderr) == (2, "") and " COMMAND " in result.stdout
+    assert result.stdout.strip() == call(*words, "--help").stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -315,3 +334,19 @@ def test_options_are_listed_in_panels_with_the_page_that_helps_to_choose() -> No
         assert name in panels
     method = text.partition("─ Method ─")[2].partition("╰")[0]
     assert "--rank" in method and "--set" in method and "--steps" not in method
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("data", "info")])
+def test_help_has_a_panel_for_each_method_whose_options_a_command_takes(command: str) -> None:
+    text = call(command, "--help").stdout
+    takes = re.search(r"│ +--set\b", text) is not None
+    assert takes == (command in app._METHODS)
+    made, form = app._METHODS.get(command, ((), ""))
+    for name, row in json.loads(LISTING.read_text()).items():
+        title = f"─ {row['title']}, {form.format(method=name)} ─"
+        shown = row["made"] in made and bool(row["options"])
+        assert (title in text) == shown
+        if shown:
+            panel = " ".join(text.partition(title)[2].partition("╰")[0].replace("│", "").split())
+            for option, one in row["options"].items():
+                assert f"{option}={json.dumps(one['default'])}" in panel
