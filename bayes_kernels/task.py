@@ -54,6 +54,7 @@ class Task:
         train, validation, test: Disjoint lists of examples.
         ood: Out-of-distribution sets by name. Labels may be None there.
         template: Which published prompt fits the data; None for data of the user's own.
+        notes: Where test and validation examples come from, for people.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     test: list[Example]
     ood: dict[str, list[Example]] = field(default_factory=dict)
     template: Template | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def n_classes(self) -> int:

@@ -23,16 +23,11 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Say what was understood: rows, classes, lengths, duplicates, an example, what is missing."""
-    import os
-
     from ..experiment.data.check import describe
     from ..experiment.data.source import Source
 
     options = source_options(test, ood, label_names, None, None, 0)
-    task = Source(data=source, **options).load()
-    # A folder may have a file of its own for testing; 20 % of the rows are chosen by a hash else.
-    file = os.path.isfile(source) and test is None
-    print(describe(task, has_test=not file))
+    print(describe(Source(data=source, **options).load()))
 
 
 @data.command()

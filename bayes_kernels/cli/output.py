@@ -81,8 +81,10 @@ def command_line() -> list[str]:
 
 
 def describe_task(task: Task) -> None:
-    """Note the sizes of its splits, and classes that it cannot teach."""
-    note("\n".join([task.summary(), *(f"warning: {line}" for line in task.warnings())]))
+    """Note the sizes of its splits, where they come from, and classes that it cannot teach."""
+    lines = [f"note: {line}" for line in task.notes]
+    lines += [f"warning: {line}" for line in task.warnings()]
+    note("\n".join([task.summary(), *lines]))
 
 
 def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:

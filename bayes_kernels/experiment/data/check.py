@@ -14,12 +14,11 @@ from .splits import has_made_id
 FEW_TEST, FEW_TRAIN = 100, 50
 
 
-def describe(task: Task, *, has_test: bool = True) -> str:
+def describe(task: Task) -> str:
     """Rows, classes, lengths, duplicates, an example and what is missing, for people.
 
     Args:
         task: The task, with all training examples.
-        has_test: Whether test examples came from elsewhere than the training data.
     """
     parts = [f"{task.name}: {task.kind.replace('_', ' ')}, {task.n_classes} classes", ""]
     parts.append(_sizes(task).text())
@@ -28,7 +27,7 @@ def describe(task: Task, *, has_test: bool = True) -> str:
     first = next(iter(task.train or task.test))
     lines = ["first training example:", *_shown(task, first)]
     parts.append("\n".join(lines) + "\n")
-    parts += [f"note: {line}" for line in _notes(task, has_test)]
+    parts += [f"note: {line}" for line in _notes(task)]
     parts += [f"warning: {line}" for line in _warnings(task)]
     return "\n".join(parts).rstrip()
 
@@ -64,14 +63,12 @@ def _shown(task: Task, example: Example) -> Iterator[str]:
             yield textwrap.fill(text, 96, initial_indent=f"  {name}: ", subsequent_indent="    ")
 
 
-def _notes(task: Task, has_test: bool) -> Iterator[str]:
+def _notes(task: Task) -> Iterator[str]:
     """What is missing, and what is done about it."""
     inside = [*task.train, *task.validation, *task.test]
     if any(has_made_id(example) for example in inside):
         yield "no id: ids are made of the texts, which also decide their split"
-    if not has_test:
-        yield "no test data: about a fifth of the rows is kept for testing, whatever the seed"
-    yield "validation: about a tenth of the training rows, for temperatures, priors and early choices"
+    yield from task.notes
     if not task.ood:
         yield "no out-of-distribution data: name a file with --ood to see whether foreign texts are found"
     if not any(example.context for example in inside):
@@ -87,16 +84,20 @@ def _warnings(task: Task) -> Iterator[str]:
         clashing = sum(len(labels) > 1 for labels in texts.values())
         clash = f"; {clashing} of these texts have different labels" if clashing else ""
         yield f"{repeated} rows repeat the text of another row{clash}"
-        if shared := _across(task):
+        if shared := repeated_in_test(task):
             yield f"{shared} test rows have the text of a training row: their scores are too good"
     if len(task.test) < FEW_TEST:
         yield f"{len(task.test)} test rows: an ECE of so few is mostly chance"
     if len(task.train) < FEW_TRAIN:
         yield f"{len(task.train)} training rows: fewer than {FEW_TRAIN} teach little"
+    if not any(example.label is not None for example in task.validation):
+        yield "no validation row: temperatures, priors and early choices need some; more data give some"
     yield from task.warnings()
 
 
-def _across(task: Task) -> int:
+def repeated_in_test(task: Task) -> int:
+    """Number of test examples whose text (and choices) is that of a training or validation example."""
+
     def keys(examples: Sequence[Example]) -> list[tuple[str, tuple[str, ...]]]:
         return [(example.text, example.choices) for example in examples]
 

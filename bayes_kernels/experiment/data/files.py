@@ -6,15 +6,27 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...task import LETTERS, Example, Kind, Task, Template
-from .rows import SUFFIXES, Problems, Row, is_unicode, read_rows, rows_of, shown
-from .splits import choose_subset, has_made_id, split_by_hash
+from .rows import (
+    NO_LABEL,
+    SUFFIXES,
+    Problems,
+    Row,
+    is_unicode,
+    read_rows,
+    rows_of,
+    shown,
+    whole_number,
+)
+from .splits import TEST_NOTE, VALIDATION_NOTE, choose_subset, has_made_id, split_by_hash
 
 # What `save_to_disk` of the library datasets leaves in a folder.
 _SAVED = ("dataset_dict.json", "dataset_info.json")
-_TEST = (("test",), ("dev", "validation", "val"))
+_TEST = ("test",)
+_VALIDATION = ("dev", "validation", "val")
+_OWN = ("train", "validation", "test")  # all but those out of distribution
 
 
 def _files_of(folder: Path, words: tuple[str, ...]) -> list[Path]:
@@ -71,12 +83,14 @@ def load_files(
     label_names: Sequence[str] | None = None,
     train_size: int | None = None,
     validation: float = 0.1,
+    test_fraction: float = 0.2,
     seed: int = 0,
     name: str | None = None,
 ) -> Task:
     """A task from files: JSON objects (``.jsonl``) or tables (``.csv``, ``.tsv``), plain or ``.gz``.
 
-    A row has ``text`` (or ``question``) and ``label``: a number from 0, or the name of a class.
+    A row has ``text`` (or ``question``) and ``label``: a number from 0, or the name of a class. Numbers
+    that are all among ``label_names`` are names, as in a scale from 1 to 5.
     Optional are ``id`` (unique; made of the text where it is missing), ``context`` (a passage that the
     text refers to) and, in JSON lines, ``choices`` (a list of strings). The first line of a table
     names its columns. Without ``choices``, or where all rows of training and test files have the same
@@ -89,30 +103,39 @@ def load_files(
 
     Args:
         train: A file; or a folder with ``train.jsonl`` or the like and possibly ``test.jsonl`` (also
-            ``<anything>_train.csv.gz``; ``dev`` and ``validation`` serve as test files where there is no
-            ``test``); or a ``Dataset`` or ``DatasetDict`` of the library ``datasets``, or a folder that it
-            saved.
-        test: The test file or data set. Where there is none, 20 % of the training rows by hash.
+            ``<anything>_train.csv.gz``) and ``dev`` or ``validation``, which serves as test file where there
+            is no ``test``; or a ``Dataset`` or ``DatasetDict`` of the library ``datasets``, or a folder that
+            it saved; or a ``DataFrame`` of pandas, or a list of rows. A split ``test`` of a ``DatasetDict``
+            whose labels are all -1 is left out.
+        test: The test file or data set. Where there is none, ``test_fraction`` of the training rows.
         ood: Out-of-distribution files, by name or as a list (then named after the file).
-        label_names: Names of the classes of a classification without choices; by default those of
-            the file in alphabetical order, or "0", "1", ...
+        label_names: Names of the classes of a classification without choices; by default those of a
+            ``ClassLabel`` in its order, or of the file in alphabetical order, or "0", "1", ...
         train_size: Number of training examples, chosen by hash of id and seed; None for all.
         validation: Fraction of the training rows split off for validation by hash of the id,
-            before ``train_size`` is applied.
+            before ``train_size`` is applied; where the data have no validation split beside their test split.
+        test_fraction: Fraction of the training rows split off for testing by hash of the id, where there
+            are no test data; 1 tests on all rows.
         seed: Chooses the training subset; splits do not depend on it.
         name: Name of the task; from the file name by default.
 
     Raises:
         ValueError: The first ten bad rows, one a line, each with its file and line number; an
-            id in both training and test file; an out-of-distribution example that is one of theirs;
+            id in two of the splits; an out-of-distribution example that is one of theirs;
             labels out of range or with gaps; a fraction or size out of range; a file that is
             missing or cannot be told from the folder.
         ImportError: The folder is one of ``datasets``, which is not installed (extra ``train``).
     """
     if not 0.0 <= validation < 1.0:
         raise ValueError(f"validation: expected a fraction in [0, 1), got {validation!r}")
+    if not 0.0 <= test_fraction <= 1.0:
+        raise ValueError(f"test_fraction: expected a fraction in [0, 1], got {test_fraction!r}")
     name = name or (_dataset_name(Path(train)) if isinstance(train, str | Path) else "data")
-    train, test = _splits(train, test)
+    train, held_out, test, notes = _splits(train, test)
+    if test is None and test_fraction == 1.0:
+        notes = ["all rows are for testing"]
+    elif test is None:
+        notes.append(TEST_NOTE)
     if isinstance(train, Path):
         name = _dataset_name(train) if train.is_file() else name
     if not isinstance(ood, Mapping):
@@ -121,30 +144,40 @@ def load_files(
     problems = Problems()
     train_rows = _read(train, "train", problems)
     test_rows = [] if test is None else _read(test, "test", problems)
+    held_out_rows = [] if held_out is None else _read(held_out, "validation", problems)
     ood_rows = {
         key: _read(Path(path), key, problems, need_label=False) for key, path in ood.items()
     }
-    train_places = {row.example.id: row.place for row in train_rows}
-    for place, example, _ in test_rows:
-        if example.id in train_places:
-            other = train_places[example.id]
-            made = has_made_id(example)
-            what = f"text must be new, got {shown(example.question)}" if made else ""
-            what = what or f"'id' must be new, got {shown(example.id)}"
-            problems.add(place, f"{what}, which is also in the training data, {other}")
-    inside = {_content(row.example): row.place for row in train_rows + test_rows}
+    known: dict[str, tuple[str, str]] = {}
+    for split, rows in (
+        ("training", train_rows),
+        ("validation", held_out_rows),
+        ("test", test_rows),
+    ):
+        for place, example, _ in rows:
+            if example.id in known:
+                made = has_made_id(example)
+                what = f"text must be new, got {shown(example.question)}" if made else ""
+                what = what or f"'id' must be new, got {shown(example.id)}"
+                other = "the {} data, {}".format(*known[example.id])
+                problems.add(place, f"{what}, which is also in {other}")
+        known |= {row.example.id: (split, row.place) for row in rows}
+    inside = {_content(row.example): row.place for row in train_rows + held_out_rows + test_rows}
     for place, example, _ in (row for part in ood_rows.values() for row in part):
         # Other data may count from 0 as well; the same text of the same id is the same example.
         if (twin := inside.get(_content(example))) is not None:
             problems.add(place, f"expected data of another kind, got the example of {twin}")
     problems.raise_if_any()
 
-    parts = {"train": train_rows, "test": test_rows, **{f"ood {k}": v for k, v in ood_rows.items()}}
+    parts = {"train": train_rows, "validation": held_out_rows, "test": test_rows}
+    parts |= {f"ood {key}": rows for key, rows in ood_rows.items()}
+    if label_names is None and not any(row.example.choices for row in train_rows):
+        label_names = next(filter(None, _class_labels(train).values()), None)
     label_names = _name_labels(parts, label_names, problems)
     problems.raise_if_any()
-    train_rows, test_rows = parts["train"], parts["test"]
+    train_rows, held_out_rows, test_rows = (parts[split] for split in _OWN)
     ood_rows = {key: parts[f"ood {key}"] for key in ood_rows}
-    kind, names = _kind_of(train_rows + test_rows, ood_rows, label_names, problems)
+    kind, names = _kind_of(train_rows + held_out_rows + test_rows, ood_rows, label_names, problems)
     problems.raise_if_any()
 
     def examples(rows: Sequence[Row]) -> list[Example]:
@@ -155,10 +188,17 @@ def load_files(
 
     train_examples = examples(train_rows)
     if test is None:
-        train_examples, test_examples = split_by_hash(train_examples, 0.2, "test")
+        train_examples, test_examples = split_by_hash(train_examples, test_fraction, "test")
     else:
         test_examples = examples(test_rows)
-    train_examples, validation_examples = split_by_hash(train_examples, validation, "validation")
+    if held_out is not None:
+        validation_examples = examples(held_out_rows)
+    else:
+        train_examples, validation_examples = split_by_hash(
+            train_examples, validation, "validation"
+        )
+        if train_examples:
+            notes.append(VALIDATION_NOTE)
     return Task(
         name=name,
         kind=kind,
@@ -168,26 +208,47 @@ def load_files(
         test=test_examples,
         ood={key: examples(rows) for key, rows in ood_rows.items()},
         template=_template(name),
+        notes=tuple(notes),
     )
 
 
-def _splits(train: Any, test: Any) -> tuple[Any, Any]:
-    """Training and test data: a file's path each, or something to go through; test data may be None."""
+class _Splits(NamedTuple):
+    """A file's path each, or something to go through; validation and test data may be None."""
+
+    train: Any
+    validation: Any
+    test: Any
+    notes: list[str]
+
+
+def _splits(train: Any, test: Any) -> _Splits:
+    """What a folder or a DatasetDict holds; validation data are tested on where nothing else is."""
+    notes: list[str] = []
+    validation = None
     if isinstance(train, str | Path):
         train = Path(train)
         if train.is_dir() and any((train / name).is_file() for name in _SAVED):
             train = _load_from_disk(train)
         elif train.is_dir():
             folder, train = train, _one_file(train, ("train",), required=True)
-            found = (_one_file(folder, words, required=False) for words in _TEST)
-            test = next(filter(None, found), None) if test is None else test
+            test = _one_file(folder, _TEST, required=False) if test is None else test
+            validation = _one_file(folder, _VALIDATION, required=False)
     if isinstance(train, Mapping):  # a DatasetDict
         if "train" not in train:
             raise ValueError(f"load_files: expected a split train, got {', '.join(train)}")
-        names = [word for words in _TEST for word in words if word in train]
-        test = train[names[0]] if test is None and names else test
+        validation, own = (
+            next((train[word] for word in words if word in train), None)
+            for words in (_VALIDATION, _TEST)
+        )
+        if test is None and own is not None and _without_labels(own):
+            notes.append("the split test has no labels: it is left out")
+        elif test is None:
+            test = own
         train = train["train"]
-    return train, Path(test) if isinstance(test, str) else test
+    if test is None and validation is not None:
+        notes.append("no test data: the validation data are tested on")
+        test, validation = validation, None
+    return _Splits(train, validation, Path(test) if isinstance(test, str) else test, notes)
 
 
 def _load_from_disk(folder: Path) -> Any:
@@ -205,15 +266,18 @@ def _read(source: Any, name: str, problems: Problems, need_label: bool = True) -
     """Every good row of a file or of a data set; the bad ones go to ``problems``."""
     if isinstance(source, Path):
         return read_rows(source, problems, need_label)
-    # The library stores classes as numbers, and their names beside them.
-    features = getattr(source, "features", None) or {}
-    classes = {key: getattr(features.get(key), "names", None) for key in ("label", "labels")}
+    if callable(getattr(source, "itertuples", None)):  # pandas, where NaN stands for nothing
+        source = source.astype(object).where(source.notna(), None).to_dict("records")
+    classes = _class_labels(source)
+    if callable(getattr(source, "with_format", None)):  # whose rows may be tensors, or tables
+        source = source.with_format(None)
 
     def named(row: Any) -> Any:
         found = dict(row) if isinstance(row, Mapping) else row
         for key, words in classes.items():
-            if words and isinstance(found.get(key), int) and 0 <= found[key] < len(words):
-                found[key] = words[found[key]]
+            number = whole_number(found.get(key)) if words else None
+            if words and number is not None and 0 <= number < len(words):
+                found[key] = words[number]
         return found
 
     rows = rows_of(((i, named(row)) for i, row in enumerate(source)), name, problems, need_label)
@@ -222,8 +286,29 @@ def _read(source: Any, name: str, problems: Problems, need_label: bool = True) -
     return rows
 
 
+def _class_labels(source: Any) -> dict[str, Sequence[str] | None]:
+    """The library's names of classes, which it stores as numbers, by column."""
+    features = getattr(source, "features", None) or {}
+    return {key: getattr(features.get(key), "names", None) for key in ("label", "labels")}
+
+
+def _without_labels(rows: Any) -> bool:
+    """Whether no row of a split says which class it is of, as where a public test keeps its labels back."""
+    row = None
+    for row in rows.with_format(None) if hasattr(rows, "with_format") else rows:
+        labels = [row.get(key) for key in ("label", "labels")] if isinstance(row, Mapping) else [0]
+        if any(label is not None and whole_number(label) != NO_LABEL for label in labels):
+            return False
+    return row is not None
+
+
 def _content(example: Example) -> tuple[str, str, str | None]:
     return example.id, example.question, example.context
+
+
+def _written(row: Row) -> str | None:
+    """The label as a table has it; None where there is none."""
+    return str(row.example.label) if row.name is None and row.labelled else row.name
 
 
 def _name_labels(
@@ -231,17 +316,28 @@ def _name_labels(
 ) -> Sequence[str] | None:
     """Replace names of classes in all parts by numbers; the names of the classes, if they are known.
 
-    Names that are all numbers, as those of tables are, count as numbers.
+    Names that are all numbers, as those of tables are, count as numbers; and numbers that are all among the
+    names of the classes count as names.
     """
+    choices = any(row.example.choices for rows in parts.values() for row in rows)
+    if label_names is not None and not choices:
+        inside = [_written(row) for split in _OWN for row in parts[split]]
+        if set(inside) <= {*label_names, None}:
+            for part, rows in parts.items():
+                parts[part] = [row._replace(name=_written(row)) for row in rows]
     named = [row for rows in parts.values() for row in rows if row.name is not None]
     if not named:
         return label_names
     digits = all(re.fullmatch(r"\d{1,9}", row.name or "") for row in named)
-    numbered = any(row.example.label is not None for rows in parts.values() for row in rows)
-    choices = any(row.example.choices for rows in parts.values() for row in rows)
-    own = sorted({row.name for part in ("train", "test") for row in parts[part] if row.name})
+    numbered = any(
+        row.name is None and row.example.label is not None
+        for rows in parts.values()
+        for row in rows
+    )
+    own = sorted({row.name for split in _OWN for row in parts[split] if row.name})
     names = list(own if label_names is None else label_names)
-    if numbered and not choices:
+    plain = digits and not choices and (label_names is None or not set(own) <= set(label_names))
+    if numbered and not choices and not plain:
         for row in named:
             problems.add(
                 row.place,
@@ -267,7 +363,6 @@ def _name_labels(
         )
         return None
 
-    plain = digits and not choices and (label_names is None or not set(own) <= set(label_names))
     for part, rows in parts.items():
         parts[part] = [
             row._replace(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import operator
 import sys
 import zlib
 from collections import Counter
@@ -26,6 +27,8 @@ SUFFIXES = (LINES, *SEPARATORS)
 # Other names of the columns, those of most public data sets among them.
 _TEXT = ("question", "text", "sentence")
 _LABEL = ("label", "labels")
+# What public data sets write where the label is held back.
+NO_LABEL = -1
 
 
 class Problems:
@@ -120,6 +123,7 @@ def _parse(row: object, need_label: bool) -> tuple[Example, str | None]:
         _refuse(f"'id' must be a non-empty string or an integer, got {shown(identity)}")
     label_key, label = _one(row, _LABEL)
     name = label if isinstance(label, str) else None
+    number = whole_number(label)
     texts: dict[str | None, list[str | None]] = {
         "id": [identity],
         key: [question],
@@ -132,15 +136,26 @@ def _parse(row: object, need_label: bool) -> tuple[Example, str | None]:
             if isinstance(text, str) and not is_unicode(text):
                 _refuse(f"{column!r} must be Unicode text, got a lone surrogate in {shown(text)}")
     example = Example(identity, question, None, context, tuple(choices))
-    if (label is None or name == "") and not need_label:
+    if (label is None or name == "" or number == NO_LABEL) and not need_label:
         return example, None
     if name is not None and name.strip():
         return example, name.strip()
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        _refuse(f"'label' must be an integer from 0, or a name, got {shown(label)}")
-    if choices and label >= len(choices):
-        _refuse(f"'label' must be below the number of choices, {len(choices)}, got {shown(label)}")
-    return replace(example, label=label), None
+    if number is None or number < 0:
+        hint = ", which stands for no label; leave such rows out" if number == NO_LABEL else ""
+        _refuse(f"'label' must be an integer from 0, or a name, got {shown(label)}{hint}")
+    if choices and number >= len(choices):
+        _refuse(f"'label' must be below the number of choices, {len(choices)}, got {number}")
+    return replace(example, label=number), None
+
+
+def whole_number(value: object) -> int | None:
+    """An integer of Python, NumPy or torch as one of Python; None for anything else."""
+    if isinstance(value, bool | str) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array
+        return None
 
 
 def _one(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, Any]:

@@ -26,6 +26,8 @@ class Source:
         test_size, ood_size: Largest number of test examples, and of examples of each
             out-of-distribution set, chosen by hash; None for all.
         label_names: Names of the classes, for files only.
+        test_fraction: Part of a file's rows that is tested on where there is no test data, for files only;
+            None for the default of `load_files`.
         split: "test", or "published" for the rows that the papers score, for data of the hub.
     """
 
@@ -36,6 +38,7 @@ class Source:
     test_size: int | None = None
     ood_size: int | None = None
     label_names: tuple[str, ...] | None = None
+    test_fraction: float | None = None
     split: str = "test"
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class Source:
         if self.train_size is not None:
             options["train_size"] = self.train_size or None
         is_file = os.path.exists(self.data)
-        for name in ("test", "label_names"):
+        for name in ("test", "label_names", "test_fraction"):
             if getattr(self, name) is not None:
                 if not is_file:
                     raise ValueError(

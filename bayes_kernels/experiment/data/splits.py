@@ -14,6 +14,12 @@ from collections.abc import Iterable, Sequence
 
 from ...task import Example
 
+# What is said of rows that were split off, see `Task.notes`.
+TEST_NOTE = "no test data: about a fifth of the rows is kept for testing, whatever the seed"
+VALIDATION_NOTE = (
+    "validation: about a tenth of the training rows, for temperatures, priors and early choices"
+)
+
 
 def hash_of(text: str) -> int:
     """A 64-bit integer that depends on the text alone (Python's own ``hash`` is salted)."""

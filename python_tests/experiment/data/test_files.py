@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from bayes_kernels.experiment.data import rows as readers
 from bayes_kernels.experiment.data.files import load_files
@@ -439,8 +441,173 @@ def test_data_sets_of_the_library() -> None:
     assert len(split.test) == 10 and split.label_names == ("a", "b")
     with pytest.raises(ValueError, match="expected a split train, got test"):
         load_task({"test": FakeDataset(content)})
-    with pytest.raises(ValueError, match=r"train:0: 'label' must be an integer from 0"):
+    with pytest.raises(ValueError, match=r"train:0: .* got -1, which stands for no label; leave"):
         load_task([{"text": "a", "label": -1}])
+
+
+def labelled(*names: str, first: int = 0, count: int = 30) -> FakeDataset:
+    """Rows of classes in turn, as the library stores them."""
+    indices = range(first, first + count)
+    return FakeDataset([{"text": f"t {i}", "label": i % 2} for i in indices], list(names))
+
+
+def test_a_class_label_keeps_its_order_and_its_unused_names() -> None:
+    task = load_task(labelled("world", "business", "sport"))
+    assert task.label_names == ("world", "business", "sport")
+    inside = [*task.train, *task.validation, *task.test]
+    assert len(inside) == 30
+    assert all(example.label == int(example.question[2:]) % 2 for example in inside)
+    # A test split may number them otherwise; names that are given come first.
+    both = {"train": labelled("b", "a"), "test": labelled("a", "b", first=30)}
+    found = load_task(both)
+    assert found.label_names == ("b", "a") and {e.label for e in found.test} == {0, 1}
+    assert all(example.label != int(example.question[2:]) % 2 for example in found.test)
+    assert load_task(both, label_names=("a", "b")).label_names == ("a", "b")
+    with pytest.raises(ValueError, match=r"test:0: 'label' must be one of 'b, a', got 'c'"):
+        load_task({"train": labelled("b", "a"), "test": labelled("c", "a", first=30)})
+
+
+def test_a_test_split_whose_labels_are_held_back_is_left_out() -> None:
+    """As those of GLUE."""
+    held_back = labelled("bad", "good", first=90, count=20)
+    for row in held_back:
+        row["label"] = -1
+    splits = {
+        "train": labelled("bad", "good"),
+        "validation": labelled("bad", "good", first=60),
+        "test": held_back,
+    }
+    task = load_task(splits)
+    assert [e.question for e in task.test] == [f"t {i}" for i in range(60, 90)]
+    assert task.notes[:2] == (
+        "the split test has no labels: it is left out",
+        "no test data: the validation data are tested on",
+    )
+    with pytest.raises(ValueError, match="test: expected a data set with rows, got an empty one"):
+        load_task({**splits, "test": FakeDataset([])})
+    with pytest.raises(ValueError, match="train:0: expected a JSON object, got 'text'"):
+        load_task(["text"])  # type: ignore[list-item]
+    del splits["validation"]
+    task = load_task(splits)
+    assert len(task.train) + len(task.validation) + len(task.test) == 30 and len(task.test) > 1
+    held_back[7]["label"] = 1  # some are there: the others are mistakes
+    with pytest.raises(ValueError, match=r"test:0: 'label' must be an integer .*got -1, which"):
+        load_task(splits)
+
+
+def test_validation_data_of_ones_own(tmp_path: Path) -> None:
+    train, held_out, test = (
+        [{"text": f"{part} {i}", "label": "ab"[i % 2]} for i in range(20)] for part in "xyz"
+    )
+    held_out[0]["label"] = "c"  # a class that is nowhere else
+    for name, part in (("train", train), ("dev", held_out), ("test", test)):
+        write_as(tmp_path / f"{name}.csv", part)
+    for source in (tmp_path, {"train": train, "dev": held_out, "test": test}):
+        task = load_task(source, name="mine")
+        assert task.label_names == ("a", "b", "c") and not task.notes
+        for found, part in ((task.validation, held_out), (task.test, test)):
+            assert [e.question for e in found] == [row["text"] for row in part]
+        assert len(task.train) == 20
+        assert len(load_task(source, name="mine", train_size=5).validation) == 20
+    # With a test file of its own name: the validation file stays what it is.
+    other = write_as(tmp_path / "other.csv", [{"text": "w", "label": "a"}])
+    task = load_files(tmp_path, other)
+    assert len(task.test) == 1 and len(task.validation) == 20
+    write_as(tmp_path / "dev.csv", [*held_out, train[3]])
+    with pytest.raises(ValueError, match=r"dev\.csv:22: text must be new, .* in the training data"):
+        load_files(tmp_path)
+    write_as(tmp_path / "dev.csv", held_out)
+    write_as(tmp_path / "test.csv", [*test, held_out[2]])
+    with pytest.raises(ValueError, match=r"test\.csv:22: text must be new, .* the validation data"):
+        load_files(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_numbers_among_the_names_are_names(tmp_path: Path, suffix: str) -> None:
+    content = [{"text": f"text {i}", "label": 1 + i % 5} for i in range(60)]
+    file = write_as(tmp_path / f"stars{suffix}", content)
+    scale = ("1", "2", "3", "4", "5")
+    task = load_files(file, label_names=scale)
+    inside = [*task.train, *task.validation, *task.test]
+    assert task.label_names == scale and len(inside) == 60
+    assert all(example.label == int(example.question[5:]) % 5 for example in inside)
+    # Also those of a file that has some of them only, and of a file of the other kind beside it.
+    some = write_as(tmp_path / f"some{suffix}", content[1::5])
+    assert {e.label for e in load_files(some, label_names=scale).train} == {1}
+    twin = {".jsonl": ".csv", ".csv": ".jsonl"}[suffix]
+    new = [{**row, "text": f"new {row['text']}"} for row in content]
+    tested = load_files(file, write_as(tmp_path / f"new{twin}", new), label_names=scale)
+    assert [e.label for e in tested.test] == [i % 5 for i in range(60)]
+    # Names that are no such numbers leave them numbers from 0.
+    counted = [{**row, "label": row["label"] - 1} for row in content]
+    file = write_as(tmp_path / f"counted{suffix}", counted)
+    task = load_files(file, label_names=tuple("abcde"))
+    assert all(example.label == int(example.question[5:]) % 5 for example in task.test)
+    mixed = load_files(file, write_as(tmp_path / f"again{twin}", [{"text": "x", "label": 4}]))
+    assert mixed.label_names == ("0", "1", "2", "3", "4") and mixed.test[0].label == 4
+
+
+def test_rows_of_pandas_numpy_and_torch() -> None:
+    class Frame:
+        """What pandas shows of a table: `to_dict` of its cells, NaN where there is none."""
+
+        def __init__(self, content: list[dict[str, Any]]) -> None:
+            self.content = content
+
+        def itertuples(self) -> None: ...
+
+        def notna(self) -> Frame:
+            return self
+
+        def astype(self, kind: type) -> Frame:
+            assert kind is object
+            return self
+
+        def where(self, cells: Frame, other: None) -> Frame:
+            found = [{k: v if v == v else other for k, v in row.items()} for row in cells.content]
+            return Frame(found)
+
+        def to_dict(self, kind: str) -> list[dict[str, Any]]:
+            assert kind == "records"
+            return self.content
+
+    content = [
+        {"text": f"t {i}", "label": numpy.int64(i % 2), "context": float("nan")} for i in range(30)
+    ]
+    expected = load_task([{"text": f"t {i}", "label": i % 2} for i in range(30)])
+    for source in (
+        Frame(content),
+        [{"text": row["text"], "label": row["label"]} for row in content],
+        [{"text": row["text"], "label": torch.tensor(int(row["label"]))} for row in content],
+        FakeDataset([{"text": row["text"], "label": row["label"]} for row in content], ["0", "1"]),
+    ):
+        assert load_task(source) == expected
+    for bad in (numpy.arange(2), True, 1.0, torch.ones(2)):
+        with pytest.raises(ValueError, match="'label' must be an integer from 0, or a name, got"):
+            load_task([{"text": "a", "label": bad}])
+
+
+def test_data_frames() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": [f"t {i}" for i in range(30)], "label": [0, 1] * 15})
+    frame["context"] = [None, *["c"] * 29]
+    task = load_task(frame)
+    inside = [*task.train, *task.validation, *task.test]
+    assert {e.question: e.label for e in inside} == {f"t {i}": i % 2 for i in range(30)}
+    assert sum(e.context is None for e in inside) == 1
+    assert load_task(frame.convert_dtypes()) == task
+
+
+def test_all_rows_may_be_tested_on(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "held.jsonl", rows(40))
+    task = load_files(file, test_fraction=1.0)
+    assert (len(task.train), len(task.validation), len(task.test)) == (0, 0, 40)
+    assert task.notes == ("all rows are for testing",)
+    for fraction in (-0.1, 1.1, float("nan")):
+        with pytest.raises(
+            ValueError, match=r"test_fraction: expected a fraction in \[0, 1\], got"
+        ):
+            load_files(file, test_fraction=fraction)
 
 
 def test_data_sets_that_the_library_saved(tmp_path: Path) -> None:
