@@ -104,7 +104,8 @@ def demo(
     Task: which area of Python's standard library a docstring is from. Out of distribution:
     docstrings of numpy and torch. No download.
     """
-    from ..experiment import build, output, page, results, room, tables
+    from ..experiment import build, output, page, results, room, scoring, tables
+    from ..experiment import compare as comparison
     from ..experiment import run as experiments
     from ..experiment.recipe import Experiment, Source
     from ..experiment.settings import recipes_of
@@ -154,6 +155,10 @@ def demo(
                 folder = out / name if seed == 0 else None
                 jobs.append(experiments.Job(one, task, folder, temperature=name == PLAIN))
         describe_task(task)
+        for job in jobs:
+            comparison.check_validation(job.experiment, job.task)
+        if (reason := scoring.untempered(make(PLAIN, 0).seen(task))) is not None:
+            note(reason)
         for job in jobs[: len(methods)]:  # whether model, data and options fit
             built = build.build(job.experiment, job.task, device=device)
         fit = room.check_room(processes, device, *built, [job.experiment for job in jobs])
@@ -269,7 +274,8 @@ def train(
         )
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one")
-    from ..experiment import build, folders, output, page, results, tables
+    from ..experiment import build, folders, output, page, results, scoring, tables
+    from ..experiment import compare as comparison
     from ..experiment import run as experiments
     from ..experiment.callbacks import Interrupted
     from ..experiment.recipe import Experiment, Source
@@ -310,6 +316,7 @@ def train(
         output_of("train", out, files, inputs, **options).check()
     with status(f"reading {source.data}"):
         task = source.load(seed)
+    comparison.check_validation(one, task)
     folder = out or Path("runs") / f"{task.name}-{method}-seed{seed}"
     call = functools.partial(
         experiments.run,
@@ -328,6 +335,8 @@ def train(
         if resume:
             folders.check_resumable(folder, one)
         describe_task(task)
+        if (reason := scoring.untempered(one.seen(task))) is not None:
+            note(reason)
         run = call(before_writing=place.begin)
         content = results.report([run], task, command=command_line())
         title = f"{task.name}, {model}, seed {seed}"
@@ -383,7 +392,8 @@ def compare(
     from ..files import write_json, write_text
     from ..hf.method import METHODS, PLAIN
 
-    names = comparison.check_methods(words(methods) or ())
+    asked = words(methods) or ()
+    names = comparison.check_methods(asked)
     processes = start_runs(threads, given.device)
     source = given.source()
     used = comparison.used_methods(names)
@@ -416,6 +426,10 @@ def compare(
             with status(f"reading {source.data}, seed {seed}"):
                 tasks[seed] = source.load(seed)
         describe_task(tasks[0])
+        lacking = comparison.left_out(names, asked, make, tasks)
+        for name in lacking:
+            note(f"{name} is left out: it needs labelled validation rows, and its runs have none")
+        names = tuple(name for name in names if name not in lacking)
         pieces = comparison.plan(names, make, tasks, out, seeds=seeds)
         if given.resume:
             comparison.check_saved(pieces)
@@ -453,7 +467,9 @@ def compare(
         content["failures"] = [dataclasses.asdict(one) for one in failures]
         rows = [row for one in runs if one.experiment.seed == 0 for row in one.rows]
         drawn = comparison.main_rows(rows, names)
+        written = [comparison.RESULTS_FILE, comparison.TABLE_FILE]
         if drawn:
+            written.insert(0, page.REPORT_FILE)
             page.write_page(
                 out,
                 shown,
@@ -469,9 +485,12 @@ def compare(
         place.complete()
         # Wide tables would be cut at the width of a terminal: Markdown is read as it is.
         print(text)
+        for name in comparison.missing(names, shown, failures):
+            note(f"no row for {name}: the runs that it looks at have failed, or have no draws")
         pictures = draw_pictures(drawn, out) if drawn else []
-    written = ", ".join([page.REPORT_FILE, comparison.RESULTS_FILE, comparison.TABLE_FILE])
     drawings = ", ".join(path.name for path in pictures)
-    note(f"Wrote {out}/: {written}{f', {drawings} (seed 0)' if drawings else ''}, adapters")
+    note(
+        f"Wrote {out}/: {', '.join(written)}{f', {drawings} (seed 0)' if drawings else ''}, adapters"
+    )
     if failures:
         raise typer.Exit(1)

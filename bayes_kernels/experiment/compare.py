@@ -42,7 +42,7 @@ from .processes import portable, side_by_side
 from .recipe import Experiment
 from .results import Summary
 from .run import SNAPSHOTS, Run, finish, run
-from .scoring import Row, Wanted, evaluate_model, evaluate_wanted
+from .scoring import Row, Wanted, evaluate_model, evaluate_wanted, known_labels
 from .tables import TEMPERATURE, TEMPERED_DRAWS, Failure
 from .train import Training
 from .variants import CHECKPOINTS, VARIANTS, method_of, snapshot_steps, source_of, title_of, varied
@@ -64,7 +64,8 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     """The methods in the order of the table; "all" is one row for each method.
 
     Raises:
-        ValueError: A word is unknown or repeated, or there is none.
+        ValueError: A word is unknown or repeated, there is none, or draws shall have a temperature where no
+            method has draws.
     """
     known = known_methods()
     unknown = [name for name in methods if name not in (*known, "all")]
@@ -75,15 +76,100 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     if twice := sorted({name for name in methods if list(methods).count(name) > 1}):
         raise ValueError(f"methods: expected each once, got {', '.join(twice)} more than once")
     every = (*METHODS, TEMPERATURE) if "all" in methods else ()
-    return tuple(name for name in known if name in (*methods, *every))
+    names = tuple(name for name in known if name in (*methods, *every))
+    if TEMPERED_DRAWS in names and not any(map(_draws, names)):
+        raise ValueError(
+            f"methods: expected a method with draws beside {TEMPERED_DRAWS}, got {', '.join(names)}"
+        )
+    return names
+
+
+def _is_run(word: str) -> bool:
+    """Whether a word of `compare` has runs of its own; else it looks at those of others."""
+    return word not in (TEMPERATURE, TEMPERED_DRAWS)
+
+
+def _draws(word: str) -> bool:
+    """Whether the runs of a word predict with draws; members of an ensemble are none."""
+    if not _is_run(word):
+        return False
+    method = METHODS[method_of(word)]
+    return method.bayesian and method.join is None
 
 
 def used_methods(methods: Sequence[str]) -> tuple[str, ...]:
     """Names of `METHODS` that a comparison of these words runs: plain LoRA too where it is needed."""
-    words = [word for word in methods if word not in (TEMPERATURE, TEMPERED_DRAWS)]
+    words = list(filter(_is_run, methods))
     sources = [source for word in words if (source := source_of(word)) is not None]
     first = [PLAIN] if TEMPERATURE in methods or PLAIN in sources else []
     return tuple(dict.fromkeys([*first, *sources, *map(method_of, words)]))
+
+
+def left_out(
+    methods: Sequence[str],
+    asked: Sequence[str],
+    experiments: Callable[[str, int], Experiment],
+    tasks: Mapping[int, Task],
+) -> list[str]:
+    """Rows of a comparison that need labelled validation rows, where the task of a seed has none.
+
+    Args:
+        methods: From `check_methods`.
+        asked: What it was given: what is not among them may be left out.
+        experiments: Settings of a method and seed.
+        tasks: The task of every seed.
+
+    Raises:
+        ValueError: One of them was asked for, or a conversion shall choose on validation rows.
+    """
+
+    def fits(word: str) -> bool:
+        method = method_of(word)
+        return all(_can_fit(varied(experiments(method, i), word), tasks[i]) for i in tasks)
+
+    for name in filter(_is_run, methods):
+        for seed, task in tasks.items():
+            check_validation(varied(experiments(method_of(name), seed), name), task)
+    # Of draws only those have a row whose own runs have such rows.
+    looked_at = {TEMPERATURE: [PLAIN], TEMPERED_DRAWS: list(filter(_draws, methods))}
+    lacking = [name for name, of in looked_at.items() if name in methods and not any(map(fits, of))]
+    if wanted := [name for name in lacking if name in asked]:
+        raise ValueError(
+            _no_validation(" and ".join(wanted), "methods", next(iter(tasks.values())))
+        )
+    return lacking
+
+
+def check_validation(experiment: Experiment, task: Task) -> None:
+    """Whether there is what an option of a conversion, such as ``prior=validation``, chooses on.
+
+    Raises:
+        ValueError: There are no labelled validation rows.
+    """
+    conversion, seen = METHODS[experiment.method].conversion, experiment.seen(task)
+    if conversion is None or any(one.label is not None for one in seen.validation):
+        return
+    for name, value in experiment.recipe.options.items():
+        if value == "validation" and conversion.takes("validation"):
+            what = f"{name}=validation of {experiment.method}"
+            raise ValueError(_no_validation(what, "options", task))
+
+
+def _can_fit(experiment: Experiment, task: Task) -> bool:
+    """Whether the runs of an experiment have rows to fit a temperature on."""
+    return known_labels(experiment.seen(task).validation) is not None
+
+
+def _no_validation(what: str, where: str, task: Task) -> str:
+    if known_labels(task.validation) is not None:
+        return (
+            f"{where}: expected validation rows for {what}, got train_on_validation=true, which trains on "
+            "them; leave one of them out"
+        )
+    return (
+        f"{where}: expected labelled validation rows for {what}, got none in {task.name!r}, which has "
+        f"{len(task.train)} training rows; give more rows or a file of validation rows, or leave {what} out"
+    )
 
 
 # --- Results as files ----------------------------------------------------------------------------
@@ -275,22 +361,27 @@ def _run_piece(
         "mean": made == "train" or piece.mean,
         "progress": progress,
     }
-    if saved is not None and made == "train":  # trained as a member only, and not scored then
-        model, encoder = load_adapter(folder, one, task, device=device)
-        # Its scale was chosen before it was saved.
-        kept = dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, scale="keep"))
-        scored = finish(kept, task, model, encoder, saved.training, **options)
-        result = dataclasses.replace(
-            scored,
-            experiment=one,
-            parameters=saved.parameters,
-            scale=saved.scale,
-            notes=saved.notes,
-        )
-    elif piece.plain and _plain(piece.plain[0]).experiment.method == one.method:
+    if piece.plain and _plain(piece.plain[0]).experiment.method == one.method:
         (found,) = _score_again([piece], device, progress)
         assert isinstance(found, Run)  # a single one raises
         result = found
+    elif saved is not None and method.join is None:
+        # Made for others, or before some row was asked for: its adapter is as it is to be.
+        model, encoder = load_adapter(folder, one, task, device=device)
+        rows = evaluate_model(
+            model,
+            encoder,
+            task,
+            method=one.method,
+            n_samples=one.n_samples,
+            seed=one.seed,
+            draws=one.recipe.draws,
+            scope=one.recipe.draw_scope,
+            batch_size=one.recipe.eval_batch_size,
+            label=f"{method.title}, seed {one.seed}",
+            **options,
+        )
+        result = dataclasses.replace(saved, rows=rows)
     elif made == "train":
         result = run(
             one,
@@ -469,7 +560,7 @@ def plan(
     """
     scored_plain = PLAIN in methods or TEMPERATURE in methods
     tempered = TEMPERED_DRAWS in methods
-    others = [name for name in methods if name not in (PLAIN, TEMPERATURE, TEMPERED_DRAWS)]
+    others = [name for name in methods if _is_run(name) and name != PLAIN]
     # Adapters that are trained for others to be made of, and are no rows.
     made_of = {origin for name in others if (origin := source_of(name)) is not None}
     only_sources = [name for name in METHODS if name in made_of and name not in (*others, PLAIN)]
@@ -520,7 +611,7 @@ def plan(
                     score=name not in only_sources,
                     variant=name if name != method else "",
                     title=title_of(name),
-                    temper_draws=tempered and METHODS[method].bayesian,
+                    temper_draws=tempered and _draws(name),
                 )
             )
     return pieces
@@ -622,7 +713,12 @@ def compare(
 
 def _is_done(piece: Piece) -> bool:
     saved = _saved(piece.folder)
-    return saved is not None and (bool(saved.rows) or not piece.score)
+    if saved is None or not piece.score:
+        return saved is not None
+    # Draws may have been scored before a temperature on them was asked for.
+    drawn = [row for row in saved.rows if row.n_samples]
+    fits = piece.temper_draws and bool(drawn) and _can_fit(piece.experiment, piece.task)
+    return bool(saved.rows) and (not fits or any(row.temperature for row in saved.rows))
 
 
 def _steps(piece: Piece) -> int:
@@ -641,6 +737,14 @@ def chosen(summaries: Sequence[Summary], methods: Sequence[str]) -> list[Summary
             if name == word:
                 found.append(one)
     return found
+
+
+def missing(
+    methods: Sequence[str], shown: Sequence[Summary], failures: Sequence[Failure]
+) -> list[str]:
+    """Methods that have neither a row nor a line that says what failed, in their order."""
+    said = {failure.method for failure in failures}
+    return [name for name in methods if name not in said and not chosen(shown, [name])]
 
 
 def main_rows(rows: Sequence[Row], methods: Sequence[str]) -> list[Row]:

@@ -103,6 +103,16 @@ def known_labels(examples: Sequence[Example]) -> Tensor | None:
     return None if None in labels or not labels else torch.tensor(labels)
 
 
+def untempered(task: Task) -> str | None:
+    """What to say of a run, of a task as its method sees it, that has nothing to fit a temperature on."""
+    if known_labels(task.validation) is not None:
+        return None
+    return (
+        f"no row with a temperature: it is fitted on labelled validation rows, and this run of {task.name!r} "
+        "has none"
+    )
+
+
 class Wanted(NamedTuple):
     """Rows that are made of one adapter.
 

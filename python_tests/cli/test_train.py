@@ -137,6 +137,31 @@ def test_demo_compares_the_methods(data: Path, model: Path, tmp_path: Path) -> N
     assert "use --overwrite" in refuse("demo", "--data", data, "--model", model, "--out", out)
 
 
+def test_a_temperature_without_validation_rows_is_missed(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for name, rows in (("train", slice(16, 24)), ("test", slice(12))):
+        lines = (data / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (few / f"{name}.jsonl").write_text("".join(lines[rows]))
+    common = ["--data", few, "--model", model, "--steps", 2, "--n-samples", 2]
+    said = (
+        "no row with a temperature: it is fitted on labelled validation rows, and this run of 'few'"
+    )
+    for command, more in (("train", ["--rank", 2]), ("demo", ["--threads", 1])):
+        result = call(command, *common, *more, "--out", tmp_path / command)
+        assert result.exit_code == 0, result.output
+        assert said in result.stderr and "+ temperature" not in result.stdout
+    for command in ("train", "demo"):
+        words = ["--method", "laplace", "--set", "prior=validation", "--out", tmp_path / "new"]
+        error = refuse(command, *common, *words)
+        assert (
+            "expected labelled validation rows for prior=validation of laplace, got none" in error
+        )
+        assert not (tmp_path / "new").exists()
+
+
 def test_an_interrupted_demo_leaves_nothing(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,6 +329,73 @@ def test_rows_of_one_adapter_are_scored_together(
     assert [len(call) for call in co.together(mixed, mixed)] == [1, 1, 1]
 
 
+def test_rows_that_need_validation_rows(make: Any, tasks: dict[int, Task]) -> None:
+    """Asked for they are an error before anything runs; of all rows they are left out."""
+    bare = {seed: dataclasses.replace(tasks[seed], validation=[]) for seed in (0, 1)}
+    every = co.check_methods(["all"])
+    assert co.left_out(every, ["all"], make, tasks) == []
+    assert co.left_out(every, ["all"], make, bare) == ["temperature"]
+    assert co.left_out(every, ["all"], make, {0: tasks[0], 1: bare[1]}) == ["temperature"]
+    for asked in (["temperature"], ["all", "temperature"]):
+        with pytest.raises(ValueError, match=r"for temperature, got none in '\w+', which has 69"):
+            co.left_out(co.check_methods(asked), asked, make, bare)
+    words = ["temperature", "blob", "temperature-draws"]
+    with pytest.raises(ValueError, match="leave temperature and temperature-draws out"):
+        co.left_out(co.check_methods(words), words, make, bare)
+
+    def greedy(method: str, seed: int) -> Experiment:
+        one = make(method, seed)
+        recipe = dataclasses.replace(one.recipe, train_on_validation=True)
+        return dataclasses.replace(one, recipe=recipe)
+
+    with pytest.raises(ValueError, match="for temperature, got train_on_validation=true"):
+        co.left_out(["temperature"], ["temperature"], greedy, tasks)
+    # Draws of this row have no rows to fit on, those of the other have.
+    words = ["blob-all-labels", "temperature-draws"]
+    with pytest.raises(ValueError, match="for temperature-draws, got train_on_validation=true"):
+        co.left_out(words, words, lambda *key: co.varied(make(*key), "blob-all-labels"), tasks)
+    assert co.left_out(["blob", *words], words, make, tasks) == []
+
+    def chosen(method: str, seed: int) -> Experiment:
+        one = make(method, seed)
+        recipe = dataclasses.replace(one.recipe, options={"prior": "validation"})
+        return dataclasses.replace(one, recipe=recipe)
+
+    assert co.left_out(["laplace"], ["laplace"], chosen, tasks) == []
+    with pytest.raises(ValueError, match="rows for prior=validation of laplace, got none"):
+        co.left_out(["laplace"], ["laplace"], chosen, bare)
+    for words in (["temperature-draws"], ["mle", "ensemble", "temperature-draws"]):
+        with pytest.raises(
+            ValueError, match="expected a method with draws beside temperature-draws"
+        ):
+            co.check_methods(words)
+
+
+def test_draws_get_a_temperature_without_training_again(
+    make: Any, tasks: dict[int, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("blob", "blob-token", "tfb", "ensemble")
+    before, _ = co.compare(co.plan(words, make, tasks, tmp_path, seeds=1), progress=False)
+    weights = {path: path.read_bytes() for path in tmp_path.rglob("adapter_model.safetensors")}
+    assert len(weights) == 4
+    for name in ("train_model", "convert_model"):
+        monkeypatch.setattr(ex, name, pytest.fail)
+    pieces = co.plan((*words, "temperature-draws"), make, tasks, tmp_path, seeds=1)
+    after, failures = co.compare(pieces, progress=False)
+    assert not failures and all(path.read_bytes() == old for path, old in weights.items())
+    for old, new in zip(before, after, strict=True):
+        names = [row.name for row in new.rows if row.temperature is None]
+        assert names == [row.name for row in old.rows]
+        more = [row.name for row in new.rows if row.temperature is not None]
+        assert more == ([] if "Ensemble" in names[0] else [f"{names[-1]} + temperature"])
+        assert new.rows[-1 - len(more)].report == old.rows[-1].report
+        assert dataclasses.replace(new, rows=[]) == dataclasses.replace(old, rows=[])
+    monkeypatch.setattr(co, "run_pieces", pytest.fail)  # nothing is left
+    co.compare(pieces, progress=False)
+    bare = {0: dataclasses.replace(tasks[0], validation=[])}
+    co.compare(co.plan(("blob", "temperature-draws"), make, bare, tmp_path, seeds=1))
+
+
 # --- The command ---------------------------------------------------------------------------------
 
 
@@ -399,3 +466,71 @@ def test_the_command(
     stopped = call(*options, "--resume", "--seeds", 3)
     assert stopped.exit_code == 130 and "--resume" in stopped.output
     assert len(list(out.rglob("result.json"))) == 4
+
+
+@pytest.fixture
+def few(tiny_data: Path, tmp_path: Path) -> Path:
+    """A folder of so few training rows that none is split off for validation."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name, rows in (("train", slice(16, 24)), ("test", slice(12))):
+        lines = (tiny_data / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[rows]))
+    return folder
+
+
+def test_a_task_without_validation_rows(
+    few: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["compare", "--data", few, "--model", tiny_model, "--seeds", 1, "--steps", 2]
+    common += ["--set", "rank=2", "--threads", 1]
+
+    def call(out: str, methods: str, *more: Any) -> Any:
+        words = [*common, "--out", tmp_path / out, "--methods", methods, *more]
+        return CliRunner().invoke(app.app, list(map(str, words)))
+
+    for methods in ("mle,temperature", "temperature", "all,temperature"):
+        refused = call("refused", methods)
+        assert refused.exit_code == 2 and refused.stdout == ""
+        error = refused.stderr.splitlines()[-1]
+        assert error.startswith("error: methods: expected labelled validation rows for temperature")
+        assert "got none in 'few', which has 8 training rows; give more rows" in error
+        assert not (tmp_path / "refused").exists()
+    every = co.METHODS
+    monkeypatch.setattr(co, "METHODS", {name: every[name] for name in ("mle", "blob")})
+    found = call("all", "all", "--set", "blob.n_samples=2")
+    assert found.exit_code == 0, found.output
+    assert "temperature is left out: it needs labelled validation rows" in found.stderr
+    assert [
+        line.split("|")[1].strip() for line in found.stdout.split("\n\n")[0].splitlines()[2:]
+    ] == [*("LoRA (MLE)", "BLoB mean", "BLoB N=2")]
+    assert "report.html" in found.stderr and (tmp_path / "all" / "report.html").is_file()
+
+
+def test_what_is_not_there_is_said(
+    source: Source, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["compare", "--data", source.data, "--model", tiny_model, "--steps", 2]
+    common += ["--test-size", 8, "--set", "rank=2", "--threads", 1]
+
+    def call(*more: Any) -> Any:
+        return CliRunner().invoke(app.app, list(map(str, [*common, *more])))
+
+    words = ["--methods", "blob,temperature-draws", "--n-samples", 0, "--seeds", 1]
+    found = call(*words, "--out", tmp_path / "mean")
+    assert found.exit_code == 0, found.output
+    assert "no row for temperature-draws: the runs that it looks at have failed" in found.stderr
+    train_model = train.train_model
+
+    def second(experiment: Experiment, *args: Any, **options: Any) -> Any:
+        if experiment.seed == 0:
+            raise ValueError("bad luck")
+        return train_model(experiment, *args, **options)
+
+    # Page and pictures are of seed 0.
+    monkeypatch.setattr(ex, "train_model", second)
+    found = call("--methods", "mle", "--seeds", 2, "--out", tmp_path / "second")
+    assert found.exit_code == 1 and "LoRA (MLE) (1 of 2)" in found.stdout
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("Wrote")]
+    assert line.endswith("/second/: results.json, table.md, adapters")
+    assert not (tmp_path / "second" / "report.html").exists()
