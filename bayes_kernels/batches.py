@@ -51,6 +51,20 @@ def need_whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def text_list(name: str, texts: object) -> list[Any]:
+    """One text, or several, as a list.
+
+    Raises:
+        ValueError: it is none, as a tokenizer's batch, whose names would count as texts; the message begins
+            with `name`.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"{name} must be a text or a list of texts, got {type(texts).__name__}")
+    return list(texts)
+
+
 def need_mapping(batch: object) -> None:
     """Raises ValueError where a batch is no mapping of inputs by name."""
     if not isinstance(batch, Mapping):

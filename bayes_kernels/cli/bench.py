@@ -70,6 +70,24 @@ def bench(
             f"bench: expected the benchmarks in {' or '.join(map(str, _FOLDERS))}, found none; install "
             "the package again"
         )
+    if report:
+        others = {
+            "FAMILY": families or None,
+            "--quick": quick or None,
+            "--vs": vs,
+            "--case": case,
+            "--shape": shape,
+            "--dtype": dtype,
+            "--seconds": seconds,
+            "--json": json_file,
+            "--compare": compare,
+            "--save": save or None,
+        }
+        if got := [name for name, value in others.items() if value is not None]:
+            fail(
+                "--report: expected it alone, since it runs nothing and takes all saved rows, got "
+                f"{', '.join(got)} too; leave one of them out"
+            )
     installed = folder != _FOLDERS[0]
     if installed and (save or report):
         fail(

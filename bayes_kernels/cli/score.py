@@ -91,6 +91,8 @@ def score(
     check_color(color_by)
     if html is not None:
         check_page(html, overwrite, {"adapter": Path(adapter), "file": file})
+    from ..progress import progress_bar
+
     start(threads, device)
     writer = open_writer(adapter, model, device)
     count = writer.n_samples if n_samples is None else n_samples
@@ -100,7 +102,7 @@ def score(
         _answers(writer, given, answer, json_lines, **chosen)
         return
     found = []
-    for one in given:
+    for one in progress_bar(True, given, desc="score", unit="text"):
         found += writer.score(one.text, prompts=one.prompt, **chosen)
     if html is not None:
         from ..files import write_text
@@ -126,7 +128,7 @@ def _answers(
 ) -> None:
     """Probabilities of answers behind each text."""
     questions = [(one.prompt or "") + one.text for one in given]
-    found = writer.choose(questions, answers, **chosen)
+    found = writer.choose(questions, answers, progress=True, **chosen)
     doubts = found.mutual_information.tolist() if found.n_samples > 1 else [None] * len(questions)
     rows = zip(questions, found.probs.tolist(), found.entropy.tolist(), doubts, strict=True)
     for question, probs, entropy, doubt in rows:

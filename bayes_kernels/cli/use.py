@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -208,7 +209,11 @@ def evaluate(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Score a saved adapter, on the task that it was trained for or on other data."""
+    """Score a saved adapter, on the task that it was trained for or on other data.
+
+    Of a folder, its test data are scored; of the file that it was trained on, the rows that were kept for
+    testing; of another file, all rows.
+    """
     from ..experiment import folders, output, page, results, scoring, tables
     from ..experiment.held_out import harm_in
     from ..experiment.run import Run
@@ -223,6 +228,9 @@ def evaluate(
     METHODS[one.method].check_draws(recipe.draws, recipe.draw_scope)
     changes = source_options(test, ood, label_names, test_size, ood_size)
     source = dataclasses.replace(_source_of(one, saved, data), **changes)
+    alone = data is not None and os.path.isfile(data) and source.test is None
+    if alone and not _same_file(source.data, one.source.data):
+        source = dataclasses.replace(source, test_fraction=1.0)
     folder = out or Path(adapter) / output.EVALUATION
     files = [results.METRICS_FILE, page.REPORT_FILE, *(output.PICTURES if plots else ())]
     inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
@@ -232,6 +240,8 @@ def evaluate(
         if saved is not None:
             _check_classes(saved.task, task)
         note(task.summary())
+        if source.test_fraction is not None:
+            note(_seen_in_training(task, one, source.data))
         loaded, encoder = folders.load_adapter(
             adapter,
             one,
@@ -306,6 +316,7 @@ def predict(
     from ..hf.stopping import stop_options
     from ..hf.tasks.load import load
     from ..hf.tasks.record import read_members
+    from ..progress import progress_bar
 
     start(threads, device)
     rules = stop_options(stop, stop_rule, min_samples, n_samples)
@@ -326,22 +337,26 @@ def predict(
     if not json_lines:
         print(asked.predict_examples(examples, **options))
         return
+    # A bar would tear lines that come on the same terminal.
+    apart = not (sys.stdout.isatty() and sys.stderr is not None and sys.stderr.isatty())
     left = iter(examples)
-    for found in asked.stream_examples(examples, progress=False, **options):
-        for one, index in zip(found, found.probs.argmax(-1).tolist(), strict=True):
-            line = {
-                "id": next(left).id,
-                "label": one.label,
-                "class": index,
-                "probability": one.probability,
-                "entropy": one.entropy,
-                "mutual_information": one.mutual_information,
-                "probabilities": list(one.probs.values()),
-            }
-            if one.draws_used is not None:
-                line["draws"] = one.draws_used
-            print_json(line)
-        sys.stdout.flush()
+    with progress_bar(apart, total=len(examples), desc="predict", unit="text") as bar:
+        for found in asked.stream_examples(examples, progress=False, **options):
+            for one, index in zip(found, found.probs.argmax(-1).tolist(), strict=True):
+                line = {
+                    "id": next(left).id,
+                    "label": one.label,
+                    "class": index,
+                    "probability": one.probability,
+                    "entropy": one.entropy,
+                    "mutual_information": one.mutual_information,
+                    "probabilities": list(one.probs.values()),
+                }
+                if one.draws_used is not None:
+                    line["draws"] = one.draws_used
+                print_json(line)
+            sys.stdout.flush()
+            bar.update(len(found))
 
 
 def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | None) -> Experiment:
@@ -379,6 +394,26 @@ def _source_of(one: Experiment, saved: Saved | None, data: str | None) -> Source
     if saved is not None and saved.task.kind == "classification" and os.path.exists(data):
         source = dataclasses.replace(source, label_names=saved.task.label_names)
     return source
+
+
+def _same_file(one: str, other: str) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _seen_in_training(task: Task, one: Experiment, data: str) -> str:
+    """That all rows of a file are scored; and how many of them were trained on, if the data are there."""
+    from ..experiment.data.check import repeated_in_test
+
+    seen = None
+    if os.path.exists(one.source.data):
+        with contextlib.suppress(ValueError, OSError):  # it may be another file by now
+            trained = dataclasses.replace(one.source, train_size=0).load()
+            seen = repeated_in_test(dataclasses.replace(trained, test=task.test))
+    if seen is None:
+        hint = "; rows that the adapter was trained on would make its scores too good"
+    else:
+        hint = f"; {seen} of them are in its training data: its scores are too good" if seen else ""
+    return f"all rows of {data} are for testing{hint}"
 
 
 def _check_classes(expected: Task, got: Task) -> None:

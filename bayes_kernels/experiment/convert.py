@@ -72,7 +72,8 @@ def convert_model(
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
     size = options.pop("anchors", conversion.examples) or len(examples)
     batch_size = options.pop("batch_size", recipe.eval_batch_size)
-    data = encoder.dataset(choose_subset(examples, min(size, len(examples))))
+    rows = choose_subset(examples, min(size, len(examples)))
+    data = encoder.dataset(rows, progress=progress)
     options.setdefault("progress", progress)
     if choices is not None:
         options["choices"] = list(choices)

@@ -100,7 +100,7 @@ def train_model(
         OSError: A checkpoint cannot be written.
     """
     recipe = experiment.recipe
-    data = encoder.dataset(encoder.task.train)
+    data = encoder.dataset(encoder.task.train, progress=progress)
     if not len(data):
         raise ValueError(f"task {encoder.task.name!r}: expected training examples, got none")
     method = METHODS[trained_method(experiment)]

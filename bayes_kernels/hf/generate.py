@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 
-from ..batches import eval_mode, fold_samples, need_whole
+from ..batches import eval_mode, fold_samples, need_whole, text_list
 from ..progress import progress_bar
 from .decoding import Lockstep, Step
 from .draws import WeightDraws
@@ -254,9 +254,11 @@ def score_texts(
             model.
     """
     need_whole("score_texts: n_samples", n_samples, 0)
-    given = [texts] if isinstance(texts, str) else list(texts)
+    given = text_list("score_texts: texts", texts)
     before = (
-        [prompts] * len(given) if prompts is None or isinstance(prompts, str) else list(prompts)
+        [prompts] * len(given)
+        if prompts is None or isinstance(prompts, str)
+        else text_list("score_texts: prompts", prompts)
     )
     if len(before) != len(given):
         raise ValueError(
@@ -344,8 +346,9 @@ class _Encoded(NamedTuple):
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Several prompts; one is a text or a conversation."""
-    one = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
-    found: list[Any] = [prompts] if one else list(prompts)
+    found = text_list("generate: prompts", prompts)
+    if found and isinstance(found[0], Mapping):
+        found = [found]
     if not found:
         raise ValueError("generate: prompts must have at least one text, got none")
     return found

@@ -21,6 +21,7 @@ from ..batches import (
     labels_of,
     need_whole,
     split,
+    text_list,
     to_device,
 )
 from ..metrics.calibration import bin_rows
@@ -500,7 +501,7 @@ def score_answers(
         raise ValueError(
             f"score_answers: model must be a causal model, got {type(base).__name__}; use predict"
         )
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    given = text_list("score_answers: prompts", prompts)
     if not given:
         raise ValueError("score_answers: prompts must have at least one text, got none")
     drawing = text_draws("score_answers", model, n_samples, draws)

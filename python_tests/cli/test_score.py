@@ -14,7 +14,8 @@ from hf.letters import letters
 from test_html import check_self_contained
 from tiny_models import gpt2
 
-from bayes_kernels.hf import BlobConfig, score_answers, score_texts
+from bayes_kernels import progress
+from bayes_kernels.hf import BlobConfig, score_answers, score_texts, tokens
 from cli.commands import call, objects, refuse
 
 pytestmark = pytest.mark.cpu_only
@@ -68,6 +69,22 @@ def test_answers(writer: Path, model: Any) -> None:
     assert shown[0] == "no" and f"' way' {expected.probs[0, 0]:.3f}" in shown[1]
     single = objects(run(writer, *words[:-4], "--json", "--n-samples", 0))
     assert {line["mutual_information"] for line in single} == {None}
+
+
+def test_a_bar_for_all_texts(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    def noted(enabled: bool, items: Any = None, **options: Any) -> Any:
+        bars.append((enabled, options["desc"], len(items)))
+        return progress.tqdm(items, disable=True)
+
+    for module in (progress, tokens):
+        monkeypatch.setattr(module, "progress_bar", noted)
+    texts = ["--text", "be", "--text", "no", "--json", "--n-samples", 0]
+    assert len(objects(run(writer, *texts))) == 2
+    run(writer, *texts, "--answer", " way", "--answer", " bed")
+    asked = [bar for bar in bars if bar[0]]
+    assert asked == [(True, "score", 2), (True, "score answers", 2)]
 
 
 def test_terminal_and_page(writer: Path, model: Any, tmp_path: Path) -> None:

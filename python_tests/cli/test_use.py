@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 import safetensors.torch
 import tiny_task
 
+from bayes_kernels import progress
+from bayes_kernels.cli import use
 from bayes_kernels.experiment import held_out
 from bayes_kernels.hf import SavedAdapter
 from cli.commands import SETTINGS, call, refuse, results
@@ -206,6 +209,35 @@ def test_json_lines_come_as_they_are_made(
     assert asked == [16, 16] and found == [f"test-{i}" for i in range(16)]
 
 
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("err", [False, True])
+def test_a_bar_beside_json_lines(
+    out: bool,
+    err: bool,
+    trained: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One of all texts, unless it would tear lines that come on the same terminal."""
+    bars: list[Any] = []
+    made = progress.progress_bar
+
+    def noted(enabled: bool, items: Any = None, **options: Any) -> Any:
+        bar = made(enabled, items, **options)
+        bars.append((enabled, options["total"], bar))
+        return bar
+
+    monkeypatch.setattr(progress, "progress_bar", noted)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: out, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: err, raising=False)
+    use.predict(str(trained), data=data / "test.jsonl", batch_size=2, json_lines=True)
+    ((enabled, total, bar),) = bars
+    assert (enabled, total) == (not (out and err), 40)
+    assert len(capsys.readouterr().out.splitlines()) == 40
+    assert bar.disable or bar.n == 40
+
+
 @contextlib.contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """Files cannot grow beyond that: what a full disk looks like to Python, Rust and C++."""
@@ -253,6 +285,26 @@ def test_weights_that_are_not_finite_predict_nothing(
         assert "nan" in refuse(*words, "--model", damaged, "--n-samples", "2")
     error = refuse("train", data, "--model", damaged, "--out", tmp_path / "new", "--steps", "2")
     assert "expected a finite loss at step 1 of 2" in error
+
+
+def test_another_file_is_scored_whole(trained: Path, data: Path, tmp_path: Path) -> None:
+    rows = tiny_task.rows(40, "new", 5)
+    file = tiny_task.write_rows(tmp_path / "held.jsonl", rows)
+    options = ["--n-samples", "2", "--overwrite", "--out", tmp_path / "scores"]
+    result = call("evaluate", trained, "--data", file, *options)
+    assert result.exit_code == 0 and "train: 0 examples" in result.output, result.output
+    assert f"all rows of {file} are for testing\n" in result.output
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    (experiment,) = metrics["experiments"].values()
+    assert experiment["source"]["test_fraction"] == 1.0
+    assert "test: 40 examples" in result.output
+    known = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    tiny_task.write_rows(file, rows + known[:7])
+    result = call("evaluate", trained, "--data", file, *options)
+    assert "; 7 of them are in its training data: its scores are too good\n" in result.output
+    # Of the data that it was trained on, those that were kept.
+    result = call("evaluate", trained, "--data", data, *options)
+    assert result.exit_code == 0 and "all rows" not in result.output
 
 
 def test_adapters_and_data_that_do_not_fit(trained: Path, data: Path, tmp_path: Path) -> None:

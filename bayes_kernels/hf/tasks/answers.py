@@ -180,7 +180,7 @@ def predict_examples(
     Raises:
         ValueError: No examples, draws from an adapter that has no posterior, or logits that are nan.
     """
-    batches = _Batches(encoder, examples, batch_size, label)
+    batches = _Batches(encoder, examples, batch_size, label, progress)
     parts: list[Prediction] = []
     times: list[float] = []
     for batch in progress_bar(progress, batches, desc=label, unit="batch"):
@@ -249,7 +249,7 @@ def sample_examples(
     Raises:
         ValueError: As `predict_examples`.
     """
-    batches = _Batches(encoder, examples, batch_size, label)
+    batches = _Batches(encoder, examples, batch_size, label, progress)
     parts: list[list[Prediction]] = [[] for _ in samplings]
     times: list[list[float]] = [[] for _ in samplings]
     peaks = [math.nan] * len(samplings)
@@ -331,12 +331,17 @@ class _Batches:
     """
 
     def __init__(
-        self, encoder: TaskEncoder, examples: Sequence[Example], batch_size: int, label: str
+        self,
+        encoder: TaskEncoder,
+        examples: Sequence[Example],
+        batch_size: int,
+        label: str,
+        progress: bool,
     ) -> None:
         if not examples:
             raise ValueError(f"{label}: expected at least one example, got none")
         self.encoder, self.label = encoder, label
-        self.items = encoder.dataset(examples).items
+        self.items = encoder.dataset(examples, progress=progress).items
         order = sorted(range(len(self.items)), key=lambda i: _length(self.items[i]))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         shuffle = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...progress import progress_bar
 from ...task import Example, Task
 from .prompts import Prompt
 
@@ -86,9 +87,19 @@ class TaskEncoder:
             for example in examples
         )
 
-    def dataset(self, examples: Sequence[Example]) -> EncodedDataset:
-        """All examples, tokenised at once."""
-        return EncodedDataset([self(example) for example in examples])
+    def dataset(
+        self, examples: Sequence[Example], *, progress: bool = False, label: str = "tokenise"
+    ) -> EncodedDataset:
+        """All examples, tokenised at once.
+
+        Args:
+            examples: The examples.
+            progress: Whether to show a bar when it takes longer than two seconds.
+            label: Name of the bar.
+        """
+        # One by one: batches of a fast tokenizer take as long, one thread at a time.
+        bar = progress_bar(progress, examples, desc=label, unit="text")
+        return EncodedDataset([self(example) for example in bar])
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Items padded to the longest of them, as one batch of tensors."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ...batches import need_whole
+from ...batches import need_whole, text_list
 from ...task import Example, Task
 from ..checks import RECORD_NAME
 from ..method import METHODS, Method
@@ -159,17 +159,17 @@ class SavedAdapter:
             stop_rule, min_samples: As in `bayes_kernels.hf.predict`, with `stop`.
 
         Raises:
-            ValueError: A text is empty or not Unicode, numbers of texts, contexts and choices differ,
-                choices are given where the task has classes, batch_size is below 1, draws are asked of
-                an adapter without a posterior, `stop` is out of range or has no draws to end, or logits are
-                not finite.
+            ValueError: `texts` is no list of texts, or one is empty or not Unicode; numbers of texts,
+                contexts and choices differ, choices are given where the task has classes, batch_size is
+                below 1, draws are asked of an adapter without a posterior, `stop` is out of range or has no
+                draws to end, or logits are not finite.
         """
         if isinstance(texts, str):
             texts = [texts]
             context = [context] if isinstance(context, str) else context
             if choices and isinstance(choices[0], str):
                 choices = [cast(Sequence[str], choices)]
-        texts = list(texts)
+        texts = text_list("predict: texts", texts)
         if choices is not None and self.task.kind != "multiple_choice":
             raise ValueError(
                 f"predict: choices must be None, as the task has the classes {', '.join(self.classes)}"

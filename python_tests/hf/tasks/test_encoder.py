@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_task as tiny_files
 import transformers
 
+from bayes_kernels.hf.tasks import encoder
 from bayes_kernels.hf.tasks.encoder import TaskEncoder
 from bayes_kernels.hf.tasks.models import load_model
 from bayes_kernels.hf.tasks.prompts import make_prompt
@@ -35,6 +37,21 @@ def test_batches_without_all_labels_have_none(models_dir: Path) -> None:
     first, second = encoder.task.train[:2]
     items = [encoder(first), encoder(replace(second, label=None))]
     assert "labels" in encoder.collate(items[:1]) and "labels" not in encoder.collate(items)
+
+
+def test_a_bar_for_tokenising(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, coder = load_story_model(models_dir)
+    bars: list[Any] = []
+
+    def noted(enabled: bool, items: Any, **options: Any) -> Any:
+        bars.append((enabled, len(items), options["desc"]))
+        return items
+
+    monkeypatch.setattr(encoder, "progress_bar", noted)
+    few = coder.task.train[:2]
+    items = coder.dataset(few).items
+    assert coder.dataset(few, progress=True, label="blob: tokenise").items == items
+    assert bars == [(False, 2, "tokenise"), (True, 2, "blob: tokenise")]
 
 
 WORDS = [*tiny_files.GOOD, *tiny_files.OTHER]

@@ -154,6 +154,9 @@ def test_other_folders_are_one_clear_line(
         asked.predict("fine", n_samples=3)
     with pytest.raises(ValueError, match="at least one"):
         asked.predict([])
+    for texts, kind in (({"text": "fine"}, "dict"), (None, "NoneType"), (b"fine", "bytes")):
+        with pytest.raises(ValueError, match=f"a text or a list of texts, got {kind}"):
+            asked.predict(texts)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="choices must be None, as the task has the classes"):
         asked.predict("fine", choices=["good", "bad"])
     for size in (0, -1):
