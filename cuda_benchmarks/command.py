@@ -137,6 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     if given.compare is not None:
+        others = [
+            name
+            for name, value in vars(given).items()
+            if value != parser.get_default(name) and value
+        ]
+        if got := [name for name in others if name != "compare"]:
+            named = ", ".join("FAMILY" if name == "families" else f"--{name}" for name in got)
+            parser.error(
+                f"--compare runs nothing: expected it alone, got {named} too; leave it out"
+            )
         return _compare(parser, *given.compare)
     chosen = tuple(given.families) or FAMILIES
     for name in chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,10 @@ def test_one_family_from_its_options_to_its_rows(tmp_path: Path) -> None:
         (["--shape", "T=x"], "must be sizes such as T=2048,n=4096, got 'T=x'"),
         (["--shape", "S=1,B=1,C=2", "--dtype", "bf16"], "--dtype must be one of fp32 for predict"),
         (["--dtype", "bf16"], "--dtype goes with --shape"),
+        (
+            ["tall", "--compare", "a", "b", "--save", "--json", "c"],
+            "--compare runs nothing: expected it alone, got FAMILY, --json, --save too",
+        ),
         pytest.param(
             ["curvature", "--device", "cuda"],
             "torch sees no GPU",
@@ -624,6 +629,31 @@ def test_bench_command_names_all_families() -> None:
     families, *_ = typer.main.get_command(app.app).commands["bench"].params
     named = families.help.partition(";")[0].split(", ")
     assert named == list(load("harness").FAMILIES)
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    listed = page.partition("\nFamilies are ")[2].partition(";")[0]
+    assert re.findall("`([^`]+)`", listed) == named
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"save": True}, "--save"),
+        ({"families": ["tall"], "json_file": Path("rows")}, "FAMILY, --json"),
+        ({"quick": True, "seconds": 0.0}, "--quick, --seconds"),
+    ],
+)
+def test_bench_report_is_alone(
+    options: dict[str, Any], got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typer = pytest.importorskip("typer")
+
+    from bayes_kernels.cli import bench
+
+    with pytest.raises(typer.Exit) as end:
+        bench.bench(report=True, **options)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.exit_code == 2 and line.startswith("error: --report: expected it alone")
+    assert f"got {got} too; " in line
 
 
 def test_bench_command_without_a_source_tree(
