@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +31,7 @@ from .options import (
     start,
     words,
 )
-from .output import command_line, describe_task, inputs_of, note, status, writing
+from .output import can_draw, command_line, describe_task, inputs_of, note, status, writing
 
 if TYPE_CHECKING:
     from ..experiment.answers import Answers
@@ -151,8 +150,7 @@ def _texts(path: Path) -> list[str]:
 
 def _pictures(found: list[Answers], out: Path) -> list[str]:
     """Risk and coverage, and AUROCs of foreign prompts; none where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no pictures: matplotlib is missing; run: pip install 'bayes-kernels[plots]'")
+    if not can_draw():
         return []
     from .. import plots
 

@@ -87,14 +87,21 @@ def describe_task(task: Task) -> None:
     note("\n".join([task.summary(), *lines]))
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed; where it is not, a note says so."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        note("no pictures: matplotlib is missing; run: pip install 'bayes-kernels[plots]'")
+    return found
+
+
 def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:
     """The pictures of `save_plots`, in place of earlier ones; none, and a note, without matplotlib."""
     from ..experiment.output import PICTURES
 
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no pictures: matplotlib is missing; run: pip install 'bayes-kernels[plots]'")
+    if not can_draw():
         return []
     from ..experiment.results import save_plots
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Cores, Results, Seeds, start_runs
-from .output import command_line, describe_task, inputs_of, note, status, writing
+from .output import can_draw, command_line, describe_task, inputs_of, note, status, writing
 from .runs import RunOptions, with_run_options
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def sweep(
         place.complete()
         print(text)
         (out / sweeps.PICTURE_FILE).unlink(missing_ok=True)  # of fewer values
-        if len(curves.values) > 1 and importlib.util.find_spec("matplotlib") is not None:
+        if len(curves.values) > 1 and can_draw():
             from .. import plots
 
             figure = plots.score_curves(*curves, xlabel=wanted.name)

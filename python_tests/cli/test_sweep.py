@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -50,7 +51,10 @@ def table(out: Path) -> list[str]:
 
 
 def test_draws_of_one_adapter(
-    common: list[Any], trained: list[tuple[str, int]], tmp_path: Path
+    common: list[Any],
+    trained: list[tuple[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     result = call(*common, "--vary", "n_samples=0,2,4", "--resume")
@@ -69,6 +73,13 @@ def test_draws_of_one_adapter(
     more = call(*common, "--vary", "n_samples=0,2,4,6", "--resume")
     assert more.exit_code == 0 and "nothing to go on" not in more.stderr, more.output
     assert trained == [("blob", 8)] and len(table(out)) == 4
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    bare = call(*common, "--vary", "n_samples=0,2,4,6", "--resume")
+    assert bare.exit_code == 0 and "no pictures: matplotlib is missing" in bare.stderr
+    assert "sweep.png" not in bare.stdout and not (out / "sweep.png").exists()
 
 
 @pytest.mark.parametrize(
