@@ -402,9 +402,9 @@ CONTENTS: dict[str, bytes] = {
     "surrogate id": lines('{"id": "\\udc00", "question": "a", "label": 0}'),
 }
 LABELS: dict[str, Any] = {
-    "negative": -1,
+    "negative": -2,  # -1 stands for none
     "true": True,
-    "text": "1",
+    "text": "one",
     "real": 1.0,
     "nan": float("nan"),
     "list": [0],
