@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from ..task import Example, Task
 
 
+# Kinds of model by PEFT's word for them.
+_KINDS = {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal", "none": "auto"}
+
+
 def bayesianize(
     adapter: Annotated[
         str, typer.Argument(help="Folder of a trained adapter: plain LoRA, or BLoB.")
@@ -135,10 +139,7 @@ def bayesianize(
     files += output.PICTURES if plots else ()
     inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
     with writing("bayesianize", folder, files, inputs, overwrite=overwrite) as place:
-        with status(f"reading {source.data}"):
-            task = source.load(one.seed)
-        if saved is not None:
-            _check_classes(saved.task, task)
+        one, task = _with_task(one, saved)
         describe_task(task)
         length = None if saved is None else saved.max_length
         loaded, encoder = folders.load_adapter(adapter, one, task, max_length=length, device=device)
@@ -235,13 +236,11 @@ def evaluate(
     files = [results.METRICS_FILE, page.REPORT_FILE, *(output.PICTURES if plots else ())]
     inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
     with writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
-        with status(f"reading {source.data}"):
-            task = source.load(one.seed)
-        if saved is not None:
-            _check_classes(saved.task, task)
+        trained = one.source
+        one, task = _with_task(dataclasses.replace(one, source=source), saved)
         note(task.summary())
         if source.test_fraction is not None:
-            note(_seen_in_training(task, one, source.data))
+            note(_seen_in_training(task, trained, source.data))
         loaded, encoder = folders.load_adapter(
             adapter,
             one,
@@ -265,7 +264,7 @@ def evaluate(
             scope=recipe.draw_scope,
             batch_size=batch_size or recipe.eval_batch_size,
         )
-        run = Run(dataclasses.replace(one, source=source), None, rows)
+        run = Run(one, None, rows)
         harm = harm_in(rows)
         if harm is not None:
             note(harm)
@@ -380,7 +379,13 @@ def _recorded(adapter: str, saved: Saved | None, model: str | None, data: str | 
         base = model or config.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"adapter {adapter!r}: it names no base model; use --model")
-        one = Experiment(model=base, method=method)
+        kind = config.get("task_type") or "none"
+        if kind not in _KINDS:
+            raise ValueError(
+                f"adapter {adapter!r}: expected the task type SEQ_CLS, CAUSAL_LM or none, got {kind}; use "
+                "PeftModel.from_pretrained and bayes_kernels.hf.predict"
+            )
+        one = Experiment(model=base, method=method, kind=_KINDS[kind])
     return one if model is None else dataclasses.replace(one, model=model)
 
 
@@ -396,18 +401,45 @@ def _source_of(one: Experiment, saved: Saved | None, data: str | None) -> Source
     return source
 
 
+def _with_task(one: Experiment, saved: Saved | None) -> tuple[Experiment, Task]:
+    """The task that an adapter is scored on; and its experiment, with the order of the classes.
+
+    An adapter of others says neither: where the base model names its outputs as the data name the classes,
+    its order is taken.
+    """
+    from ..hf.tasks.models import class_names
+
+    source = one.source
+    with status(f"reading {source.data}"):
+        task = source.load(one.seed)
+    if saved is not None:
+        _check_classes(saved.task, task)
+        return one, task
+    if task.kind == "multiple_choice" and one.kind == "classifier":
+        one = dataclasses.replace(one, kind="multiple_choice")
+    if source.label_names is None and one.kind != "causal" and os.path.exists(source.data):
+        names = class_names(one.model)
+        if names is not None and sorted(names) == sorted(task.label_names):
+            one = dataclasses.replace(one, source=dataclasses.replace(source, label_names=names))
+            task = one.source.load(one.seed)
+        if not all(name.isdigit() for name in task.label_names):
+            order = shorten(", ".join(task.label_names))
+            note(f"outputs are taken as {order}; --label-names gives another order")
+    return one, task
+
+
 def _same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def _seen_in_training(task: Task, one: Experiment, data: str) -> str:
+def _seen_in_training(task: Task, source: Source, data: str) -> str:
     """That all rows of a file are scored; and how many of them were trained on, if the data are there."""
     from ..experiment.data.check import repeated_in_test
 
     seen = None
-    if os.path.exists(one.source.data):
+    if os.path.exists(source.data):
         with contextlib.suppress(ValueError, OSError):  # it may be another file by now
-            trained = dataclasses.replace(one.source, train_size=0).load()
+            trained = dataclasses.replace(source, train_size=0).load()
             seen = repeated_in_test(dataclasses.replace(trained, test=task.test))
     if seen is None:
         hint = "; rows that the adapter was trained on would make its scores too good"

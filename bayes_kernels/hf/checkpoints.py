@@ -125,6 +125,13 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
                 f"{_weights(folder, folder)}: expected {missing[0]}, found none ({len(missing)} tensors "
                 "are missing); the file is not whole, or the base model is another one"
             )
+        # PEFT passes over what the model has no place for, such as a trained head.
+        places = {*own, *(PREFIX + name for name, _ in model.named_parameters())}
+        if unread := sorted(set(keys) - places):
+            raise ValueError(
+                f"{_weights(folder, folder)}: expected tensors of {type(model).__name__}, got {unread[0]} "
+                f"({len(unread)} have no place in it); use the kind of model that it was trained on"
+            )
         return wrapped
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     head = re.compile(r"\b(classifier|score)\.(?!.*lora_)")

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import tiny_task
+import torch
+import transformers
 
 from bayes_kernels import progress
 from bayes_kernels.cli import use
@@ -305,6 +308,108 @@ def test_another_file_is_scored_whole(trained: Path, data: Path, tmp_path: Path)
     # Of the data that it was trained on, those that were kept.
     result = call("evaluate", trained, "--data", data, *options)
     assert result.exit_code == 0 and "all rows" not in result.output
+
+
+NAMES = ("question", "praise", "bug")  # not in the order of the alphabet
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that PEFT trained on a causal model: `base`, `adapter`, `rows.jsonl`, and its scores."""
+    home = tmp_path_factory.mktemp("stock")
+    tiny_task.write_model(home / "words")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "words")
+    tokenizer.add_tokens(["A", "B", "C"])  # what a language model would answer
+    tokenizer.save_pretrained(home / "base")
+    shape = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(shape).save_pretrained(home / "base")
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            home / "base", num_labels=3
+        )
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+        model = peft.get_peft_model(base, config).eval()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "score" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(home / "adapter")
+    rows = [row | {"label": NAMES[i % 3]} for i, row in enumerate(tiny_task.rows(30, "row", 0))]
+    tiny_task.write_rows(home / "rows.jsonl", rows)
+    found = [
+        model(**tokenizer(row["question"], return_tensors="pt")).logits[0].detach().double()
+        for row in rows
+    ]
+    probs = torch.stack(found).softmax(-1)
+    labels = torch.tensor([NAMES.index(row["label"]) for row in rows])
+    right = (probs.argmax(-1) == labels).double().mean().item()
+    nll = -probs[range(30), labels].log().mean().item()
+    (home / "scores.json").write_text(json.dumps({"accuracy": right, "nll": nll}))
+    return home
+
+
+def scores_of(folder: Path) -> dict[str, float]:
+    found = results(folder)["methods"][0]["per_seed"][0]["metrics"]
+    return {name: found[name] for name in ("accuracy", "nll")}
+
+
+def test_a_stock_classifier_on_a_causal_model_is_scored_as_one(stock: Path, tmp_path: Path) -> None:
+    """Not as a language model that answers with letters, whose head it does not have."""
+    expected = pytest.approx(json.loads((stock / "scores.json").read_text()), rel=1e-4)
+    out = tmp_path / "scores"
+    given = ["--data", stock / "rows.jsonl", "--out", out, "--overwrite"]
+    named = ["--label-names", ",".join(NAMES)]
+    result = call("evaluate", stock / "adapter", *given, *named)
+    assert result.exit_code == 0 and "outputs are taken" not in result.stderr, result.output
+    assert scores_of(out) == expected
+    # Nothing says the order: that of the alphabet is another.
+    result = call("evaluate", stock / "adapter", *given)
+    assert "outputs are taken as bug, praise, question; --label-names" in result.stderr
+    assert scores_of(out) != expected
+    # The base model says it.
+    base = shutil.copytree(stock / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(NAMES)}
+    (base / "config.json").write_text(json.dumps(config))
+    result = call("evaluate", stock / "adapter", *given, "--model", base)
+    assert result.exit_code == 0, result.output
+    assert "outputs are taken as question, praise, bug; --label-names" in result.stderr
+    assert scores_of(out) == expected
+
+
+def test_a_stock_classifier_becomes_bayesian_with_its_head(stock: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tfb"
+    given = ["--data", stock / "rows.jsonl", "--label-names", ",".join(NAMES), "--out", out]
+    options = ["--set", "anchors=8", "--n-samples", "2"]
+    result = call("bayesianize", stock / "adapter", *given, *options)
+    assert result.exit_code == 0, result.output
+    heads = []
+    for folder in (stock / "adapter", out):
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        heads.append(tensors["base_model.model.score.weight"])
+    assert torch.equal(*heads)
+    asked = json.loads(call("predict", out, "--text", "a warm day", "--json").stdout)
+    assert asked["label"] in NAMES and len(asked["probabilities"]) == 3
+
+
+def test_adapters_of_other_kinds_are_one_clear_line(stock: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stock / "adapter", tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    given = ["--data", stock / "rows.jsonl", "--out", tmp_path / "scores"]
+    for kind, message in (
+        ("TOKEN_CLS", "expected the task type SEQ_CLS, CAUSAL_LM or none, got TOKEN_CLS"),
+        ("CAUSAL_LM", "got base_model.model.score.weight (1 have no place in it); use the kind"),
+        (None, "got base_model.model.score.weight (1 have no place in it); use the kind"),
+    ):
+        file.write_text(json.dumps({**config, "task_type": kind, "modules_to_save": None}))
+        for words in (["evaluate", folder], ["bayesianize", folder, "--method", "tfb"]):
+            assert message in refuse(*words, *given)
+    assert not (tmp_path / "scores").exists()
 
 
 def test_adapters_and_data_that_do_not_fit(trained: Path, data: Path, tmp_path: Path) -> None:

@@ -178,6 +178,21 @@ def _check_kind(name: str, config: Any, kind: ModelKind) -> None:
         )
 
 
+def class_names(name_or_path: str | Path) -> tuple[str, ...] | None:
+    """What a base model calls the outputs of its head, in their order; None where it has no names for them.
+
+    Raises:
+        ValueError, ImportError, OSError: As `load_model`.
+    """
+    _, _, config, _ = _read(str(name_or_path))
+    found = getattr(config, "id2label", None) or {}
+    if set(found) != set(range(len(found))):
+        return None
+    names = tuple(str(found[index]) for index in range(len(found)))
+    numbered = tuple(f"LABEL_{index}" for index in range(len(found)))  # transformers' own
+    return None if names == numbered else names
+
+
 def load_model(
     name_or_path: str | Path,
     task: Task,
