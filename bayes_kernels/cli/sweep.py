@@ -112,7 +112,8 @@ def sweep(
             )
         shown = sweeps.swept(results.summarise(runs), wanted)
         curves = sweeps.curves(shown, wanted)
-        text = tables.comparison_table(shown, failures, seeds).markdown()
+        titles = {piece.variant: piece.title for piece in pieces if piece.variant}
+        text = tables.comparison_table(shown, failures, seeds, titles).markdown()
         content = results.report(runs, tasks[0], command=command_line())
         content["failures"] = [dataclasses.asdict(one) for one in failures]
         rows = [one.rows[-1] for one in runs if one.experiment.seed == 0]

@@ -30,7 +30,7 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A (method, seed) that did not end, and why; variants by their word."""
+    """A (method, seed) that did not end, and why; variants, and values of a sweep, by their word."""
 
     method: str
     seed: int
@@ -107,16 +107,28 @@ def cost_table(summaries: Sequence[Summary]) -> Table:
 
 
 def comparison_table(
-    summaries: Sequence[Summary], failures: Sequence[Failure], seeds: int
+    summaries: Sequence[Summary],
+    failures: Sequence[Failure],
+    seeds: int,
+    titles: Mapping[str, str] | None = None,
 ) -> Table:
-    """Scores and costs side by side, and below them what failed."""
+    """Scores and costs side by side, and below them what failed.
+
+    Args:
+        summaries: The rows.
+        failures: What failed.
+        seeds: Number of seeds that were asked for.
+        titles: By word what failures are called that are no words of `compare`, such as values of a sweep.
+    """
     headings, rows = ["method"], []
     if summaries:
         scores, costs = score_table(summaries, seeds), cost_table(summaries)
         headings = [*scores.headings, *costs.headings[1:]]
         rows = [[*a, *b[1:]] for a, b in zip(scores.rows, costs.rows, strict=True)]
     for failure in failures:
-        title = f"{title_of(failure.method)}, seed {failure.seed}"
+        word = failure.method
+        name = titles[word] if titles and word in titles else title_of(word)
+        title = f"{name}, seed {failure.seed}"
         rows.append([title, f"failed: {shorten(failure.error, 200)}"])
     return Table("", headings, rows)
 

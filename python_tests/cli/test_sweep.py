@@ -127,6 +127,21 @@ def test_checkpoints_of_one_training(
         assert whole["mean"]["nll"] == pytest.approx(nll[0], rel=1e-5)
 
 
+def test_a_value_that_fails_is_a_line(common: list[Any], tmp_path: Path) -> None:
+    """The others have their rows, the table and the page, also where the command is given again."""
+    out, words = tmp_path / "out", [*common[:4], *common[8:], "--steps", 6]
+    for more in ([], ["--resume"]):
+        result = call(*words, "--vary", "lr=1e-3,1e30", *more)
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+        assert "lr=1e+30, seed 0: failed: training: expected a finite loss" in result.stderr
+        assert table(out) == ["BLoB lr=0.001 mean", "BLoB lr=0.001 N=10", "BLoB lr=1e+30, seed 0"]
+        assert "failed: training: expected a finite loss" in (out / "table.md").read_text()
+        assert [one["method"] for one in results_of(out)["failures"]] == ["lr=1e+30"]
+        assert "BLoB lr=0.001 N=10" in (out / "report.html").read_text()
+    more = call(*words, "--vary", "lr=1e-3,2e-3", "--resume")
+    assert more.exit_code == 0 and len(table(out)) == 4, more.output
+
+
 def test_curves_of_mean_and_draws() -> None:
     """Two curves where each value has both rows, one where values have rows of different numbers."""
     both = parse_sweep("checkpoint=5,9")

@@ -84,6 +84,16 @@ def test_a_comparison_has_scores_costs_and_failures() -> None:
     assert tables.comparison_table([], failed, seeds=2).rows == table.rows[1:]
 
 
+def test_failures_of_a_sweep_have_the_names_of_its_rows() -> None:
+    """Their word is a value, which no method has."""
+    failed = [tables.Failure("lr=1e+30", 0, "no number"), tables.Failure("mle", 1, "no room")]
+    table = tables.comparison_table([], failed, 2, {"lr=1e+30": "BLoB lr=1e+30"})
+    assert table.rows == [
+        ["BLoB lr=1e+30, seed 0", "failed: no number"],
+        ["LoRA (MLE), seed 1", "failed: no room"],
+    ]
+
+
 def test_text_is_aligned() -> None:
     table = tables.Table("title", ["a", "long heading", "n"], [["xyz", "w", "1.5"], ["x", "y"]], 2)
     assert table.text() == ("title\na    long heading    n\nxyz  w             1.5\nx    y\n")
