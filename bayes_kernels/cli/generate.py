@@ -76,7 +76,7 @@ def generate(
     batch_size: Annotated[int, whole("Prompts of a batch.", least=1)] = 8,
     seed: DrawSeed = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Write each token as soon as it is chosen.")
+        bool, typer.Option("--stream", help="Write tokens as they are chosen, one behind.")
     ] = False,
     json_lines: TokenLines = False,
     html: TokenPage = None,
@@ -284,28 +284,42 @@ def check_page(page: Path, overwrite: bool, inputs: dict[str, Path | None]) -> N
 class _Live:
     """Writes tokens of one text after the other as they are chosen.
 
+    What `terminal_text` shows as one is written as one: when the next token with text is there, or the end.
+
     Args:
         by: what colours them.
     """
 
     def __init__(self, by: str) -> None:
         self.by, self.sequence = by, -1
+        self.piece = ""  # not written yet
+        self.values: list[float] = []  # of its tokens
+        self.after: list[float] = []  # of those without text since then
 
     def add(self, token: Token) -> None:
         """The next token."""
-        from ..hf.highlight import terminal_token
-
         if token.sequence != self.sequence:
             self.end()
             self.sequence = token.sequence
-        piece = terminal_token(token.text, getattr(token, self.by), self.by)
-        _console().print(piece, end="")
-        sys.stdout.flush()
+        self.after.append(getattr(token, self.by))
+        if token.text:
+            self._write()
+            self.piece, self.values, self.after = token.text, self.after, []
 
     def end(self) -> None:
         """The end of a text."""
         if self.sequence >= 0:
+            self.values += self.after
+            self._write()
+            self.piece, self.values, self.after = "", [], []
             print(flush=True)
+
+    def _write(self) -> None:
+        from ..hf.highlight import terminal_token
+
+        if self.piece:
+            _console().print(terminal_token(self.piece, self.values, self.by), end="")
+            sys.stdout.flush()
 
 
 def _console() -> Console:

@@ -1,7 +1,8 @@
 """Texts whose uncertain tokens are marked, on a terminal and as HTML.
 
 A token has a level from 0 to 5 by its mutual information, or by its entropy. The limits are fixed, so that
-colours of different texts can be compared.
+colours of different texts can be compared. Tokens without text, such as the first bytes of a character, are
+shown with the next token that has some, at the highest of their levels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..html import escape, page, table
-from .texts import Generation, ScoredText
+from .texts import Generation, ScoredText, shown_together
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -84,6 +85,11 @@ def level_of(value: float, by: str) -> int:
     return bisect_right(LIMITS[by], value)
 
 
+def highest_level(values: Sequence[float], by: str) -> int:
+    """The level of tokens that are shown as one; NaN is the highest."""
+    return max(level_of(value, by) for value in values)
+
+
 def measure_of(text: ScoredText, by: str | None = None) -> str:
     """What tokens of a text are coloured by: `by`, or mutual information where there are draws.
 
@@ -116,17 +122,27 @@ def terminal_text(text: ScoredText, by: str | None = None) -> Text:
     from rich.text import Text
 
     by = measure_of(text, by)
-    shown = Text()
-    for piece, value in zip(text.tokens, _measured(text, by), strict=True):
-        shown.append_text(terminal_token(piece, value, by))
+    shown, values = Text(), _measured(text, by)
+    groups = shown_together(text.tokens)
+    if len(groups) > 1 and not text.tokens[-1]:  # an end has no place of its own here
+        groups[-2:] = [groups[-2] + groups[-1]]
+    for group in groups:
+        piece = "".join(text.tokens[i] for i in group)
+        shown.append_text(terminal_token(piece, [values[i] for i in group], by))
     return shown
 
 
-def terminal_token(piece: str, value: float, by: str) -> Text:
-    """One token of `terminal_text`: what it adds to the text, and its uncertainty, nats."""
+def terminal_token(piece: str, values: Sequence[float], by: str) -> Text:
+    """What `terminal_text` shows as one.
+
+    Args:
+        piece: what it adds to the text.
+        values: uncertainty of its token, and of those without text that are shown with it, nats.
+        by: which it is, a key of `LIMITS`.
+    """
     from rich.text import Text
 
-    return Text(printable(piece), style=_TERMINAL[level_of(value, by)])
+    return Text(printable(piece), style=_TERMINAL[highest_level(values, by)])
 
 
 def terminal_legend(by: str) -> Text:
@@ -151,20 +167,35 @@ def html_text(text: ScoredText) -> str:
     parts = []
     if isinstance(text, Generation):
         parts.append(f'<span class="prompt">{escape(text.prompt)}</span>')
-    for i, piece in enumerate(text.tokens):
-        numbers = [f"probability {math.exp(text.log_probs[i]):.3g}"]
-        numbers += [f"entropy {text.entropy[i]:.3g} nats"]
-        levels = f"t e{level_of(text.entropy[i], 'entropy')}"
+    for group in shown_together(text.tokens):
+        levels = f"t e{highest_level([text.entropy[i] for i in group], 'entropy')}"
         if doubts is not None:
-            numbers += [f"expected entropy {text.expected_entropy[i]:.3g} nats"]
-            numbers += [f"mutual information {doubts[i]:.3g} nats"]
-            levels += f" m{level_of(doubts[i], 'mutual_information')}"
-        note = escape("\n".join(numbers))
+            level = highest_level([doubts[i] for i in group], "mutual_information")
+            levels += f" m{level}"
+        lines = _numbers(text, doubts, group[0])
+        if len(group) > 1:
+            lines = [
+                f"token {place} of {len(group)}: {', '.join(_numbers(text, doubts, i))}"
+                for place, i in enumerate(group, start=1)
+            ]
+        piece, note = text.tokens[group[-1]], escape("\n".join(lines))
         if piece:
             parts.append(f'<span class="{levels}" data-n="{note}">{escape(piece)}</span>')
-        elif i == len(text.tokens) - 1:
+        else:
             parts.append(f'<span class="{levels} end" data-n="{note}"> [end]</span>')
     return f'<div class="text">{"".join(parts)}</div>'
+
+
+def _numbers(text: ScoredText, doubts: Sequence[float] | None, i: int) -> list[str]:
+    """What the note of a token says, with the mutual information of all tokens where there are draws."""
+    found = [
+        f"probability {math.exp(text.log_probs[i]):.3g}",
+        f"entropy {text.entropy[i]:.3g} nats",
+    ]
+    if doubts is not None:
+        found += [f"expected entropy {text.expected_entropy[i]:.3g} nats"]
+        found += [f"mutual information {doubts[i]:.3g} nats"]
+    return found
 
 
 def _legend(by: str) -> str:

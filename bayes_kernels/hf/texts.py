@@ -232,5 +232,23 @@ def pieces_of(tokenizer: Any, before: Sequence[int], token_ids: Sequence[int]) -
     return found
 
 
+def shown_together(tokens: Sequence[str]) -> list[list[int]]:
+    """Numbers of the tokens that are shown as one: those without text, and the next one with text.
+
+    Where the last tokens have no text, such as an end, they are the last group.
+
+    Args:
+        tokens: what each token adds to a text.
+    """
+    groups: list[list[int]] = []
+    group: list[int] = []
+    for i, piece in enumerate(tokens):
+        group.append(i)
+        if piece:
+            groups.append(group)
+            group = []
+    return [*groups, group] if group else groups
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)

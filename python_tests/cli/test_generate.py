@@ -13,8 +13,10 @@ import transformers
 from hf.letters import letters
 from test_html import check_self_contained
 
-from bayes_kernels.cli.generate import read_prompts
-from bayes_kernels.hf import generate, load_writer
+from bayes_kernels.cli.generate import _console, _Live, read_prompts
+from bayes_kernels.hf import ScoredText, generate, load_writer
+from bayes_kernels.hf.highlight import terminal_text
+from bayes_kernels.hf.texts import Token
 from cli.commands import SETTINGS, call, objects, refuse
 
 pytestmark = pytest.mark.cpu_only
@@ -115,6 +117,30 @@ def test_streamed(writer: Path) -> None:
         assert error == f"--stream: expected it without --json and --beams, got {got}"
 
 
+def test_a_stream_shows_what_the_whole_text_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens without text too, at the beginning, in between and at the end; a text without any is a line."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    texts = [["", "a", "", "", "🙂", "b", ""], ["c", "d"], [""], ["e", "", ""]]
+    doubts = [[0.4, 0.0, 0.05, 2.0, 0.0, 0.0, 0.2], [0.0, 2.0], [2.0], [0.0, 0.02, 0.2]]
+    live, console = _Live("mutual_information"), _console()
+    for number, (pieces, values) in enumerate(zip(texts, doubts, strict=True)):
+        for piece, value in zip(pieces, values, strict=True):
+            live.add(Token(number, 5, piece, -1.0, value + 1.0, 1.0))
+    live.end()
+    streamed = capsys.readouterr().out
+    for pieces, values in zip(texts, doubts, strict=True):
+        many = [1.0] * len(pieces)
+        entropy = [value + 1.0 for value in values]
+        whole = ScoredText("".join(pieces), [5] * len(pieces), pieces, many, entropy, many, None, 2)
+        console.print(terminal_text(whole))
+    assert streamed == capsys.readouterr().out
+    assert streamed.count("190;50;20") == 2 and streamed.count("245;138;66") == 1
+
+
 def test_page(writer: Path, tmp_path: Path) -> None:
     page = tmp_path / "new" / "page.html"
     result = call("generate", writer, *WORDS, "--html", page, "--json")
@@ -171,6 +197,33 @@ def test_adapters_of_commands(writer: Path, data: Path, tmp_path: Path) -> None:
     result = call(*train, "--method", "polar-vbll", "--n-samples", 3, "--out", vbll)
     assert result.exit_code == 0, result.output
     assert "a causal model with a trimmed head" in refuse("generate", vbll, "--prompt", "be")
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("mle", 'lora.modules_to_save=["lm_head"]'),
+        ("blob", 'target_modules=["q_proj","lm_head"]'),
+    ],
+)
+def test_a_head_that_was_trained_for_answers_writes_no_text(
+    writer: Path, data: Path, tmp_path: Path, method: str, setting: str
+) -> None:
+    train = [
+        "train",
+        data / "train.jsonl",
+        "--test",
+        data / "test.jsonl",
+        "--out",
+        tmp_path / "run",
+    ]
+    train += ["--model", writer.parent / "base", "--style", "plain", *SETTINGS[:6]]
+    result = call(*train, "--method", method, "--set", setting)
+    assert result.exit_code == 0, result.output
+    for words in (["generate", "--prompt", "be"], ["export", "--out", tmp_path / "draws"]):
+        error = refuse(words[0], tmp_path / "run", *words[1:])
+        assert "got one that was trained for 2 answers: it writes no text; use predict" in error
+        assert "size mismatch" not in error
 
 
 @pytest.mark.parametrize(

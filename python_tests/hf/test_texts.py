@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from test_html import check_self_contained
 
 from bayes_kernels.hf import Generation, ScoredText
 from bayes_kernels.hf.highlight import LIMITS, html_page, level_of, measure_of, terminal_text
-from bayes_kernels.hf.texts import pieces_of
+from bayes_kernels.hf.texts import pieces_of, shown_together
 from hf.letters import letters, single_bytes
 
 
@@ -87,3 +88,52 @@ def test_page_shows_text_as_text() -> None:
     assert "abstained" in page and 'class="t e4 m5"' in page and 'class="t e1 m0"' in page
     notes = [value for _, name, value in parsed.attributes if name == "data-n"]
     assert len(notes) == 3 and "mutual information 2 nats" in str(notes[1])
+
+
+def notes_of(page: str) -> list[tuple[str, str]]:
+    """Classes and note of each token of a page."""
+    attributes = [(name, str(value)) for _, name, value in check_self_contained(page).attributes]
+    return [
+        (before, note)
+        for (_, before), (name, note) in itertools.pairwise(attributes)
+        if name == "data-n"
+    ]
+
+
+def test_tokens_without_text_are_seen() -> None:
+    """They are shown with the next one that has text, or as the end: at the highest of their levels."""
+    text = scored(["a", "", "", "🙂", "b", "", ""], [0.0, 0.05, 2.0, 0.2, 0.0, 0.0, 0.4])
+    assert shown_together(text.tokens) == [[0], [1, 2, 3], [4], [5, 6]]
+    assert shown_together(["", "a"]) == [[0, 1]] and shown_together([""]) == [[0]]
+    seen = notes_of(html_page([text]))
+    assert [levels for levels, _ in seen] == ["t e1 m0", "t e4 m5", "t e1 m0", "t e2 m4 end"]
+    assert seen[0][1].count("\n") == 3 and "token" not in seen[0][1]
+    lines = seen[1][1].splitlines()
+    for place, (line, doubt) in enumerate(zip(lines, ["0.05", "2", "0.2"], strict=True), start=1):
+        assert line.startswith(f"token {place} of 3: probability 0.368, entropy ")
+        assert line.endswith(f", mutual information {doubt} nats")
+    assert len(text.to_dict()["token_mutual_information"]) == 7  # files have each token
+    shown = terminal_text(text)
+    assert shown.plain == "a🙂b"
+    styles = {shown.plain[span.start : span.end]: str(span.style) for span in shown.spans}
+    assert list(styles) == ["🙂", "b"] and "190,50,20" in styles["🙂"]
+    assert "245,138,66" in styles["b"]  # the end, which is nowhere else
+    broken = terminal_text(scored(["", "a"], [math.nan, 0.0]))
+    assert "190,50,20" in str(broken.spans[0].style)
+    assert terminal_text(scored([""], [2.0])).plain == ""
+
+
+@pytest.mark.parametrize("word", ["a🙂b", "нет", "日本"])
+def test_bytes_of_a_character_are_seen(word: str) -> None:
+    tokenizer = single_bytes()
+    pieces = pieces_of(tokenizer, [], tokenizer(word)["input_ids"])
+    groups = shown_together(pieces)
+    assert [pieces[group[-1]] for group in groups] == list(word)
+    assert [len(group) for group in groups] == [len(letter.encode()) for letter in word]
+    for place in range(len(pieces)):  # whichever token it is
+        text = scored(pieces, [2.0 * (i == place) for i in range(len(pieces))])
+        assert terminal_text(text).plain == word
+        assert [str(span.style) for span in terminal_text(text).spans] == [
+            "bold white on rgb(190,50,20)"
+        ]
+        assert sum("m5" in levels for levels, _ in notes_of(html_page([text]))) == 1

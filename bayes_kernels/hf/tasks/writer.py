@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 
 from ..checkpoints import stored_method
-from ..checks import CONFIG_NAME, read_json
+from ..checks import CONFIG_NAME, PREFIX, read_json, tensor_names
 from ..generate import Prompt, generate, score_texts
 from ..logits import Prediction
 from ..method import METHODS, Method
@@ -118,7 +120,7 @@ def load_writer(
     """A trained adapter on its base model with the whole head, ready to continue prompts.
 
     An adapter that was trained on answers to questions keeps only their rows of the head; here it is on the
-    whole model again.
+    whole model again. Not so where it has changed the head: that writes no text.
 
         text = load_writer("runs/demo/blob").generate("The answer is")[0]
         text.text, text.mutual_information
@@ -130,7 +132,8 @@ def load_writer(
         device: "cpu", "cuda" or "auto", which takes the GPU where there is one.
 
     Raises:
-        ValueError: The folder has no adapter, or its base model does not write text; files are damaged.
+        ValueError: The folder has no adapter, or its base model does not write text, or the adapter's head is
+            one of answers; files are damaged.
         ImportError, OSError: The base model is not installed or cannot be reached.
     """
     pick_device(device)
@@ -140,6 +143,7 @@ def load_writer(
     loaded, tokenizers = [], []
     for one, (place, *_) in zip(folders, settings, strict=True):
         found, tokenizer = place.load_language_model(device)
+        _check_head(found, one, place)
         words = "the head of a language model"
         loaded.append(with_adapter(found, one, place, words, device))
         tokenizers.append(tokenizer)
@@ -151,6 +155,29 @@ def load_writer(
     if not method.bayesian:
         count = 0
     return SavedWriter(whole, tokenizers[0], base, method, count, seed, kind)
+
+
+def _check_head(model: Any, folder: Path, base: Base) -> None:
+    """Whether the head of an adapter, if it has changed it, is that of a language model.
+
+    Raises:
+        ValueError: It is one of the answers that it was trained for.
+    """
+    record, head = read_record(folder), model.get_output_embeddings()
+    if record is None or head is None:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    ours = {f"{PREFIX}{name}.{part}" for part in ("weight", "lora_B.weight")}
+    for key in ours.intersection(tensor_names(file)):
+        with safe_open(file, framework="pt") as tensors:
+            rows = tensors.get_slice(key).get_shape()[0]
+        if rows == record.task.n_classes != head.weight.shape[0]:
+            raise ValueError(
+                f"adapter {str(folder)!r}: expected the whole head of {base.model!r}, got one that was "
+                f"trained for {rows} answers: it writes no text; use predict, or train without {name} in "
+                "target_modules and lora.modules_to_save"
+            )
 
 
 def _settings(folder: Path, model: str | None) -> tuple[Base, Method, int, int, str]:
