@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..batches import as_batches, batch_size, is_empty, labels_of, select
+from ..table import shorten
 from .layers import check_whole
-from .method import METHODS, ConversionReport
+from .method import METHODS, ConversionReport, default_options
 from .scale import compare_draws
 
 # Examples that are kept back to compare mean and draws on, at most; and of how many some are.
@@ -47,7 +49,7 @@ def bayesianize(
         The method's report, whose `str` is one line: `TfbReport` or `LaplaceLoraReport`.
 
     Raises:
-        ValueError: the method is unknown, there is no data, FSDP2 has sharded the adapter (see
+        ValueError: the method or an option is unknown, there is no data, FSDP2 has sharded the adapter (see
             `save_sharded`), or as the method's function.
 
     Example:
@@ -74,6 +76,18 @@ def bayesianize(
             raise ValueError(
                 f"bayesianize: {name} must not be given for method {method!r}, where it is {value!r}, "
                 f"got {options[name]!r}; leave it out"
+            )
+    known = sorted(default_options(found.convert).keys() - found.fixed.keys())
+    for name, value in options.items():
+        if name in inspect.signature(found.convert).parameters and name not in known:
+            raise ValueError(
+                f"bayesianize: {name} must not be given for method {method!r}, where data has "
+                f"{found.data}, got {shorten(repr(value))}; give so many examples as data"
+            )
+        if name not in known:
+            raise ValueError(
+                f"bayesianize: options of method {method!r} must be some of {', '.join(known)}, got {name}; "
+                "leave it out"
             )
     validation = options.get("validation")
     if validation is None:

@@ -131,7 +131,24 @@ class AnswerHead(ClassLogits):
 
 @functools.cache
 def _subclass(base: Any, mixin: Any) -> type:
-    return type(f"{base.__name__}With{mixin.__name__}", (mixin, base), {})
+    """The class of a base and a mixin, one for each pair.
+
+    No module has its name, by which pickle would look for it: objects say what it is made of.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made, arguments, *state = super(found, self).__reduce_ex__(protocol)
+        # A subclass of this class is left to those who wrote it.
+        return (_new, (base, mixin), *state) if type(self) is found else (made, arguments, *state)
+
+    name = f"{base.__name__}With{mixin.__name__}"
+    found: Any = type(name, (mixin, base), {"__reduce_ex__": reduce})
+    return found
+
+
+def _new(base: Any, mixin: Any) -> Any:
+    """An object of the class, without its attributes."""
+    return object.__new__(_subclass(base, mixin))
 
 
 def mix_in(model: Any, mixin: Any) -> None:

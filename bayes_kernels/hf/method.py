@@ -154,6 +154,12 @@ class Method:
     stored: Callable[[Path], bool] = lambda folder: False
     published: Mapping[str, Any] = field(default_factory=lambda: PAPERS)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds no lambdas; the table of the other process has the row by its name.
+        if METHODS.get(self.name) is self:
+            return _row, (self.name,)
+        return super().__reduce_ex__(protocol)
+
     @property
     def made(self) -> Literal["train", "convert", "join"]:
         """How its adapter is made.
@@ -204,6 +210,11 @@ class Method:
 
 # By name, in the order of listing. `bayes_kernels.hf` fills it from `methods/table.py`.
 METHODS: dict[str, Method] = {}
+
+
+def _row(name: str) -> Method:
+    """The method of a name."""
+    return METHODS[name]
 
 
 def register(method: Method) -> Method:

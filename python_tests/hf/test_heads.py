@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -141,3 +145,39 @@ def test_loss_over_an_accumulation_window(models_dir: Path) -> None:
             for part in (items[:1], items[1:])
         ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def told_of(model: Any, batch: dict[str, Any]) -> tuple[str, list[float]]:
+    """What a process finds in a model that was sent to it; lists, as it may end before they are read."""
+    with torch.no_grad():
+        return type(model).__name__, model(**batch).logits.flatten().tolist()
+
+
+def test_models_go_through_pickle(models_dir: Path) -> None:
+    """Within a program a copy has the same class; a new process, which knows no such class, makes it."""
+    model, encoder = load_story_model(models_dir)
+    model.eval()
+    batch = encoder.collate([encoder(example) for example in encoder.task.train[:2]])
+    name, logits = told_of(model, batch)
+    assert name == "LlamaForCausalLMWithAnswerHead"
+    copies = [pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, 5)]
+    for one in (*copies, copy.deepcopy(model)):
+        assert type(one) is type(model) and one.answer_ids == model.answer_ids
+        assert told_of(one, batch) == (name, pytest.approx(logits, rel=1e-5))
+        assert one.get_output_embeddings().weight is not model.get_output_embeddings().weight
+    adapted = peft.get_peft_model(copies[0], peft.LoraConfig(target_modules=["q_proj"]))
+    again = pickle.loads(pickle.dumps(adapted.eval()))
+    assert type(again.get_base_model()) is type(model)
+    assert told_of(again, batch)[1] == pytest.approx(logits, rel=1e-5)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(told_of, (model, batch)) == (name, pytest.approx(logits, rel=1e-5))
+
+
+def test_a_class_on_top_is_left_to_its_author(models_dir: Path) -> None:
+    model, _ = load_story_model(models_dir)
+
+    class Own(type(model)):  # type: ignore[misc]
+        pass
+
+    model.__class__ = Own
+    assert type(copy.deepcopy(model)) is Own

@@ -160,6 +160,21 @@ def test_a_name_is_given_once() -> None:
         ("blob", {}, r"method must be one of \('tfb', 'laplace', 'laplace-last'\), got 'blob'"),
         ("tfb", {}, "data must be the anchor examples, got none"),
         ("laplace-last", {"data": [BATCH], "layers": "all"}, "layers must not be given for method"),
+        (
+            "tfb",
+            {"data": [BATCH], "anchors": 16},
+            "anchors must not be given for method 'tfb', where data has the anchor examples, got 16; give",
+        ),
+        (
+            "laplace",
+            {"data": [BATCH], "anchors": 16},
+            "options of method 'laplace' must be some of",
+        ),
+        (
+            "tfb",
+            {"data": [BATCH], "tol": 1},
+            "must be some of batch_size, .*, validation, got tol; ",
+        ),
     ],
 )
 def test_errors_of_bayesianize(method: str, options: dict[str, Any], message: str) -> None:

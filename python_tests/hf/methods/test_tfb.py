@@ -175,7 +175,7 @@ def test_what_has_chosen_does_not_check(
 
     conversion = dataclasses.replace(
         METHODS["tfb"].conversion,
-        convert=lambda _, __, validation, **___: note("chose", validation, 1),
+        convert=lambda _, __, *, validation, search: note("chose", validation, 1),
     )
     methods = {"tfb": dataclasses.replace(METHODS["tfb"], conversion=conversion)}
     monkeypatch.setattr(module, "METHODS", methods)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,3 +179,15 @@ def test_other_folders_are_one_clear_line(
         ValueError, match=r"names the classes and the prompt, found none: .*use PeftM"
     ):
         load(other)
+
+
+@pytest.mark.parametrize("method", ["blob", "polar-vbll", "laplace-last"])
+def test_a_loaded_adapter_goes_to_other_processes(
+    method: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    trained(method, tiny_model, tiny_data, tmp_path / "out" / method)
+    asked = load(tmp_path / "out" / method)
+    copied = pickle.loads(pickle.dumps(asked))
+    assert copied.method is asked.method and type(copied.model) is type(asked.model)
+    texts = ["a warm day", "harsh and dull"]
+    assert torch.equal(copied.predict(texts).probs, asked.predict(texts).probs)
