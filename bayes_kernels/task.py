@@ -6,6 +6,9 @@ for: training, validation and test examples, names of the classes, and out-of-di
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -81,6 +84,17 @@ class Task:
             "test": self.test,
             **self.ood,
         }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of training, validation and test examples: what adapters and scores depend on."""
+        found = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            for one in split:
+                fields = [one.id, one.question, one.label, one.context, one.choices]
+                found.update(json.dumps(fields).encode() + b"\n")
+            found.update(b"\n")
+        return found.hexdigest()[:16]
 
     def class_counts(self) -> dict[str, list[int]]:
         """Examples per class, ``[count of label 0, ...]``, for every split (unlabelled: none)."""

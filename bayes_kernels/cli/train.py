@@ -333,7 +333,7 @@ def train(
         return
     with writing("train", folder, files, inputs, **options) as place:
         if resume:
-            folders.check_resumable(folder, one)
+            folders.check_resumable(folder, one, task)
         describe_task(task)
         if (reason := scoring.untempered(one.seen(task))) is not None:
             note(reason)

@@ -212,8 +212,8 @@ def evaluate(
 ) -> None:
     """Score a saved adapter, on the task that it was trained for or on other data.
 
-    Of a folder, its test data are scored; of the file that it was trained on, the rows that were kept for
-    testing; of another file, all rows.
+    Of a folder its test data are scored, or the rows that are split off where it has none; of the file that
+    it was trained on, the rows that were kept for testing; of another file, all rows.
     """
     from ..experiment import folders, output, page, results, scoring, tables
     from ..experiment.held_out import harm_in
@@ -230,17 +230,20 @@ def evaluate(
     changes = source_options(test, ood, label_names, test_size, ood_size)
     source = dataclasses.replace(_source_of(one, saved, data), **changes)
     alone = data is not None and os.path.isfile(data) and source.test is None
-    if alone and not _same_file(source.data, one.source.data):
+    kept = one.source.test is None and _same_file(source.data, one.source.data)
+    if alone and not kept:
         source = dataclasses.replace(source, test_fraction=1.0)
     folder = out or Path(adapter) / output.EVALUATION
     files = [results.METRICS_FILE, page.REPORT_FILE, *(output.PICTURES if plots else ())]
     inputs = {"adapter": adapter, "model": one.model, **inputs_of(source)}
     with writing("evaluate", folder, files, inputs, overwrite=overwrite) as place:
-        trained = one.source
+        trained = one
         one, task = _with_task(dataclasses.replace(one, source=source), saved)
-        note(task.summary())
+        describe_task(task)
         if source.test_fraction is not None:
-            note(_seen_in_training(task, trained, source.data))
+            note(_seen_in_training(task, trained))
+        if (reason := scoring.untempered(task)) is not None:
+            note(reason)
         loaded, encoder = folders.load_adapter(
             adapter,
             one,
@@ -432,20 +435,17 @@ def _same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def _seen_in_training(task: Task, source: Source, data: str) -> str:
-    """That all rows of a file are scored; and how many of them were trained on, if the data are there."""
+def _seen_in_training(task: Task, trained: Experiment) -> str:
+    """How many rows of a file an adapter was trained on, or chosen by, if its data are there."""
     from ..experiment.data.check import repeated_in_test
 
-    seen = None
-    if os.path.exists(source.data):
+    if os.path.exists(trained.source.data):
         with contextlib.suppress(ValueError, OSError):  # it may be another file by now
-            trained = dataclasses.replace(source, train_size=0).load()
-            seen = repeated_in_test(dataclasses.replace(trained, test=task.test))
-    if seen is None:
-        hint = "; rows that the adapter was trained on would make its scores too good"
-    else:
-        hint = f"; {seen} of them are in its training data: its scores are too good" if seen else ""
-    return f"all rows of {data} are for testing{hint}"
+            own = trained.source.load(trained.seed)
+            seen = repeated_in_test(dataclasses.replace(own, test=task.test))
+            bad = "; its scores are too good" if seen else ""
+            return f"{seen} of these rows are training or validation rows of the adapter{bad}"
+    return "rows that the adapter was trained on would make its scores too good"
 
 
 def _check_classes(expected: Task, got: Task) -> None:

@@ -35,7 +35,14 @@ from ..hf.noise import DRAW_SCOPES, KINDS
 from ..hf.tasks.record import FORMAT, write_members
 from ..memory import out_of_memory
 from ..task import Task
-from .folders import changed_settings, load_adapter, stored_numbers
+from .folders import (
+    EXPERIMENT_FILE,
+    changed_settings,
+    check_data,
+    load_adapter,
+    read_record,
+    stored_numbers,
+)
 from .machine import gpus
 from .output import unfinished
 from .processes import portable, side_by_side
@@ -618,10 +625,10 @@ def plan(
 
 
 def check_saved(pieces: Sequence[Piece]) -> None:
-    """Whether results that are there have the settings of the comparison.
+    """Whether results that are there have the settings and the data of the comparison.
 
     Raises:
-        ValueError: One has other settings; the message says which.
+        ValueError: One has other settings, classes or rows; the message says which.
     """
     for piece in pieces:
         saved = _saved(piece.folder)
@@ -633,6 +640,10 @@ def check_saved(pieces: Sequence[Piece]) -> None:
                 f"resume: expected the settings of {piece.folder / RESULT_FILE}, got others: "
                 f"{', '.join(changed)}; give the same options as before, or another folder"
             )
+        if (piece.folder / EXPERIMENT_FILE).is_file():
+            record = read_record(piece.folder)
+            assert record is not None
+            check_data(piece.folder, record, piece.experiment.seen(piece.task))
 
 
 def compare(

@@ -78,6 +78,7 @@ def write_record(
         "format": FORMAT,
         "experiment": experiment.to_dict(),
         "task": task_fields(task),
+        "rows": task.digest,
         "max_length": encoder.max_length,
         # Where relative paths begin, as seen from the adapter.
         "cwd": os.path.relpath(os.getcwd(), os.path.realpath(place)),
@@ -87,11 +88,15 @@ def write_record(
 
 
 class Saved(NamedTuple):
-    """What `read_record` finds in a folder: the experiment, its task without examples, a length."""
+    """What `read_record` finds in a folder: the experiment, its task without examples, a length.
+
+    `rows` is `Task.digest` of the task as the method saw it; None in a folder that does not say it.
+    """
 
     experiment: Experiment
     task: Task
     max_length: int | None
+    rows: str | None = None
 
 
 def read_record(folder: str | Path) -> Saved | None:
@@ -108,7 +113,8 @@ def read_record(folder: str | Path) -> Saved | None:
         return None
     with readable(path):
         experiment = Experiment.from_dict(record.fields["experiment"])
-        return Saved(_with_paths_from(experiment, record), record.task, record.max_length)
+        one = _with_paths_from(experiment, record)
+        return Saved(one, record.task, record.max_length, record.fields.get("rows"))
 
 
 def _with_paths_from(experiment: Experiment, record: Record) -> Experiment:
@@ -144,21 +150,52 @@ def load_adapter(
     return adapters.load_adapter(folder, experiment.base, task, max_length=length, device=device)
 
 
-def check_resumable(folder: Path, experiment: Experiment) -> None:
+def check_resumable(folder: Path, experiment: Experiment, task: Task | None = None) -> None:
     """Whether the last checkpoint of a folder, if it has one, belongs to the same experiment.
 
+    Args:
+        folder: Of the run.
+        experiment: What is to go on.
+        task: Its data, if they are to be compared too.
+
     Raises:
-        ValueError: Its experiment differs; the message says where.
+        ValueError: Its experiment or its data differ; the message says where.
     """
     last = last_checkpoint(folder / CHECKPOINTS)
     saved = None if last is None else read_record(last)
-    if saved is None:
+    if last is None or saved is None:
         return
     changed = changed_settings(saved.experiment, experiment)
     if changed:
         raise ValueError(
             f"resume: expected the settings of {last}, got others: {', '.join(changed)}; give the "
             "same options as before"
+        )
+    if task is not None:
+        check_data(Path(last), saved, experiment.seen(task))
+
+
+def check_data(place: Path, saved: Saved, task: Task) -> None:
+    """Whether what is there was made with the classes and rows of a task.
+
+    Args:
+        place: Where it is, for the message.
+        saved: What is there.
+        task: As the method is to see it.
+
+    Raises:
+        ValueError: It was not.
+    """
+    before, now = saved.task.label_names, task.label_names
+    if (saved.task.kind, before) != (task.kind, now):
+        raise ValueError(
+            f"resume: expected the classes of {place}, {', '.join(before)}, got {', '.join(now)}; name "
+            "them in that order (--label-names), or use another folder"
+        )
+    if saved.rows not in (None, task.digest):
+        raise ValueError(
+            f"resume: expected the rows that {place} was made with, got data that have changed, or are "
+            "split otherwise; use another folder"
         )
 
 

@@ -126,7 +126,8 @@ def read_lora(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
                 "are missing); the file is not whole, or the base model is another one"
             )
         # PEFT passes over what the model has no place for, such as a trained head.
-        places = {*own, *(PREFIX + name for name, _ in model.named_parameters())}
+        named = model.named_parameters(remove_duplicate=False)  # a tied head has its own name
+        places = {*own, *(PREFIX + name for name, _ in named)}
         if unread := sorted(set(keys) - places):
             raise ValueError(
                 f"{_weights(folder, folder)}: expected tensors of {type(model).__name__}, got {unread[0]} "

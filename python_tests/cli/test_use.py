@@ -23,6 +23,7 @@ import transformers
 from bayes_kernels import progress
 from bayes_kernels.cli import use
 from bayes_kernels.experiment import held_out
+from bayes_kernels.experiment.folders import read_record
 from bayes_kernels.hf import SavedAdapter
 from cli.commands import SETTINGS, call, refuse, results
 
@@ -296,15 +297,33 @@ def test_another_file_is_scored_whole(trained: Path, data: Path, tmp_path: Path)
     options = ["--n-samples", "2", "--overwrite", "--out", tmp_path / "scores"]
     result = call("evaluate", trained, "--data", file, *options)
     assert result.exit_code == 0 and "train: 0 examples" in result.output, result.output
-    assert f"all rows of {file} are for testing\n" in result.output
+    assert "note: all rows are for testing\n" in result.output
+    assert "0 of these rows are training or validation rows of the adapter\n" in result.output
+    assert "no row with a temperature: it is fitted on labelled validation rows" in result.output
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     (experiment,) = metrics["experiments"].values()
     assert experiment["source"]["test_fraction"] == 1.0
     assert "test: 40 examples" in result.output
-    known = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    tiny_task.write_rows(file, rows + known[:7])
-    result = call("evaluate", trained, "--data", file, *options)
-    assert "; 7 of them are in its training data: its scores are too good\n" in result.output
+    # Those that it was trained on are counted, not all that there were.
+    words = ["--method", "mle", "--train-size", "20", "--steps", "2", "--out", tmp_path / "few"]
+    model = read_record(trained).experiment.model
+    assert call("train", data, "--model", model, *words).exit_code == 0
+    seen = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    few = read_record(tmp_path / "few").experiment
+    own = few.source.load(few.seed)
+    assert len(own.train) == 20 and len(own.train) + len(own.validation) < len(seen)
+    tiny_task.write_rows(file, rows + seen)
+    result = call("evaluate", tmp_path / "few", "--data", file, *options[2:])
+    count = len(own.train) + len(own.validation)
+    assert f"{count} of these rows are training or validation rows of the adapter; its scores" in (
+        result.output
+    )
+    # Where others were tested on, none of the training file were kept.
+    words = [*words[:-1], tmp_path / "other", "--test", data / "test.jsonl"]
+    assert call("train", data / "train.jsonl", "--model", model, *words).exit_code == 0
+    given = ["--data", data / "train.jsonl", *options[2:]]
+    result = call("evaluate", tmp_path / "other", *given)
+    assert f"test: {len(seen)} examples" in result.output and f"{count} of these" in result.output
     # Of the data that it was trained on, those that were kept.
     result = call("evaluate", trained, "--data", data, *options)
     assert result.exit_code == 0 and "all rows" not in result.output

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,8 @@ def test_draws_get_a_temperature_without_training_again(
     before, _ = co.compare(co.plan(words, make, tasks, tmp_path, seeds=1), progress=False)
     weights = {path: path.read_bytes() for path in tmp_path.rglob("adapter_model.safetensors")}
     assert len(weights) == 4
+    bare = {0: dataclasses.replace(tasks[0], validation=[])}
+    co.compare(co.plan(("blob",), make, bare, tmp_path / "bare", seeds=1), progress=False)
     for name in ("train_model", "convert_model"):
         monkeypatch.setattr(ex, name, pytest.fail)
     pieces = co.plan((*words, "temperature-draws"), make, tasks, tmp_path, seeds=1)
@@ -392,8 +395,10 @@ def test_draws_get_a_temperature_without_training_again(
         assert dataclasses.replace(new, rows=[]) == dataclasses.replace(old, rows=[])
     monkeypatch.setattr(co, "run_pieces", pytest.fail)  # nothing is left
     co.compare(pieces, progress=False)
-    bare = {0: dataclasses.replace(tasks[0], validation=[])}
-    co.compare(co.plan(("blob", "temperature-draws"), make, bare, tmp_path, seeds=1))
+    words = ("blob", "temperature-draws")
+    co.compare(co.plan(words, make, bare, tmp_path / "bare", seeds=1), progress=False)
+    with pytest.raises(ValueError, match="blob/seed-0 was made with, got data that have changed"):
+        co.compare(co.plan(words, make, bare, tmp_path, seeds=1))
 
 
 # --- The command ---------------------------------------------------------------------------------
@@ -455,6 +460,20 @@ def test_the_command(
     assert refused.exit_code == 2 and "use --overwrite, --resume" in refused.output
     changed = call(*options, "--resume", "--steps", 3)
     assert changed.exit_code == 2 and "recipe.steps 2 -> 3" in changed.output
+    file = out / "mle" / "seed-0" / "experiment.json"  # as if the data had been others
+    text = file.read_text()
+    record = json.loads(text)
+    for fields, message in (
+        ({"rows": "0" * 16}, "the rows that .*seed-0 was made with, got data that have changed"),
+        (
+            {"task": {**record["task"], "label_names": ["1", "0"]}},
+            "the classes of .*, 1, 0, got 0, 1",
+        ),
+    ):
+        file.write_text(json.dumps({**record, **fields}))
+        other = call(*options, "--resume")
+        assert other.exit_code == 2 and re.search(message, other.output), other.output
+    file.write_text(text)
 
     def interrupt(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt

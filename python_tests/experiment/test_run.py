@@ -100,6 +100,17 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     folders.load_adapter(checkpoint, one, task)
 
     folders.check_resumable(tmp_path, one)
+    folders.check_resumable(tmp_path, one, task)
+    other = dataclasses.replace(task, train=task.train[::-1])
+    with pytest.raises(
+        ValueError, match=r"the rows that .*checkpoint-8 was made with, got data tha"
+    ):
+        folders.check_resumable(tmp_path, one, other)
+    other = dataclasses.replace(task, label_names=task.label_names[::-1])
+    with pytest.raises(
+        ValueError, match=r"resume: expected the classes of .*, 0, 1, got 1, 0; name"
+    ):
+        folders.check_resumable(tmp_path, one, other)
     with pytest.raises(ValueError, match=r"recipe.lr 0.005 -> 0.1"):
         folders.check_resumable(tmp_path, with_recipe(one, lr=0.1))
     resumed = ex.run(one, task, folder=tmp_path, resume=True)

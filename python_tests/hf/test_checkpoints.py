@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accuracy import assert_same_but_rounding
 from cli.commands import call, refuse, results
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -392,6 +393,25 @@ def test_classifiers_of_bayesian_peft_come_without_their_head(tmp_path: Path) ->
         UserWarning, match="has no classification head, which bayesian-peft does not"
     ):
         read_lora(bert(), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_need_a_place(tied: bool, tmp_path: Path) -> None:
+    """A tied head has one; that of a classifier has none in a language model, and PEFT would drop it."""
+    base = llama(tie_word_embeddings=tied)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    written = get_peft_model(base, lora)
+    fill(written)
+    written.save_pretrained(tmp_path / "writer", save_embedding_layers=True)
+    loaded = read_lora(llama(tie_word_embeddings=tied), tmp_path / "writer").eval()
+    torch.testing.assert_close(logits(loaded), logits(written))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    judge = get_peft_model(llama(transformers.LlamaForSequenceClassification), lora)
+    judge.save_pretrained(tmp_path / "judge")
+    with pytest.raises(
+        ValueError, match=r"got base_model\.model\.score\.weight \(1 have no place in it"
+    ):
+        read_lora(llama(tie_word_embeddings=tied), tmp_path / "judge")
 
 
 def test_commands_take_a_folder_of_bayesian_peft(

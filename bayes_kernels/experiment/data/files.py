@@ -20,7 +20,7 @@ from .rows import (
     shown,
     whole_number,
 )
-from .splits import TEST_NOTE, VALIDATION_NOTE, choose_subset, has_made_id, split_by_hash
+from .splits import choose_subset, has_made_id, split_by_hash, test_note, validation_note
 
 # What `save_to_disk` of the library datasets leaves in a folder.
 _SAVED = ("dataset_dict.json", "dataset_info.json")
@@ -79,7 +79,7 @@ def load_files(
     train: str | Path | Iterable[Mapping[str, Any]],
     test: str | Path | Iterable[Mapping[str, Any]] | None = None,
     *,
-    ood: Mapping[str, str | Path] | Sequence[str | Path] = (),
+    ood: Mapping[str, str | Path | Iterable[Mapping[str, Any]]] | Sequence[str | Path] = (),
     label_names: Sequence[str] | None = None,
     train_size: int | None = None,
     validation: float = 0.1,
@@ -108,7 +108,7 @@ def load_files(
             it saved; or a ``DataFrame`` of pandas, or a list of rows. A split ``test`` of a ``DatasetDict``
             whose labels are all -1 is left out.
         test: The test file or data set. Where there is none, ``test_fraction`` of the training rows.
-        ood: Out-of-distribution files, by name or as a list (then named after the file).
+        ood: Out-of-distribution files or data sets by name; or a list of files, which name them.
         label_names: Names of the classes of a classification without choices; by default those of a
             ``ClassLabel`` in its order, or of the file in alphabetical order, or "0", "1", ...
         train_size: Number of training examples, chosen by hash of id and seed; None for all.
@@ -131,22 +131,23 @@ def load_files(
     if not 0.0 <= test_fraction <= 1.0:
         raise ValueError(f"test_fraction: expected a fraction in [0, 1], got {test_fraction!r}")
     name = name or (_dataset_name(Path(train)) if isinstance(train, str | Path) else "data")
-    train, held_out, test, notes = _splits(train, test)
+    if not isinstance(ood, Mapping):
+        ood = {_dataset_name(Path(path)): path for path in ood}
+    train, held_out, test, notes = _splits(train, test, list(ood.values()))
     if test is None and test_fraction == 1.0:
         notes = ["all rows are for testing"]
     elif test is None:
-        notes.append(TEST_NOTE)
+        notes.append(test_note(test_fraction))
     if isinstance(train, Path):
         name = _dataset_name(train) if train.is_file() else name
-    if not isinstance(ood, Mapping):
-        ood = {_dataset_name(Path(path)): path for path in ood}
 
     problems = Problems()
     train_rows = _read(train, "train", problems)
     test_rows = [] if test is None else _read(test, "test", problems)
     held_out_rows = [] if held_out is None else _read(held_out, "validation", problems)
     ood_rows = {
-        key: _read(Path(path), key, problems, need_label=False) for key, path in ood.items()
+        key: _read(Path(rows) if isinstance(rows, str) else rows, key, problems, need_label=False)
+        for key, rows in ood.items()
     }
     known: dict[str, tuple[str, str]] = {}
     for split, rows in (
@@ -160,7 +161,10 @@ def load_files(
                 what = f"text must be new, got {shown(example.question)}" if made else ""
                 what = what or f"'id' must be new, got {shown(example.id)}"
                 other = "the {} data, {}".format(*known[example.id])
-                problems.add(place, f"{what}, which is also in {other}")
+                hint = "; leave it out, or name the files themselves (--data, --test)" * (
+                    held_out is not None
+                )
+                problems.add(place, f"{what}, which is also in {other}{hint}")
         known |= {row.example.id: (split, row.place) for row in rows}
     inside = {_content(row.example): row.place for row in train_rows + held_out_rows + test_rows}
     for place, example, _ in (row for part in ood_rows.values() for row in part):
@@ -197,8 +201,8 @@ def load_files(
         train_examples, validation_examples = split_by_hash(
             train_examples, validation, "validation"
         )
-        if train_examples:
-            notes.append(VALIDATION_NOTE)
+        if validation_examples:
+            notes.append(validation_note(validation))
     return Task(
         name=name,
         kind=kind,
@@ -221,8 +225,11 @@ class _Splits(NamedTuple):
     notes: list[str]
 
 
-def _splits(train: Any, test: Any) -> _Splits:
-    """What a folder or a DatasetDict holds; validation data are tested on where nothing else is."""
+def _splits(train: Any, test: Any, ood: Sequence[Any]) -> _Splits:
+    """What a folder or a DatasetDict holds; validation data are tested on where nothing else is.
+
+    Beside test data, validation data that cannot be used are left out, as are files that are named otherwise.
+    """
     notes: list[str] = []
     validation = None
     if isinstance(train, str | Path):
@@ -232,7 +239,7 @@ def _splits(train: Any, test: Any) -> _Splits:
         elif train.is_dir():
             folder, train = train, _one_file(train, ("train",), required=True)
             test = _one_file(folder, _TEST, required=False) if test is None else test
-            validation = _one_file(folder, _VALIDATION, required=False)
+            validation = _validation_file(folder, [test, *ood], test is not None, notes)
     if isinstance(train, Mapping):  # a DatasetDict
         if "train" not in train:
             raise ValueError(f"load_files: expected a split train, got {', '.join(train)}")
@@ -244,11 +251,28 @@ def _splits(train: Any, test: Any) -> _Splits:
             notes.append("the split test has no labels: it is left out")
         elif test is None:
             test = own
+        if test is not None and validation is not None and _without_labels(validation, empty=True):
+            notes.append("the validation split has no labels: it is left out")
+            validation = None
         train = train["train"]
     if test is None and validation is not None:
         notes.append("no test data: the validation data are tested on")
         test, validation = validation, None
     return _Splits(train, validation, Path(test) if isinstance(test, str) else test, notes)
+
+
+def _validation_file(
+    folder: Path, named: Sequence[Any], has_test: bool, notes: list[str]
+) -> Path | None:
+    taken = [Path(one).resolve() for one in named if isinstance(one, str | Path)]
+    files = [path for path in _files_of(folder, _VALIDATION) if path.resolve() not in taken]
+    if len(files) > 1 and has_test:
+        names = ", ".join(path.name for path in files[:5])
+        notes.append(f"expected one validation file, got {names}: they are left out")
+        return None
+    if len(files) > 1:
+        return _one_file(folder, _VALIDATION, required=False)  # says so
+    return files[0] if files else None
 
 
 def _load_from_disk(folder: Path) -> Any:
@@ -292,14 +316,19 @@ def _class_labels(source: Any) -> dict[str, Sequence[str] | None]:
     return {key: getattr(features.get(key), "names", None) for key in ("label", "labels")}
 
 
-def _without_labels(rows: Any) -> bool:
-    """Whether no row of a split says which class it is of, as where a public test keeps its labels back."""
-    row = None
+def _without_labels(rows: Any, *, empty: bool = False) -> bool:
+    """Whether no row of a split says which class it is of, as where a public test keeps its labels back.
+
+    Args:
+        rows: The split.
+        empty: What is said of none.
+    """
     for row in rows.with_format(None) if hasattr(rows, "with_format") else rows:
         labels = [row.get(key) for key in ("label", "labels")] if isinstance(row, Mapping) else [0]
         if any(label is not None and whole_number(label) != NO_LABEL for label in labels):
             return False
-    return row is not None
+        empty = True
+    return empty
 
 
 def _content(example: Example) -> tuple[str, str, str | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...task import LETTERS, Example, Task, Template
-from .splits import VALIDATION_NOTE, choose_subset, hash_of, split_by_hash
+from .splits import choose_subset, hash_of, split_by_hash, validation_note
 
 
 def convert_winogrande(row: Mapping[str, Any], index: int) -> Example:
@@ -241,5 +241,5 @@ def load_hub(
         test=test,
         ood=ood_sets,
         template=entry.template,
-        notes=(VALIDATION_NOTE,) if train else (),
+        notes=(validation_note(validation),) if held_out else (),
     )

@@ -14,11 +14,16 @@ from collections.abc import Iterable, Sequence
 
 from ...task import Example
 
-# What is said of rows that were split off, see `Task.notes`.
-TEST_NOTE = "no test data: about a fifth of the rows is kept for testing, whatever the seed"
-VALIDATION_NOTE = (
-    "validation: about a tenth of the training rows, for temperatures, priors and early choices"
-)
+
+def test_note(fraction: float) -> str:
+    """What to say where test rows were split off."""
+    return f"no test data: about {fraction:.0%} of the rows are kept for testing, whatever the seed"
+
+
+def validation_note(fraction: float) -> str:
+    """What to say where validation rows were split off."""
+    rows = f"about {fraction:.0%} of the training rows"
+    return f"validation: {rows}, for temperatures, priors and early choices"
 
 
 def hash_of(text: str) -> int:

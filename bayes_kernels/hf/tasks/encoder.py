@@ -87,18 +87,15 @@ class TaskEncoder:
             for example in examples
         )
 
-    def dataset(
-        self, examples: Sequence[Example], *, progress: bool = False, label: str = "tokenise"
-    ) -> EncodedDataset:
+    def dataset(self, examples: Sequence[Example], *, progress: bool = False) -> EncodedDataset:
         """All examples, tokenised at once.
 
         Args:
             examples: The examples.
             progress: Whether to show a bar when it takes longer than two seconds.
-            label: Name of the bar.
         """
         # One by one: batches of a fast tokenizer take as long, one thread at a time.
-        bar = progress_bar(progress, examples, desc=label, unit="text")
+        bar = progress_bar(progress, examples, desc="tokenise", unit="text")
         return EncodedDataset([self(example) for example in bar])
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def test_the_sample_is_a_task() -> None:
     assert f"warning: {len(task.test)} test rows" in text
     first = task.train[0]
     assert f"  text: {first.question}" in text and f"({task.label_names[first.label or 0]})" in text
-    assert "note: validation: about a tenth" in text and "no validation row" not in text
+    assert "note: validation: about 10%" in text and "no validation row" not in text
 
 
 def test_repeated_texts_are_counted(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_notes_say_where_splits_come_from(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": i % 2} for i in range(60)]
     parts = {"train": rows[:20], "validation": rows[20:40], "test": rows[40:]}
     for names, said in (
-        ("train", ("no test data: about a fifth", "validation: about a tenth")),
+        ("train", ("no test data: about 20%", "validation: about 10%")),
         (
             "train validation",
             ("data: the validation data are tested on", "validation: about"),
         ),
-        ("train test", ("validation: about a tenth",)),
+        ("train test", ("validation: about 10%",)),
         ("train validation test", ()),
     ):
         folder = tmp_path / names.replace(" ", "-")

@@ -522,6 +522,43 @@ def test_validation_data_of_ones_own(tmp_path: Path) -> None:
         load_files(tmp_path)
 
 
+def test_validation_data_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
+    train, held_out, test = (
+        [{"text": f"{part} {i}", "label": "ab"[i % 2]} for i in range(30)] for part in "xyz"
+    )
+    dev = write_as(tmp_path / "dev.csv", held_out)
+    for name, part in (("train", train), ("test", test)):
+        write_as(tmp_path / f"{name}.csv", part)
+    # Named as something else, they are that.
+    task = load_files(tmp_path, dev)
+    assert [e.question for e in task.test] == [row["text"] for row in held_out]
+    task = load_files(tmp_path, ood=[dev])
+    assert len(task.ood["dev" if "dev" in task.ood else tmp_path.name]) == 30
+    assert len(task.test) == 30 and len(task.train) + len(task.validation) == 30
+    # Two files: which is meant is not known. Without test data it has to be.
+    write_as(tmp_path / "val.csv", held_out[:5])
+    task = load_files(tmp_path)
+    assert "expected one validation file, got dev.csv, val.csv: they are left out" in task.notes
+    assert len(task.train) + len(task.validation) == 30
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(ValueError, match=r"expected one dev file in .*, got dev\.csv, val\.csv"):
+        load_files(tmp_path)
+    # Splits of a data set.
+    bare = [{**row, "label": -1} for row in held_out]
+    for unused in ([], bare):
+        task = load_task({"train": train, "validation": unused, "test": test})
+        assert "the validation split has no labels: it is left out" in task.notes
+        assert len(task.train) + len(task.validation) == 30
+
+
+def test_data_sets_out_of_distribution(tmp_path: Path) -> None:
+    train = [{"text": f"x {i}", "label": "ab"[i % 2]} for i in range(30)]
+    far = [{"text": f"far {i}"} for i in range(7)]
+    file = write_as(tmp_path / "far.csv", far)
+    task = load_task(train, ood={"rows": far, "file": file, "path": str(file)})
+    assert {name: len(rows) for name, rows in task.ood.items()} == {"rows": 7, "file": 7, "path": 7}
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_numbers_among_the_names_are_names(tmp_path: Path, suffix: str) -> None:
     content = [{"text": f"text {i}", "label": 1 + i % 5} for i in range(60)]
@@ -603,6 +640,12 @@ def test_all_rows_may_be_tested_on(tmp_path: Path) -> None:
     task = load_files(file, test_fraction=1.0)
     assert (len(task.train), len(task.validation), len(task.test)) == (0, 0, 40)
     assert task.notes == ("all rows are for testing",)
+    task = load_files(file, test_fraction=0.5, validation=0.25)
+    assert task.notes == (
+        "no test data: about 50% of the rows are kept for testing, whatever the seed",
+        "validation: about 25% of the training rows, for temperatures, priors and early choices",
+    )
+    assert len(load_files(file, validation=0.0).notes) == 1
     for fraction in (-0.1, 1.1, float("nan")):
         with pytest.raises(
             ValueError, match=r"test_fraction: expected a fraction in \[0, 1\], got"

@@ -50,8 +50,8 @@ def test_a_bar_for_tokenising(models_dir: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(encoder, "progress_bar", noted)
     few = coder.task.train[:2]
     items = coder.dataset(few).items
-    assert coder.dataset(few, progress=True, label="blob: tokenise").items == items
-    assert bars == [(False, 2, "tokenise"), (True, 2, "blob: tokenise")]
+    assert coder.dataset(few, progress=True).items == items
+    assert bars == [(False, 2, "tokenise"), (True, 2, "tokenise")]
 
 
 WORDS = [*tiny_files.GOOD, *tiny_files.OTHER]
