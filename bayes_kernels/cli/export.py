@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,10 +80,11 @@ def export(
 
 def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
     """Whether a folder may be written."""
-    place, source = out.resolve(), folder.resolve()
+    # Not `Path.resolve`, which raises where links lead round.
+    place, source = (Path(os.path.realpath(path)) for path in (out, folder))
     if place == source or place in source.parents or source in place.parents:
         raise ValueError(f"--out: expected a folder apart from the adapter's, got {str(out)!r}")
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise ValueError(f"--out: {str(out)!r} exists; use --overwrite, or another name")
 
 

@@ -63,6 +63,10 @@ def test_folders_that_are_there(
     run(own, *model)  # beside the adapter
     assert (tmp_path / "own-draws" / "draw-1").is_dir()
     assert "exists; use --overwrite" in refuse("export", own, *model)
+    (tmp_path / "loop").symlink_to("loop")
+    loop = ["export", own, *model, "--out", tmp_path / "loop"]
+    assert "exists; use --overwrite" in refuse(*loop)
+    assert "got the file or link" in refuse(*loop, "--overwrite")
     first = load_file(tmp_path / "own-draws" / "draw-0" / "adapter_model.safetensors")
     run(own, *model, "--overwrite", "--seed", 9)
     second = load_file(tmp_path / "own-draws" / "draw-0" / "adapter_model.safetensors")

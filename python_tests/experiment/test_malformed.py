@@ -447,6 +447,7 @@ def special_files(folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "loop.jsonl").symlink_to("loop.jsonl")
+    (folder / "train.jsonl").symlink_to("train.jsonl")  # a name that says nothing of the data
     (folder / "broken.jsonl").symlink_to("nothing")
     packed = gzip.compress(lines() * 50)
     (folder / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
@@ -456,7 +457,7 @@ def special_files(folder: Path) -> list[str]:
     (folder / "damaged.jsonl.gz").write_bytes(damaged)
     (folder / "folder.jsonl").mkdir()
     names = ("pipe.jsonl", "loop.jsonl", "broken.jsonl", "cut.jsonl.gz", "garbage.jsonl.gz")
-    names = (*names, "damaged.jsonl.gz", "folder.jsonl", f"{'long' * 100}.jsonl")
+    names = (*names, "damaged.jsonl.gz", "folder.jsonl", "train.jsonl", f"{'long' * 100}.jsonl")
     return ["/dev/zero", *(f"bad/special/{name}" for name in names)]
 
 

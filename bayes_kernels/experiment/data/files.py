@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -57,7 +58,7 @@ def _dataset_name(path: Path) -> str:
     for suffix in SUFFIXES:
         stem = stem.removesuffix(suffix)
     stem = re.sub(r"[_.-]?(?:train|test|dev|validation|val)(?:[_.-][a-z]{1,2})?$", "", stem)
-    return stem or path.resolve().parent.name
+    return stem or Path(os.path.realpath(path)).parent.name
 
 
 _TEMPLATE_NAMES: dict[str, Template] = {
@@ -264,8 +265,9 @@ def _splits(train: Any, test: Any, ood: Sequence[Any]) -> _Splits:
 def _validation_file(
     folder: Path, named: Sequence[Any], has_test: bool, notes: list[str]
 ) -> Path | None:
-    taken = [Path(one).resolve() for one in named if isinstance(one, str | Path)]
-    files = [path for path in _files_of(folder, _VALIDATION) if path.resolve() not in taken]
+    # Not `Path.resolve`, which raises where links lead round.
+    taken = [os.path.realpath(one) for one in named if isinstance(one, str | Path)]
+    files = [path for path in _files_of(folder, _VALIDATION) if os.path.realpath(path) not in taken]
     if len(files) > 1 and has_test:
         names = ", ".join(path.name for path in files[:5])
         notes.append(f"expected one validation file, got {names}: they are left out")
