@@ -88,7 +88,7 @@ def joined() -> Iterator[int]:
 
     The process ends after it, without the interpreter's exit: threads of gloo abort there now and then.
     """
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=180))
     yield torch.distributed.get_rank()
     torch.distributed.barrier()
     sys.stdout.flush()

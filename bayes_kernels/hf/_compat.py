@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,6 +47,15 @@ def check_versions() -> None:
                 f"bayes_kernels.hf: {package.__name__} must be >={low},<{high}, got "
                 f"{package.__version__}; run `pip install '{package.__name__}>={low},<{high}'`"
             )
+
+
+def _on_cpu(storage: Any, location: str) -> Any:
+    return storage if re.fullmatch(r"cpu:\d+", location) else None
+
+
+# Resuming on CPUs under a launcher: transformers 5.17 asks torch.load for the device "cpu:0", which torch
+# does not know.
+torch.serialization.register_package(30, lambda storage: None, _on_cpu)
 
 
 def _add_peft_type(name: str) -> PeftType:

@@ -288,3 +288,11 @@ def test_rejected_layers() -> None:
             LoraLayer.__init__(self, nn.Linear(2, 2))
 
     assert unsupported_layer(TeLinear()) == "PEFT handles it with TeLinear"
+
+
+def test_checkpoints_are_restored_to_an_indexed_cpu(tmp_path: Path) -> None:
+    """As transformers 5.17 asks for where processes on CPUs go on."""
+    torch.save({"step": torch.arange(3)}, tmp_path / "optimizer.pt")
+    place = torch.device("cpu:0")
+    found = torch.load(tmp_path / "optimizer.pt", map_location=place, weights_only=True)
+    assert torch.equal(found["step"], torch.arange(3))
