@@ -70,20 +70,18 @@ def bench(
             f"bench: expected the benchmarks in {' or '.join(map(str, _FOLDERS))}, found none; install "
             "the package again"
         )
+    options = {
+        "--vs": vs,
+        "--case": case,
+        "--shape": shape,
+        "--dtype": dtype,
+        "--seconds": seconds,
+        "--json": json_file,
+    }
     if report:
-        others = {
-            "FAMILY": families or None,
-            "--quick": quick or None,
-            "--vs": vs,
-            "--case": case,
-            "--shape": shape,
-            "--dtype": dtype,
-            "--seconds": seconds,
-            "--json": json_file,
-            "--compare": compare,
-            "--save": save or None,
-        }
-        if got := [name for name, value in others.items() if value is not None]:
+        others = {"FAMILY": families, "--quick": quick, "--compare": compare, "--save": save}
+        given = {name: value or None for name, value in others.items()} | options
+        if got := [name for name, value in given.items() if value is not None]:
             fail(
                 "--report: expected it alone, since it runs nothing and takes all saved rows, got "
                 f"{', '.join(got)} too; leave one of them out"
@@ -98,14 +96,6 @@ def bench(
         command = [sys.executable, str(folder / "report.py")]
     else:
         command += [*(families or []), "--device", device]
-        options = {
-            "--vs": vs,
-            "--case": case,
-            "--shape": shape,
-            "--dtype": dtype,
-            "--seconds": seconds,
-            "--json": json_file,
-        }
         command += ["--quick"] if quick else []
         for option, value in options.items():
             command += [] if value is None else [option, str(value)]
